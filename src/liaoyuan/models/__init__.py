@@ -1,0 +1,20 @@
+"""One model code for training and inference; knows nothing of distribution.
+
+A `Decoder` is described by a Hugging Face `config.json` and takes flat batches with an attention context.
+"""
+
+from liaoyuan.models.config import ModelConfig, config_from_dict, read_config, with_dtype
+from liaoyuan.models.context import AttentionContext, PackedContext, packed_context
+from liaoyuan.models.decoder import Decoder, initialise
+
+__all__ = [
+    "AttentionContext",
+    "Decoder",
+    "ModelConfig",
+    "PackedContext",
+    "config_from_dict",
+    "initialise",
+    "packed_context",
+    "read_config",
+    "with_dtype",
+]

@@ -1,0 +1,41 @@
+"""Which tokens see which: the model asks its attention context, and knows no other difference between uses.
+
+Training, scoring and prefill of whole prompts use `PackedContext`; the engine brings its own over a paged cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from liaoyuan.ops import attention
+
+
+class AttentionContext(Protocol):
+    """What the attention layer of a decoder asks."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Return the attention output [N, Hq, D] of layer `layer`; query [N, Hq, D], key and value [N, Hk, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class PackedContext:
+    """Documents packed one after another; a token sees itself and what precedes it in its own document.
+
+    boundaries: int32 [M + 1], rising from 0 to N; repeated at the end to fill a fixed size.
+    """
+
+    boundaries: Tensor
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return attention(query, key, value, self.boundaries, scale)
+
+
+def packed_context(lengths: Sequence[int], device: torch.device | None = None) -> tuple[Tensor, PackedContext]:
+    """Return positions int64 [N] and the context of documents of these lengths, packed in this order."""
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+    return positions, PackedContext(boundaries)
