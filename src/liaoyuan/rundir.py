@@ -17,6 +17,7 @@ from typing import Any
 
 from liaoyuan.errors import LiaoyuanError
 
+
 @dataclass(frozen=True)
 class Progress:
     """How far a long work is: `done` of `total` units ("step", "MB"), and what to say beside the bar."""

@@ -141,7 +141,13 @@ def with_dtype(config: ModelConfig, dtype: torch.dtype) -> ModelConfig:
 
 
 def _refuse_unsupported(values: dict[str, Any], where: str) -> None:
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ):
         if not isinstance(values.get(name), int) or values[name] < 1:
             raise LiaoyuanError(f"{where}: '{name}' must be a whole number above 0 (it is {values.get(name)!r}).")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}

@@ -54,7 +54,14 @@ class Attention(nn.Module):
         query_norm = self.q_norm.weight if self.qk_norm else None
         key_norm = self.k_norm.weight if self.qk_norm else None
         query, key, value = split_rotary(
-            self.qkv_proj(x), cosine, sine, self.num_key_value_heads, self.head_dim, query_norm, key_norm, self.eps
+            self.qkv_proj(x),
+            cosine,
+            sine,
+            self.num_key_value_heads,
+            self.head_dim,
+            query_norm,
+            key_norm,
+            self.eps,
         )
         return self.o_proj(context.attend(self.layer, query, key, value, self.scale).flatten(1))
 
@@ -148,8 +155,9 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def initialise(model: Decoder, seed: int) -> Decoder:
-    """Fill the weights: normal with `initializer_range`, smaller by 1 / sqrt(2 L) where a layer writes to the residual
-    stream (Radford et al. 2019, sec. 2.3); norms one, biases zero. Drawn in fp32 on the CPU, so any device gets the same.
+    """Fill the weights: normal with `initializer_range`, smaller by 1 / sqrt(2 L) where a layer writes to the
+    residual stream (Radford et al. 2019, sec. 2.3); norms one, biases zero. Drawn in fp32 on the CPU, so any device
+    gets the same.
     """
     generator = torch.Generator().manual_seed(seed)
     deviation = model.config.initializer_range

@@ -1,0 +1,46 @@
+"""What all tests share: one thread, and tiny models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from liaoyuan.models import Decoder, ModelConfig, initialise
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tiny_config() -> ModelConfig:
+    """A Qwen3 decoder of two layers with grouped queries, fp32."""
+    return ModelConfig(
+        model_type="qwen3",
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config: ModelConfig) -> Decoder:
+    """The decoder of `tiny_config` with random weights (wide enough for log-probabilities that differ)."""
+    return randomised(tiny_config, seed=0)
+
+
+def randomised(config: ModelConfig, seed: int) -> Decoder:
+    """Return a decoder with random weights, norms and biases included."""
+    model = initialise(Decoder(config), seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
