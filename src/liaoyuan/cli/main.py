@@ -1,0 +1,53 @@
+"""The command `liaoyuan` (short: `ly`): one verb per job.
+
+A verb's file imports its room inside the function, so that help and mistakes in the command line are instant.
+"""
+
+import sys
+
+import typer
+
+from liaoyuan.cli.chat import chat
+from liaoyuan.cli.data import data
+from liaoyuan.cli.doctor import doctor
+from liaoyuan.cli.eval import evaluate
+from liaoyuan.cli.process import tune_process
+from liaoyuan.cli.quickstart import quickstart
+from liaoyuan.cli.score import score
+from liaoyuan.cli.serve import serve
+from liaoyuan.cli.train import train
+from liaoyuan.cli.tune import app as tune
+from liaoyuan.errors import LiaoyuanError
+
+app = typer.Typer(
+    name="liaoyuan",
+    help="From raw text to a reasoning assistant that you trained, own and serve yourself.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(quickstart)
+app.command()(data)
+app.command()(train)
+app.add_typer(tune, name="tune")
+app.command("eval")(evaluate)
+app.command()(score)
+app.command()(serve)
+app.command()(chat)
+app.command()(doctor)
+
+INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
+
+
+def main() -> None:
+    """Run the command line; a mistake that the user can mend is one sentence on standard error."""
+    tune_process()
+    try:
+        app()
+    except LiaoyuanError as error:
+        print(f"liaoyuan: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("\nliaoyuan: stopped. Run the same command again to go on from here.", file=sys.stderr)
+        sys.exit(INTERRUPTED)

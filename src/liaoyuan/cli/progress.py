@@ -1,0 +1,88 @@
+"""Progress of long work, drawn on standard error: done, rate and time left.
+
+On a terminal it is a live bar; in a log it is one line every few seconds, so that a log stays readable.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bars
+
+from liaoyuan.rundir import Progress, Report
+
+LOG_EVERY = 5.0  # seconds between two lines where there is no terminal
+
+
+@contextlib.contextmanager
+def bar(title: str, quiet: bool = False) -> Iterator[Report]:
+    """Yield a `Report` that draws what it is told under this title."""
+    if quiet:
+        yield lambda progress: None
+    elif sys.stderr.isatty():
+        with _live(title) as report:
+            yield report
+    else:
+        yield _Log(title)
+
+
+@contextlib.contextmanager
+def _live(title: str) -> Iterator[Report]:
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[state]}"),
+    )
+    with Bars(*columns, console=Console(stderr=True), transient=False) as bars:
+        task = bars.add_task(title, total=None, state="")
+        clock = _Clock()
+
+        def report(progress: Progress) -> None:
+            bars.update(task, total=progress.total, completed=progress.done, state=clock.describe(progress))
+
+        yield report
+
+
+class _Log:
+    """Writes a line when work begins, every `LOG_EVERY` seconds, and when it is whole."""
+
+    def __init__(self, title: str) -> None:
+        self._title, self._clock, self._last = title, _Clock(), 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self._last < LOG_EVERY and progress.done < progress.total:
+            return
+        self._last = now
+        share = 100 * progress.done // max(1, progress.total)
+        print(f"{self._title}: {share:3d}%  {self._clock.describe(progress)}", file=sys.stderr, flush=True)
+
+
+class _Clock:
+    """Rate and time left since the first report of this process (a resumed run starts in the middle)."""
+
+    def __init__(self) -> None:
+        self._start: tuple[float, int] | None = None
+
+    def describe(self, progress: Progress) -> str:
+        now = time.monotonic()
+        if self._start is None or progress.done < self._start[1]:
+            self._start = (now, progress.done)
+        seconds, done = now - self._start[0], progress.done - self._start[1]
+        parts = [f"{progress.done:,}/{progress.total:,} {progress.unit}"]
+        if seconds > 0 and done > 0:
+            rate = done / seconds
+            parts.append(f"{rate:,.1f} {progress.unit}/s" if rate < 100 else f"{rate:,.0f} {progress.unit}/s")
+            left = (progress.total - progress.done) / rate
+            parts.append(f"{clock_time(left)} left" if progress.done < progress.total else f"in {clock_time(seconds)}")
+        return "  ".join([*parts, progress.text]).rstrip()
+
+
+def clock_time(seconds: float) -> str:
+    """Return seconds as m:ss, or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
