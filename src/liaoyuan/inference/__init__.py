@@ -1,0 +1,9 @@
+"""The engine: continuous batching over a paged cache, deterministic sampling, token ids in and out.
+
+`Engine.generate` for evaluation and rollouts; `EngineThread` for a server.
+"""
+
+from liaoyuan.inference.engine import Engine, EngineConfig
+from liaoyuan.inference.request import Completion, Event, Request, SamplingParams
+
+__all__ = ["Completion", "Engine", "EngineConfig", "Event", "Request", "SamplingParams"]

@@ -1,0 +1,71 @@
+"""The paged key-value cache: a pool of blocks, and the attention context that reads and writes it.
+
+Paged attention: Kwon et al. 2023 (arXiv 2309.06180), sec. 4.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from liaoyuan.models import ModelConfig
+from liaoyuan.ops import paged_attention
+
+
+class BlockPool:
+    """Numbers of free blocks, last freed first given, so that few pages of memory stay warm."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._stack = np.arange(size - 1, -1, -1, dtype=np.int32)
+        self.free = size
+
+    def take(self, count: int) -> np.ndarray:
+        """Return `count` free blocks, int32 [count]; the caller has seen that there are as many."""
+        assert count <= self.free, "more blocks taken than are free"
+        self.free -= count
+        return self._stack[self.free : self.free + count].copy()
+
+    def give(self, blocks: np.ndarray) -> None:
+        """Take back blocks."""
+        self._stack[self.free : self.free + len(blocks)] = blocks
+        self.free += len(blocks)
+
+    def check(self) -> None:
+        """Raise if, with nothing in use, a block is missing or twice free."""
+        whole = self.free == self.size and np.array_equal(np.sort(self._stack), np.arange(self.size))
+        if not whole:
+            raise AssertionError(f"cache blocks leaked: {self.free} of {self.size} are free in an idle engine")
+
+
+class KeyValueCache:
+    """The memory: `keys[layer]` and `values[layer]` are [num_blocks, block_size, Hk, D] in the model's dtype."""
+
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, device: torch.device) -> None:
+        shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+        # Zeros, not empty: fresh zero pages cost no memory until they are written.
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=config.torch_dtype, device=device) for _ in range(config.num_hidden_layers)]
+            for _ in range(2)
+        )
+
+
+@dataclass(frozen=True)
+class PagedContext:
+    """Attention of one step's tokens over the cache; see `ops.paged_attention` for the tensors.
+
+    slots: int64 [N], the place of each new token in the cache (block * block_size + offset).
+    """
+
+    cache: KeyValueCache
+    slots: Tensor
+    block_tables: Tensor
+    query_starts: Tensor
+    lengths: Tensor
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys.flatten(0, 1)[self.slots] = key
+        values.flatten(0, 1)[self.slots] = value
+        return paged_attention(query, keys, values, self.block_tables, self.query_starts, self.lengths, scale)

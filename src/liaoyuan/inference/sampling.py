@@ -1,0 +1,124 @@
+"""Sampling for a whole batch at once, with a random number per (seed, position).
+
+The random numbers are counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), mixed by
+splitmix64 (Steele et al. 2014), so that a sample never depends on the other requests in the batch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64  # width of the lower level of the two-level search in `_draw`; about the root of a vocabulary
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The sampling parameters of R rows, numpy [R]; see `SamplingParams`. uniform: fp64 in [0, 1)."""
+
+    temperature: np.ndarray
+    top_p: np.ndarray
+    top_k: np.ndarray
+    min_p: np.ndarray
+    uniform: np.ndarray
+
+
+def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return fp64 [R] in [0, 1) that depends on (seed, position) alone; seeds uint64 [R], positions int [R]."""
+    with np.errstate(over="ignore"):
+        mixed = _mix(_mix(seeds) + positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return (mixed >> np.uint64(12)) * 2.0**-52  # 52 bits, so that u * total never rounds up to total
+
+
+def sample(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Return tokens int64 [R] and their log-probabilities fp32 [R] under the raw distribution (temperature 1).
+
+    logits: [R, V], any float dtype; all arithmetic is fp32 or wider.
+    """
+    scores = logits.float()
+    log_total = torch.logsumexp(scores, -1)
+    greedy = settings.temperature == 0.0
+    if greedy.all():
+        tokens = scores.argmax(-1)
+    else:
+        tokens = _sample_rows(scores, log_total, settings)
+        if greedy.any():
+            tokens = torch.where(_tensor(greedy, scores), scores.argmax(-1), tokens)
+    return tokens, scores.gather(-1, tokens[:, None]).squeeze(-1) - log_total
+
+
+def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` most probable tokens int64 [R, count] and their raw log-probabilities fp32 [R, count]."""
+    values, tokens = logits.float().log_softmax(-1).topk(count, dim=-1)
+    return tokens, values
+
+
+def _sample_rows(scores: Tensor, log_total: Tensor, settings: Settings) -> Tensor:
+    """Draw a token for every row (a greedy row draws at temperature 1 and is replaced by the caller)."""
+    temperature = np.where(settings.temperature == 0.0, 1.0, settings.temperature)
+    number = _tensor(settings.uniform, scores)
+    if (temperature == 1.0).all():
+        probabilities = (scores - log_total[:, None]).exp_()
+    else:
+        probabilities = (scores / _tensor(temperature.astype(np.float32), scores)[:, None]).softmax(-1)
+    tokens = _draw(probabilities, number)
+    filtered = (settings.top_p < 1.0) | (settings.top_k > 0) | (settings.min_p > 0.0)
+    if filtered.any():
+        rows = _tensor(np.flatnonzero(filtered), scores)
+        tokens[rows] = _draw_filtered(probabilities[rows], settings, filtered, number[rows])
+    return tokens
+
+
+def _draw_filtered(probabilities: Tensor, settings: Settings, rows: np.ndarray, number: Tensor) -> Tensor:
+    """Draw from what top_k, then top_p, then min_p leave of each row of probabilities [R, V]."""
+    top_p, min_p = (_tensor(values[rows], number)[:, None] for values in (settings.top_p, settings.min_p))
+    top_k = np.where(settings.top_k[rows] > 0, settings.top_k[rows], probabilities.shape[1])
+    ranked, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+    ranked = ranked.double()
+    rank = torch.arange(ranked.shape[1], device=ranked.device)
+    ranked = ranked.masked_fill(rank >= _tensor(top_k, number)[:, None], 0.0)
+    ranked = ranked / ranked.sum(-1, keepdim=True)
+    # A token stays if what precedes it has not yet reached top_p: the least set whose mass is at least top_p.
+    # With top_p at 1, rounding must not drop the tail.
+    before = ranked.cumsum(-1) - ranked
+    ranked = ranked.masked_fill((before >= top_p) & (rank > 0) & (top_p < 1.0), 0.0)
+    ranked = ranked.masked_fill(ranked < min_p * ranked[:, :1], 0.0)
+    return tokens.gather(-1, _draw(ranked, number)[:, None]).squeeze(-1)
+
+
+def _draw(weights: Tensor, number: Tensor) -> Tensor:
+    """Return int64 [R]: for each row of weights [R, V], the first index whose running sum exceeds number * total.
+
+    The sum runs over chunks, then within the chosen chunk, which is much cheaper than a running sum of the row.
+    """
+    rest = -weights.shape[1] % CHUNK
+    padded = F.pad(weights, (0, rest)) if rest else weights
+    chunks = padded.unflatten(-1, (-1, CHUNK))
+    chunk, within = _search(chunks.sum(-1), number)
+    inner = chunks[torch.arange(weights.shape[0], device=weights.device), chunk]
+    index, _ = _search(inner, within)
+    return chunk * CHUNK + index
+
+
+def _search(weights: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the index and the place within its weight, in [0, 1), both [R]; an index of weight 0 is never found."""
+    sums = weights.double().cumsum(-1)
+    goal = (number * sums[:, -1])[:, None]
+    index = (sums <= goal).sum(-1, keepdim=True)
+    weight = weights.double().gather(-1, index)
+    place = 1.0 - (sums.gather(-1, index) - goal) / weight
+    return index.squeeze(-1), place.squeeze(-1).clamp_(0.0, 1.0 - 2.0**-52)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 over uint64."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _tensor(values: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(like.device)
