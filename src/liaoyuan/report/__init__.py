@@ -1,0 +1,42 @@
+"""A self-contained `report.html` from plain texts, tables and numbers; knows nothing of what they mean.
+
+A `Page` has sections, a section has parts. Whatever is shown may be a `Text` in English and Chinese: the reader's
+browser chooses, a switch changes it. `Page.html()` needs no network, no other file, and is the same every time.
+"""
+
+from liaoyuan.report.page import (
+    Code,
+    Figure,
+    KeyFigures,
+    Page,
+    Paragraph,
+    Part,
+    Sample,
+    Samples,
+    Section,
+    Table,
+)
+from liaoyuan.report.plot import Bar, Bars, Interval, Intervals, Line, Lines, Plot
+from liaoyuan.report.text import Text, Words
+
+__all__ = [
+    "Bar",
+    "Bars",
+    "Code",
+    "Figure",
+    "Interval",
+    "Intervals",
+    "KeyFigures",
+    "Line",
+    "Lines",
+    "Page",
+    "Paragraph",
+    "Part",
+    "Plot",
+    "Sample",
+    "Samples",
+    "Section",
+    "Table",
+    "Text",
+    "Words",
+]
