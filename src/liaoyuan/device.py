@@ -13,6 +13,7 @@ import torch
 
 from liaoyuan.errors import LiaoyuanError, nearest
 
+DType = torch.dtype  # inside `Device`, `torch` is its torch device
 COLLECTIVE_BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
@@ -37,7 +38,7 @@ class Device:
         return COLLECTIVE_BACKENDS.get(self.type, "gloo")
 
     @property
-    def default_dtype(self) -> torch.dtype:
+    def default_dtype(self) -> DType:
         """bf16 where matrix units compute it fast, else fp32."""
         if self.is_cpu:
             return torch.bfloat16 if has_bf16_matrix_units() else torch.float32

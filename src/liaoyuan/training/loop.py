@@ -1,0 +1,275 @@
+"""The training loop, to be read from top to bottom: pretraining and supervised fine-tuning are both this loop.
+
+A run is a folder: `metrics.jsonl` has one row a step, `state/` what a killed run goes on from. Started again after
+a kill at any moment, it ends with the same weights bit for bit (same processes and threads), since batch i is a
+function of i alone and the learning rate a function of the step.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from liaoyuan.checkpoint.training_state import load_state, save_state
+from liaoyuan.config import Config
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.models import Decoder, PackedContext
+from liaoyuan.parallel import World
+from liaoyuan.rundir import Metrics, Progress, Report, silent
+from liaoyuan.training.flops import training_flops
+from liaoyuan.training.optimiser import AdamW
+from liaoyuan.training.schedule import Shape, learning_rate_at
+
+METRICS = "metrics.jsonl"
+STATE = "state"
+LOST_LIMIT = 5  # steps in a row whose gradient is not finite, after which a run gives up; fewer are dropped
+REPORT_SECONDS = 0.5  # at most so often is progress told
+
+
+class TrainConfig(Config):
+    """What a training run does; a resumed run must be given the same."""
+
+    steps: int = Field(gt=0)
+    batch_tokens: int = Field(4096, gt=0)  # tokens of one step, over all microbatches and processes
+    microbatches: int = Field(1, gt=0)  # the step's batch is cut in so many, which saves memory
+    learning_rate: float = Field(3e-3, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    schedule: Shape = "linear"
+    weight_decay: float = Field(0.1, ge=0)
+    clip: float = Field(1.0, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    optimiser: Literal["adamw"] = "adamw"
+    seed: int = 0
+    checkpoint_every: int = Field(200, gt=0)
+    evaluate_every: int = Field(0, ge=0)  # 0: at the end only
+
+
+class Batch(Protocol):
+    """What the loop asks of a batch (`liaoyuan.data.batches.Batch` is one): shapes in `PackedContext`."""
+
+    tokens: Tensor
+    positions: Tensor
+    targets: Tensor
+    weights: Tensor
+    boundaries: Tensor
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did so far, killed and resumed parts together. Seconds count training alone, not evaluation."""
+
+    steps: int = 0
+    tokens: int = 0  # all rows of the batches, padding included, over all processes
+    flops: float = 0.0  # model FLOPs, see `flops.training_flops`
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of this process
+    loss: float = math.nan  # of the last step
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Stopped(LiaoyuanError):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
+
+    exit_code = 130
+
+
+def train(
+    model: Decoder,
+    batches: Callable[[int], Sequence[Batch]],
+    config: TrainConfig,
+    folder: Path,
+    report: Report = silent,
+    evaluate: Callable[[Decoder], dict[str, float]] | None = None,
+    world: World | None = None,
+) -> TrainResult:
+    """Train `model` in place for `config.steps` steps, going on from `folder` if it holds a state.
+
+    Args:
+        batches: the microbatches of a step that are this process's; a function of the step alone.
+        evaluate: gives further values for the metrics of every `config.evaluate_every`-th and the last step.
+        world: the processes that train together; `model` is sharded over them (`parallel.shard`).
+
+    Raises:
+        Stopped: Ctrl-C or SIGTERM came; the state is saved.
+        LiaoyuanError: the loss stays not finite, the folder is another run's, or the disk is full.
+    """
+    world = world or World()
+    model.train()
+    optimiser = make_optimiser(model, config, world)
+    done = _resume(model, optimiser, config, folder, world)
+    metrics = Metrics(folder / METRICS, resume_from=done.steps) if world.is_first else None
+    lost = 0  # steps in a row whose gradient was not finite
+    tell = _paced(report)
+    with _stop_asked() as stop_asked:
+        while done.steps < config.steps:
+            step, start = done.steps, _Clock()
+            rate = learning_rate_at(step, config.steps, config.learning_rate, config.warmup_steps, config.schedule)
+            outcome = _step(model, optimiser, batches(step), rate, config.clip, world)
+            lost = 0 if math.isfinite(outcome.grad_norm) else lost + 1
+            if lost >= LOST_LIMIT:
+                raise LiaoyuanError(_diverged(step, rate))
+            done, speed = _add(done, outcome, start)
+            last = done.steps == config.steps
+            values = _row(outcome, rate, speed, done)
+            if evaluate and (last or config.evaluate_every and done.steps % config.evaluate_every == 0):
+                values |= evaluate(model.eval())
+                model.train()
+            if metrics:
+                metrics.write(step, **values)
+            stop = bool(world.sum_numbers(float(stop_asked()))[0])
+            if last or stop or done.steps % config.checkpoint_every == 0:
+                save_state(folder / STATE, done.steps, model, optimiser, _extra(done, config), world)
+            tell(Progress(done.steps, config.steps, "step", f"loss {outcome.loss:.3f}, {speed:,.0f} tokens/s"))
+            if stop and not last:
+                raise Stopped(
+                    f"Stopped after step {done.steps} of {config.steps}; the same command goes on from there."
+                )
+    return done
+
+
+def make_optimiser(model: Decoder, config: TrainConfig, world: World | None = None) -> AdamW:
+    """Return the optimiser that `config` asks for, over all trained weights of `model`."""
+    betas = (config.beta1, config.beta2)
+    return AdamW(model.named_parameters(), betas=betas, weight_decay=config.weight_decay, world=world)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    loss: float
+    grad_norm: float
+    tokens: int
+    flops: float
+
+
+def _step(
+    model: Decoder, optimiser: AdamW, batches: Sequence[Batch], rate: float, clip: float, world: World
+) -> _Outcome:
+    """Take one optimiser step: the mean loss over the weights of the global batch, whatever its cut."""
+    place = next(model.parameters()).device
+    weight, tokens, flops = world.sum_numbers(
+        sum(float(batch.weights.sum()) for batch in batches),
+        sum(len(batch.tokens) for batch in batches),
+        sum(training_flops(model.config, batch.boundaries) for batch in batches),
+    )
+    mean = 1.0 / max(weight, 1e-9)
+    total = torch.zeros((), device=place)
+    for batch in batches:
+        context = PackedContext(batch.boundaries.to(place))
+        tokens_, positions, targets = (x.to(place) for x in (batch.tokens, batch.positions, batch.targets))
+        log_probs = model(tokens_, positions, context, targets=targets)
+        loss = -(batch.weights.to(place) * log_probs).sum() * mean
+        (loss * world.size).backward()  # FSDP divides gradients by the number of processes
+        if len(batches) > 1:
+            optimiser.accumulate()
+        total += loss.detach()
+    norm = optimiser.step(rate, clip)
+    return _Outcome(world.sum_numbers(float(total))[0], norm, int(tokens), flops)
+
+
+def _resume(model: Decoder, optimiser: AdamW, config: TrainConfig, folder: Path, world: World) -> TrainResult:
+    """Load the newest state of `folder`; it must have been written under the same config."""
+    found = load_state(folder / STATE, model, optimiser, world)
+    if found is None:
+        return TrainResult()
+    _, extra = found
+    settings, wanted = extra["config"], config.model_dump(mode="json")
+    for key in wanted:
+        if settings.get(key) != wanted[key]:
+            raise LiaoyuanError(
+                f"{folder} holds a run with {key} = {settings.get(key)}, not {wanted[key]}: "
+                "give the same value to go on with it, or choose another folder."
+            )
+    return TrainResult(**extra["done"])
+
+
+def _extra(done: TrainResult, config: TrainConfig) -> dict[str, Any]:
+    return {"done": asdict(done), "config": config.model_dump(mode="json")}
+
+
+def _add(done: TrainResult, outcome: _Outcome, start: "_Clock") -> tuple[TrainResult, float]:
+    """Return the run with one more step, and that step's tokens per second."""
+    now = _Clock()
+    seconds = now.seconds - start.seconds
+    total = TrainResult(
+        done.steps + 1,
+        done.tokens + outcome.tokens,
+        done.flops + outcome.flops,
+        done.seconds + seconds,
+        done.cpu_seconds + now.cpu_seconds - start.cpu_seconds,
+        outcome.loss,
+    )
+    return total, outcome.tokens / seconds
+
+
+def _row(outcome: _Outcome, rate: float, speed: float, done: TrainResult) -> dict[str, float]:
+    return {
+        "tokens": done.tokens,
+        "loss": outcome.loss,
+        "grad_norm": outcome.grad_norm,
+        "learning_rate": rate,
+        "tokens_per_second": round(speed, 1),
+        "cpu_seconds": round(done.cpu_seconds, 3),
+        "flops": done.flops,
+    }
+
+
+def _diverged(step: int, rate: float) -> str:
+    return (
+        f"The gradient was not finite in {LOST_LIMIT} steps in a row, up to step {step} (learning rate {rate:.2g}); "
+        "lower train.learning_rate, or look for broken weights or data."
+    )
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """A moment, in wall and in CPU time."""
+
+    seconds: float = field(default_factory=time.perf_counter)
+    cpu_seconds: float = field(default_factory=time.process_time)
+
+
+@contextmanager
+def _stop_asked() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a flag that is read between steps; a second Ctrl-C interrupts at once."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def ask(number: int, _: object) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _paced(report: Report) -> Report:
+    """Return `report` called at most every `REPORT_SECONDS`, and at the end."""
+    last = -math.inf
+
+    def tell(progress: Progress) -> None:
+        nonlocal last
+        if progress.done == progress.total or time.monotonic() - last > REPORT_SECONDS:
+            last = time.monotonic()
+            report(progress)
+
+    return tell
