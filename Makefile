@@ -1,0 +1,58 @@
+# Two commands do everything: `make quickstart` and `make test`. `make help` lists the rest.
+# pip reads your own configuration (index, mirror, proxy): nothing here overrides it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+TEST_PROCESSES ?= 2
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+
+.PHONY: help quickstart install install-dev test check format bench soak clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+quickstart: install ## install, then go from text to a served model that thinks (ARGS="--minutes 10 --no-serve")
+	$(BIN)/liaoyuan quickstart $(ARGS)
+
+install: $(INSTALLED) ## make .venv and install liaoyuan in it
+
+install-dev: $(INSTALLED_DEV) ## the same with what the tests need
+
+test: $(INSTALLED_DEV) ## run the whole test suite (ARGS="tests/ops -k attention")
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
+
+check: $(INSTALLED_DEV) ## lint, format, types, and the contract that imports run downwards only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED_DEV) ## put the code into its format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED_DEV) ## measure against peers, side by side (minutes to hours; needs an idle machine)
+	set -e; for file in benchmarks/*_speed.py; do $(BIN)/python $$file $(ARGS); done
+
+soak: $(INSTALLED_DEV) ## the quickstart with three seeds, killed and resumed on the way (about an hour and a half)
+	$(BIN)/python benchmarks/soak.py $(ARGS)
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist src/*.egg-info
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+$(INSTALLED_DEV): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@ $(INSTALLED)
