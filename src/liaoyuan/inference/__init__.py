@@ -5,5 +5,6 @@
 
 from liaoyuan.inference.engine import Engine, EngineConfig
 from liaoyuan.inference.request import Completion, Event, Request, SamplingParams
+from liaoyuan.inference.runner import Busy, EngineThread
 
-__all__ = ["Completion", "Engine", "EngineConfig", "Event", "Request", "SamplingParams"]
+__all__ = ["Busy", "Completion", "Engine", "EngineConfig", "EngineThread", "Event", "Request", "SamplingParams"]

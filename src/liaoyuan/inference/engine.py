@@ -46,13 +46,14 @@ class Engine:
                 f"({config.max_sequences}): every running sequence needs a token a step."
             )
         self.model, self.config = model, config
-        self.max_length = model.config.max_position_embeddings
         self._device = model.embed_tokens.weight.device
         num_blocks = _num_blocks(model, config)
         self._pool = BlockPool(num_blocks)
         self._cache = KeyValueCache(model.config, num_blocks, config.block_size, self._device)
+        longest = model.config.max_position_embeddings
+        self.room = min(longest, num_blocks * config.block_size)  # the most tokens of one request
         self._scheduler = Scheduler(
-            config.max_sequences, self.max_length, config.max_batch_tokens, self._pool, config.block_size
+            config.max_sequences, longest, config.max_batch_tokens, self._pool, config.block_size
         )
         self._added = self._steps = self._prompt_tokens = self._generated_tokens = 0
 
@@ -84,22 +85,34 @@ class Engine:
         """Queue a request.
 
         Raises:
-            LiaoyuanError: it could never fit, or its id, tokens or parameters are wrong.
+            LiaoyuanError: see `check`.
         """
-        self._check(request)
+        self.check(request)
         sampling, count = request.sampling, len(request.prompt)
-        room = min(self.max_length, self._pool.size * self.config.block_size)
-        limit = room if sampling.max_tokens is None else count + sampling.max_tokens
-        if limit > room or count >= room:
-            raise LiaoyuanError(
-                f"The request needs {max(limit, count + 1)} tokens (prompt {count}, completion "
-                f"{sampling.max_tokens or 'at least 1'}), but at most {room} fit: shorten the prompt or max_tokens."
-            )
+        limit = self.room if sampling.max_tokens is None else count + sampling.max_tokens
         seed = self.config.seed * 2**32 + self._added if sampling.seed is None else sampling.seed
         self._added += 1
         self._prompt_tokens += count
         tokens = np.array(request.prompt, dtype=np.int64)
         self._scheduler.add(Sequence(request, seed % 2**64, limit, tokens, np.zeros(count, dtype=np.float32)))
+
+    def check(self, request: Request) -> None:
+        """Raise LiaoyuanError if a request could never fit, or its id, tokens or parameters are wrong."""
+        request.sampling.check()
+        if request.id in self._scheduler.sequences:
+            raise LiaoyuanError(f"There is already a request with the id '{request.id}'.")
+        if not request.prompt:
+            raise LiaoyuanError("The prompt is empty: it needs at least one token.")
+        vocabulary = self.model.config.vocab_size
+        if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
+            wrong = next(token for token in request.prompt if not 0 <= token < vocabulary)
+            raise LiaoyuanError(f"The prompt has the token {wrong}, but the vocabulary has {vocabulary} tokens.")
+        count, most = len(request.prompt), request.sampling.max_tokens
+        if count + (most or 1) > self.room:
+            raise LiaoyuanError(
+                f"The request needs {count + (most or 1)} tokens (prompt {count}, completion {most or 'at least 1'}), "
+                f"but at most {self.room} fit: shorten the prompt or max_tokens."
+            )
 
     def step(self) -> list[Event]:
         """Compute one batch; return an event for every request that got a token."""
@@ -187,17 +200,6 @@ class Engine:
         for (_, sequence), count, row_tokens, row_logprobs in rows:
             top: TopLogprobs = list(zip(row_tokens[:count], row_logprobs[:count], strict=True))
             sequence.top_logprobs.append(top)
-
-    def _check(self, request: Request) -> None:
-        request.sampling.check()
-        if request.id in self._scheduler.sequences:
-            raise LiaoyuanError(f"There is already a request with the id '{request.id}'.")
-        if not request.prompt:
-            raise LiaoyuanError("The prompt is empty: it needs at least one token.")
-        vocabulary = self.model.config.vocab_size
-        if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
-            wrong = next(token for token in request.prompt if not 0 <= token < vocabulary)
-            raise LiaoyuanError(f"The prompt has the token {wrong}, but the vocabulary has {vocabulary} tokens.")
 
     def _check_idle(self) -> None:
         if not self._scheduler.sequences:

@@ -1,0 +1,167 @@
+"""An engine in a thread of its own, for many asynchronous clients.
+
+Only that thread touches the engine; clients leave it commands (add, abort) that it takes up between two steps.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.inference.engine import Engine
+from liaoyuan.inference.request import Event, Request, RequestId
+
+logger = logging.getLogger(__name__)
+
+
+class Busy(LiaoyuanError):  # noqa: N818  (a state, not a fault)
+    """The queue is full: the client may try again later (HTTP 429)."""
+
+
+class EngineThread:
+    """Runs an engine; used as `with EngineThread(engine) as runner`."""
+
+    def __init__(self, engine: Engine, max_queued: int = 256) -> None:
+        """max_queued: how many requests may be open beyond those that the engine runs at once."""
+        self._engine = engine
+        self._capacity = engine.config.max_sequences + max_queued
+        self._clients: dict[RequestId, _Client] = {}
+        self._commands: list[Callable[[], None]] = []
+        self._wake = threading.Condition()
+        self._closing = False
+        self._failures, self._error = 0, ""
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def __enter__(self) -> "EngineThread":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the thread after the step it is in; open streams raise LiaoyuanError."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def stream(self, request: Request) -> AsyncIterator[Event]:
+        """Return the events of a request as they come; leaving the iterator early aborts it before the next step.
+
+        Raises:
+            Busy: too many requests are open. LiaoyuanError: the request is refused, or the engine failed.
+                What can be seen at once is raised here, before the iterator is returned.
+        """
+        self._refuse(request)
+        return self._stream(request)
+
+    def health(self) -> dict[str, Any]:
+        """Return whether the thread lives, how often the engine failed and why last, and `Engine.statistics()`."""
+        return {
+            "alive": self._thread.is_alive(),
+            "open": len(self._clients),
+            "failures": self._failures,
+            "error": self._error,
+            **self._engine.statistics(),
+        }
+
+    async def _stream(self, request: Request) -> AsyncIterator[Event]:
+        self._refuse(request)  # others may have begun since `stream` was called
+        client = _Client(asyncio.get_running_loop(), asyncio.Queue())
+        self._clients[request.id] = client
+        ended = False
+        try:
+            if not self._command(lambda: self._add(request)):
+                raise LiaoyuanError("The engine is not running.")
+            while not ended:
+                item = await client.queue.get()
+                ended = isinstance(item, LiaoyuanError) or item.finish_reason is not None
+                if isinstance(item, LiaoyuanError):
+                    raise item
+                yield item
+        finally:
+            if not ended and not self._command(lambda: self._abort(request.id, client)):
+                self._clients.pop(request.id, None)
+
+    def _refuse(self, request: Request) -> None:
+        if len(self._clients) >= self._capacity:
+            raise Busy(f"The server is busy: {self._capacity} requests are open. Try again in a moment.")
+        if request.id in self._clients:
+            raise LiaoyuanError(f"There is already a request with the id '{request.id}'.")
+        self._engine.check(request)
+
+    def _command(self, command: Callable[[], None]) -> bool:
+        """Leave a command for the engine's thread; False if that has ended."""
+        with self._wake:
+            running = self._thread.is_alive() and not self._closing
+            if running:
+                self._commands.append(command)
+                self._wake.notify()
+            return running
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closing or self._commands or self._engine.has_work)
+                if self._closing:
+                    break
+                commands, self._commands = self._commands, []
+            try:
+                for command in commands:
+                    command()
+                self._deliver([(event.id, event) for event in self._engine.step()])
+            except Exception as error:  # no request may kill the loop: fail those that are open, and go on
+                logger.exception("the engine failed; all open requests are given up")
+                self._failures, self._error = self._failures + 1, repr(error)
+                self._give_up(LiaoyuanError(f"The engine failed: {error!r}."))
+        self._give_up(LiaoyuanError("The engine is shutting down."))
+
+    def _add(self, request: Request) -> None:
+        try:
+            self._engine.add(request)
+        except LiaoyuanError as error:
+            self._deliver([(request.id, error)])
+
+    def _abort(self, request_id: RequestId, client: "_Client") -> None:
+        if self._clients.get(request_id) is client:
+            del self._clients[request_id]
+            self._engine.abort(request_id)
+
+    def _deliver(self, items: list[tuple[RequestId, Event | LiaoyuanError]]) -> None:
+        """Hand items to their clients, with one wake-up per event loop; who has ended is forgotten."""
+        loops: dict[asyncio.AbstractEventLoop, list[tuple[_Client, Event | LiaoyuanError]]] = {}
+        for request_id, item in items:
+            client = self._clients[request_id]
+            loops.setdefault(client.loop, []).append((client, item))
+            if isinstance(item, LiaoyuanError) or item.finish_reason is not None:
+                del self._clients[request_id]
+        for loop, batch in loops.items():
+            try:
+                loop.call_soon_threadsafe(_put, batch)
+            except RuntimeError:  # the loop has closed, and its clients with it
+                self._forget(loop)
+
+    def _forget(self, loop: asyncio.AbstractEventLoop) -> None:
+        for request_id, client in list(self._clients.items()):
+            if client.loop is loop:
+                del self._clients[request_id]
+                self._engine.abort(request_id)
+
+    def _give_up(self, error: LiaoyuanError) -> None:
+        for request_id in list(self._clients):
+            self._engine.abort(request_id)
+        self._deliver([(request_id, error) for request_id in list(self._clients)])
+
+
+@dataclass(frozen=True)
+class _Client:
+    """Who waits for events, and on which event loop."""
+
+    loop: asyncio.AbstractEventLoop
+    queue: "asyncio.Queue[Event | LiaoyuanError]"
+
+
+def _put(batch: list[tuple[_Client, Event | LiaoyuanError]]) -> None:
+    for client, item in batch:
+        client.queue.put_nowait(item)
