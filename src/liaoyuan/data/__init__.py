@@ -1,0 +1,26 @@
+"""From raw text to what the model trains on: corpus, tokenizer, records, batches.
+
+Batch `i` is a function of (seed, i) alone, so the whole state of the data is one integer.
+"""
+
+from liaoyuan.data.batches import Batch, RecordBatches, TokenBatches, TokenisedRecord, TokenStream
+from liaoyuan.data.chat import segments, tokenise
+from liaoyuan.data.records import Message, Record, read_records, write_records
+from liaoyuan.data.tokenizer import IncrementalDecoder, Tokenizer, train_tokenizer
+
+__all__ = [
+    "Batch",
+    "IncrementalDecoder",
+    "Message",
+    "Record",
+    "RecordBatches",
+    "TokenBatches",
+    "TokenStream",
+    "TokenisedRecord",
+    "Tokenizer",
+    "read_records",
+    "segments",
+    "tokenise",
+    "train_tokenizer",
+    "write_records",
+]

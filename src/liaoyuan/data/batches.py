@@ -1,0 +1,269 @@
+"""Batches: flat tokens of a fixed size that the model trains on, each a function of (seed, i) alone.
+
+`TokenBatches` cuts a corpus into windows, `RecordBatches` packs conversations. Both give the step `i` the same global
+batch on any number of processes: it is divided into equal pieces, and a process takes its own.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from liaoyuan.data.permutation import Permutation, number, permutation
+from liaoyuan.errors import LiaoyuanError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents packed one after another; N and M are the same for all batches of a run.
+
+    tokens, positions, targets: int64 [N]; `targets[n]` follows `tokens[n]`, `positions` count from 0 in each document.
+    weights: fp32 [N], each target's share in the loss (0: not learned, as all of the padding).
+    boundaries: int32 [M + 1], where documents begin, rising from 0 to N; repeated at the end.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    targets: Tensor
+    weights: Tensor
+    boundaries: Tensor
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """A tokenised split: each document begins with the end-of-text token, and one more ends the stream.
+
+    tokens: uint16 or uint32 [T + 1], perhaps mapped from a file; starts: int64 [D], where documents begin.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+
+
+@dataclass(frozen=True)
+class TokenisedRecord:
+    """A conversation of L + 1 tokens; `weights[n]` is the loss weight of predicting token n (the first has none)."""
+
+    tokens: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a global batch of `batch_tokens` is divided: rows of `sequence_length`, and this process's pieces of rows."""
+
+    batch_tokens: int
+    sequence_length: int
+    microbatches: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.batch_tokens, self.sequence_length, self.microbatches) < 1:
+            raise LiaoyuanError("batch_tokens, sequence_length and microbatches must be above 0.")
+        if self.batch_tokens % self.sequence_length:
+            raise LiaoyuanError(
+                f"batch_tokens ({self.batch_tokens}) must be a multiple of sequence_length ({self.sequence_length})."
+            )
+        if self.rows % (self.microbatches * self.world_size):
+            raise LiaoyuanError(
+                f"The {self.rows} sequences of a batch cannot be divided into {self.microbatches} microbatches "
+                f"on each of {self.world_size} processes."
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the global batch."""
+        return self.batch_tokens // self.sequence_length
+
+    @property
+    def pieces(self) -> list[range]:
+        """The rows of each microbatch of this process."""
+        size = self.rows // (self.microbatches * self.world_size)
+        first = self.rank * self.microbatches
+        return [range(size * piece, size * (piece + 1)) for piece in range(first, first + self.microbatches)]
+
+
+class TokenBatches:
+    """Pretraining batches: windows of `sequence_length` tokens, each once per epoch, in an order drawn by the seed.
+
+    Where a document ends inside a window, the next one does not see it. Every epoch cuts the windows at other places.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        seed: int,
+        batch_tokens: int,
+        sequence_length: int,
+        microbatches: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.stream, self.seed = stream, seed
+        self.division = Division(batch_tokens, sequence_length, microbatches, rank, world_size)
+        count = len(stream.tokens) - 1
+        self.windows = max(count // sequence_length - 1, count >= sequence_length)
+        if not self.windows:
+            raise LiaoyuanError(
+                f"The corpus has {count} tokens, too few for a sequence of {sequence_length}: "
+                "give more text or a smaller sequence_length."
+            )
+        self._slack = count - self.windows * sequence_length
+        self._documents = _most_documents(stream.starts, sequence_length)
+
+    def __call__(self, step: int) -> list[Batch]:
+        """Return this process's microbatches of the global batch `step`."""
+        return [self._batch(step, rows) for rows in self.division.pieces]
+
+    def __getitem__(self, step: int) -> Batch:
+        """Return the whole global batch `step` as one."""
+        return self._batch(step, range(self.division.rows))
+
+    def total_weight(self, step: int) -> float:
+        """Return the sum of the weights of the global batch: every token counts."""
+        return float(self.division.batch_tokens)
+
+    def window(self, sample: int) -> int:
+        """Return where in the stream sample `sample` of the run begins."""
+        epoch, index = divmod(sample, self.windows)
+        offset = number(min(self._slack + 1, self.division.sequence_length), self.seed, epoch)
+        return offset + _order(self.windows, self.seed, epoch)[index] * self.division.sequence_length
+
+    def _batch(self, step: int, rows: range) -> Batch:
+        length = self.division.sequence_length
+        begins = [self.window(step * self.division.rows + row) for row in rows]
+        pieces = np.stack([self.stream.tokens[begin : begin + length + 1] for begin in begins]).astype(np.int64)
+        cuts = [cut for row, begin in enumerate(begins) for cut in self._cuts(row * length, begin, begin + length)]
+        return Batch(
+            tokens=torch.from_numpy(pieces[:, :-1].flatten()),
+            targets=torch.from_numpy(pieces[:, 1:].flatten()),
+            weights=torch.ones(len(rows) * length),
+            **_places(cuts, len(rows) * length, self._documents * len(rows)),
+        )
+
+    def _cuts(self, place: int, begin: int, end: int) -> Iterable[int]:
+        """Yield where documents begin in the batch, for the window begin .. end that lies at `place` in it."""
+        first, last = np.searchsorted(self.stream.starts, [begin + 1, end])
+        yield place
+        yield from (self.stream.starts[first:last] - begin + place).tolist()
+
+
+class RecordBatches:
+    """Batches of conversations: the records come epoch after epoch, each in an order of its own drawn by the seed.
+
+    A batch takes records in that order into the first row with room, until one fits in no row: that one begins the
+    next batch. Rows are filled up with padding of weight 0.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[TokenisedRecord],
+        seed: int,
+        batch_tokens: int,
+        sequence_length: int | None = None,
+        microbatches: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        padding: int = 0,
+    ) -> None:
+        length = sequence_length or batch_tokens
+        self.records, self.seed, self.padding = records, seed, padding
+        self.division = Division(batch_tokens, length, microbatches, rank, world_size)
+        sizes = [len(record.tokens) - 1 for record in records]
+        if not records or min(sizes) < 1:
+            raise LiaoyuanError("There are no records to learn from, or one of them is empty.")
+        if max(sizes) > length:
+            raise LiaoyuanError(
+                f"Record {sizes.index(max(sizes))} has {max(sizes)} tokens, more than sequence_length ({length})."
+            )
+        self._sizes, self._documents = sizes, length // min(sizes) + 1
+        self._begins = [0]
+
+    def __call__(self, step: int) -> list[Batch]:
+        """Return this process's microbatches of the global batch `step`."""
+        rows = self.rows(step)
+        return [self._batch([rows[row] for row in piece]) for piece in self.division.pieces]
+
+    def __getitem__(self, step: int) -> Batch:
+        """Return the whole global batch `step` as one."""
+        return self._batch(self.rows(step))
+
+    def total_weight(self, step: int) -> float:
+        """Return the sum of the weights of the global batch `step`."""
+        return sum(sum(self.records[record].weights[1:]) for row in self.rows(step) for record in row)
+
+    def rows(self, step: int) -> list[list[int]]:
+        """Return the records of each row of the global batch `step`."""
+        while len(self._begins) <= step:  # where a batch begins follows from the sizes of all before it
+            self._begins.append(self._pack(self._begins[-1])[1])
+        return self._pack(self._begins[step])[0]
+
+    def _record(self, sample: int) -> int:
+        epoch, index = divmod(sample, len(self.records))
+        return _shuffled(len(self.records), self.seed, epoch)[index]
+
+    def _pack(self, sample: int) -> tuple[list[list[int]], int]:
+        """Return the rows of the batch that begins with `sample`, and with which sample the next one begins."""
+        rows: list[list[int]] = [[] for _ in range(self.division.rows)]
+        room = [self.division.sequence_length] * self.division.rows
+        while True:
+            record = self._record(sample)
+            size = self._sizes[record]
+            row = next((row for row, free in enumerate(room) if free >= size), None)
+            if row is None:
+                return rows, sample
+            rows[row].append(record)
+            room[row] -= size
+            sample += 1
+
+    def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
+        length = self.division.sequence_length
+        tokens = np.full((2, len(rows) * length), self.padding, dtype=np.int64)
+        weights = np.zeros(len(rows) * length, dtype=np.float32)
+        cuts = []
+        for place, row in enumerate(rows):
+            begin = place * length
+            for record in (self.records[index] for index in row):
+                end = begin + len(record.tokens) - 1
+                tokens[0, begin:end], tokens[1, begin:end] = record.tokens[:-1], record.tokens[1:]
+                weights[begin:end] = record.weights[1:]
+                cuts.append(begin)
+                begin = end
+            if begin < (place + 1) * length:
+                cuts.append(begin)
+        return Batch(
+            tokens=torch.from_numpy(tokens[0]),
+            targets=torch.from_numpy(tokens[1]),
+            weights=torch.from_numpy(weights),
+            **_places(cuts, len(rows) * length, self._documents * len(rows)),
+        )
+
+
+def _places(cuts: Sequence[int], length: int, documents: int) -> dict[str, Tensor]:
+    """Return positions [length] and boundaries [documents + 1] of documents that begin at `cuts`."""
+    boundaries = np.full(documents + 1, length, dtype=np.int32)
+    boundaries[: len(cuts)] = cuts
+    sizes = np.diff(boundaries)
+    positions = np.arange(length) - np.repeat(boundaries[:-1].astype(np.int64), sizes)
+    return {"positions": torch.from_numpy(positions), "boundaries": torch.from_numpy(boundaries)}
+
+
+def _most_documents(starts: np.ndarray, length: int) -> int:
+    """Return the most documents, whole or in part, that any `length` tokens in a row can touch."""
+    last = np.searchsorted(starts, starts + length)
+    return 1 + int((last - np.arange(len(starts))).max(initial=0))
+
+
+@functools.lru_cache(maxsize=8)
+def _order(size: int, seed: int, epoch: int) -> Permutation:
+    return permutation(size, seed, epoch)
+
+
+@functools.lru_cache(maxsize=8)
+def _shuffled(size: int, seed: int, epoch: int) -> list[int]:
+    order = permutation(size, seed, epoch)
+    return [order[index] for index in range(size)]

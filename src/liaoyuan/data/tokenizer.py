@@ -1,0 +1,320 @@
+"""The tokenizer: text to token ids and back, messages to the ids that a chat model reads.
+
+`train_tokenizer` makes a byte-level BPE in which every digit is one token and saves it as Hugging Face's
+`tokenizer.json` and `tokenizer_config.json`; `Tokenizer.load` reads any such folder, also one made elsewhere.
+A special token that stands in a user's text is encoded as the characters it is written with, never as its id.
+"""
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from liaoyuan.data.records import Message
+from liaoyuan.data.template import CHAT_TEMPLATE, compile_template, plain_messages
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.rundir import write_atomic, write_json
+
+END_OF_TEXT, END_OF_TURN = "<|end_of_text|>", "<|end|>"
+THINK, END_OF_THINK = "<think>", "</think>"
+SPECIAL_TOKENS = [END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", END_OF_TURN, THINK, END_OF_THINK]
+
+# The split before BPE: contractions, words with the sign before them, single digits, Chinese characters in runs of
+# at most eight (a whole clause as one word makes training slow and its merges useless), signs, line ends, spaces.
+SPLIT = (
+    r"'(?i:[sdmt]|ll|ve|re)|\p{N}|[^\r\n\p{L}\p{N}]?[\p{L}&&[^\p{Han}]]+|\p{Han}{1,8}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+MINIMUM_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+GUARD = "\ue000"  # stands for a special token's text inside a message while the template is filled in
+
+
+class Tokenizer:
+    """A tokenizer of a model folder; make one with `Tokenizer.load` or `train_tokenizer`."""
+
+    def __init__(self, definition: str, settings: Mapping[str, Any], eos_ids: Sequence[int] = ()) -> None:
+        """Take the text of `tokenizer.json`, the contents of `tokenizer_config.json` and more ids that end a turn."""
+        self._library = tokenizers.Tokenizer.from_str(definition)
+        for disable in (self._library.no_padding, self._library.no_truncation):
+            disable()
+        self._plain = _without_added_tokens(definition)
+        added = self._library.get_added_tokens_decoder()
+        self._special_ids = frozenset(index for index, token in added.items() if token.special)
+        self._added = {token.content: index for index, token in added.items()}
+        self._settings = dict(settings)
+        self._template = compile_template(_template_of(settings))
+        self._bytes = _token_bytes_function(definition)
+        self.hash = hashlib.sha256(definition.encode()).hexdigest()
+        self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
+        self.end_of_text_id = self._named_token("bos_token", END_OF_TEXT)
+        self.eos_ids = self._find_eos_ids(eos_ids)
+        self.think_ids = self._find_think_ids()
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Read `tokenizer.json` and, where they exist, `tokenizer_config.json` and `chat_template.jinja`.
+
+        Raises:
+            LiaoyuanError: the folder has no tokenizer, or a file of it is torn.
+        """
+        definition = _read(folder / "tokenizer.json", f"{folder} has no tokenizer.json, so it holds no tokenizer.")
+        settings = _read_settings(folder / "tokenizer_config.json")
+        template = folder / "chat_template.jinja"
+        if template.exists():
+            settings["chat_template"] = _read(template, "")
+        generation = _read_settings(folder / "generation_config.json").get("eos_token_id")
+        more = generation if isinstance(generation, list) else [generation]
+        try:
+            return cls(definition, settings, [index for index in more if isinstance(index, int)])
+        except LiaoyuanError:
+            raise
+        except Exception as error:  # the library raises plain Exception for whatever is wrong in the file
+            raise LiaoyuanError(f"{folder / 'tokenizer.json'} is torn or no tokenizer: {error}.") from error
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` reads too."""
+        write_atomic(folder / "tokenizer.json", self._library.to_str(pretty=True))
+        write_json(folder / "tokenizer_config.json", self._settings)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Return the ids of `text`; a special token written in it is plain characters.
+
+        `add_special_tokens` puts those before and after it that a foreign tokenizer wants around a text.
+        """
+        return self._plain.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text as `encode` does, on all cores."""
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Return the text of `ids`; bytes that are no whole UTF-8 character become U+FFFD."""
+        return self._library.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_bytes(self, index: int, skip_special: bool = False) -> bytes:
+        """Return the bytes that the token `index` stands for (none if it is unknown or a skipped special token)."""
+        if index in self._special_ids and skip_special:
+            return b""
+        token = self._library.id_to_token(index)
+        if token is None:
+            return b""
+        return token.encode() if token in self._added else self._bytes(token)
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of the token that is written so, or None."""
+        return self._library.token_to_id(token)
+
+    @property
+    def has_template(self) -> bool:
+        return self._template is not None
+
+    def render(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        thinking: bool = True,
+        generation_prompt: bool = True,
+    ) -> list[int]:
+        """Return the ids of a conversation in this tokenizer's chat template.
+
+        Args:
+            messages: `Message`s, or mappings with "role", "content" and perhaps "think" or "reasoning_content".
+            thinking: whether the answer to come is to be thought about first (slow) or given at once (fast).
+            generation_prompt: end with the beginning of the assistant's turn.
+
+        Raises:
+            LiaoyuanError: there is no template, or it refuses the messages.
+        """
+        rows = plain_messages(messages)
+        hidden: list[str] = []
+        guarded = [self._guard(row, hidden) for row in rows]
+        text = self._fill(guarded, thinking, generation_prompt)
+        if not hidden:
+            return self._library.encode(text, add_special_tokens=False).ids
+        return [index for piece in self._pieces(text, hidden) for index in piece]
+
+    def render_text(
+        self, messages: Sequence[Message | Mapping[str, Any]], thinking: bool = True, generation_prompt: bool = True
+    ) -> str:
+        """Return the text that the chat template makes of the messages; see `render`."""
+        return self._fill(plain_messages(messages), thinking, generation_prompt)
+
+    def _fill(self, rows: list[dict[str, Any]], thinking: bool, generation_prompt: bool) -> str:
+        if self._template is None:
+            raise LiaoyuanError("This tokenizer has no chat template, so it cannot render messages.")
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        tokens = {name: _content(self._settings[name]) for name in names if self._settings.get(name)}
+        return self._template(rows, generation_prompt, thinking, tokens)
+
+    def _guard(self, row: dict[str, Any], hidden: list[str]) -> dict[str, Any]:
+        """Replace special tokens written in a message by stand-ins of which the template knows nothing.
+
+        An assistant's message keeps added tokens that are not special: foreign templates look for "</think>" in it.
+        """
+        ids = self._special_ids if row["role"] == "assistant" else frozenset(self._added.values())
+        tokens = [token for token, index in self._added.items() if index in ids]
+        pattern = re.compile("|".join(map(re.escape, sorted([*tokens, GUARD], key=len, reverse=True))))
+
+        def hide(match: re.Match[str]) -> str:
+            hidden.append(match[0])
+            return f"{GUARD}{len(hidden) - 1}{GUARD}"
+
+        return {
+            key: pattern.sub(hide, value) if key != "role" and isinstance(value, str) else value
+            for key, value in row.items()
+        }
+
+    def _pieces(self, text: str, hidden: list[str]) -> Iterator[list[int]]:
+        """Yield the ids of filled-in text: the template's special tokens as ids, the rest as plain text."""
+        tokens = sorted(self._added, key=len, reverse=True)
+        for piece in re.split(f"({'|'.join(map(re.escape, tokens))})", text):
+            if piece in self._added:
+                yield [self._added[piece]]
+            elif piece:
+                shown = re.sub(f"{GUARD}(\\d+){GUARD}", lambda match: hidden[int(match[1])], piece)
+                yield self._plain.encode(shown, add_special_tokens=False).ids
+
+    def _named_token(self, name: str, otherwise: str) -> int | None:
+        chosen = self._settings.get(name)
+        return self.token_id(_content(chosen)) if chosen else self.token_id(otherwise)
+
+    def _find_eos_ids(self, more: Sequence[int]) -> tuple[int, ...]:
+        found = [self._named_token("eos_token", END_OF_TURN), self.token_id(END_OF_TURN), *more]
+        if self.token_id(END_OF_TURN) is not None:
+            found.append(self.token_id(END_OF_TEXT))
+        return tuple(dict.fromkeys(index for index in found if index is not None))
+
+    def _find_think_ids(self) -> tuple[int, int] | None:
+        start, end = self.token_id(THINK), self.token_id(END_OF_THINK)
+        return (start, end) if start is not None and end is not None else None
+
+
+class IncrementalDecoder:
+    """Turns a stream of ids into text as it comes; holds back the bytes of a character that is not whole yet.
+
+    Everything that `feed` and `finish` return, put together, is the text of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """Return the text that is whole after these ids (perhaps none)."""
+        data = b"".join(self._tokenizer.token_bytes(index, self._skip_special) for index in ids)
+        return self._characters.decode(data)
+
+    def finish(self) -> str:
+        """Return what was held back: U+FFFD for a character that was never completed."""
+        return self._characters.decode(b"", final=True)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909; bytes as in GPT-2) on `texts`.
+
+    Each digit is one token; the seven special tokens have the ids 0 to 6; any text can be encoded.
+
+    Raises:
+        LiaoyuanError: `vocab_size` leaves no room for the 256 bytes and the special tokens.
+    """
+    if vocab_size < MINIMUM_VOCABULARY:
+        raise LiaoyuanError(f"vocab_size must be at least {MINIMUM_VOCABULARY} (it is {vocab_size}).")
+    library = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TURN,
+        "pad_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    return Tokenizer(library.to_str(), settings)
+
+
+def _without_added_tokens(definition: str) -> tokenizers.Tokenizer:
+    """Return the tokenizer that reads every added token, special or not, as plain text."""
+    values = json.loads(definition)
+    for token in values.get("added_tokens") or []:
+        token["special"] = True
+    library = tokenizers.Tokenizer.from_str(json.dumps(values))
+    library.no_padding()
+    library.no_truncation()
+    library.encode_special_tokens = True
+    return library
+
+
+def _token_bytes_function(definition: str) -> Any:
+    """Return the function from a token's spelling to its bytes: byte-level, or SentencePiece with byte fallback."""
+    decoder = json.dumps(json.loads(definition).get("decoder") or {})
+    if '"ByteLevel"' in decoder:
+        table = _byte_of_character()
+        return lambda token: bytes(table[character] for character in token if character in table)
+
+    def sentence_piece(token: str) -> bytes:
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            return bytes.fromhex(token[3:5])
+        return token.replace("▁", " ").encode()
+
+    return sentence_piece
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Return GPT-2's map from the printable characters in byte-level tokens back to bytes.
+
+    Printable bytes of Latin-1 stand for themselves, the others for the code points from 256 on, in order.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def _template_of(settings: Mapping[str, Any]) -> str | None:
+    """Return the chat template of a `tokenizer_config.json`: a text, or the "default" of a list of named ones."""
+    found = settings.get("chat_template")
+    if isinstance(found, list):
+        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _content(token: Any) -> str:
+    """Return the text of a token that `tokenizer_config.json` gives as a string or as an object."""
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token)
+
+
+def _read(path: Path, missing: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise LiaoyuanError(missing) from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise LiaoyuanError(f"The file {path} cannot be read: {error}.") from error
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(_read(path, f"The file {path} does not exist."))
+    except json.JSONDecodeError as error:
+        raise LiaoyuanError(f"The file {path} is not valid JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise LiaoyuanError(f"The file {path} must hold a JSON object.")
+    return values
