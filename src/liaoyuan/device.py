@@ -4,16 +4,23 @@
 out-of-tree back end) or the CPU. The rest of Liaoyuan asks the `Device`, never `torch.cuda`.
 """
 
+import contextlib
+import functools
 import importlib.util
 import os
+import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from liaoyuan.errors import LiaoyuanError, nearest
 
 DType = torch.dtype  # inside `Device`, `torch` is its torch device
+FEATURES = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx512_f", "avx2")
+GEMM_SHAPES = ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (2048, 512, 2048), (4096, 512, 1024))
 COLLECTIVE_BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
@@ -42,7 +49,8 @@ class Device:
         """bf16 where matrix units compute it fast, else fp32."""
         if self.is_cpu:
             return torch.bfloat16 if has_bf16_matrix_units() else torch.float32
-        return torch.bfloat16
+        supported = getattr(torch.get_device_module(self.type), "is_bf16_supported", lambda: True)
+        return torch.bfloat16 if supported() else torch.float32
 
     def synchronize(self) -> None:
         """Wait until all queued work is done (nothing to wait for on the CPU)."""
@@ -66,18 +74,57 @@ def select_device(name: str = "auto") -> Device:
     Raises:
         LiaoyuanError: torch does not offer that device on this machine.
     """
-    accelerator = _accelerator()
+    accelerator = find_accelerator()
     if name == "auto":
         return Device(accelerator, _local_rank()) if accelerator else Device("cpu")
-    kind, _, index = name.partition(":")
-    if kind == "cpu":
+    kind, colon, index = name.partition(":")
+    if kind == "cpu" and not colon:
         return Device("cpu")
     if kind != accelerator:
         known = ["cpu", "auto", *([accelerator] if accelerator else [])]
-        raise LiaoyuanError(
-            f"There is no device '{name}' here; torch offers {', '.join(known)}{nearest(kind, known)}"
-        )
-    return Device(kind, int(index) if index else _local_rank())
+        hint = nearest(kind, known) or "."
+        raise LiaoyuanError(f"There is no device '{name}' here; torch offers {', '.join(known)}{hint}")
+    if not colon:
+        return Device(kind, _local_rank())
+    count = torch.accelerator.device_count()
+    if not index.isdecimal() or int(index) >= count:
+        raise LiaoyuanError(f"There is no device '{name}' here; torch counts {count} of the kind '{kind}', from 0.")
+    return Device(kind, int(index))
+
+
+def find_accelerator() -> str | None:
+    """Return the type of the accelerator that torch offers here, or None."""
+    if importlib.util.find_spec("torch_npu"):
+        with contextlib.suppress(ImportError, OSError):  # installed, but the Ascend toolkit under it is not
+            importlib.import_module("torch_npu")  # registers the device with torch
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found.type if found else None
+
+
+def list_devices() -> list[str]:
+    """Return a line for each device of this machine: its name for `select_device` and what it is."""
+    cpu = f"cpu: {cpu_name()}, {torch.get_num_threads()} threads"
+    accelerator = find_accelerator()
+    if accelerator is None:
+        return [cpu]
+    module = torch.get_device_module(accelerator)
+    kind = getattr(module, "get_device_name", lambda index: "an accelerator")
+    return [*(f"{accelerator}:{i}: {kind(i)}" for i in range(torch.accelerator.device_count())), cpu]
+
+
+def cpu_name() -> str:
+    """Return the name of the CPU as the kernel tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """Return those instruction sets of this CPU that decide its speed here."""
+    capabilities = torch.cpu.get_capabilities()
+    return [name for name in FEATURES if capabilities.get(name)]
 
 
 def has_bf16_matrix_units() -> bool:
@@ -86,12 +133,21 @@ def has_bf16_matrix_units() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-def measure_gemm_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3, device: str = "cpu") -> float:
-    """Return the best rate of square matrix products of this `dtype`, in FLOP/s, over about `seconds`."""
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(size, size, dtype=dtype, device=device)
+def measure_gemm_rate(dtype: DType, seconds: float = 1.0, device: str = "cpu") -> float:
+    """Return the best rate of matrix products of this `dtype`, in FLOP/s, over shapes as training has them.
+
+    The rate depends on the shape (a square bf16 product of 1024 does not use a second core), so the peak that
+    utilisation is measured against is the best of `GEMM_SHAPES`, about `seconds` in all.
+    """
     place = Device(torch.device(device).type)
-    return 2 * size**3 / _best_time(lambda: torch.mm(left, right, out=out), place, seconds)
+    rates = []
+    for rows, inner, columns in GEMM_SHAPES:
+        left, right = torch.randn(rows, inner), torch.randn(inner, columns)
+        left, right = (matrix.to(device=device, dtype=dtype) for matrix in (left, right))
+        out = torch.empty(rows, columns, dtype=dtype, device=device)
+        work = functools.partial(torch.mm, left, right, out=out)
+        rates.append(2 * rows * inner * columns / _best_time(work, place, seconds / len(GEMM_SHAPES)))
+    return max(rates)
 
 
 def measure_memory_rate(megabytes: int = 256, seconds: float = 0.3, device: str = "cpu") -> float:
@@ -102,7 +158,7 @@ def measure_memory_rate(megabytes: int = 256, seconds: float = 0.3, device: str 
     return 2 * source.numel() / _best_time(lambda: target.copy_(source), place, seconds)
 
 
-def _best_time(work, device: Device, seconds: float) -> float:  # type: ignore[no-untyped-def]
+def _best_time(work: Callable[[], object], device: Device, seconds: float) -> float:
     work()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -112,13 +168,6 @@ def _best_time(work, device: Device, seconds: float) -> float:  # type: ignore[n
         device.synchronize()
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def _accelerator() -> str | None:
-    if importlib.util.find_spec("torch_npu"):
-        import torch_npu  # noqa: F401  (registers the device with torch)
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return found.type if found else None
 
 
 def _local_rank() -> int:
