@@ -75,7 +75,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     try:
         with path.open("rb") as raw:
-            data = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
+            data = (
+                zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+                if path.suffix == ".zst"
+                else raw
+            )
             yield from enumerate(io.TextIOWrapper(data, encoding="utf-8", newline="\n"), start=1)
     except (FileNotFoundError, IsADirectoryError):
         raise LiaoyuanError(f"The file {path} does not exist.") from None
