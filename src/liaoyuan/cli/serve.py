@@ -1,0 +1,26 @@
+"""`liaoyuan serve`: an OpenAI-compatible API and a chat page for a model folder."""
+
+import json as json_text
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    model: Annotated[Path, typer.Option(help="Folder of the model (config.json, safetensors, tokenizer.json).")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")] = 8000,
+    device: Annotated[str, typer.Option(help="auto, cpu, or an accelerator such as cuda:0.")] = "auto",
+    name: Annotated[str | None, typer.Option(help="What the API calls the model; else the folder's name.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Say where it serves as one line of JSON.")] = False,
+) -> None:
+    """Serve a model: chat page and OpenAI-compatible API. Ctrl-C ends it."""
+    from liaoyuan.serving import open_server
+
+    server = open_server(model, host, port, device, name)
+    if json:
+        print(json_text.dumps({"url": server.url, "api": server.url + "/v1"}), flush=True)
+    else:
+        print(f"Chat page  {server.url}\nAPI        {server.url}/v1\nCtrl-C ends it.", flush=True)
+    server.run()

@@ -1,0 +1,10 @@
+"""Serving: an OpenAI-compatible HTTP API and a chat page around the engine, on loopback unless told otherwise.
+
+`open_server` serves a model folder; `build_app` makes the application around any runner of requests.
+"""
+
+from liaoyuan.serving.about import About, Words, read_about
+from liaoyuan.serving.app import build_app
+from liaoyuan.serving.server import Server, open_server
+
+__all__ = ["About", "Server", "Words", "build_app", "open_server", "read_about"]

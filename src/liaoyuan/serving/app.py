@@ -1,0 +1,113 @@
+"""The HTTP application: OpenAI-compatible API, chat page, health."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, JSONResponse
+from starlette.staticfiles import StaticFiles
+
+from liaoyuan.data.tokenizer import Tokenizer
+from liaoyuan.serving.about import About
+from liaoyuan.serving.chat import chat_routes
+from liaoyuan.serving.completions import completion_routes
+from liaoyuan.serving.errors import add_handlers
+from liaoyuan.serving.generation import Runner, Served
+from liaoyuan.serving.markdown import render
+from liaoyuan.serving.protocol import RenderRequest
+from liaoyuan.serving.scores import PromptScorer
+from liaoyuan.serving.security import Guard
+from liaoyuan.serving.text import ThinkMarks
+
+PAGE = Path(__file__).parent / "page"
+
+
+def build_app(
+    runner: Runner,
+    tokenizer: Tokenizer,
+    name: str,
+    context_length: int,
+    about: About = About(),
+    scorer: PromptScorer | None = None,
+    stop_token_ids: tuple[int, ...] = (),
+    loopback_only: bool = True,
+) -> FastAPI:
+    """Return the app that serves one model.
+
+    Args:
+        runner: a started `inference.EngineThread`.
+        name: what the API calls the model.
+        context_length: the most tokens of a prompt and its answer together.
+        about: what the chat page says of the model.
+        scorer: log-probabilities of prompts (`echo` with `logprobs`); None refuses them.
+        stop_token_ids: tokens that end an answer, besides the tokenizer's own.
+        loopback_only: refuse requests whose Host is not this machine's loopback.
+    """
+    marks = ThinkMarks(*tokenizer.think_ids) if tokenizer.think_ids else None
+    stops = tuple(dict.fromkeys((*tokenizer.eos_ids, *stop_token_ids)))
+    served = Served(runner, tokenizer, name, context_length, int(time.time()), stops, marks, scorer)
+    # The documentation pages of FastAPI load scripts from elsewhere; /openapi.json is the whole truth.
+    app = FastAPI(title="Liaoyuan", docs_url=None, redoc_url=None)
+    add_handlers(app)
+    _add_models(app, served)
+    app.include_router(chat_routes(served))
+    app.include_router(completion_routes(served))
+    _add_page(app, served, about)
+    app.add_middleware(Guard, loopback_only=loopback_only)
+    return app
+
+
+def _add_models(app: FastAPI, served: Served) -> None:
+    card = {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "liaoyuan",
+        "max_model_len": served.context_length,
+    }
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def get_model(name: str) -> dict[str, Any]:
+        served.check_model(name)
+        return card
+
+    @app.get("/health", response_model=None)
+    async def health() -> JSONResponse:
+        state = served.runner.health()
+        return JSONResponse({"status": "ok" if state["alive"] else "failed", **state}, 200 if state["alive"] else 503)
+
+
+def _add_page(app: FastAPI, served: Served, about: About) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+    @app.get("/page/about", include_in_schema=False)
+    async def about_model() -> dict[str, Any]:
+        return {
+            "model": served.name,
+            "context_length": served.context_length,
+            "chat": served.tokenizer.has_template,
+            "thinks": served.marks is not None,
+            **about.model_dump(),
+        }
+
+    @app.post("/page/render", include_in_schema=False)
+    def render_markdown(body: RenderRequest) -> dict[str, str]:
+        return {"html": render(body.text)}
+
+    app.mount("/page", _Revalidated(directory=PAGE), name="page")
+
+
+class _Revalidated(StaticFiles):
+    """Static files of which a browser asks each time whether they have changed, so that an upgrade shows at once."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Any:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response

@@ -1,0 +1,189 @@
+"""`/v1/chat/completions`: a conversation in, the next message out, thoughts apart from content."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
+
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.serving.errors import ApiError, invalid
+from liaoyuan.serving.generation import (
+    EventStream,
+    Job,
+    Served,
+    collect,
+    first_and_rest,
+    sampling_params,
+    server_event,
+    start,
+)
+from liaoyuan.serving.protocol import ChatRequest, Message
+from liaoyuan.serving.text import Piece, ScoredToken
+
+
+def chat_routes(served: Served) -> APIRouter:
+    """Return the router of this endpoint."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(http: HttpRequest, body: ChatRequest) -> Response:
+        served.check_model(body.model)
+        jobs = _jobs(served, body)
+        pieces = start(served, jobs)
+        reply = _Reply(served, body, len(jobs[0].prompt), "chatcmpl-" + secrets.token_hex(12), int(time.time()))
+        if body.stream:
+            return EventStream(_stream(reply, len(jobs), await first_and_rest(http, pieces)))
+        return JSONResponse(reply.whole(await collect(http, pieces, len(jobs))))
+
+    return router
+
+
+def _jobs(served: Served, body: ChatRequest) -> list[Job]:
+    prompt = _prompt(served, body)
+    top_logprobs = body.top_logprobs or 0
+    if top_logprobs and not body.logprobs:
+        raise invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
+    most = body.max_completion_tokens or body.max_tokens
+    return [
+        Job(
+            prompt,
+            sampling_params(served, body, prompt, most, top_logprobs, choice),
+            body.stops(),
+            served.marks,
+        )
+        for choice in range(body.n or 1)
+    ]
+
+
+def _prompt(served: Served, body: ChatRequest) -> tuple[int, ...]:
+    try:
+        messages = [_message(message) for message in body.messages]
+        return tuple(served.tokenizer.render(messages, thinking=body.thinking, generation_prompt=True))
+    except LiaoyuanError as error:
+        raise invalid(str(error), "messages") from error
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """Return a message as chat templates know it ("developer" is OpenAI's newer name of "system")."""
+    role = "system" if message.role == "developer" else message.role
+    rendered: dict[str, Any] = {"role": role, "content": message.text()}
+    thought = message.reasoning_content or message.reasoning
+    if thought:
+        rendered["reasoning_content"] = thought
+    return rendered
+
+
+async def _stream(reply: "_Reply", count: int, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
+    """Yield server-sent events; an error in mid-stream is the last of them."""
+    for index in range(count):
+        yield server_event(reply.chunk(index, {"role": "assistant", "content": ""}))
+    try:
+        async for index, piece in pieces:
+            for chunk in reply.chunks(index, piece):
+                yield server_event(chunk)
+        if reply.body.include_usage:
+            yield server_event(reply.usage_chunk())
+    except ApiError as error:
+        yield server_event(error.body())
+    yield "data: [DONE]\n\n"
+
+
+@dataclass
+class _Reply:
+    """The shape of one reply, whole or in chunks."""
+
+    served: Served
+    body: ChatRequest
+    prompt_tokens: int
+    id: str
+    created: int
+
+    def __post_init__(self) -> None:
+        self._counts: dict[int, tuple[int, int]] = {}  # choice -> (completion tokens, reasoning tokens)
+
+    def whole(self, choices: list[list[Piece]]) -> dict[str, Any]:
+        """Return the reply that is not streamed."""
+        return {
+            **self._head("chat.completion"),
+            "choices": [self._choice(index, pieces) for index, pieces in enumerate(choices)],
+            "usage": self._usage(),
+        }
+
+    def chunks(self, index: int, piece: Piece) -> Iterable[dict[str, Any]]:
+        """Yield the chunks that say one piece: what it adds, then why it ended."""
+        self._count(index, piece)
+        delta: dict[str, Any] = {}
+        if piece.reasoning:
+            delta["reasoning"] = delta["reasoning_content"] = piece.reasoning
+        if piece.content:
+            delta["content"] = piece.content
+        scores = self._logprobs(piece.tokens)
+        if delta or piece.tokens or self.body.running_usage:
+            yield self.chunk(index, delta, scores)
+        if piece.finish_reason:
+            yield self.chunk(index, {}, None, piece.finish_reason)
+
+    def chunk(
+        self, index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        """Return one chunk of the stream."""
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        if self.body.running_usage:
+            chunk["usage"] = self._usage()
+        elif self.body.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def usage_chunk(self) -> dict[str, Any]:
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.served.name}
+
+    def _choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
+        self._count(index, pieces[-1])
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": "".join(piece.content for piece in pieces),
+            "refusal": None,
+        }
+        reasoning = "".join(piece.reasoning for piece in pieces)
+        message["reasoning"] = message["reasoning_content"] = reasoning or None
+        scores = self._logprobs([token for piece in pieces for token in piece.tokens])
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": scores,
+            "finish_reason": pieces[-1].finish_reason,
+        }
+
+    def _count(self, index: int, piece: Piece) -> None:
+        self._counts[index] = (piece.completion_tokens, piece.reasoning_tokens)
+
+    def _usage(self) -> dict[str, Any]:
+        completion = sum(tokens for tokens, _ in self._counts.values())
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self.prompt_tokens + completion,
+            "completion_tokens_details": {"reasoning_tokens": sum(tokens for _, tokens in self._counts.values())},
+        }
+
+    def _logprobs(self, tokens: list[ScoredToken]) -> dict[str, Any] | None:
+        if not self.body.logprobs:
+            return None
+        return {"content": [self._scored(token) for token in tokens], "refusal": None}
+
+    def _scored(self, token: ScoredToken) -> dict[str, Any]:
+        rivals = [self._token(rival, logprob) for rival, logprob in token.top]
+        return {**self._token(token.id, token.logprob), "top_logprobs": rivals}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        raw = self.served.tokenizer.token_bytes(token)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}

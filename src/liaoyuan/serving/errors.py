@@ -1,0 +1,105 @@
+"""Errors of the API, in the shape that OpenAI's clients know: `{"error": {message, type, param, code}}`."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from liaoyuan.errors import LiaoyuanError, nearest
+
+RETRY_AFTER_SECONDS = 1  # a full queue of short answers drains in about this time
+
+
+class ApiError(Exception):
+    """A request that is refused, with its HTTP status and OpenAI's names for what is wrong."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def body(self) -> dict[str, Any]:
+        """Return the JSON body of the reply."""
+        kind = {404: "not_found_error", 429: "rate_limit_error"}.get(self.status)
+        kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status == 429 else None
+        return JSONResponse(self.body(), self.status, headers)
+
+
+class ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """Return the error of a request that makes no sense (status 400)."""
+    return ApiError(400, message, param, code)
+
+
+def unsupported(param: str, what: str) -> ApiError:
+    """Return the error of a request for something that this server cannot do."""
+    return invalid(f"'{param}' is not supported by this server: {what}", param, "unsupported_parameter")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Make every refusal of `app` an error body of this shape."""
+    app.add_exception_handler(ApiError, _refused)
+    app.add_exception_handler(LiaoyuanError, _cannot)
+    app.add_exception_handler(RequestValidationError, _malformed)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientGoneError, _gone)
+    app.add_exception_handler(Exception, _defect)
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _cannot(request: Request, error: Exception) -> JSONResponse:
+    return invalid(str(error)).response()
+
+
+async def _malformed(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return from_validation(error).response()
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    messages = {
+        400: "The body of the request is not valid JSON.",
+        404: f"There is nothing at {request.url.path}.",
+        405: f"{request.url.path} does not answer {request.method}.",
+    }
+    return ApiError(error.status_code, messages.get(error.status_code, str(error.detail))).response()
+
+
+async def _gone(request: Request, error: Exception) -> JSONResponse:
+    return ApiError(499, "The client closed the request.").response()  # nobody reads it
+
+
+async def _defect(request: Request, error: Exception) -> JSONResponse:
+    return ApiError(500, "The server failed to answer; its log says why.").response()
+
+
+def from_validation(error: RequestValidationError) -> ApiError:
+    """Return the first thing that is wrong with a body as an ApiError; an unknown field names the nearest right one."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(path)
+    if first["type"] == "json_invalid":
+        return invalid("The body of the request is not valid JSON.")
+    if first["type"] == "missing" and not path:
+        return invalid("The request has no body; send a JSON object.")
+    if first["type"] == "missing":
+        return invalid(f"The field '{param}' is missing.", param, "missing_required_parameter")
+    if first["type"] == "extra_forbidden":
+        hint = nearest(path[-1], first.get("ctx", {}).get("known", ())) or "."
+        return invalid(f"Unknown field '{param}'{hint}", param, "unknown_parameter")
+    if not path:
+        return invalid("The body of the request must be a JSON object, sent with Content-Type: application/json.")
+    return invalid(f"The field '{param}' is wrong: {first['msg']}.", param, "invalid_value")

@@ -1,0 +1,150 @@
+"""A server around a model folder: checked at the door, bound to loopback unless told otherwise."""
+
+import contextlib
+import errno
+import socket
+import threading
+from pathlib import Path
+from types import TracebackType
+
+import uvicorn
+from fastapi import FastAPI
+
+from liaoyuan.checkpoint import load_model
+from liaoyuan.data.tokenizer import Tokenizer
+from liaoyuan.device import select_device
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.inference import Engine, EngineConfig, EngineThread
+from liaoyuan.models import Decoder
+from liaoyuan.serving.about import About, read_about
+from liaoyuan.serving.app import build_app
+from liaoyuan.serving.scores import ModelScorer
+
+MOST_PADDING = 1024  # rows that a model's embedding may have beyond the tokenizer's ids (padded for speed)
+GRACE_SECONDS = 2  # how long open answers may go on after Ctrl-C
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Server:
+    """An app bound to a socket, and what must be closed with it; `run` serves until Ctrl-C or `stop`."""
+
+    def __init__(self, app: FastAPI, bound: socket.socket, closing: contextlib.ExitStack) -> None:
+        self.app = app
+        self._socket, self._closing = bound, closing
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+        self._uvicorn = uvicorn.Server(config)
+
+    @property
+    def url(self) -> str:
+        """Return the address, such as http://127.0.0.1:8000."""
+        host, port = self._socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run(self) -> None:
+        """Serve until Ctrl-C (which is a clean end) or `stop` from another thread; then close everything."""
+        try:
+            self._uvicorn.run(sockets=[self._socket])
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """Make `run` return soon."""
+        self._uvicorn.should_exit = True
+
+    def close(self) -> None:
+        """Free the port and end the engine; `run` does it itself."""
+        self._closing.close()
+
+    def __enter__(self) -> "Server":
+        """Serve in a thread of its own until the block ends."""
+        self._thread = threading.Thread(target=self.run, name="server", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+        self._thread.join()
+
+
+def open_server(
+    model_dir: Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    device: str = "auto",
+    name: str | None = None,
+    about: About | None = None,
+    engine: EngineConfig = EngineConfig(),
+) -> Server:
+    """Load the model of a Hugging Face folder and return a server that holds the port (0: any free one).
+
+    Args:
+        name: what the API calls the model; the folder's name if None.
+        about: what the chat page says; read from the folder's `liaoyuan.json` if None.
+
+    Raises:
+        LiaoyuanError: the port is in use, the folder is missing or torn, or tokenizer and model disagree.
+    """
+    with contextlib.ExitStack() as opened:
+        bound = opened.enter_context(_bind(host, port))
+        tokenizer, model = _load(model_dir, device)
+        running = Engine(model, engine)
+        runner = opened.enter_context(EngineThread(running))
+        app = build_app(
+            runner,
+            tokenizer,
+            name or model_dir.resolve().name,
+            running.room,
+            about or read_about(model_dir),
+            ModelScorer(model),
+            () if model.config.eos_token_id is None else (model.config.eos_token_id,),
+            loopback_only=host in LOOPBACK,
+        )
+        return Server(app, bound, opened.pop_all())
+
+
+def _load(model_dir: Path, device: str) -> tuple[Tokenizer, Decoder]:
+    if not model_dir.is_dir():
+        raise LiaoyuanError(f"The model folder {model_dir} does not exist.")
+    place = select_device(device)
+    tokenizer = Tokenizer.load(model_dir)
+    model = load_model(model_dir, device=place.torch)
+    ids, rows = tokenizer.vocab_size, model.config.vocab_size
+    if not ids <= rows < ids + MOST_PADDING:
+        raise LiaoyuanError(
+            f"The tokenizer and the model in {model_dir} disagree: the tokenizer has {ids} ids, the model {rows}."
+        )
+    return tokenizer, model
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket; it takes the port before the model is loaded, which may take long."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen(1024)
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise LiaoyuanError(_why_not(error, host, port)) from error
+    return bound
+
+
+def _why_not(error: Exception, host: str, port: int) -> str:
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return f"Port {port} of {host} is in use; choose another with --port, or --port 0 for any free one."
+    if isinstance(error, OverflowError):
+        return f"The port must be from 0 to 65535 (it is {port})."
+    return f"Cannot listen on port {port} of {host}: {error}."

@@ -1,0 +1,174 @@
+"""From tokens to the text of an answer: thoughts apart from content, and nothing of a stop string ever shown.
+
+Pure and incremental: what a stream says in pieces, put together, is what the whole reply says.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from liaoyuan.inference import Event
+
+
+class Decoder(Protocol):
+    """Turns tokens into text as they come; gives whole characters only."""
+
+    def feed(self, ids: Iterable[int]) -> str: ...
+    def finish(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class ThinkMarks:
+    """The tokens that open and close a thought."""
+
+    open: int
+    close: int
+
+    def left_open(self, prompt: tuple[int, ...]) -> bool:
+        """Return whether a prompt ends inside a thought (the template has opened one for the answer)."""
+        for token in reversed(prompt):
+            if token in (self.open, self.close):
+                return token == self.open
+        return False
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token of the content with its log-probability and rivals; `start` is where its text begins."""
+
+    id: int
+    logprob: float
+    top: list[tuple[int, float]]
+    start: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one event adds to an answer; the counts are those of the answer so far."""
+
+    reasoning: str
+    content: str
+    tokens: list[ScoredToken]
+    completion_tokens: int
+    reasoning_tokens: int
+    finish_reason: str | None
+
+
+class StopFilter:
+    """Lets text pass up to the first stop string, and holds back what may be the beginning of one."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops, self._held, self.stopped = stops, "", False
+
+    def feed(self, text: str) -> str:
+        """Return the text that may be shown now; once `stopped`, nothing more may."""
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            shown, self._held = self._held[: min(found)], ""
+            return shown
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown
+
+    def flush(self) -> str:
+        """Return what was held back, now that no more text will come."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+class AnswerReader:
+    """Reads the events of one answer; see the module. Stop strings are looked for in the content, not in thoughts."""
+
+    def __init__(
+        self,
+        decoder: Callable[[], Decoder],
+        stops: tuple[str, ...] = (),
+        stop_tokens: tuple[int, ...] = (),
+        marks: ThinkMarks | None = None,
+        thinking: bool = False,
+    ) -> None:
+        """marks: None leaves thoughts in the content. thinking: the prompt has already opened a thought."""
+        self._new_decoder, self._decoder = decoder, decoder()
+        self._filter, self._stop_tokens = StopFilter(stops), set(stop_tokens)
+        self._marks, self._thinking = marks, thinking
+        self._trim = marks is not None  # templates put line breaks around a thought; they are no part of the text
+        self._scored: list[ScoredToken] = []
+        self._read = self._shown = 0  # characters of content: decoded, and let through the filter
+        self._completion_tokens = self._reasoning_tokens = 0
+
+    def read(self, event: Event) -> Piece:
+        """Return what `event` adds; a piece with a finish reason is the last one."""
+        reasoning, content = "", ""
+        for place, token in enumerate(event.tokens):
+            self._completion_tokens += 1
+            if token in self._stop_tokens:
+                break
+            if self._thinking:
+                reasoning += self._think(token)
+            else:
+                top = event.top_logprobs[place] if event.top_logprobs else []
+                content += self._speak(ScoredToken(token, event.logprobs[place], top, self._read))
+            if self._filter.stopped:
+                break
+        finish = "stop" if self._filter.stopped else event.finish_reason
+        if finish and not self._filter.stopped:
+            rest_of_thought, rest = self._end()
+            reasoning, content = reasoning + rest_of_thought, content + rest
+            finish = "stop" if self._filter.stopped else finish
+        return self._piece(reasoning, content, finish)
+
+    def _think(self, token: int) -> str:
+        assert self._marks
+        self._reasoning_tokens += 1
+        if token == self._marks.close:
+            rest = self._decoder.finish()
+            self._decoder, self._thinking, self._trim = self._new_decoder(), False, True
+            return self._trimmed(rest)
+        return self._trimmed(self._decoder.feed([token]))
+
+    def _speak(self, scored: ScoredToken) -> str:
+        if self._marks and scored.id == self._marks.open and not self._read:
+            self._thinking, self._trim = True, True
+            self._reasoning_tokens += 1
+            return ""
+        text = self._trimmed(self._decoder.feed([scored.id]))
+        self._scored.append(scored)
+        return self._let_through(text)
+
+    def _let_through(self, text: str) -> str:
+        self._read += len(text)
+        shown = self._filter.feed(text)
+        self._shown += len(shown)
+        return shown
+
+    def _end(self) -> tuple[str, str]:
+        rest = self._trimmed(self._decoder.finish())
+        if self._thinking:
+            return rest, ""
+        content = self._let_through(rest)
+        held = self._filter.flush()
+        self._shown += len(held)
+        return "", content + held
+
+    def _trimmed(self, text: str) -> str:
+        """Drop line breaks at the beginning of a thought or of the content after it."""
+        if self._trim:
+            text = text.lstrip("\n")
+            self._trim = not text
+        return text
+
+    def _piece(self, reasoning: str, content: str, finish: str | None) -> Piece:
+        """Hand out the scored tokens whose text has begun to show; at the end also those without text."""
+        ended = finish is not None and not self._filter.stopped
+        ready = [scored for scored in self._scored if ended or scored.start < self._shown]
+        self._scored = [scored for scored in self._scored if not ended and scored.start >= self._shown]
+        return Piece(reasoning, content, ready, self._completion_tokens, self._reasoning_tokens, finish)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that is a beginning of `stop` (and not all of it)."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
