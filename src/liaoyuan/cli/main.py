@@ -42,9 +42,9 @@ INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
 
 def main() -> None:
     """Run the command line; a mistake that the user can mend is one sentence on standard error."""
-    tune_process()
+    settings = tune_process()
     try:
-        app()
+        app(obj=settings)
     except LiaoyuanError as error:
         print(f"liaoyuan: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
