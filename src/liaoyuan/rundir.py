@@ -36,6 +36,7 @@ def silent(progress: Progress) -> None:
 
 
 TEMPORARY = ".part-"  # what starts so is a torn write of a killed process and may be deleted
+OLD = TEMPORARY + "old-"  # before a folder's name: the folder that a new one is just taking the place of
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -76,13 +77,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 _fsync(file)
+            old = path.with_name(OLD + path.name)
             if path.exists():
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=TEMPORARY))
-                path.rename(old / "old")
-                temporary.rename(path)
-                shutil.rmtree(old)
-            else:
-                temporary.rename(path)
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)  # killed between these two, `sweep` brings it back
+            temporary.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
             _fsync_folder(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -105,7 +105,11 @@ def read_json(path: Path) -> Any:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what a killed process left half written directly in `folder`."""
+    """Delete what a killed process left half written directly in `folder`; an old folder not yet replaced returns."""
+    for item in folder.glob(OLD + "*"):
+        place = folder / item.name.removeprefix(OLD)
+        if not place.exists():
+            item.rename(place)
     for item in folder.glob(TEMPORARY + "*"):
         if item.is_dir():
             shutil.rmtree(item, ignore_errors=True)
@@ -144,6 +148,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+
+
 @contextlib.contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
     try:
@@ -151,7 +158,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise LiaoyuanError(f"The disk is full: {path} was not written. Free some space and run again.") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if error.errno in UNWRITABLE:
             raise LiaoyuanError(f"{path} cannot be written: {error.strerror}.") from error
         raise
 
