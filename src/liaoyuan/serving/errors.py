@@ -9,6 +9,10 @@ from starlette.exceptions import HTTPException
 
 from liaoyuan.errors import LiaoyuanError, nearest
 
+SEVERAL_FORMS = {  # of these fields pydantic would name the first form only
+    "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
+    "stop": "a text or a list of texts",
+}
 RETRY_AFTER_SECONDS = 1  # a full queue of short answers drains in about this time
 
 
@@ -90,6 +94,8 @@ def from_validation(error: RequestValidationError) -> ApiError:
     """Return the first thing that is wrong with a body as an ApiError; an unknown field names the nearest right one."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"] if part != "body"]
+    if path and path[0] in SEVERAL_FORMS:
+        return invalid(f"The field '{path[0]}' must be {SEVERAL_FORMS[path[0]]}.", path[0], "invalid_value")
     param = ".".join(path)
     if first["type"] == "json_invalid":
         return invalid("The body of the request is not valid JSON.")

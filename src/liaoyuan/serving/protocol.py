@@ -6,7 +6,8 @@ would change the answer and cannot be honoured is refused unless it has its neut
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from liaoyuan.errors import nearest
 from liaoyuan.serving.errors import invalid, unsupported
@@ -47,6 +48,17 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "best_of": ((1,), "ask for several answers with 'n'."),
 }
 
+
+def _unicode(text: str) -> str:
+    """Refuse half of a surrogate pair, which JSON can spell but no text can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise PydanticCustomError("unicode", "it is no valid Unicode text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
 Bounded = Annotated[int, Field(ge=1)]
 Tokens = list[Annotated[int, Field(ge=0)]]
 
@@ -75,7 +87,7 @@ class Sampling(Body):
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stop_token_ids: Tokens | None = None
     ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -114,7 +126,7 @@ class Part(Body):
     """A piece of a message's content; only text is understood."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
@@ -123,9 +135,9 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
+    content: Text | list[Part] | None = None
+    reasoning: Text | None = None
+    reasoning_content: Text | None = None
 
     def text(self) -> str:
         if isinstance(self.content, list):
@@ -161,7 +173,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """Body of `/v1/completions`."""
 
-    prompt: str | Tokens | Annotated[list[str] | list[Tokens], Field(max_length=MAX_CHOICES)]
+    prompt: Text | Tokens | Annotated[list[Text] | list[Tokens], Field(max_length=MAX_CHOICES)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
 
@@ -169,7 +181,7 @@ class CompletionRequest(Sampling):
 class RenderRequest(Body):
     """Body of `/page/render`."""
 
-    text: Annotated[str, Field(max_length=200_000)]
+    text: Annotated[Text, Field(max_length=200_000)]
 
 
 def _refuse(name: str, value: Any, known: list[str]) -> None:

@@ -1,0 +1,121 @@
+"""Promises of `serve` and `chat` at the command line: mistakes are one sentence, Ctrl-C is a clean end."""
+
+import contextlib
+import io
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from liaoyuan.cli.chat import chat
+from liaoyuan.data.tokenizer import Tokenizer, train_tokenizer
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.serving import open_server, read_about
+from tests.serving.conftest import TEXT, scripted
+
+
+def copied(model_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_folder, tmp_path / "copy"))
+
+
+def test_a_port_in_use_is_named(model_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(LiaoyuanError, match=f"Port {port} of 127.0.0.1 is in use"):
+            open_server(model_folder, port=port)
+
+
+def test_a_refused_server_leaves_its_port_free(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with pytest.raises(LiaoyuanError, match="does not exist"):
+        open_server(tmp_path / "missing", port=port)
+    socket.create_server(("127.0.0.1", port)).close()
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_an_impossible_port(model_folder: Path, port: int) -> None:
+    with pytest.raises(LiaoyuanError, match="from 0 to 65535"):
+        open_server(model_folder, port=port)
+
+
+def test_a_torn_weight_file(model_folder: Path, tmp_path: Path) -> None:
+    folder = copied(model_folder, tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(LiaoyuanError, match="safetensors"):
+        open_server(folder, port=0)
+
+
+def test_a_tokenizer_of_another_model(model_folder: Path, tmp_path: Path) -> None:
+    folder = copied(model_folder, tmp_path)
+    train_tokenizer([TEXT, "other words altogether " * 5], 350).save(folder)
+    with pytest.raises(LiaoyuanError, match="disagree"):
+        open_server(folder, port=0)
+
+
+def test_what_the_model_says_of_itself(model_folder: Path, tmp_path: Path) -> None:
+    folder = copied(model_folder, tmp_path)
+    about = {"about": {"en": "adds", "zh": "会加法"}, "examples": ["1 + 1", {"en": "two", "zh": "二"}]}
+    (folder / "liaoyuan.json").write_text(json.dumps(about), encoding="utf-8")
+    assert [example.zh for example in read_about(folder).examples] == ["1 + 1", "二"]
+    (folder / "liaoyuan.json").write_text('{"exampels": []}')
+    with pytest.raises(LiaoyuanError, match="did you mean 'examples'"):
+        read_about(folder)
+
+
+def test_serve_ends_cleanly_on_ctrl_c(model_folder: Path) -> None:
+    code = "import sys; from pathlib import Path; from liaoyuan.cli.serve import serve\n"
+    code += "serve(Path(sys.argv[1]), '127.0.0.1', 0, 'cpu', 'tiny', True)"
+    command = [sys.executable, "-c", code, str(model_folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout and server.stderr
+        said = json.loads(server.stdout.readline())
+        answering = {"prompt": "The", "max_tokens": 200, "ignore_eos": True, "stream": True, "n": 8}
+        with httpx.stream("POST", said["api"] + "/completions", json=answering, trust_env=False) as reply:
+            assert reply.status_code == 200
+            server.send_signal(signal.SIGINT)
+            with contextlib.suppress(httpx.HTTPError):
+                reply.read()
+        assert server.wait(20) == 0
+        assert "Traceback" not in server.stderr.read()
+
+
+def talk(monkeypatch: pytest.MonkeyPatch, lines: str, url: str | None = None, model: Path | None = None) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    chat(model, url, "cpu", 0.5, False)
+
+
+def test_chat_answers_each_line_of_a_pipe(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with scripted(tokenizer, "7 + 5 = 12</think>The answer is 42.") as (url, runner):
+        talk(monkeypatch, "What is 17 + 25?\n\n/fast\nAnd now?\n/nwe\n/new\nHello\n/quit\nnever\n", url + "/v1")
+        thinks = [request.prompt[-1] == tokenizer.think_ids[0] for request in runner.requests]
+        assert thinks == [True, False, False]
+        asked = [tokenizer.decode(request.prompt) for request in runner.requests]
+        assert "What is 17" in asked[1] and "What is 17" not in asked[2]
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[:2] == ["7 + 5 = 12", "The answer is 42."]
+    assert "did you mean '/new'" in printed.err
+
+
+def test_chat_talks_to_a_model_folder(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk(monkeypatch, "What is 17 + 25?\n" + "long " * 300, model=model_folder)
+    printed = capsys.readouterr()
+    assert printed.out.strip() and "context is 256 tokens" in printed.err
+
+
+def test_chat_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LiaoyuanError, match="There is no OpenAI-compatible server"):
+        talk(monkeypatch, "", "http://127.0.0.1:9/v1")
+    with pytest.raises(LiaoyuanError, match="Give either"):
+        talk(monkeypatch, "")

@@ -1,0 +1,189 @@
+"""Oracle: the official `openai` client against a real server with a tiny random model."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+
+from liaoyuan.checkpoint import load_model
+from liaoyuan.data.tokenizer import Tokenizer
+from liaoyuan.inference import EngineConfig
+from liaoyuan.models import packed_context
+from liaoyuan.serving import open_server
+from tests.serving.conftest import CONTEXT
+
+QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
+FAST = {"chat_template_kwargs": {"enable_thinking": False}}
+
+
+@pytest.fixture(scope="module")
+def url(model_folder: Path) -> Iterator[str]:
+    with open_server(model_folder, port=0, name="tiny", engine=EngineConfig(max_sequences=8)) as server:
+        yield server.url + "/v1"
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as made:
+        yield made
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.models.retrieve("other")
+    assert refused.value.code == "model_not_found"
+
+
+def test_a_chat_says_the_same_streamed_and_whole(client: openai.OpenAI) -> None:
+    asked = {"model": "tiny", "messages": QUESTION, "max_tokens": 40, "seed": 7, "extra_body": FAST}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    message = whole.choices[0].message
+    assert message.role == "assistant"
+    assert message.content == "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+
+
+def test_thoughts_come_under_both_names(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=20, seed=1)
+    message = reply.choices[0].message
+    assert message.reasoning and message.reasoning == message.reasoning_content
+    details = reply.usage.completion_tokens_details
+    assert 0 < details.reasoning_tokens <= reply.usage.completion_tokens
+    chunks = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=20, seed=1, stream=True)
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    for name in ("reasoning", "reasoning_content"):
+        assert "".join(getattr(delta, name, None) or "" for delta in deltas) == message.reasoning
+
+
+@pytest.mark.parametrize("switch", [{"extra_body": FAST}, {"reasoning_effort": "none"}])
+def test_thinking_can_be_switched_off(client: openai.OpenAI, switch: dict) -> None:
+    reply = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=20, seed=1, **switch)
+    assert reply.choices[0].message.reasoning is None
+    assert reply.usage.completion_tokens_details.reasoning_tokens == 0
+
+
+def test_a_seed_repeats_and_choices_differ(client: openai.OpenAI) -> None:
+    asked = {"model": "tiny", "prompt": "The answer", "max_tokens": 20, "n": 3, "seed": -5}
+    first, second = (client.completions.create(**asked) for _ in range(2))
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in second.choices]
+    assert len(set(texts)) == 3
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+    streamed = ["", "", ""]
+    for chunk in client.completions.create(**asked, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == texts
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_in_it(client: openai.OpenAI) -> None:
+    asked = {"model": "tiny", "prompt": "The", "max_tokens": 60, "seed": 3, "temperature": 1.5}
+    text = client.completions.create(**asked).choices[0].text
+    stop = text[20:24]
+    expected = text[: text.index(stop)]
+    reply = client.completions.create(**asked, stop=[stop, "never said"])
+    assert reply.choices[0].text == expected and reply.choices[0].finish_reason == "stop"
+    assert reply.usage.completion_tokens < 60
+    chunks = client.completions.create(**asked, stop=stop, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+
+
+def test_logprobs_are_the_models_own(client: openai.OpenAI, model_folder: Path, tokenizer: Tokenizer) -> None:
+    asked = {"messages": QUESTION, "max_tokens": 12, "seed": 2, "logprobs": True, "top_logprobs": 3}
+    reply = client.chat.completions.create(model="tiny", extra_body=FAST, **asked)
+    scored = reply.choices[0].logprobs.content
+    chunks = list(client.chat.completions.create(model="tiny", extra_body=FAST, stream=True, **asked))
+    streamed = [t for c in chunks if c.choices[0].logprobs for t in c.choices[0].logprobs.content]
+    assert streamed == scored
+    prompt = tokenizer.render(QUESTION, thinking=False)
+    by_bytes = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size)}
+    answer = [by_bytes[bytes(token.bytes)] for token in scored]
+    assert tokenizer.decode(answer).lstrip("\n") == reply.choices[0].message.content
+    logprobs = _logprobs(model_folder, [*prompt, *answer])[len(prompt) - 1 :]
+    for row, token, index in zip(logprobs, scored, answer, strict=False):
+        assert token.logprob == pytest.approx(row[index].item(), abs=1e-4)
+        assert [rival.logprob for rival in token.top_logprobs] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+
+
+def test_echo_scores_the_prompt(client: openai.OpenAI, model_folder: Path, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("The answer is 42.")
+    for most in (0, 2):
+        reply = client.completions.create(model="tiny", prompt=ids, max_tokens=most, echo=True, logprobs=1)
+        scores = reply.choices[0].logprobs
+        assert reply.choices[0].text.startswith("The answer is 42.")
+        assert scores.token_logprobs[0] is None and scores.top_logprobs[0] is None
+        expected = _logprobs(model_folder, ids)[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
+        assert scores.token_logprobs[1 : len(ids)] == pytest.approx(expected.tolist(), abs=1e-4)
+        assert len(scores.tokens) == len(scores.text_offset) == len(scores.top_logprobs) == len(ids) + most
+        assert reply.usage.completion_tokens == most
+        assert [reply.choices[0].text[at:][:1] for at in scores.text_offset[: len(ids)]] == [
+            tokenizer.decode([index])[:1] for index in ids
+        ]
+
+
+def _logprobs(folder: Path, ids: list[int]) -> torch.Tensor:
+    model = load_model(folder)
+    positions, context = packed_context([len(ids)])
+    with torch.no_grad():
+        return model(torch.tensor(ids), positions, context).float().log_softmax(-1)
+
+
+@pytest.mark.parametrize("prompt", ["The answer", ["The answer", "What is"], [265, 270], [[265], [270, 271]]])
+def test_a_prompt_may_be_text_or_ids_alone_or_listed(client: openai.OpenAI, prompt: object) -> None:
+    reply = client.completions.create(model="tiny", prompt=prompt, max_tokens=3, temperature=0, n=2)
+    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+    assert len(reply.choices) == (4 if several else 2)
+
+
+def test_what_is_refused_and_how(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    chat = client.chat.completions.create
+    with pytest.raises(openai.NotFoundError) as refused:
+        chat(model="gpt-5", messages=QUESTION)
+    assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+    for asked in ({"max_tokens": CONTEXT}, {"messages": [{"role": "user", "content": "12 " * 500}]}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            chat(**{"model": "tiny", "messages": QUESTION, **asked})
+        assert refused.value.code == "context_length_exceeded"
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    with pytest.raises(openai.BadRequestError, match="does not call tools"):
+        chat(model="tiny", messages=QUESTION, tools=[tool])
+    with pytest.raises(openai.BadRequestError, match="did you mean 'max_tokens'"):
+        chat(model="tiny", messages=QUESTION, extra_body={"max_token": 5})
+    with pytest.raises(openai.BadRequestError, match="vocabulary"):
+        client.completions.create(model="tiny", prompt=[tokenizer.vocab_size])
+
+
+def test_fields_that_change_nothing_are_accepted(client: openai.OpenAI) -> None:
+    neutral = {"tools": [], "frequency_penalty": 0, "response_format": {"type": "text"}, "logit_bias": {}}
+    client.chat.completions.create(
+        model="tiny", messages=QUESTION, max_tokens=1, user="me", metadata={"a": "b"}, tool_choice="none", **neutral
+    )
+
+
+def test_many_asynchronous_clients_get_what_they_would_alone(url: str, client: openai.OpenAI) -> None:
+    def asked(number: int) -> dict:
+        return {"model": "tiny", "prompt": f"What is {number}?", "max_tokens": 24, "temperature": 0}
+
+    async def everyone() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as many:
+            whole = [many.completions.create(**asked(n)) for n in range(10)]
+            streams = [_text(await many.completions.create(**asked(n), stream=True)) for n in range(10, 20)]
+            replies = await asyncio.gather(*whole, *streams)
+            return [reply if isinstance(reply, str) else reply.choices[0].text for reply in replies]
+
+    together = asyncio.run(everyone())
+    assert together == [client.completions.create(**asked(n)).choices[0].text for n in range(20)]
+
+
+async def _text(stream: openai.AsyncStream) -> str:
+    return "".join([chunk.choices[0].text async for chunk in stream])
