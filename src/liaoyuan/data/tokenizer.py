@@ -9,7 +9,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,9 @@ class Tokenizer:
         self._added = {token.content: index for index, token in added.items()}
         self._settings = dict(settings)
         self._template = compile_template(_template_of(settings))
-        self._bytes = _token_bytes_function(definition)
+        decoder = json.dumps(json.loads(definition).get("decoder") or {})
+        self._bytes = _token_bytes_function(decoder)
+        self.strips_space = '"Strip"' in decoder or ('"Metaspace"' in decoder and '"never"' not in decoder)
         self.hash = hashlib.sha256(definition.encode()).hexdigest()
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_text_id = self._named_token("bos_token", END_OF_TEXT)
@@ -197,16 +199,20 @@ class Tokenizer:
 class IncrementalDecoder:
     """Turns a stream of ids into text as it comes; holds back the bytes of a character that is not whole yet.
 
-    Everything that `feed` and `finish` return, put together, is the text of all ids.
+    Everything that `feed` and `finish` return, put together, is what `decode` gives for all ids. With `continuing` the
+    ids go on after a text: SentencePiece's space before the first word, which `decode` takes away, is kept.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, continuing: bool = False) -> None:
         self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._strip = tokenizer.strips_space and not continuing
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: Iterable[int]) -> str:
         """Return the text that is whole after these ids (perhaps none)."""
         data = b"".join(self._tokenizer.token_bytes(index, self._skip_special) for index in ids)
+        if self._strip and data:
+            data, self._strip = data.removeprefix(b" "), False
         return self._characters.decode(data)
 
     def finish(self) -> str:
@@ -259,9 +265,8 @@ def _without_added_tokens(definition: str) -> tokenizers.Tokenizer:
     return library
 
 
-def _token_bytes_function(definition: str) -> Any:
+def _token_bytes_function(decoder: str) -> Callable[[str], bytes]:
     """Return the function from a token's spelling to its bytes: byte-level, or SentencePiece with byte fallback."""
-    decoder = json.dumps(json.loads(definition).get("decoder") or {})
     if '"ByteLevel"' in decoder:
         table = _byte_of_character()
         return lambda token: bytes(table[character] for character in token if character in table)
