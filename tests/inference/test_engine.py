@@ -63,6 +63,32 @@ def test_equal_prompts_with_different_seeds_differ_and_repeat(tiny_model: Decode
     assert tokens_of(engine.generate(asked)) == first
 
 
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 18, 40])
+def test_equal_prompts_are_computed_once(tiny_model: Decoder, length: int) -> None:
+    prompt = tuple(range(length))
+    asked = [Request(index, prompt, SamplingParams(max_tokens=10, seed=index)) for index in range(8)]
+    engine = Engine(tiny_model)
+    together = tokens_of(engine.generate(asked))
+    assert engine.statistics()["computed_tokens"] == length + 7 + 8 * 9
+    engine = Engine(tiny_model, EngineConfig(max_sequences=1))
+    assert together == [engine.generate([request])[0].tokens for request in asked]
+
+
+def test_who_waits_for_an_aborted_prompt_computes_it(tiny_model: Decoder) -> None:
+    asked = [Request(index, tuple(range(40)), SamplingParams(max_tokens=5, temperature=0.0)) for index in range(3)]
+    expected = Engine(tiny_model).generate(asked[:1])[0].tokens
+    engine = Engine(tiny_model, EngineConfig(max_sequences=4, max_batch_tokens=16))
+    told: dict[object, list[int]] = {}
+    for request in asked:
+        engine.add(request)
+    engine.step()
+    engine.abort(0)
+    while engine.has_work:
+        for event in engine.step():
+            told.setdefault(event.id, []).extend(event.tokens)
+    assert told == {1: expected, 2: expected}
+
+
 @pytest.mark.parametrize("budget", [1, 3, 16, 17])
 def test_chunked_prefill_equals_whole(tiny_model: Decoder, budget: int) -> None:
     asked = requests(6)
@@ -73,6 +99,7 @@ def test_chunked_prefill_equals_whole(tiny_model: Decoder, budget: int) -> None:
 
 def test_preemption_gives_the_same_tokens(tiny_model: Decoder) -> None:
     asked = requests(12, max_tokens=40)
+    asked += [Request(f"twin{index}", asked[0].prompt, asked[index].sampling) for index in range(4)]
     engine = Engine(tiny_model, EngineConfig(cache_tokens=160, max_sequences=8))
     assert tokens_of(engine.generate(asked)) == tokens_of(Engine(tiny_model).generate(asked))
     assert engine.statistics()["preemptions"] > 0

@@ -51,6 +51,11 @@ class KeyValueCache:
             for _ in range(2)
         )
 
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy blocks, int64 [C] each; a block is never both a source and a target."""
+        for layer in (*self.keys, *self.values):
+            layer.index_copy_(0, target, layer.index_select(0, source))
+
 
 @dataclass(frozen=True)
 class PagedContext:

@@ -55,7 +55,7 @@ class Engine:
         self._scheduler = Scheduler(
             config.max_sequences, longest, config.max_batch_tokens, self._pool, config.block_size
         )
-        self._added = self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._added = self._steps = self._prompt_tokens = self._computed_tokens = self._generated_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -152,6 +152,7 @@ class Engine:
             "blocks": self._pool.size,
             "steps": self._steps,
             "prompt_tokens": self._prompt_tokens,
+            "computed_tokens": self._computed_tokens,
             "generated_tokens": self._generated_tokens,
             "preemptions": self._scheduler.preemptions,
         }
@@ -174,6 +175,8 @@ class Engine:
     @torch.inference_mode()
     def _advance(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """Compute a plan and record its tokens; return who of the samplers met a stop token and who their limit."""
+        if plan.copies.size:
+            self._cache.copy(*self._tensor(plan.copies))
         tensors = (plan.cache_slots, plan.block_tables, plan.query_starts, plan.lengths)
         context = PagedContext(self._cache, *(self._tensor(values) for values in tensors))
         logits = self.model(
@@ -181,6 +184,7 @@ class Engine:
         )
         slots = plan.slots[plan.samples]
         self._steps += 1
+        self._computed_tokens += len(plan.tokens)
         self._generated_tokens += len(slots)
         if len(slots):
             tokens, logprobs = sample(logits, self._scheduler.settings(slots))

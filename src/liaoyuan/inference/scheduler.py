@@ -4,6 +4,9 @@ Every running sequence has a slot, a row in preallocated arrays, and a sequence 
 (`length`) and of those in the cache (`computed`). A step computes some of the tokens between the two; a sequence
 that has all of them in the cache gets its next token. Decode, whole prefill, chunked prefill and recomputation
 after preemption are this one rule. Python touches single sequences only when they come and go.
+
+A sequence whose prompt another one is already computing waits for that and copies its keys and values (the many
+samples of one prompt in rollouts and pass@k): all but the last token, whose logits it needs.
 """
 
 from collections import deque
@@ -36,6 +39,7 @@ class Plan:
     slots, counts: [S], the sequences and how many new tokens each has; samples: bool [S], who gets a next token.
     tokens, positions, cache_slots: int64 [N]; rows: int64 [R], the last row of each who samples.
     block_tables int32 [S, blocks], query_starts int32 [S + 1], lengths int32 [S]: see `ops.paged_attention`.
+    copies: int64 [2, C], cache blocks to copy before the step, from and to.
     """
 
     slots: np.ndarray
@@ -48,6 +52,7 @@ class Plan:
     block_tables: np.ndarray
     query_starts: np.ndarray
     lengths: np.ndarray
+    copies: np.ndarray
 
 
 class Scheduler:
@@ -66,7 +71,10 @@ class Scheduler:
         self.tokens = np.zeros((max_sequences, max_length), dtype=np.int64)
         self.logprobs = np.zeros((max_sequences, max_length), dtype=np.float32)
         self.length, self.computed, self.allocated, self.limit = np.zeros((4, max_sequences), dtype=np.int64)
+        self._prompt = np.zeros(max_sequences, dtype=np.int64)  # length of the prompt
         self._tables = np.zeros((max_sequences, -(-max_length // block_size)), dtype=np.int32)
+        self._leader = np.full(max_sequences, -1, dtype=np.int64)  # the slot whose prompt is waited for
+        self._owners: dict[tuple[int, ...], int] = {}  # prompt -> the slot that computes it
         self._stop = np.full((max_sequences, 1), -1, dtype=np.int64)
         self._seed = np.zeros(max_sequences, dtype=np.uint64)
         self._temperature, self._top_p, self._min_p = np.zeros((3, max_sequences))
@@ -92,10 +100,12 @@ class Scheduler:
         self._admit()
         if not len(self.running):
             return None
-        todo = self.length[self.running] - self.computed[self.running]
+        copies = self._fork()
+        waits = self._leader[self.running] >= 0
+        todo = np.where(waits, 0, self.length[self.running] - self.computed[self.running])
         counts = self._share(todo)
         chosen = counts > 0
-        return self._plan(self.running[chosen], counts[chosen], (counts == todo)[chosen])
+        return self._plan(self.running[chosen], counts[chosen], (counts == todo)[chosen], copies)
 
     def settings(self, slots: np.ndarray) -> Settings:
         """Return the sampling parameters of slots, with the random numbers of their next positions."""
@@ -133,6 +143,19 @@ class Scheduler:
         assert sequence is not None
         return sequence
 
+    def _fork(self) -> np.ndarray:
+        """Return the block copies for those whose prompt, but for its last token, another sequence has computed."""
+        slots = self.running[self._leader[self.running] >= 0]
+        slots = slots[self.computed[self._leader[slots]] >= self._prompt[slots] - 1]
+        if not len(slots):
+            return np.empty((2, 0), dtype=np.int64)
+        blocks = -(-(self._prompt[slots] - 1) // self.block_size)
+        held = np.arange(blocks.max()) < blocks[:, None]
+        tables = self._tables[np.stack([self._leader[slots], slots]), : held.shape[1]]
+        self.computed[slots] = self._prompt[slots] - 1
+        self._leader[slots] = -1
+        return tables[:, held].astype(np.int64)
+
     def _share(self, todo: np.ndarray) -> np.ndarray:
         """Return how many tokens each running sequence computes: all who decode, then prefill in order of arrival."""
         decode = todo == 1
@@ -141,7 +164,7 @@ class Scheduler:
         before = prefill.cumsum() - prefill
         return np.where(decode, 1, np.clip(left - before, 0, prefill))
 
-    def _plan(self, slots: np.ndarray, counts: np.ndarray, samples: np.ndarray) -> Plan:
+    def _plan(self, slots: np.ndarray, counts: np.ndarray, samples: np.ndarray, copies: np.ndarray) -> Plan:
         starts = np.zeros(len(slots) + 1, dtype=np.int32)
         np.cumsum(counts, out=starts[1:])
         computed = self.computed[slots]
@@ -161,6 +184,7 @@ class Scheduler:
             block_tables=self._tables[slots, : -(-int(lengths.max()) // size)],
             query_starts=starts,
             lengths=lengths.astype(np.int32),
+            copies=copies,
         )
 
     def _grow(self) -> None:
@@ -211,6 +235,10 @@ class Scheduler:
         self.length[slot], self.computed[slot], self.limit[slot] = count, 0, sequence.limit
         self._tables[slot, : len(blocks)] = blocks
         self.allocated[slot] = len(blocks)
+        prompt = sequence.request.prompt
+        self._prompt[slot] = len(prompt)
+        owner = self._owners.setdefault(prompt, slot)
+        self._leader[slot] = owner if owner != slot and len(prompt) > 1 else -1
         sampling = sequence.request.sampling
         stops = sampling.stop_token_ids
         if len(stops) > self._stop.shape[1]:
@@ -229,6 +257,10 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         slot = sequence.slot
+        if self._owners.get(sequence.request.prompt) == slot:
+            del self._owners[sequence.request.prompt]
+            self._leader[self._leader == slot] = -1  # who still waits computes the prompt for itself
+        self._leader[slot] = -1
         self.pool.give(self._tables[slot, : self.allocated[slot]])
         self._free_slots.append(slot)
         self._in_slot[slot] = None
