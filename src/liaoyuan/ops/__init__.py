@@ -1,21 +1,28 @@
 """Operators: for each, a reference that is its specification, and faster kernels per device.
 
-A kernel is used only if its self-test passes on this machine; `status()` says which kernels are in use.
+A kernel is used only if its self-test passes on this machine; `status()` says which kernels are in use and why.
+`build()` compiles the CPU kernels ahead; otherwise it happens on first use.
 """
 
 from liaoyuan.ops.attention import attention
+from liaoyuan.ops.build import build
 from liaoyuan.ops.norm import add_rms_norm, rms_norm
-from liaoyuan.ops.paged_attention import paged_attention
+from liaoyuan.ops.operator import OperatorStatus, status
+from liaoyuan.ops.paged_attention import paged_attention, write_cache
 from liaoyuan.ops.rotary import split_rotary
 from liaoyuan.ops.swiglu import swiglu
 from liaoyuan.ops.token_log_prob import token_log_prob
 
 __all__ = [
+    "OperatorStatus",
     "add_rms_norm",
     "attention",
+    "build",
     "paged_attention",
     "rms_norm",
     "split_rotary",
+    "status",
     "swiglu",
     "token_log_prob",
+    "write_cache",
 ]

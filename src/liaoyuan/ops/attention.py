@@ -1,8 +1,16 @@
-"""Causal attention over packed documents (training, scoring, whole-prompt prefill)."""
+"""Causal attention over packed documents (training, scoring, whole-prompt prefill).
+
+The native kernel is FlashAttention's (Dao 2023, arXiv 2307.08691): nothing of the size of the scores is kept.
+"""
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from liaoyuan.ops.operator import Gradient, Operator, pull_back, register
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scale: float) -> Tensor:
@@ -17,9 +25,95 @@ def attention(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, sca
     Returns:
         [N, Hq, D] in the dtype of query.
     """
-    rows = torch.arange(query.shape[0], device=query.device)
-    document = torch.searchsorted(boundaries[1:].long(), rows, right=True)
-    mask = (document[:, None] == document[None, :]) & (rows[:, None] >= rows[None, :])
+    if ATTENTION.is_native(query, key, value):
+        return ATTENTION.call(query, key, value, boundaries, scale)[0]
+    return _attention(query, key, value, boundaries, scale)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scale: float) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    mask = _visible(query.shape[0], boundaries)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
+
+
+def _visible(tokens: int, boundaries: Tensor) -> Tensor:
+    """Return bool [N, N]: whether the row's token sees the column's."""
+    rows = torch.arange(tokens, device=boundaries.device)
+    document = torch.searchsorted(boundaries[1:].long(), rows, right=True)
+    return (document[:, None] == document[None, :]) & (rows[:, None] >= rows[None, :])
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return what `attention` does, and the log of each softmax's denominator, fp32 [Hq, N]."""
+    keys = key.detach().repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = torch.einsum("qhd,khd->hqk", query.detach().float(), keys.float()) * scale
+    hidden = ~_visible(query.shape[0], boundaries)
+    log_sum_exp = scores.masked_fill(hidden, float("-inf")).logsumexp(-1)
+    return _attention(query, key, value, boundaries, scale).contiguous(), log_sum_exp
+
+
+def _backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scale: float, *_: Tensor
+) -> tuple[Tensor, ...]:
+    inputs = (query, key, value, boundaries, scale)
+    return tuple(g.contiguous() for g in pull_back(_attention, inputs, (0, 1, 2), (grad,)))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.scale = inputs[4]
+    ctx.save_for_backward(*inputs[:4], *output)
+
+
+def _apply(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    return *torch.ops.liaoyuan.attention_backward(grad, *saved[:4], ctx.scale, *saved[4:]), None, None
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    log_sum_exp = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+    return query.new_empty(query.shape), log_sum_exp
+
+
+def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+def _flops(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scale: float) -> int:
+    """Two products over the visible half of each document; as one document where the boundaries are not known."""
+    if type(boundaries) is not Tensor:
+        return 2 * query.numel() * query.shape[0]
+    lengths = boundaries.diff().long()
+    return 2 * query.shape[1] * query.shape[2] * int((lengths * (lengths + 1)).sum())
+
+
+def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(4)
+    for lengths, query_heads, key_heads, dim in (((1, 5, 0, 40, 0), 3, 1, 24), ((70, 600), 4, 2, 64)):
+        query = torch.randn(sum(lengths), query_heads, dim, generator=generator).to(dtype)
+        key, value = (torch.randn(sum(lengths), key_heads, dim, generator=generator).to(dtype) for _ in range(2))
+        boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        yield query, key, value, boundaries, dim**-0.5
+
+
+ATTENTION = register(
+    Operator(
+        name="attention",
+        schema="(Tensor query, Tensor key, Tensor value, Tensor boundaries, float scale) -> (Tensor, Tensor)",
+        reference=_reference,
+        fake=_fake,
+        samples=_samples,
+        flops=_flops,
+        traffic=lambda query, key, *_: 2 * (query.numel() + key.numel()) * query.element_size(),
+        gradient=Gradient(
+            inputs=(0, 1, 2),
+            schema="(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor boundaries, float scale, "
+            "Tensor out, Tensor log_sum_exp) -> (Tensor, Tensor, Tensor)",
+            reference=_backward,
+            fake=_fake_backward,
+            save=_save,
+            apply=_apply,
+        ),
+    )
+)

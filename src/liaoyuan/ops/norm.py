@@ -1,7 +1,12 @@
 """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4), alone and joined with the residual addition."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -9,12 +14,112 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Shapes: x [..., H], weight [H] -> [..., H].
     """
+    if RMS_NORM.is_native(x, weight):
+        return RMS_NORM.call(x, weight, eps)
+    return _rms_norm(x, weight, eps)
+
+
+def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return `(residual + x, rms_norm(residual + x))`: [N, H], [N, H] -> ([N, H], [N, H])."""
+    if ADD_RMS_NORM.is_native(x, residual, weight) and residual.shape == x.shape:
+        return ADD_RMS_NORM.call(residual, x, weight, eps)
+    return _add_rms_norm(residual, x, weight, eps)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (wide * scale).to(x.dtype)
 
 
-def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return `(residual + x, rms_norm(residual + x))`: [N, H], [N, H] -> ([N, H], [N, H])."""
+def _add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     total = residual + x
-    return total, rms_norm(total, weight, eps)
+    return total, _rms_norm(total, weight, eps)
+
+
+def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight = pull_back(_rms_norm, (x, weight, eps), (0, 1), (grad,))
+    return grad_x, grad_weight
+
+
+def _add_rms_norm_backward(
+    grad_total: Tensor | None, grad: Tensor, total: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight = _rms_norm_backward(grad, total, weight, eps)
+    return (grad_x if grad_total is None else grad_x + grad_total), grad_weight
+
+
+def _apply(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return *torch.ops.liaoyuan.rms_norm_backward(grad, *saved_inputs(ctx)), None
+
+
+def _save_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    save_inputs(ctx, (output[0], *inputs[2:]), output)
+
+
+def _apply_add(ctx: Any, grad_total: Tensor | None, grad: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return grad_total, grad_total, None, None
+    grad_in, grad_weight = torch.ops.liaoyuan.add_rms_norm_backward(grad_total, grad, *saved_inputs(ctx))
+    return grad_in, grad_in, grad_weight, None
+
+
+def _like(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _like_two(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _like(x, weight, eps), _like(x, weight, eps)
+
+
+def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(1)
+    for rows, width in ((3, 24), (130, 320)):
+        x = torch.randn(rows, width, generator=generator).to(dtype)
+        yield x, torch.rand(width, generator=generator).to(dtype) + 0.5, 1e-6
+
+
+def _samples_add(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for x, weight, eps in _samples(dtype):
+        yield x.flip(0).contiguous(), x, weight, eps
+
+
+RMS_NORM = register(
+    Operator(
+        name="rms_norm",
+        schema="(Tensor x, Tensor weight, float eps) -> Tensor",
+        reference=_rms_norm,
+        fake=_like,
+        samples=_samples,
+        flops=lambda x, weight, eps: 4 * x.numel(),
+        traffic=lambda x, weight, eps: 2 * x.numel() * x.element_size(),
+        gradient=Gradient(
+            inputs=(0, 1),
+            schema="(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+            reference=_rms_norm_backward,
+            fake=lambda grad, x, weight, eps: (_like(x, weight, eps), torch.empty_like(weight)),
+            save=save_inputs,
+            apply=_apply,
+        ),
+    )
+)
+
+ADD_RMS_NORM = register(
+    Operator(
+        name="add_rms_norm",
+        schema="(Tensor residual, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+        reference=_add_rms_norm,
+        fake=_like_two,
+        samples=_samples_add,
+        flops=lambda residual, x, weight, eps: 5 * x.numel(),
+        traffic=lambda residual, x, weight, eps: 4 * x.numel() * x.element_size(),
+        gradient=Gradient(
+            inputs=(0, 1, 2),
+            schema="(Tensor? grad_total, Tensor grad, Tensor total, Tensor weight, float eps) -> (Tensor, Tensor)",
+            reference=_add_rms_norm_backward,
+            fake=lambda grad_total, grad, total, weight, eps: (_like(total, weight, eps), torch.empty_like(weight)),
+            save=_save_total,
+            apply=_apply_add,
+        ),
+    )
+)

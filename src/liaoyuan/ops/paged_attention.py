@@ -1,7 +1,15 @@
-"""Causal attention over a paged key-value cache (decode and chunked prefill in one batch)."""
+"""Causal attention over a paged key-value cache (decode and chunked prefill in one batch), and writing to the cache.
+
+Paged cache: Kwon et al. 2023 (arXiv 2309.06180, sec. 4.1).
+"""
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from liaoyuan.ops.operator import Operator, register
 
 
 def paged_attention(
@@ -26,6 +34,34 @@ def paged_attention(
     Returns:
         [N, Hq, D] in the dtype of query. Rows after query_starts[S] are zero.
     """
+    arguments = (query, key_cache, value_cache, block_tables, query_starts, lengths, scale)
+    if PAGED_ATTENTION.is_native(query, key_cache, value_cache):
+        return PAGED_ATTENTION.call(*arguments)
+    return _paged_attention(*arguments)
+
+
+def write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """Write new keys and values into the cache, in place.
+
+    Args:
+        key, value: [N, Hk, D]; key_cache, value_cache: [B, block_size, Hk, D], same dtype.
+        slots: int64 [N], each row's place block * block_size + offset; a negative one is skipped.
+    """
+    if WRITE_CACHE.is_native(key, value, key_cache, value_cache):
+        WRITE_CACHE.call(key, value, key_cache, value_cache, slots)
+    else:
+        _write_cache(key, value, key_cache, value_cache, slots)
+
+
+def _paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    lengths: Tensor,
+    scale: float,
+) -> Tensor:
     out = torch.zeros_like(query)
     groups = query.shape[1] // key_cache.shape[2]
     block_size = key_cache.shape[1]
@@ -41,3 +77,62 @@ def paged_attention(
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out[starts[s] : starts[s + 1]] = torch.einsum("hqk,khd->qhd", weights, value).to(query.dtype)
     return out
+
+
+def _write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    rows = slots >= 0
+    key_cache.flatten(0, 1)[slots[rows]] = key[rows]
+    value_cache.flatten(0, 1)[slots[rows]] = value[rows]
+
+
+def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(6)
+    for query_heads, key_heads, dim, cases in (
+        (2, 1, 24, ((1, 5), (3, 3))),
+        (4, 2, 64, ((1, 600), (40, 70), (1, 1), (0, 3))),
+    ):
+        queries, lengths = [c[0] for c in cases], [c[1] for c in cases]
+        blocks = [-(-length // 16) for length in lengths]
+        tables = torch.zeros(len(cases), max(blocks), dtype=torch.int32)
+        order = torch.randperm(sum(blocks), generator=generator).to(torch.int32)
+        for row, part in enumerate(order.split(blocks)):
+            tables[row, : len(part)] = part
+        query = torch.randn(sum(queries) + 2, query_heads, dim, generator=generator).to(dtype)
+        shape = (sum(blocks), 16, key_heads, dim)
+        caches = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+        starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
+        yield query, *caches, tables, starts, torch.tensor(lengths, dtype=torch.int32), dim**-0.5
+
+
+def _write_samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(7)
+    key, value = (torch.randn(5, 2, 24, generator=generator).to(dtype) for _ in range(2))
+    caches = [torch.zeros(3, 4, 2, 24, dtype=dtype) for _ in range(2)]
+    yield key, value, *caches, torch.tensor([11, -1, 0, 5, 4])
+
+
+PAGED_ATTENTION = register(
+    Operator(
+        name="paged_attention",
+        schema="(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor query_starts, "
+        "Tensor lengths, float scale) -> Tensor",
+        reference=_paged_attention,
+        fake=lambda query, *_: query.new_empty(query.shape),
+        samples=_samples,
+        # as if every sequence had one query and a full table: the lengths are not known when tracing
+        flops=lambda query, cache, _, tables, *__: 4 * query.numel() * tables.shape[1] * cache.shape[1],
+        traffic=lambda query, cache, _, tables, *__: 2 * tables.numel() * cache[0].numel() * cache.element_size(),
+    )
+)
+
+WRITE_CACHE = register(
+    Operator(
+        name="write_cache",
+        schema="(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> ()",
+        reference=_write_cache,
+        fake=lambda *_: None,
+        samples=_write_samples,
+        flops=lambda *_: 0,
+        traffic=lambda key, *_: 4 * key.numel() * key.element_size(),
+    )
+)

@@ -4,10 +4,15 @@ Rotary embedding: Su et al. 2021 (arXiv 2104.09864), in the half-split layout of
 QK-norm: Henry et al. 2020 (arXiv 2010.04245), as RMSNorm over the head dimension (Qwen3).
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from liaoyuan.ops.norm import rms_norm
+from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs
+
+MAX_DIM = 512  # of a head in the native kernel
 
 
 def split_rotary(
@@ -27,15 +32,103 @@ def split_rotary(
         cosine, sine: [N, D / 2] fp32, the angles of each token's position.
         query_norm, key_norm: [D] weights of QK-norm, or None.
     """
-    groups = qkv.view(qkv.shape[0], num_key_value_heads, -1, head_dim)
-    query = groups[:, :, :-2].reshape(qkv.shape[0], -1, head_dim)
+    arguments = (qkv, cosine, sine, num_key_value_heads, head_dim, query_norm, key_norm, eps)
+    if head_dim <= MAX_DIM and cosine.dtype is torch.float32 and SPLIT_ROTARY.is_native(qkv, query_norm, key_norm):
+        return SPLIT_ROTARY.call(*arguments)
+    return _split_rotary(*arguments)
+
+
+def _split_rotary(
+    qkv: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    heads: int,
+    dim: int,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = qkv.view(qkv.shape[0], heads, -1, dim)
+    query = groups[:, :, :-2].reshape(qkv.shape[0], -1, dim)
     key, value = groups[:, :, -2], groups[:, :, -1].contiguous()
     if query_norm is not None and key_norm is not None:
-        query, key = rms_norm(query, query_norm, eps), rms_norm(key, key_norm, eps)
+        query, key = _normalise(query, query_norm, eps), _normalise(key, key_norm, eps)
     return _rotate(query, cosine, sine), _rotate(key, cosine, sine), value
+
+
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+def _backward(
+    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, qkv: Tensor, *inputs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    normed = inputs[4] is not None
+    wanted = (0, 5, 6) if normed else (0,)
+    found = pull_back(_split_rotary, (qkv, *inputs), wanted, (grad_query, grad_key, grad_value))
+    return found[0], *(found[1:] if normed else (qkv.new_empty(0), qkv.new_empty(0)))
+
+
+def _apply(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    inputs = saved_inputs(ctx)
+    qkv, heads, dim = inputs[0], inputs[3], inputs[4]
+    counts = (qkv.shape[1] // dim - 2 * heads, heads, heads)
+    given = [qkv.new_zeros(len(qkv), n, dim) if g is None else g for n, g in zip(counts, grads, strict=True)]
+    found = torch.ops.liaoyuan.split_rotary_backward(*given, *inputs)
+    norms = found[1:] if inputs[5] is not None else (None, None)
+    return found[0], None, None, None, None, *norms, None
+
+
+def _fake(qkv: Tensor, cosine: Tensor, sine: Tensor, heads: int, dim: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = qkv.shape[0]
+    query = qkv.new_empty(rows, qkv.shape[1] // dim - 2 * heads, dim)
+    return query, qkv.new_empty(rows, heads, dim), qkv.new_empty(rows, heads, dim)
+
+
+def _fake_backward(
+    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, qkv: Tensor, *inputs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = inputs[3] if inputs[4] is not None else 0
+    grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    return grad, qkv.new_empty(size), qkv.new_empty(size)
+
+
+def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(3)
+    for rows, heads, groups, dim, normed in ((3, 1, 1, 24, True), (5, 2, 3, 16, False), (90, 2, 2, 64, True)):
+        qkv = torch.randn(rows, heads * (groups + 2) * dim, generator=generator).to(dtype)
+        angle = torch.randn(rows, dim // 2, generator=generator)
+        # bf16 angles in fp32, since the reference rounds them to the dtype of the projection
+        angles = [f(angle).to(dtype).float() for f in (torch.cos, torch.sin)]
+        norms = [(torch.rand(dim, generator=generator) + 0.5).to(dtype) if normed else None for _ in range(2)]
+        yield qkv, *angles, heads, dim, *norms, 1e-6
+
+
+SPLIT_ROTARY = register(
+    Operator(
+        name="split_rotary",
+        schema="(Tensor qkv, Tensor cosine, Tensor sine, int heads, int dim, Tensor? query_norm, Tensor? key_norm, "
+        "float eps) -> (Tensor, Tensor, Tensor)",
+        reference=_split_rotary,
+        fake=_fake,
+        samples=_samples,
+        flops=lambda qkv, *_: 8 * qkv.numel(),
+        traffic=lambda qkv, *_: 2 * qkv.numel() * qkv.element_size(),
+        gradient=Gradient(
+            inputs=(0, 5, 6),
+            schema="(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor qkv, Tensor cosine, Tensor sine, "
+            "int heads, int dim, Tensor? query_norm, Tensor? key_norm, float eps) -> (Tensor, Tensor, Tensor)",
+            reference=_backward,
+            fake=_fake_backward,
+            save=save_inputs,
+            apply=_apply,
+        ),
+    )
+)

@@ -1,0 +1,461 @@
+// The kernels as operators of torch's dispatcher, for CPU tensors.
+//
+// The schemas belong to Python (torch.library). `liaoyuan_native::use(name, on)` registers this library's kernels of
+// one operator, or takes them away: so Python decides, after the self-test. Inputs are checked here as far as memory
+// safety asks; what the kernels do not take (other dtypes, devices) Python gives to the reference.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <map>
+#include <memory>
+
+#include "kernels.h"
+#include "operators.h"
+
+namespace liaoyuan {
+
+void run_tasks(int64_t tasks, const void* body, void (*task)(const void*, int64_t)) {
+  int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(tasks, at::get_num_threads());
+  if (threads <= 1) {
+    for (int64_t i = 0; i < tasks; ++i) task(body, i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < tasks; i = next++) task(body, i);
+  });
+}
+
+void* scratch(int slot, size_t bytes) {
+  struct Buffer {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  thread_local Buffer buffers[3];
+  Buffer& buffer = buffers[slot];
+  if (buffer.size < bytes) {
+    std::free(buffer.data);
+    buffer.size = (bytes + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(4096, buffer.size);
+    TORCH_CHECK_WITH(OutOfMemoryError, buffer.data, "no memory for a buffer of ", buffer.size, " bytes");
+  }
+  return buffer.data;
+}
+
+namespace {
+
+// Call body with a null pointer of the kernels' type for this dtype.
+template <class Body>
+auto by_type(const Tensor& tensor, const Body& body) {
+  if (tensor.scalar_type() == at::kFloat) return body(static_cast<float*>(nullptr));
+  TORCH_CHECK(tensor.scalar_type() == at::kBFloat16, "the native kernels take float32 and bfloat16, not ",
+              tensor.scalar_type());
+  return body(static_cast<BFloat16*>(nullptr));
+}
+
+template <class T>
+const T* in(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
+template <class T>
+const T* in(const OptionalTensor& tensor) { return tensor ? in<T>(*tensor) : nullptr; }
+template <class T>
+T* out(const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); }
+
+Tensor dense(const Tensor& tensor) { return tensor.contiguous(); }
+OptionalTensor dense(const OptionalTensor& tensor) {
+  return tensor && tensor->defined() ? OptionalTensor(tensor->contiguous()) : std::nullopt;
+}
+
+void same_type(const Tensor& a, const Tensor& b) {
+  TORCH_CHECK(a.scalar_type() == b.scalar_type() && b.device().is_cpu(), "dtypes or devices differ: ",
+              a.scalar_type(), " and ", b.scalar_type());
+}
+void same_shape(const Tensor& a, const Tensor& b) {
+  same_type(a, b);
+  TORCH_CHECK(a.sizes() == b.sizes(), "shapes differ: ", a.sizes(), " and ", b.sizes());
+}
+
+// ---- norm
+
+void check_norm(const Tensor& x, const Tensor& weight) {
+  same_type(x, weight);
+  TORCH_CHECK(x.dim() >= 1 && weight.dim() == 1 && x.size(-1) == weight.size(0), "the weight does not fit the rows");
+}
+
+int64_t rows_of(const Tensor& x) { return x.size(-1) ? x.numel() / x.size(-1) : 0; }
+
+Tensor rms_norm_cpu(const Tensor& x_, const Tensor& weight_, double eps) {
+  check_norm(x_, weight_);
+  Tensor x = dense(x_), weight = dense(weight_), result = at::empty_like(x);
+  by_type(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    rms_norm<T>(nullptr, in<T>(x), in<T>(weight), nullptr, out<T>(result), rows_of(x), x.size(-1), float(eps));
+  });
+  return result;
+}
+
+Two norm_gradients(const OptionalTensor& grad_total_, const Tensor& grad_, const Tensor& total_, const Tensor& weight_,
+                   double eps) {
+  check_norm(total_, weight_);
+  same_shape(grad_, total_);
+  Tensor grad = dense(grad_), total = dense(total_), weight = dense(weight_);
+  OptionalTensor grad_total = dense(grad_total_);
+  if (grad_total) same_shape(*grad_total, total);
+  Tensor grad_in = at::empty_like(total), grad_weight = at::empty_like(weight);
+  by_type(total, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    rms_norm_backward<T>(in<T>(grad_total), in<T>(grad), in<T>(total), in<T>(weight), out<T>(grad_in),
+                         out<T>(grad_weight), rows_of(total), total.size(-1), float(eps));
+  });
+  return {grad_in, grad_weight};
+}
+
+Two rms_norm_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& weight, double eps) {
+  return norm_gradients(std::nullopt, grad, x, weight, eps);
+}
+
+Two add_rms_norm_cpu(const Tensor& residual_, const Tensor& x_, const Tensor& weight_, double eps) {
+  check_norm(x_, weight_);
+  same_shape(residual_, x_);
+  Tensor residual = dense(residual_), x = dense(x_), weight = dense(weight_);
+  Tensor total = at::empty_like(x), result = at::empty_like(x);
+  by_type(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    rms_norm<T>(in<T>(residual), in<T>(x), in<T>(weight), out<T>(total), out<T>(result), rows_of(x), x.size(-1),
+                float(eps));
+  });
+  return {total, result};
+}
+
+// ---- rotary
+
+RotaryShape rotary_shape(const Tensor& qkv, const Tensor& cosine, const Tensor& sine, const OptionalTensor& query_norm,
+                         const OptionalTensor& key_norm, int64_t key_heads, int64_t dim, double eps) {
+  TORCH_CHECK(qkv.dim() == 2 && dim > 0 && dim <= 512 && dim % 2 == 0 && key_heads > 0 &&
+                  qkv.size(1) % (key_heads * dim) == 0 && qkv.size(1) / (key_heads * dim) > 2,
+              "the merged projection does not fit its heads");
+  for (const Tensor& angle : {cosine, sine})
+    TORCH_CHECK(angle.scalar_type() == at::kFloat && angle.dim() == 2 && angle.size(0) == qkv.size(0) &&
+                    angle.size(1) == dim / 2,
+                "the angles must be float32 of shape [tokens, dim / 2]");
+  TORCH_CHECK(query_norm.has_value() == key_norm.has_value(), "both heads are normalised, or none");
+  if (query_norm)
+    for (const Tensor& norm : {*query_norm, *key_norm}) {
+      same_type(qkv, norm);
+      TORCH_CHECK(norm.numel() == dim, "a norm's weight does not fit the head");
+    }
+  return {qkv.size(0), key_heads, qkv.size(1) / (key_heads * dim) - 2, dim, float(eps)};
+}
+
+Three split_rotary_cpu(const Tensor& qkv_, const Tensor& cosine_, const Tensor& sine_, int64_t key_heads, int64_t dim,
+                       const OptionalTensor& query_norm_, const OptionalTensor& key_norm_, double eps) {
+  RotaryShape shape = rotary_shape(qkv_, cosine_, sine_, query_norm_, key_norm_, key_heads, dim, eps);
+  Tensor qkv = dense(qkv_), cosine = dense(cosine_), sine = dense(sine_);
+  OptionalTensor query_norm = dense(query_norm_), key_norm = dense(key_norm_);
+  Tensor query = at::empty({shape.rows, key_heads * shape.groups, dim}, qkv.options());
+  Tensor key = at::empty({shape.rows, key_heads, dim}, qkv.options()), value = at::empty_like(key);
+  by_type(qkv, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    split_rotary<T>(in<T>(qkv), in<float>(cosine), in<float>(sine), in<T>(query_norm), in<T>(key_norm), out<T>(query),
+                    out<T>(key), out<T>(value), shape);
+  });
+  return {query, key, value};
+}
+
+Three split_rotary_backward_cpu(const Tensor& grad_query_, const Tensor& grad_key_, const Tensor& grad_value_,
+                                const Tensor& qkv_, const Tensor& cosine_, const Tensor& sine_, int64_t key_heads,
+                                int64_t dim, const OptionalTensor& query_norm_, const OptionalTensor& key_norm_,
+                                double eps) {
+  RotaryShape shape = rotary_shape(qkv_, cosine_, sine_, query_norm_, key_norm_, key_heads, dim, eps);
+  Tensor qkv = dense(qkv_), cosine = dense(cosine_), sine = dense(sine_), grad_query = dense(grad_query_);
+  Tensor grad_key = dense(grad_key_), grad_value = dense(grad_value_);
+  for (const Tensor& grad : {grad_query, grad_key, grad_value}) same_type(qkv, grad);
+  TORCH_CHECK(grad_query.numel() == shape.rows * key_heads * shape.groups * dim &&
+                  grad_key.numel() == shape.rows * key_heads * dim && grad_value.numel() == grad_key.numel(),
+              "a gradient does not fit");
+  OptionalTensor query_norm = dense(query_norm_), key_norm = dense(key_norm_);
+  int64_t norm_size = query_norm ? dim : 0;
+  Tensor grad_qkv = at::empty_like(qkv), grad_query_norm = at::empty({norm_size}, qkv.options());
+  Tensor grad_key_norm = at::empty({norm_size}, qkv.options());
+  by_type(qkv, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    split_rotary_backward<T>(in<T>(grad_query), in<T>(grad_key), in<T>(grad_value), in<T>(qkv), in<float>(cosine),
+                             in<float>(sine), in<T>(query_norm), in<T>(key_norm), out<T>(grad_qkv),
+                             out<T>(grad_query_norm), out<T>(grad_key_norm), shape);
+  });
+  return {grad_qkv, grad_query_norm, grad_key_norm};
+}
+
+// ---- swiglu
+
+Tensor swiglu_cpu(const Tensor& gate_up_) {
+  TORCH_CHECK(gate_up_.dim() == 2 && gate_up_.size(1) % 2 == 0, "gate and up must alternate in the last dimension");
+  Tensor gate_up = dense(gate_up_), result = at::empty({gate_up.size(0), gate_up.size(1) / 2}, gate_up.options());
+  by_type(gate_up, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    swiglu<T>(in<T>(gate_up), out<T>(result), result.size(0), result.size(1));
+  });
+  return result;
+}
+
+Tensor swiglu_backward_cpu(const Tensor& grad_, const Tensor& gate_up_) {
+  same_type(grad_, gate_up_);
+  Tensor grad = dense(grad_), gate_up = dense(gate_up_), result = at::empty_like(gate_up);
+  TORCH_CHECK(gate_up.dim() == 2 && grad.numel() * 2 == gate_up.numel(), "the gradient does not fit");
+  by_type(grad, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    swiglu_backward<T>(in<T>(grad), in<T>(gate_up), out<T>(result), gate_up.size(0), gate_up.size(1) / 2);
+  });
+  return result;
+}
+
+// ---- token_log_prob
+
+constexpr int64_t CHUNK_ELEMENTS = 1 << 22;  // of logits at a time: 8 MiB in bf16
+
+Tensor chunk_buffer(int64_t rows, int64_t columns, const Tensor& like) {
+  void* data = scratch(2, size_t(rows * columns) * like.element_size());
+  return at::from_blob(data, {rows, columns}, like.options().requires_grad(false));
+}
+
+int64_t chunk_columns(int64_t rows, int64_t vocabulary) {
+  int64_t columns = std::max<int64_t>(256, CHUNK_ELEMENTS / std::max<int64_t>(rows, 1) / 64 * 64);
+  return std::min(columns, vocabulary);
+}
+
+void check_head(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
+  same_type(hidden, weight);
+  TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1), "the head does not fit");
+  TORCH_CHECK(targets.scalar_type() == at::kLong && targets.dim() == 1 && targets.size(0) == hidden.size(0),
+              "targets must be int64 [tokens]");
+}
+
+Three token_log_prob_cpu(const Tensor& hidden_, const Tensor& weight_, const Tensor& targets_, bool keep) {
+  check_head(hidden_, weight_, targets_);
+  Tensor hidden = dense(hidden_), weight = dense(weight_), targets = dense(targets_);
+  int64_t rows = hidden.size(0), vocabulary = weight.size(0);
+  const int64_t* target = in<int64_t>(targets);
+  for (int64_t i = 0; i < rows; ++i)
+    TORCH_CHECK(target[i] >= 0 && target[i] < vocabulary, "target ", target[i], " is not in the vocabulary");
+  auto real = hidden.options().dtype(at::kFloat);
+  Tensor state = at::empty({rows, 3}, real), log_prob = at::empty({rows}, real), log_sum_exp = at::empty({rows}, real);
+  Tensor kept = at::empty({keep ? rows : 0, vocabulary}, hidden.options());
+  int64_t step = keep ? vocabulary : chunk_columns(rows, vocabulary);
+  for (int64_t first = 0; rows && first < vocabulary; first += step) {
+    int64_t columns = std::min(step, vocabulary - first);
+    Tensor logits = keep ? kept : chunk_buffer(rows, columns, hidden);
+    at::mm_out(logits, hidden, weight.narrow(0, first, columns).t());
+    by_type(hidden, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      log_sum_exp_chunk<T>(in<T>(logits), target, out<float>(state), rows, columns, first);
+    });
+  }
+  const float* cell = in<float>(state);
+  for (int64_t i = 0; i < rows; ++i) {
+    float value = cell[i * 3] + std::log(cell[i * 3 + 1]);
+    out<float>(log_sum_exp)[i] = value;
+    out<float>(log_prob)[i] = cell[i * 3 + 2] - value;
+  }
+  return {log_prob, log_sum_exp, kept};
+}
+
+Two token_log_prob_backward_cpu(const Tensor& grad_, const Tensor& hidden_, const Tensor& weight_,
+                                const Tensor& targets_, const Tensor& log_sum_exp_, const Tensor& kept_) {
+  check_head(hidden_, weight_, targets_);
+  Tensor hidden = dense(hidden_), weight = dense(weight_), targets = dense(targets_), kept = dense(kept_);
+  Tensor grad = dense(grad_), log_sum_exp = dense(log_sum_exp_);
+  int64_t rows = hidden.size(0), vocabulary = weight.size(0), step = chunk_columns(rows, vocabulary);
+  TORCH_CHECK(grad.scalar_type() == at::kFloat && grad.numel() == rows && log_sum_exp.numel() == rows &&
+                  (kept.numel() == 0 || kept.numel() == rows * vocabulary),
+              "a gradient does not fit");
+  Tensor grad_weight = rows ? at::empty_like(weight) : at::zeros(weight.sizes(), weight.options());
+  Tensor grad_hidden = at::empty_like(hidden), sum;
+  for (int64_t first = 0; rows && first < vocabulary; first += step) {
+    int64_t columns = std::min(step, vocabulary - first);
+    Tensor part = weight.narrow(0, first, columns), logits = chunk_buffer(rows, columns, hidden);
+    if (kept.numel())
+      logits.copy_(kept.narrow(1, first, columns));
+    else
+      at::mm_out(logits, hidden, part.t());
+    by_type(hidden, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      softmax_gradient_chunk<T>(out<T>(logits), in<int64_t>(targets), in<float>(log_sum_exp), in<float>(grad), rows,
+                                columns, first);
+    });
+    Tensor grad_part = grad_weight.narrow(0, first, columns);
+    at::mm_out(grad_part, logits.t(), hidden);
+    at::mm_out(grad_hidden, logits, part);
+    if (step < vocabulary) sum = first ? sum.add_(grad_hidden) : grad_hidden.to(at::kFloat, false, true);
+  }
+  if (sum.defined()) grad_hidden.copy_(sum);
+  return {grad_hidden, grad_weight};
+}
+
+// ---- attention
+
+Tensor boundary_list(const Tensor& boundaries, int64_t tokens) {
+  Tensor list = boundaries.to(at::kInt).contiguous();
+  TORCH_CHECK(list.dim() == 1 && list.numel() >= 1, "boundaries must be one row");
+  const int32_t* entry = in<int32_t>(list);
+  int64_t count = list.numel();
+  bool rising = entry[0] == 0 && entry[count - 1] == tokens;
+  for (int64_t i = 1; i < count; ++i) rising = rising && entry[i - 1] <= entry[i];
+  TORCH_CHECK(rising, "boundaries must rise from 0 to the number of tokens");
+  return list;
+}
+
+AttentionShape attention_shape(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& boundaries,
+                               double scale) {
+  same_type(query, key);
+  same_shape(key, value);
+  TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && query.size(0) == key.size(0) && query.size(2) == key.size(2) &&
+                  key.size(1) > 0 && query.size(1) % key.size(1) == 0,
+              "query ", query.sizes(), " and key ", key.sizes(), " do not fit");
+  return {query.size(0), query.size(1), key.size(1), query.size(2), boundaries.numel() - 1, float(scale)};
+}
+
+Two attention_cpu(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& boundaries_,
+                  double scale) {
+  AttentionShape shape = attention_shape(query_, key_, value_, boundaries_, scale);
+  Tensor query = dense(query_), key = dense(key_), value = dense(value_);
+  Tensor boundaries = boundary_list(boundaries_, shape.tokens), result = at::empty_like(query);
+  Tensor log_sum_exp = at::empty({shape.query_heads, shape.tokens}, query.options().dtype(at::kFloat));
+  by_type(query, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    attention<T>(in<T>(query), in<T>(key), in<T>(value), in<int32_t>(boundaries), out<T>(result),
+                 out<float>(log_sum_exp), shape);
+  });
+  return {result, log_sum_exp};
+}
+
+Three attention_backward_cpu(const Tensor& grad_, const Tensor& query_, const Tensor& key_, const Tensor& value_,
+                             const Tensor& boundaries_, double scale, const Tensor& result_,
+                             const Tensor& log_sum_exp_) {
+  AttentionShape shape = attention_shape(query_, key_, value_, boundaries_, scale);
+  same_shape(grad_, query_);
+  same_shape(result_, query_);
+  Tensor grad = dense(grad_), query = dense(query_), key = dense(key_), value = dense(value_), result = dense(result_);
+  Tensor log_sum_exp = dense(log_sum_exp_), boundaries = boundary_list(boundaries_, shape.tokens);
+  TORCH_CHECK(log_sum_exp.scalar_type() == at::kFloat && log_sum_exp.numel() == shape.query_heads * shape.tokens,
+              "log_sum_exp does not fit");
+  Tensor grad_query = at::empty_like(query), grad_key = at::empty_like(key), grad_value = at::empty_like(value);
+  by_type(query, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    attention_backward<T>(in<T>(grad), in<T>(query), in<T>(key), in<T>(value), in<int32_t>(boundaries), in<T>(result),
+                          in<float>(log_sum_exp), out<T>(grad_query), out<T>(grad_key), out<T>(grad_value), shape);
+  });
+  return {grad_query, grad_key, grad_value};
+}
+
+// ---- paged cache
+
+void check_pages(const Tensor& tables, const Tensor& starts, const Tensor& lengths, const Tensor& cache,
+                 int64_t queries) {
+  int64_t sequences = lengths.numel(), width = tables.size(1);
+  TORCH_CHECK(tables.dim() == 2 && tables.size(0) == sequences && starts.numel() == sequences + 1,
+              "block_tables, query_starts and lengths do not fit");
+  const int32_t *start = in<int32_t>(starts), *length = in<int32_t>(lengths), *table = in<int32_t>(tables);
+  bool fit = start[0] == 0 && start[sequences] <= queries;
+  for (int64_t s = 0; fit && s < sequences; ++s) {
+    int64_t blocks = (length[s] + cache.size(1) - 1) / cache.size(1);
+    fit = start[s] <= start[s + 1] && start[s + 1] - start[s] <= length[s] && blocks <= width;
+    for (int64_t b = 0; fit && b < blocks; ++b)
+      fit = table[s * width + b] >= 0 && table[s * width + b] < cache.size(0);
+  }
+  TORCH_CHECK(fit, "a sequence reaches outside its cache blocks or its queries");
+}
+
+Tensor paged_attention_cpu(const Tensor& query_, const Tensor& key_cache, const Tensor& value_cache,
+                           const Tensor& block_tables_, const Tensor& query_starts_, const Tensor& lengths_,
+                           double scale) {
+  same_type(query_, key_cache);
+  same_shape(key_cache, value_cache);
+  TORCH_CHECK(key_cache.is_contiguous() && value_cache.is_contiguous(), "the cache must be contiguous");
+  TORCH_CHECK(query_.dim() == 3 && key_cache.dim() == 4 && query_.size(2) == key_cache.size(3) &&
+                  key_cache.size(2) > 0 && query_.size(1) % key_cache.size(2) == 0,
+              "query and cache do not fit");
+  Tensor query = dense(query_), tables = dense(block_tables_.to(at::kInt));
+  Tensor starts = dense(query_starts_.to(at::kInt)), lengths = dense(lengths_.to(at::kInt));
+  check_pages(tables, starts, lengths, key_cache, query.size(0));
+  PagedShape shape{query.size(1),  key_cache.size(2), query.size(2), lengths.numel(),
+                   key_cache.size(1), tables.size(1),  float(scale)};
+  Tensor result = at::empty_like(query);
+  int64_t used = in<int32_t>(starts)[shape.sequences];
+  result.narrow(0, used, query.size(0) - used).zero_();
+  by_type(query, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    paged_attention<T>(in<T>(query), in<T>(key_cache), in<T>(value_cache), in<int32_t>(tables), in<int32_t>(starts),
+                       in<int32_t>(lengths), out<T>(result), shape);
+  });
+  return result;
+}
+
+void write_cache_cpu(const Tensor& key_, const Tensor& value_, Tensor& key_cache, Tensor& value_cache,
+                     const Tensor& slots_) {
+  Tensor key = dense(key_), value = dense(value_), slots = dense(slots_);
+  same_type(key, key_cache);
+  same_shape(key_cache, value_cache);
+  same_shape(key, value);
+  TORCH_CHECK(key_cache.is_contiguous() && value_cache.is_contiguous() && slots.scalar_type() == at::kLong &&
+                  slots.numel() == key.size(0) && key.dim() == 3 && key_cache.dim() == 4 &&
+                  key.size(1) == key_cache.size(2) && key.size(2) == key_cache.size(3),
+              "keys, slots and cache do not fit");
+  int64_t rows = key.size(0), capacity = key_cache.size(0) * key_cache.size(1);
+  for (int64_t i = 0; i < rows; ++i)
+    TORCH_CHECK(in<int64_t>(slots)[i] < capacity, "slot ", in<int64_t>(slots)[i], " is outside the cache");
+  write_cache(in<char>(key), in<char>(value), out<char>(key_cache), out<char>(value_cache), in<int64_t>(slots), rows,
+              key.size(1) * key.size(2) * key.element_size());
+}
+
+// ---- choice
+
+void register_kernels(torch::Library& library, const std::string& name) {
+  if (name == "rms_norm") {
+    library.impl("rms_norm", &rms_norm_cpu);
+    library.impl("rms_norm_backward", &rms_norm_backward_cpu);
+  } else if (name == "add_rms_norm") {
+    library.impl("add_rms_norm", &add_rms_norm_cpu);
+    library.impl("add_rms_norm_backward", &norm_gradients);
+  } else if (name == "split_rotary") {
+    library.impl("split_rotary", &split_rotary_cpu);
+    library.impl("split_rotary_backward", &split_rotary_backward_cpu);
+  } else if (name == "swiglu") {
+    library.impl("swiglu", &swiglu_cpu);
+    library.impl("swiglu_backward", &swiglu_backward_cpu);
+  } else if (name == "token_log_prob") {
+    library.impl("token_log_prob", &token_log_prob_cpu);
+    library.impl("token_log_prob_backward", &token_log_prob_backward_cpu);
+  } else if (name == "attention") {
+    library.impl("attention", &attention_cpu);
+    library.impl("attention_backward", &attention_backward_cpu);
+  } else if (name == "paged_attention") {
+    library.impl("paged_attention", &paged_attention_cpu);
+  } else if (name == "write_cache") {
+    library.impl("write_cache", &write_cache_cpu);
+  } else {
+    TORCH_CHECK(false, "there is no native kernel called ", name);
+  }
+}
+
+void use(std::string name, bool on) {
+  static std::map<std::string, std::vector<std::unique_ptr<torch::Library>>> in_use;
+  in_use.erase(name);
+  if (!on) return;
+  auto& libraries = in_use[name];
+  for (auto key : {c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU})
+    libraries.push_back(std::make_unique<torch::Library>(torch::Library::IMPL, "liaoyuan", key, __FILE__, __LINE__));
+  register_kernels(*libraries[0], name);
+  register_autograd(*libraries[1], name);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(liaoyuan_native, library) { library.def("use(str name, bool on) -> ()", &use); }
+
+}  // namespace liaoyuan

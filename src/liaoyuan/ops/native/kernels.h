@@ -1,0 +1,81 @@
+// The kernels' interface: plain pointers, so that only the binding needs torch's headers.
+// T is float or BFloat16; all rows are contiguous unless a stride is named; strides count elements.
+#pragma once
+#include "vector.h"
+
+namespace liaoyuan {
+
+// Run body(0), ..., body(tasks - 1) on torch's threads. Each task writes its own memory, so that the
+// result does not depend on who runs it. Defined in binding.cpp.
+void run_tasks(int64_t tasks, const void* body, void (*task)(const void*, int64_t));
+
+template <class Body>
+void parallel(int64_t tasks, const Body& body) {
+  run_tasks(tasks, &body, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); });
+}
+
+// A buffer of this thread that only grows; valid until the thread's next call with the same slot.
+void* scratch(int slot, size_t bytes);
+
+// norm.cpp. With residual: total = residual + x, and total is normed; without: x is normed.
+template <class T>
+void rms_norm(const T* residual, const T* x, const T* weight, T* total, T* out, int64_t rows, int64_t width, float eps);
+// grad_total may be null (no gradient came along the residual stream).
+template <class T>
+void rms_norm_backward(const T* grad_total, const T* grad, const T* total, const T* weight, T* grad_in, T* grad_weight,
+                       int64_t rows, int64_t width, float eps);
+
+// rotary.cpp. qkv: [rows, key_heads, groups + 2, dim]; a null norm weight leaves that norm out.
+struct RotaryShape {
+  int64_t rows, key_heads, groups, dim;
+  float eps;
+};
+template <class T>
+void split_rotary(const T* qkv, const float* cosine, const float* sine, const T* query_norm, const T* key_norm, T* query,
+                  T* key, T* value, RotaryShape shape);
+template <class T>
+void split_rotary_backward(const T* grad_query, const T* grad_key, const T* grad_value, const T* qkv,
+                           const float* cosine, const float* sine, const T* query_norm, const T* key_norm, T* grad_qkv,
+                           T* grad_query_norm, T* grad_key_norm, RotaryShape shape);
+
+// swiglu.cpp. width is that of the result.
+template <class T>
+void swiglu(const T* gate_up, T* out, int64_t rows, int64_t width);
+template <class T>
+void swiglu_backward(const T* grad, const T* gate_up, T* grad_gate_up, int64_t rows, int64_t width);
+
+// softmax.cpp: one chunk of columns first, ..., first + columns - 1 of the logits, row by row.
+// state [rows, 3]: running maximum, sum of exponentials, logit of the target.
+template <class T>
+void log_sum_exp_chunk(const T* logits, const int64_t* targets, float* state, int64_t rows, int64_t columns,
+                       int64_t first);
+// logits become (onehot - softmax) * grad.
+template <class T>
+void softmax_gradient_chunk(T* logits, const int64_t* targets, const float* log_sum_exp, const float* grad,
+                            int64_t rows, int64_t columns, int64_t first);
+
+// attention.cpp
+struct AttentionShape {
+  int64_t tokens, query_heads, key_heads, dim, documents;
+  float scale;
+};
+template <class T>
+void attention(const T* query, const T* key, const T* value, const int32_t* boundaries, T* out, float* log_sum_exp,
+               AttentionShape shape);
+template <class T>
+void attention_backward(const T* grad, const T* query, const T* key, const T* value, const int32_t* boundaries,
+                        const T* out, const float* log_sum_exp, T* grad_query, T* grad_key, T* grad_value,
+                        AttentionShape shape);
+struct PagedShape {
+  int64_t query_heads, key_heads, dim, sequences, block_size, max_blocks;
+  float scale;
+};
+template <class T>
+void paged_attention(const T* query, const T* key_cache, const T* value_cache, const int32_t* block_tables,
+                     const int32_t* query_starts, const int32_t* lengths, T* out, PagedShape shape);
+
+// softmax.cpp too
+void write_cache(const char* key, const char* value, char* key_cache, char* value_cache, const int64_t* slots,
+                 int64_t rows, int64_t row_bytes);
+
+}  // namespace liaoyuan

@@ -1,0 +1,21 @@
+// What the two files that know torch share: the operators as functions of the dispatcher.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+namespace liaoyuan {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+
+
+// Register the differentiable side of the operator `name`; does nothing for operators without one.
+void register_autograd(torch::Library& library, const std::string& name);
+
+}  // namespace liaoyuan

@@ -1,0 +1,221 @@
+// Matrix products of small packed tiles: the inner engine of attention. Two engines with one interface:
+// Amx multiplies bf16 in Intel's tile registers, Wide multiplies fp32 in vector registers of any machine.
+//
+// A tile is 1 KiB: 16 rows of 64 bytes, DEPTH words each along the reduced dimension.
+//   left operand  [16 rows, DEPTH]: the rows as they are
+//   right operand [DEPTH, 16 columns]: Wide, row by row; Amx, rows in pairs (row 2p and 2p + 1 of one column side by side)
+// So for any matrix X with tiles as left operand: right(X^T) is each tile transposed as 16 x 16 words of 32 bits,
+// and left(X^T) is the same of right(X). Each element of a product is summed along the reduced dimension in an
+// order that depends on nothing else: this makes a row's result independent of the rows computed beside it.
+#pragma once
+#include "kernels.h"
+#ifdef __AMX_BF16__
+#include <immintrin.h>
+#endif
+
+namespace liaoyuan {
+
+constexpr int BLOCK = 32;  // rows and columns of one product: two tiles each way
+
+inline void transpose(const void* from, int64_t from_stride, void* to) {  // 16 x 16 words; stride in words
+  WordVec row[16];
+  for (int i = 0; i < 16; ++i)
+    std::memcpy(&row[i], static_cast<const uint32_t*>(from) + i * from_stride, sizeof row[i]);
+  const WordVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#pragma GCC unroll 4
+  for (uint32_t width = 1; width < 16; width *= 2) {
+    WordVec upper = (WordVec)((lane & width) != 0);
+    WordVec first = (upper & (lane + 16 - width)) | (~upper & lane);
+    WordVec second = (upper & (lane + 16)) | (~upper & (lane + width));
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < 16; ++i) {
+      if (i & width) continue;
+      WordVec a = row[i], b = row[i + width];
+      row[i] = __builtin_shuffle(a, b, first);
+      row[i + width] = __builtin_shuffle(a, b, second);
+    }
+  }
+  for (int i = 0; i < 16; ++i) std::memcpy(static_cast<uint32_t*>(to) + i * 16, &row[i], sizeof row[i]);
+}
+
+struct Wide {
+  using Word = float;
+  static constexpr int DEPTH = 16, TILE = 256;
+  static void begin() {}
+  static void end() {}
+
+  // Tile (k, n) of right(X), from left(X) that is `depth` tiles wide.
+  static void right_tile(const float* left, int64_t depth, int64_t k, int64_t n, float* to) {
+    std::memcpy(to, left + (k * depth + n) * TILE, TILE * sizeof(float));
+  }
+
+  // Row r of a 32 x 32 block as left operand, its two left tiles each way at (k * 2 + m).
+  static void put_left(float* block, int r, Vec first, Vec second) {
+    store(block + (r / 16) * TILE + (r % 16) * 16, first);
+    store(block + (2 + r / 16) * TILE + (r % 16) * 16, second);
+  }
+  // Rows r and r + 1 of a 32 x 32 block as right operand, its tiles at (k * 2 + n).
+  static void put_right(float* block, int r, Vec first, Vec second, Vec next_first, Vec next_second) {
+    float* to = block + (r / 16) * 2 * TILE + (r % 16) * 16;
+    store(to, first);
+    store(to + TILE, second);
+    store(to + 16, next_first);
+    store(to + TILE + 16, next_second);
+  }
+
+  // c [32, 16 * COLUMNS] (+)= sum over k of left(m, k) right(k, n); strides count tiles.
+  template <int COLUMNS>
+  static void multiply(float* c, int64_t ldc, bool add, const float* left, int64_t left_m, int64_t left_k,
+                       const float* right, int64_t right_n, int64_t right_k, int64_t depth) {
+    for (int r = 0; r < BLOCK; r += 8) {
+      Vec sums[8][COLUMNS];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i)
+#pragma GCC unroll 2
+        for (int n = 0; n < COLUMNS; ++n) sums[i][n] = add ? load(c + (r + i) * ldc + n * 16) : Vec{};
+      for (int64_t k = 0; k < depth; ++k) {
+        const float* a = left + ((r / 16) * left_m + k * left_k) * TILE + (r % 16) * 16;
+        const float* b = right + k * right_k * TILE;
+        for (int d = 0; d < 16; ++d) {
+          Vec columns[COLUMNS];
+#pragma GCC unroll 2
+          for (int n = 0; n < COLUMNS; ++n) columns[n] = load(b + n * right_n * TILE + d * 16);
+#pragma GCC unroll 8
+          for (int i = 0; i < 8; ++i)
+#pragma GCC unroll 2
+            for (int n = 0; n < COLUMNS; ++n) sums[i][n] += a[i * 16 + d] * columns[n];
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i)
+#pragma GCC unroll 2
+        for (int n = 0; n < COLUMNS; ++n) store(c + (r + i) * ldc + n * 16, sums[i][n]);
+    }
+  }
+};
+
+#ifdef __AMX_BF16__
+bool amx_permitted();  // asks the kernel of the operating system once
+
+struct Amx {
+  using Word = BFloat16;
+  static constexpr int DEPTH = 32, TILE = 512;
+
+  static void begin() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  static void end() { _tile_release(); }
+
+  static void right_tile(const BFloat16* left, int64_t depth, int64_t k, int64_t n, BFloat16* to) {
+    for (int p = 0; p < 16; ++p) {
+      int r = 2 * p;
+      const BFloat16* from = left + ((2 * k + r / 16) * depth + n / 2) * TILE + (r % 16) * DEPTH + (n % 2) * 16;
+      WordVec words = ((WordVec)load(from) >> 16) | (WordVec)load(from + DEPTH);
+      std::memcpy(to + p * DEPTH, &words, sizeof words);
+    }
+  }
+  static void put_left(BFloat16* block, int r, Vec first, Vec second) {
+    __m512bh row = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    std::memcpy(block + (r / 16) * TILE + (r % 16) * DEPTH, &row, sizeof row);
+  }
+  static WordVec pair(Vec low, Vec high) {
+    const IntVec order = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    (void)order;
+    const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (WordVec)_mm512_permutexvar_epi16(zip, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+  }
+  static void put_right(BFloat16* block, int r, Vec first, Vec second, Vec next_first, Vec next_second) {
+    WordVec left = pair(first, next_first), right = pair(second, next_second);
+    std::memcpy(block + (r / 2) * DEPTH, &left, sizeof left);
+    std::memcpy(block + TILE + (r / 2) * DEPTH, &right, sizeof right);
+  }
+
+  template <int COLUMNS>
+  static void multiply(float* c, int64_t ldc, bool add, const BFloat16* left, int64_t left_m, int64_t left_k,
+                       const BFloat16* right, int64_t right_n, int64_t right_k, int64_t depth) {
+    float *c0 = c, *c1 = c + 16 * ldc;
+    if (add) {
+      _tile_loadd(0, c0, ldc * 4);
+      _tile_loadd(1, c1, ldc * 4);
+      if (COLUMNS == 2) {
+        _tile_loadd(2, c0 + 16, ldc * 4);
+        _tile_loadd(3, c1 + 16, ldc * 4);
+      }
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      if (COLUMNS == 2) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      const BFloat16 *a = left + k * left_k * TILE, *b = right + k * right_k * TILE;
+      _tile_loadd(4, a, 64);
+      _tile_loadd(6, b, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, a + left_m * TILE, 64);
+      _tile_dpbf16ps(1, 5, 6);
+      if (COLUMNS == 2) {
+        _tile_loadd(7, b + right_n * TILE, 64);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, c0, ldc * 4);
+    _tile_stored(1, c1, ldc * 4);
+    if (COLUMNS == 2) {
+      _tile_stored(2, c0 + 16, ldc * 4);
+      _tile_stored(3, c1 + 16, ldc * 4);
+    }
+  }
+};
+#endif
+
+// Sizes of the packed operands of one head dimension.
+template <class E>
+struct Packing {
+  int64_t dim, depth, columns;  // depth: tiles along a reduced head dimension; columns: tiles of 16 along a kept one
+  explicit Packing(int64_t dim)
+      : dim(dim), depth((dim + BLOCK - 1) / BLOCK * BLOCK / E::DEPTH), columns((dim + BLOCK - 1) / BLOCK * 2) {}
+  int64_t words(int64_t rows) const { return (rows + BLOCK - 1) / BLOCK * BLOCK * columns * 16; }
+
+  // left(X) of 32 rows; row(i) is a pointer, or null for a row of zeros.
+  template <class Row>
+  void left(const Row& row, typename E::Word* to) const {
+    for (int i = 0; i < BLOCK; ++i) {
+      auto from = row(i);
+      for (int64_t at = 0; at < columns * 16; at += 16) {
+        typename E::Word* cell =
+            to + ((i / 16) * depth + at / E::DEPTH) * E::TILE + (i % 16) * E::DEPTH + at % E::DEPTH;
+        store(cell, from && at < dim ? load(from + at, dim - at) : Vec{});
+      }
+    }
+  }
+  // right(X^T) of the same 32 rows: tile (k, n) at n * depth + k.
+  void right_transposed(const typename E::Word* left, typename E::Word* to) const {
+    for (int64_t i = 0; i < 2 * depth; ++i) transpose(left + i * E::TILE, 16, to + i * E::TILE);
+  }
+  // right(X) of the same 32 rows: tile (k, n) at k * columns + n.
+  void right(const typename E::Word* left, typename E::Word* to) const {
+    for (int64_t k = 0; k < BLOCK / E::DEPTH; ++k)
+      for (int64_t n = 0; n < columns; ++n) E::right_tile(left, depth, k, n, to + (k * columns + n) * E::TILE);
+  }
+  // left(X^T) of the same 32 rows: tile (m, k) at k * columns + m.
+  void left_transposed(const typename E::Word* left, typename E::Word* to) const {
+    for (int64_t k = 0; k < BLOCK / E::DEPTH; ++k)
+      for (int64_t m = 0; m < columns; ++m) {
+        alignas(64) typename E::Word tile[E::TILE];
+        E::right_tile(left, depth, k, m, tile);
+        transpose(tile, 16, to + (k * columns + m) * E::TILE);
+      }
+  }
+};
+
+}  // namespace liaoyuan
