@@ -11,7 +11,7 @@ def test_a_log_gets_few_lines_with_rate_and_time_left(capsys: pytest.CaptureFixt
     now = iter(range(1000))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
     with progress.bar("Pretraining") as report:
-        for done in range(0, 101):
+        for done in range(101):
             report(Progress(done, 100, "step", "loss 2.5"))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) < 40

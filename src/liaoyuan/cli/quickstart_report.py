@@ -15,6 +15,7 @@ from liaoyuan.cli.summary import (
     MODEL,
     STAGES,
     STEPS,
+    TITLES,
     Summary,
     as_interval,
     cell,
@@ -122,14 +123,17 @@ def _claim(summary: Summary) -> Words:
         "所得 CPU 时间不少于强化学习（含采样），学习率与检查点同样在验证集上挑选。"
         "区间为 95%，对题目与随机种子自助抽样得到。"
     )
-    difference = measured(summary, "accuracy", "difference", "greedy")
-    if difference is None:
+    differences = [measured(summary, "accuracy", "difference", measure) for measure in MEASURES]
+    known = [difference for difference in differences if difference]
+    by_seed = [value for values in summary.get("difference_by_seed", {}).values() for value in values]
+    if not known:
         return Text(en, zh)
-    if difference.low > 0:
+    if all(difference.low > 0 for difference in known) and all(value > 0 for value in by_seed):
         return Text(en + " RL is ahead of both controls.", zh + "强化学习胜过两个对照组。")
     return Text(
-        en + " The interval of the difference reaches zero: this run does not show that RL is ahead.",
-        zh + "差值的区间包含零：这次运行不足以说明强化学习更好。",
+        en + " An interval of the difference reaches zero, or a seed is against it: this run does not show that RL is"
+        " ahead.",
+        zh + "差值的区间触及零，或有随机种子与之相反：这次运行不足以说明强化学习更好。",
     )
 
 
@@ -269,10 +273,10 @@ def _speed_plot(summary: Summary) -> report.Plot:
 def _provenance(summary: Summary, run_folder: Path) -> report.Section:
     parts: list[Part] = []
     for key, names in (("model", MODEL), ("corpus", CORPUS)):
-        rows: list[list[Words]] = [[names.get(name, name), cell(value)] for name, value in summary.get(key, {}).items()]
-        title = {"model": Text("model", "模型"), "corpus": Text("corpus", "语料")}[key]
+        held = summary.get(key, {})
+        rows: list[list[Words]] = [[words, cell(held[name])] for name, words in names.items() if name in held]
         if rows:
-            parts.append(report.Table([title, ""], rows, left=True))
+            parts.append(report.Table([TITLES[key], ""], rows, left=True))
     if summary.get("timings"):
         parts.append(_timing_plot(summary["timings"]))
     facts: list[list[Words]] = [[name, str(value)] for name, value in summary.get("machine", {}).items()]

@@ -9,7 +9,7 @@ The report shows what is there; every key may be missing. `{m}` stands for `{"me
     problems                                      number of held-out problems
     tokens_per_second.{pretrain,sft,rollout}      numbers
     model.{parameters,num_hidden_layers,hidden_size,vocab_size,dtype}
-    corpus.{source,documents,bytes,tokens,held_out_bytes,duplicates,skipped}
+    corpus.{source,documents,bytes,tokens,vocab_size,duplicates,skipped}   as in the corpus's manifest.json
     metrics.{pretrain,sft,rl}                     a path, or a list of paths (one per seed), inside the run folder; rows
                                                   have `loss` (and may have `held_out_loss`), of RL `reward`
     accuracy_by_level.STAGE.LEVEL                 {m}
@@ -58,10 +58,11 @@ CORPUS: dict[str, Text] = {
     "documents": Text("documents", "文档数"),
     "bytes": Text("bytes", "字节"),
     "tokens": Text("tokens", "词元"),
-    "held_out_bytes": Text("held-out bytes", "留出字节"),
+    "vocab_size": Text("vocabulary", "词表大小"),
     "duplicates": Text("exact duplicates dropped", "去除的完全重复"),
     "skipped": Text("files skipped", "跳过的文件"),
 }
+TITLES = {"model": Text("model", "模型"), "corpus": Text("corpus", "语料")}
 MODEL: dict[str, Text] = {
     "parameters": Text("parameters", "参数量"),
     "num_hidden_layers": Text("layers", "层数"),
@@ -79,13 +80,15 @@ def measured(summary: Summary, *keys: str) -> Interval | None:
 
 
 def as_interval(value: Any) -> Interval | None:
-    """Return `{mean, low, high}` as an interval; a bare number is an interval without width."""
-    if isinstance(value, int | float) and math.isfinite(value):
-        return Interval(value, value, value)
-    if not isinstance(value, Mapping) or not isinstance(value.get("mean"), int | float):
+    """Return `{mean, low, high}` as an interval; a bare number is one without width; what is not finite is None."""
+    if isinstance(value, Mapping):
+        mean = value.get("mean")
+        numbers = (mean, value.get("low", mean), value.get("high", mean))
+    else:
+        numbers = (value, value, value)
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
         return None
-    mean = float(value["mean"])
-    return Interval(mean, float(value.get("low", mean)), float(value.get("high", mean)))
+    return Interval(*map(float, numbers))
 
 
 def number(summary: Summary, *keys: str) -> float | None:
@@ -119,8 +122,11 @@ def grouped(value: float | None) -> str:
 
 
 def cell(value: Any) -> str:
+    """Return a fact as text; of a mapping with a name its name, of another its entries."""
     if isinstance(value, Mapping):
-        return ", ".join(
-            f"{name} {count:,}" if isinstance(count, int) else f"{name} {count}" for name, count in value.items()
+        return (
+            str(value["name"])
+            if "name" in value
+            else ", ".join(f"{k.replace('_', ' ')} {cell(v)}" for k, v in value.items())
         )
     return f"{value:,}" if isinstance(value, int) else str(value)
