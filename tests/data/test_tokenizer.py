@@ -14,6 +14,7 @@ from liaoyuan.data.tokenizer import MINIMUM_VOCABULARY, SPECIAL_TOKENS
 from liaoyuan.errors import LiaoyuanError
 from tests.data.conftest import SENTENCES
 
+STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260k"
 TEXTS = st.one_of(
     st.text(), st.sampled_from(SENTENCES), st.lists(st.sampled_from([*SPECIAL_TOKENS, " ", "a", "7"])).map("".join)
 )
@@ -110,3 +111,14 @@ def test_a_missing_tokenizer_and_torn_settings_are_refused(tmp_path: Path, token
 def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:
     with pytest.raises(LiaoyuanError, match=f"at least {MINIMUM_VOCABULARY}"):
         train_tokenizer(["text"], MINIMUM_VOCABULARY - 1)
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="the shared models are not beside the project")
+def test_a_foreign_tokenizer_gives_the_ids_of_transformers() -> None:
+    ours, theirs = Tokenizer.load(STORIES), AutoTokenizer.from_pretrained(STORIES)
+    text = "Once upon a time, there was a fox 火."
+    assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
+    assert ours.encode(text, add_special_tokens=True) == theirs(text).input_ids
+    assert ours.decode(ours.encode(text)) == text
+    assert (ours.end_of_text_id, ours.eos_ids) == (theirs.bos_token_id, (theirs.eos_token_id,))
+    assert "<s>" in ours.decode(ours.encode("a <s> b"))

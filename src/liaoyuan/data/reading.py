@@ -149,22 +149,23 @@ def _text_of_row(line: str) -> tuple[str, str, str]:
         return "", "", "lines that are not JSON objects"
     text = row.get("text")
     text = text if isinstance(text, str) else _conversation(row.get("messages") or row.get("conversations"))
+    if text is None:
+        return "", "", "lines without a field 'text' or 'messages'"
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         return "", "", "lines with binary text"
     licence = row.get("licence") or row.get("license")
-    reason = "lines without a field 'text' or 'messages'" if not text else "lines with empty text"
-    return text if text.strip() else "", licence if isinstance(licence, str) else "", reason
+    return text.strip() and text, licence if isinstance(licence, str) else "", "lines with empty text"
 
 
-def _conversation(messages: Any) -> str:
-    """Return a conversation as text, "role: content" by paragraphs; nothing if it is none."""
+def _conversation(messages: Any) -> str | None:
+    """Return a conversation as text, "role: content" by paragraphs; None if it is none."""
     turns = []
     for message in messages if isinstance(messages, list) else ():
         if isinstance(message, dict):
             content = message.get("content", message.get("value"))
             if isinstance(content, str):
                 turns.append(f"{message.get('role', message.get('from', ''))}: {content}")
-    return "\n\n".join(turns)
+    return "\n\n".join(turns) if turns else None
 
 
 def _cut(document: Document, max_bytes: int) -> Iterator[Document]:
