@@ -194,16 +194,15 @@ class Engine:
 
     def _keep_top(self, slots: np.ndarray, logits: torch.Tensor) -> None:
         """Keep the most probable tokens of those who asked for them."""
-        asked = [(row, self._scheduler.in_slot(slot)) for row, slot in enumerate(slots.tolist())]
-        asked = [(row, sequence) for row, sequence in asked if sequence.request.sampling.top_logprobs]
-        if not asked:
+        wanted = np.minimum(self._scheduler.top_logprobs[slots], logits.shape[1])
+        rows = np.flatnonzero(wanted)
+        if not len(rows):
             return
-        counts = [min(sequence.request.sampling.top_logprobs, logits.shape[1]) for _, sequence in asked]
-        tokens, logprobs = top_logprobs(logits[[row for row, _ in asked]], max(counts))
-        rows = zip(asked, counts, tokens.tolist(), logprobs.tolist(), strict=True)
-        for (_, sequence), count, row_tokens, row_logprobs in rows:
+        tokens, logprobs = top_logprobs(logits[self._tensor(rows)], int(wanted.max()))
+        for row, row_tokens, row_logprobs in zip(rows.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
+            count = wanted[row]
             top: TopLogprobs = list(zip(row_tokens[:count], row_logprobs[:count], strict=True))
-            sequence.top_logprobs.append(top)
+            self._scheduler.in_slot(slots[row]).top_logprobs.append(top)
 
     def _check_idle(self) -> None:
         if not self._scheduler.sequences:

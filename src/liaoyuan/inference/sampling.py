@@ -38,15 +38,17 @@ def sample(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     logits: [R, V], any float dtype; all arithmetic is fp32 or wider.
     """
     scores = logits.float()
-    log_total = torch.logsumexp(scores, -1)
+    peak = scores.amax(-1, keepdim=True)
+    weights = (scores - peak).exp_()  # proportional to the probabilities
     greedy = settings.temperature == 0.0
     if greedy.all():
         tokens = scores.argmax(-1)
     else:
-        tokens = _sample_rows(scores, log_total, settings)
+        tokens = _sample_rows(scores, peak, weights, settings)
         if greedy.any():
             tokens = torch.where(_tensor(greedy, scores), scores.argmax(-1), tokens)
-    return tokens, scores.gather(-1, tokens[:, None]).squeeze(-1) - log_total
+    chosen = scores.gather(-1, tokens[:, None]) - peak
+    return tokens, chosen.squeeze(-1) - weights.sum(-1).log()
 
 
 def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -55,27 +57,28 @@ def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return tokens, values
 
 
-def _sample_rows(scores: Tensor, log_total: Tensor, settings: Settings) -> Tensor:
-    """Draw a token for every row (a greedy row draws at temperature 1 and is replaced by the caller)."""
-    temperature = np.where(settings.temperature == 0.0, 1.0, settings.temperature)
+def _sample_rows(scores: Tensor, peak: Tensor, weights: Tensor, settings: Settings) -> Tensor:
+    """Draw a token for every row (a greedy row draws at temperature 1 and is replaced by the caller).
+
+    weights: exp(scores - peak), the distribution at temperature 1 but for its total.
+    """
+    temperature = np.where(settings.temperature == 0.0, 1.0, settings.temperature).astype(np.float32)
     number = _tensor(settings.uniform, scores)
-    if (temperature == 1.0).all():
-        probabilities = (scores - log_total[:, None]).exp_()
-    else:
-        probabilities = (scores / _tensor(temperature.astype(np.float32), scores)[:, None]).softmax(-1)
-    tokens = _draw(probabilities, number)
+    if (temperature != 1.0).any():
+        weights = ((scores - peak) / _tensor(temperature, scores)[:, None]).exp_()
+    tokens = _draw(weights, number)
     filtered = (settings.top_p < 1.0) | (settings.top_k > 0) | (settings.min_p > 0.0)
     if filtered.any():
         rows = _tensor(np.flatnonzero(filtered), scores)
-        tokens[rows] = _draw_filtered(probabilities[rows], settings, filtered, number[rows])
+        tokens[rows] = _draw_filtered(weights[rows], settings, filtered, number[rows])
     return tokens
 
 
-def _draw_filtered(probabilities: Tensor, settings: Settings, rows: np.ndarray, number: Tensor) -> Tensor:
-    """Draw from what top_k, then top_p, then min_p leave of each row of probabilities [R, V]."""
+def _draw_filtered(weights: Tensor, settings: Settings, rows: np.ndarray, number: Tensor) -> Tensor:
+    """Draw from what top_k, then top_p, then min_p leave of each row of weights [R, V]."""
     top_p, min_p = (_tensor(values[rows], number)[:, None] for values in (settings.top_p, settings.min_p))
-    top_k = np.where(settings.top_k[rows] > 0, settings.top_k[rows], probabilities.shape[1])
-    ranked, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+    top_k = np.where(settings.top_k[rows] > 0, settings.top_k[rows], weights.shape[1])
+    ranked, tokens = weights.sort(dim=-1, descending=True, stable=True)
     ranked = ranked.double()
     rank = torch.arange(ranked.shape[1], device=ranked.device)
     ranked = ranked.masked_fill(rank >= _tensor(top_k, number)[:, None], 0.0)

@@ -78,7 +78,7 @@ class Scheduler:
         self._stop = np.full((max_sequences, 1), -1, dtype=np.int64)
         self._seed = np.zeros(max_sequences, dtype=np.uint64)
         self._temperature, self._top_p, self._min_p = np.zeros((3, max_sequences))
-        self._top_k = np.zeros(max_sequences, dtype=np.int64)
+        self._top_k, self.top_logprobs = np.zeros((2, max_sequences), dtype=np.int64)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -249,6 +249,7 @@ class Scheduler:
         self._seed[slot] = sequence.seed
         self._temperature[slot], self._top_p[slot] = sampling.temperature, sampling.top_p
         self._top_k[slot], self._min_p[slot] = sampling.top_k, sampling.min_p
+        self.top_logprobs[slot] = sampling.top_logprobs
 
     def _save(self, sequence: Sequence) -> None:
         count = self.length[sequence.slot]
