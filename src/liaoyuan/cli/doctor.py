@@ -108,8 +108,7 @@ def kernels() -> list[dict[str, Any]]:
     """Return for each operator the kernel in use and why it is this one."""
     from liaoyuan import ops
 
-    status = getattr(ops, "status", list)  # operators that have one kernel alone have nothing to tell
-    return [{name: getattr(row, name) for name in KERNEL_FACTS} for row in status()]
+    return [{name: getattr(row, name) for name in KERNEL_FACTS} for row in ops.status()]
 
 
 def cache_folder() -> Path:
