@@ -186,7 +186,7 @@ def _shard(state: Path, world: World) -> Path:
 def _checksum(tensors: dict[str, Tensor]) -> str:
     value = 0
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), value)  # type: ignore[arg-type]
     return f"{value:08x}"
 
 

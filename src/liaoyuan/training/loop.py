@@ -13,20 +13,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from liaoyuan.checkpoint.training_state import load_state, save_state
 from liaoyuan.config import Config
+from liaoyuan.data import Batch
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, PackedContext
 from liaoyuan.parallel import World
 from liaoyuan.rundir import Metrics, Progress, Report, silent
 from liaoyuan.training.flops import training_flops
-from liaoyuan.training.optimiser import AdamW
+from liaoyuan.training.muon import Muon
+from liaoyuan.training.optimiser import AdamW, Optimiser
 from liaoyuan.training.schedule import Shape, learning_rate_at
 
 METRICS = "metrics.jsonl"
@@ -48,20 +49,10 @@ class TrainConfig(Config):
     clip: float = Field(1.0, gt=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
-    optimiser: Literal["adamw"] = "adamw"
+    optimiser: Literal["adamw", "muon"] = "adamw"
     seed: int = 0
     checkpoint_every: int = Field(200, gt=0)
     evaluate_every: int = Field(0, ge=0)  # 0: at the end only
-
-
-class Batch(Protocol):
-    """What the loop asks of a batch (`liaoyuan.data.batches.Batch` is one): shapes in `PackedContext`."""
-
-    tokens: Tensor
-    positions: Tensor
-    targets: Tensor
-    weights: Tensor
-    boundaries: Tensor
 
 
 @dataclass(frozen=True)
@@ -80,7 +71,7 @@ class TrainResult:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-class Stopped(LiaoyuanError):
+class Stopped(LiaoyuanError):  # noqa: N818  (not an error: it was asked for)
     """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
 
     exit_code = 130
@@ -124,13 +115,13 @@ def train(
             done, speed = _add(done, outcome, start)
             last = done.steps == config.steps
             values = _row(outcome, rate, speed, done)
-            if evaluate and (last or config.evaluate_every and done.steps % config.evaluate_every == 0):
+            if evaluate and (last or _is_due(done.steps, config.evaluate_every)):
                 values |= evaluate(model.eval())
                 model.train()
             if metrics:
                 metrics.write(step, **values)
             stop = bool(world.sum_numbers(float(stop_asked()))[0])
-            if last or stop or done.steps % config.checkpoint_every == 0:
+            if last or stop or _is_due(done.steps, config.checkpoint_every):
                 save_state(folder / STATE, done.steps, model, optimiser, _extra(done, config), world)
             tell(Progress(done.steps, config.steps, "step", f"loss {outcome.loss:.3f}, {speed:,.0f} tokens/s"))
             if stop and not last:
@@ -140,10 +131,11 @@ def train(
     return done
 
 
-def make_optimiser(model: Decoder, config: TrainConfig, world: World | None = None) -> AdamW:
+def make_optimiser(model: Decoder, config: TrainConfig, world: World | None = None) -> Optimiser:
     """Return the optimiser that `config` asks for, over all trained weights of `model`."""
+    kind = Muon if config.optimiser == "muon" else AdamW
     betas = (config.beta1, config.beta2)
-    return AdamW(model.named_parameters(), betas=betas, weight_decay=config.weight_decay, world=world)
+    return kind(model.named_parameters(), betas=betas, weight_decay=config.weight_decay, world=world)
 
 
 @dataclass(frozen=True)
@@ -155,7 +147,7 @@ class _Outcome:
 
 
 def _step(
-    model: Decoder, optimiser: AdamW, batches: Sequence[Batch], rate: float, clip: float, world: World
+    model: Decoder, optimiser: Optimiser, batches: Sequence[Batch], rate: float, clip: float, world: World
 ) -> _Outcome:
     """Take one optimiser step: the mean loss over the weights of the global batch, whatever its cut."""
     place = next(model.parameters()).device
@@ -179,7 +171,7 @@ def _step(
     return _Outcome(world.sum_numbers(float(total))[0], norm, int(tokens), flops)
 
 
-def _resume(model: Decoder, optimiser: AdamW, config: TrainConfig, folder: Path, world: World) -> TrainResult:
+def _resume(model: Decoder, optimiser: Optimiser, config: TrainConfig, folder: Path, world: World) -> TrainResult:
     """Load the newest state of `folder`; it must have been written under the same config."""
     found = load_state(folder / STATE, model, optimiser, world)
     if found is None:
@@ -224,6 +216,10 @@ def _row(outcome: _Outcome, rate: float, speed: float, done: TrainResult) -> dic
         "cpu_seconds": round(done.cpu_seconds, 3),
         "flops": done.flops,
     }
+
+
+def _is_due(steps: int, every: int) -> bool:
+    return every > 0 and steps % every == 0
 
 
 def _diverged(step: int, rate: float) -> str:

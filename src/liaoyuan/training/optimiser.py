@@ -6,7 +6,7 @@ is a plain dictionary.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,20 @@ class Weight:
     def is_table(self) -> bool:
         """Whether this is the token embedding or the output head."""
         return self.name.endswith(("embed_tokens.weight", "lm_head.weight"))
+
+
+class Optimiser(Protocol):
+    """What the training loop and a checkpoint ask of `AdamW` and `Muon`."""
+
+    def accumulate(self) -> None: ...
+
+    def step(self, learning_rate: float, clip: float = 1.0) -> float: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 class AdamW:

@@ -1,0 +1,158 @@
+"""Muon: momentum whose matrices are orthogonalised before they are applied (Jordan et al. 2024).
+
+Matrices of the layers go through Muon, everything else (token tables, norms, biases) through AdamW. The update is
+scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, eq. 4), so one learning rate serves both.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from liaoyuan.parallel import World
+from liaoyuan.training.optimiser import (
+    AdamW,
+    Weight,
+    copy_masters,
+    drop_gradients,
+    fitting,
+    gather_and_clip,
+    gather_gradients,
+    load_masters,
+    master_copies,
+    trained_weights,
+)
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration; Jordan et al. 2024
+ITERATIONS = 5
+UPDATE_SCALE = 0.2  # root mean square of AdamW's updates; Liu et al. 2025, sec. 2.2
+
+
+class Muon:
+    """Muon for the layers' matrices and AdamW for the rest, with the interface of `AdamW`.
+
+    Merged projections are orthogonalised part by part: gate and up each alone, and the joint query-key-value
+    matrix whole. Under FSDP every process gathers the matrix and keeps its own rows of the result.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        world: World | None = None,
+    ) -> None:
+        """`parameters` are `model.named_parameters()`; `betas` and `eps` are those of AdamW."""
+        self._world = world or World()
+        named = list(parameters)
+        self._weights = trained_weights((n, p) for n, p in named if _is_matrix(n, p))
+        self._rest = AdamW(((n, p) for n, p in named if not _is_matrix(n, p)), betas, eps, weight_decay)
+        self._momentum = {weight.name: torch.zeros_like(weight.master) for weight in self._weights}
+        self._decay, self._mass = weight_decay, momentum
+
+    def accumulate(self) -> None:
+        """See `AdamW.accumulate`."""
+        gather_gradients(self._all())
+
+    def step(self, learning_rate: float, clip: float = 1.0) -> float:
+        """See `AdamW.step`."""
+        norm = gather_and_clip(self._all(), clip, self._world)
+        if norm < float("inf"):
+            self._rest.update(learning_rate)
+            self._update(learning_rate)
+        drop_gradients(self._all())
+        return norm
+
+    def describe(self) -> dict[str, Any]:
+        """See `AdamW.describe`."""
+        return {**self._rest.describe(), "optimiser": "muon", "momentum": self._mass}
+
+    def state(self) -> dict[str, Tensor]:
+        """See `AdamW.state`."""
+        momentum = {f"{name}.momentum": value for name, value in self._momentum.items()}
+        return {**self._rest.state(), **master_copies(self._weights), **momentum}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """See `AdamW.load`."""
+        self._rest.load(state)
+        load_masters(self._weights, state)
+        for weight in self._weights:
+            self._momentum[weight.name].copy_(fitting(state, f"{weight.name}.momentum", weight.master.shape))
+
+    def _all(self) -> list[Weight]:
+        return [*self._weights, *self._rest.weights]
+
+    def _update(self, learning_rate: float) -> None:
+        trained = [weight for weight in self._weights if weight.master.grad is not None]
+        directions = []
+        for weight in trained:
+            gradient, momentum = weight.master.grad, self._momentum[weight.name]
+            assert gradient is not None
+            momentum.lerp_(gradient, 1 - self._mass)
+            directions.append(_whole(weight, gradient.lerp(momentum, self._mass)))  # Nesterov's look-ahead
+        for weight, update in zip(trained, _orthogonalised(trained, directions), strict=True):
+            weight.master.mul_(1 - learning_rate * self._decay)
+            weight.master.sub_(_own_rows(weight, update), alpha=learning_rate)
+        copy_masters(trained)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Return about U V^T for each of the matrices U S V^T: [..., M, N], computed in bf16, returned in fp32.
+
+    Five Newton-Schulz steps whose result has singular values between about 0.7 and 1.2.
+    """
+    a, b, c = COEFFICIENTS
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    for _ in range(ITERATIONS):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return (x.mT if is_tall else x).float()
+
+
+def _orthogonalised(weights: list[Weight], directions: list[Tensor]) -> list[Tensor]:
+    """Return the scaled update of every direction; matrices of one shape go through together."""
+    parts = [_split(weight, direction) for weight, direction in zip(weights, directions, strict=True)]
+    updates: list[Tensor] = [torch.empty(0)] * len(parts)
+    for shape in sorted({part.shape for part in parts}):
+        group = [index for index, part in enumerate(parts) if part.shape == shape]
+        scale = UPDATE_SCALE * max(shape[-2:]) ** 0.5
+        for index, update in zip(group, orthogonalise(torch.stack([parts[i] for i in group])), strict=True):
+            updates[index] = _join(weights[index], update * scale)
+    return updates
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim > 1 and not name.endswith(("embed_tokens.weight", "lm_head.weight"))
+
+
+def _split(weight: Weight, whole: Tensor) -> Tensor:
+    """Return the stack of matrices in `whole`: gate and up alternate in its rows."""
+    return whole.unflatten(-2, (-1, 2)).transpose(-3, -2) if "gate_up_proj" in weight.name else whole
+
+
+def _join(weight: Weight, parts: Tensor) -> Tensor:
+    return parts.transpose(-3, -2).flatten(-3, -2) if "gate_up_proj" in weight.name else parts
+
+
+def _whole(weight: Weight, part: Tensor) -> Tensor:
+    """Return the whole tensor of which `part` is this process's shard."""
+    like = weight.parameter
+    if not isinstance(like, DTensor):
+        return part
+    shards = DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return shards.full_tensor()
+
+
+def _own_rows(weight: Weight, whole: Tensor) -> Tensor:
+    like = weight.parameter
+    if not isinstance(like, DTensor):
+        return whole
+    chunks = whole.chunk(like.device_mesh.size())  # as `fully_shard` cuts the first dimension
+    rank = like.device_mesh.get_local_rank()
+    return chunks[rank] if rank < len(chunks) else whole[:0]

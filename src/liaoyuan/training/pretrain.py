@@ -1,0 +1,166 @@
+"""Pretraining: a prepared corpus and the shape of a model in, a Hugging Face folder out.
+
+The run folder gets `config.toml`, `metrics.jsonl`, `state/` while it runs, and `model/` (weights, config, tokenizer)
+once it is done. Every stage goes on from where a kill left it.
+"""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from liaoyuan.checkpoint import load_weights, save_model
+from liaoyuan.config import Config, to_toml
+from liaoyuan.data import Corpus, TokenBatches, Tokenizer, load_corpus
+from liaoyuan.device import Device, select_device
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.models import Decoder, ModelConfig, PackedContext, config_from_dict, initialise, read_config
+from liaoyuan.models.config import DTYPES
+from liaoyuan.parallel import World, full_weights, shard
+from liaoyuan.rundir import Report, silent, write_atomic
+from liaoyuan.training.loop import STATE, TrainConfig, TrainResult, train
+
+MODEL = "model"
+CONFIG = "config.toml"
+
+
+class ShapeConfig(Config):
+    """The model: keys of a Hugging Face `config.json`, or `weights`, a model folder to go on from.
+
+    What the tokenizer says (vocabulary, end tokens) is not repeated here.
+    """
+
+    weights: Path | None = None
+    model_type: str = "qwen3"
+    hidden_size: int = Field(256, gt=0)
+    intermediate_size: int = Field(768, gt=0)
+    num_hidden_layers: int = Field(6, gt=0)
+    num_attention_heads: int = Field(4, gt=0)
+    num_key_value_heads: int = Field(2, gt=0)
+    head_dim: int = Field(64, gt=0)
+    max_position_embeddings: int = Field(2048, gt=0)
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: what the device multiplies fast
+
+
+class PretrainConfig(Config):
+    """A pretraining run."""
+
+    corpus: Path
+    model: ShapeConfig = ShapeConfig()
+    train: TrainConfig
+    sequence_length: int = Field(512, gt=0)
+    held_out_tokens: int = Field(32768, gt=0)  # of the held-out split, for the loss shown beside the training loss
+    device: str = "auto"
+
+
+def pretrain(config: PretrainConfig, folder: Path, report: Report = silent, world: World | None = None) -> TrainResult:
+    """Train a model on a corpus and export it to `folder/model`; the same call goes on after a kill.
+
+    `world`: the processes that train together, each of which makes this call (FSDP over all of them).
+
+    Raises:
+        LiaoyuanError: no corpus, a shape that does not fit, a folder of another run, a full disk.
+    """
+    world = world or World(device=select_device(config.device))
+    corpus = load_corpus(config.corpus)
+    shape = model_config(config.model, corpus.tokenizer(), world.device)
+    if world.is_first:
+        _remember(config, folder)
+    model = shard(_start(config, shape, world.device), world)
+    batches = _batches(corpus, config, world)
+    result = train(model, batches, config.train, folder, report, held_out_loss(corpus, config), world)
+    weights = dict(full_weights(model))
+    if world.is_first:
+        save_model(model, folder / MODEL, corpus.tokenizer_folder, state=weights)
+    world.barrier()
+    return result
+
+
+def model_config(shape: ShapeConfig, tokenizer: Tokenizer, device: Device) -> ModelConfig:
+    """Return the config of the model to train, with the tokenizer's vocabulary and end tokens."""
+    if shape.weights:
+        config = read_config(shape.weights)
+        if config.vocab_size < tokenizer.vocab_size:
+            raise LiaoyuanError(
+                f"The corpus was tokenised with {tokenizer.vocab_size} tokens, but {shape.weights} knows only "
+                f"{config.vocab_size}: prepare the corpus with the tokenizer of that model (data key 'tokenizer')."
+            )
+        return config if shape.dtype == "auto" else replace(config, dtype=shape.dtype)
+    values: dict[str, Any] = shape.model_dump(exclude={"weights", "dtype"})
+    values["vocab_size"] = tokenizer.vocab_size
+    values["eos_token_id"] = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
+    dtypes = {dtype: name for name, dtype in DTYPES.items()}
+    values["dtype"] = dtypes[device.default_dtype] if shape.dtype == "auto" else shape.dtype
+    return config_from_dict(values, "the section [model]")
+
+
+def held_out_loss(corpus: Corpus, config: PretrainConfig) -> Callable[[Decoder], dict[str, float]]:
+    """Return the function that measures the mean loss (nats per token) on a fixed part of the held-out text."""
+    length = config.sequence_length
+    stream = corpus.stream("held_out")
+    rows = max(1, min(config.held_out_tokens, len(stream.tokens) - 1 - length) // length)
+    batches = TokenBatches(stream, 0, length, length)
+
+    @torch.inference_mode()
+    def measure(model: Decoder) -> dict[str, float]:
+        place = next(model.parameters()).device
+        total = 0.0
+        for row in range(rows):
+            batch = batches[row]
+            context = PackedContext(batch.boundaries.to(place))
+            tokens, positions, targets = (x.to(place) for x in (batch.tokens, batch.positions, batch.targets))
+            total -= float(model(tokens, positions, context, targets=targets).double().mean())
+        return {"held_out_loss": total / rows}
+
+    return measure
+
+
+def _remember(config: PretrainConfig, folder: Path) -> None:
+    """Write the resolved config into the run folder, unless a run under another one has begun there."""
+    path, text = folder / CONFIG, to_toml(config)
+    if (folder / STATE).exists() and path.exists():
+        before, now = _flat(tomllib.loads(path.read_text(encoding="utf-8"))), _flat(tomllib.loads(text))
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key):
+                raise LiaoyuanError(
+                    f"{folder} holds a run with {key} = {before.get(key)}, not {now.get(key)}: "
+                    "give the same value to go on with it, or choose another folder."
+                )
+    write_atomic(path, text)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _start(config: PretrainConfig, shape: ModelConfig, device: Device) -> Decoder:
+    model = initialise(Decoder(shape), config.train.seed)
+    if config.model.weights:
+        load_weights(model, config.model.weights)
+    return model.to(device.torch)
+
+
+def _batches(corpus: Corpus, config: PretrainConfig, world: World) -> TokenBatches:
+    settings = config.train
+    return TokenBatches(
+        corpus.stream("train"),
+        settings.seed,
+        settings.batch_tokens,
+        config.sequence_length,
+        settings.microbatches,
+        world.rank,
+        world.size,
+    )
