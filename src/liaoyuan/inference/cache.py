@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from liaoyuan.models import ModelConfig
-from liaoyuan.ops import paged_attention
+from liaoyuan.ops import paged_attention, write_cache
 
 
 class BlockPool:
@@ -72,27 +71,5 @@ class PagedContext:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys.flatten(0, 1)[self.slots] = key
-        values.flatten(0, 1)[self.slots] = value
-        decode = self.query_starts.diff() == 1
-        if not decode.any():
-            return paged_attention(query, keys, values, self.block_tables, self.query_starts, self.lengths, scale)
-        rows, out = self.query_starts[:-1][decode].long(), torch.empty_like(query)
-        out[rows] = _decode(query[rows], keys, values, self.block_tables[decode], self.lengths[decode], scale)
-        for s in torch.nonzero(~decode).flatten().tolist():
-            span = slice(*self.query_starts[s : s + 2].tolist())
-            starts = torch.tensor([0, span.stop - span.start])
-            table, length = self.block_tables[s : s + 1], self.lengths[s : s + 1]
-            out[span] = paged_attention(query[span], keys, values, table, starts, length, scale)
-        return out
-
-
-def _decode(query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """Attention of one query a sequence over gathered keys: until `ops.paged_attention` has its own kernel."""
-    key, value = (
-        cache.index_select(0, tables.flatten()).unflatten(0, tables.shape).flatten(1, 2).transpose(1, 2)
-        for cache in (keys, values)
-    )
-    mask = torch.arange(key.shape[2], device=query.device) < lengths[:, None]
-    q = query.unflatten(1, (key.shape[1], -1))  # the query heads of one key head are one small matrix
-    return F.scaled_dot_product_attention(q, key, value, mask[:, None, None], scale=scale).flatten(1, 2)
+        write_cache(key, value, keys, values, self.slots)
+        return paged_attention(query, keys, values, self.block_tables, self.query_starts, self.lengths, scale)
