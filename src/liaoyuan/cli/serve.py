@@ -16,11 +16,13 @@ def serve(
     json: Annotated[bool, typer.Option("--json", help="Say where it serves as one line of JSON.")] = False,
 ) -> None:
     """Serve a model: chat page and OpenAI-compatible API. Ctrl-C ends it."""
-    from liaoyuan.serving import open_server
+    from liaoyuan.serving import LOOPBACK, open_server
 
     server = open_server(model, host, port, device, name)
     if json:
         print(json_text.dumps({"url": server.url, "api": server.url + "/v1"}), flush=True)
     else:
+        if host not in LOOPBACK:
+            print("Whoever can reach this machine can use it: there are no passwords.", flush=True)
         print(f"Chat page  {server.url}\nAPI        {server.url}/v1\nCtrl-C ends it.", flush=True)
     server.run()

@@ -1,5 +1,6 @@
 """`/v1/chat/completions`: a conversation in, the next message out, thoughts apart from content."""
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable
@@ -17,6 +18,7 @@ from liaoyuan.serving.generation import (
     Job,
     Served,
     collect,
+    finite,
     first_and_rest,
     sampling_params,
     server_event,
@@ -33,7 +35,7 @@ def chat_routes(served: Served) -> APIRouter:
     @router.post("/v1/chat/completions", response_model=None)
     async def chat_completions(http: HttpRequest, body: ChatRequest) -> Response:
         served.check_model(body.model)
-        jobs = _jobs(served, body)
+        jobs = await asyncio.to_thread(_jobs, served, body)  # a long prompt must not hold up the streams of others
         pieces = start(served, jobs)
         reply = _Reply(served, body, len(jobs[0].prompt), "chatcmpl-" + secrets.token_hex(12), int(time.time()))
         if body.stream:
@@ -186,4 +188,4 @@ class _Reply:
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         raw = self.served.tokenizer.token_bytes(token)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
+        return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}

@@ -17,6 +17,7 @@ from liaoyuan.serving.generation import (
     Job,
     Served,
     collect,
+    finite,
     first_and_rest,
     sampling_params,
     server_event,
@@ -36,7 +37,7 @@ def completion_routes(served: Served) -> APIRouter:
     @router.post("/v1/completions", response_model=None)
     async def completions(http: HttpRequest, body: CompletionRequest) -> Response:
         served.check_model(body.model)
-        prompts = _prompts(served, body)
+        prompts = await asyncio.to_thread(_prompts, served, body)  # a long one must not hold up the streams of others
         reply = _Reply(served, body, prompts, "cmpl-" + secrets.token_hex(12), int(time.time()))
         jobs = _jobs(served, body, prompts)
         await reply.score_prompts()
@@ -159,11 +160,10 @@ class _Reply:
         for token in prompt:
             ends.append(ends[-1] + len(decoder.feed([token])))
         before = ends[-1] - len(text)  # SentencePiece puts a space before a text that is no part of it
-        top = [None if row is None else self._rivals(row) for row in scores.top]
         return text, {
             "tokens": [self._text(token) for token in prompt],
-            "token_logprobs": scores.logprobs,
-            "top_logprobs": top,
+            "token_logprobs": [None, *map(finite, scores.logprobs)],
+            "top_logprobs": [None, *map(self._rivals, scores.top)],
             "text_offset": [max(0, end - before) for end in ends[:-1]],
         }
 
@@ -177,7 +177,7 @@ class _Reply:
         tokens: list[ScoredToken] = [token for piece in pieces for token in piece.tokens]
         return text, {
             "tokens": [self._text(token.id) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
+            "token_logprobs": [finite(token.logprob) for token in tokens],
             "top_logprobs": [self._rivals(token.top) for token in tokens],
             "text_offset": [self.offsets.get(index, 0) + token.start for token in tokens],
         }
@@ -203,7 +203,7 @@ class _Reply:
         }
 
     def _rivals(self, top: list[tuple[int, float]]) -> dict[str, float]:
-        return {self._text(token): logprob for token, logprob in top}
+        return {self._text(token): finite(logprob) for token, logprob in top}
 
     def _text(self, token: int) -> str:
         """Return a token as text; one that is no whole text by itself is shown by its bytes, as OpenAI does."""

@@ -7,6 +7,7 @@ blocks of the request in the engine.
 import asyncio
 import contextlib
 import json
+import math
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
@@ -219,6 +220,11 @@ class EventStream(StreamingResponse):
     async def stream_response(self, send: Send) -> None:
         async with contextlib.aclosing(self.body_iterator):  # type: ignore[type-var]
             await super().stream_response(send)
+
+
+def finite(logprob: float) -> float:
+    """Return a log-probability that JSON can hold: OpenAI's -9999 for what is impossible."""
+    return logprob if math.isfinite(logprob) else -9999.0
 
 
 def server_event(value: dict[str, Any]) -> str:

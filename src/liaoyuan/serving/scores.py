@@ -12,10 +12,10 @@ from liaoyuan.models.context import packed_context
 
 @dataclass(frozen=True)
 class PromptScores:
-    """For each token of a prompt: its log-probability and its most probable rivals; the first token has neither."""
+    """For each token of a prompt after the first: its log-probability and its most probable rivals."""
 
-    logprobs: list[float | None]
-    top: list[list[tuple[int, float]] | None]
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]
 
 
 class PromptScorer(Protocol):
@@ -40,4 +40,4 @@ class ModelScorer:
             chosen = scores.gather(-1, tokens[1:, None]).squeeze(-1).tolist()
             values, rivals = scores.topk(min(top, scores.shape[1]), dim=-1)
         rows = zip(rivals.tolist(), values.tolist(), strict=True)
-        return PromptScores([None, *chosen], [None, *(list(zip(*row, strict=True)) for row in rows)])
+        return PromptScores(chosen, [list(zip(*row, strict=True)) for row in rows])
