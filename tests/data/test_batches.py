@@ -83,6 +83,7 @@ def test_windows_follow_the_stream_and_their_documents(stream: TokenStream) -> N
 
 def test_every_window_comes_once_in_an_epoch(stream: TokenStream) -> None:
     batches = TokenBatches(stream, 1, 64, 32)
+    assert len({batches.window(epoch * batches.windows) % 32 for epoch in range(20)}) > 5  # cut at other places
     for epoch in range(3):
         samples = range(epoch * batches.windows, (epoch + 1) * batches.windows)
         begins = sorted(batches.window(sample) for sample in samples)

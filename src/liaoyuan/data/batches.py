@@ -180,6 +180,8 @@ class RecordBatches:
             raise LiaoyuanError(
                 f"Record {sizes.index(max(sizes))} has {max(sizes)} tokens, more than sequence_length ({length})."
             )
+        self._tokens = [np.array(record.tokens, dtype=np.int64) for record in records]
+        self._weights = [np.array(record.weights, dtype=np.float32) for record in records]
         self._sizes, self._documents = sizes, length // min(sizes) + 1
         self._begins = [0]
 
@@ -194,13 +196,16 @@ class RecordBatches:
 
     def total_weight(self, step: int) -> float:
         """Return the sum of the weights of the global batch `step`."""
-        return sum(sum(self.records[record].weights[1:]) for row in self.rows(step) for record in row)
+        return float(sum(self._weights[record][1:].sum() for row in self.rows(step) for record in row))
 
     def rows(self, step: int) -> list[list[int]]:
         """Return the records of each row of the global batch `step`."""
         while len(self._begins) <= step:  # where a batch begins follows from the sizes of all before it
             self._begins.append(self._pack(self._begins[-1])[1])
-        return self._pack(self._begins[step])[0]
+        rows, end = self._pack(self._begins[step])
+        if len(self._begins) == step + 1:
+            self._begins.append(end)
+        return rows
 
     def _record(self, sample: int) -> int:
         epoch, index = divmod(sample, len(self.records))
@@ -227,10 +232,10 @@ class RecordBatches:
         cuts = []
         for place, row in enumerate(rows):
             begin = place * length
-            for record in (self.records[index] for index in row):
-                end = begin + len(record.tokens) - 1
-                tokens[0, begin:end], tokens[1, begin:end] = record.tokens[:-1], record.tokens[1:]
-                weights[begin:end] = record.weights[1:]
+            for record in row:
+                end = begin + self._sizes[record]
+                tokens[0, begin:end], tokens[1, begin:end] = self._tokens[record][:-1], self._tokens[record][1:]
+                weights[begin:end] = self._weights[record][1:]
                 cuts.append(begin)
                 begin = end
             if begin < (place + 1) * length:
