@@ -26,7 +26,7 @@ from liaoyuan.cli.summary import (
     number,
     percent,
 )
-from liaoyuan.report import Part, Text, Words
+from liaoyuan.report import Cell, Part, Text, Words
 from liaoyuan.rundir import read_json, read_metrics, write_atomic
 
 
@@ -66,7 +66,7 @@ def _key_figures(summary: Summary) -> list[report.Figure]:
     figures = []
     difference = measured(summary, "accuracy", "difference", "greedy")
     if difference:
-        label = Text("points gained by RL over the better control", "强化学习超出较好对照组的百分点")
+        label = Text("points: RL minus the better control", "百分点：强化学习减较好对照组")
         figures.append(report.Figure(f"{100 * difference.mean:+.1f}", label, interval(difference, 100.0)))
     right = measured(summary, "accuracy", "rl", "greedy")
     if right:
@@ -138,7 +138,7 @@ def _claim(summary: Summary) -> Words:
 
 
 def _accuracy_table(summary: Summary, stages: list[str]) -> report.Table:
-    rows: list[list[Words]] = []
+    rows: list[list[Cell]] = []
     for stage in stages:
         values = [measured(summary, "accuracy", stage, measure) for measure in MEASURES]
         rows.append([STAGES[stage], *(percent(value) for value in values)])
@@ -256,7 +256,7 @@ def _speed_plot(summary: Summary) -> report.Plot:
     speeds = summary["tokens_per_second"]
     names = {"pretrain": STEPS["pretrain"], "sft": STEPS["sft"], "rollout": Text("RL rollouts", "强化学习采样")}
     bars = [
-        report.Bar(name, speeds[key], f"{speeds[key]:,.0f}", strong=key == "pretrain")
+        report.Bar(name, speeds[key], f"{speeds[key]:,.0f}", strong=True)
         for key, name in names.items()
         if number(speeds, key) is not None
     ]

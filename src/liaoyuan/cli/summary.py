@@ -25,7 +25,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from liaoyuan.report import Interval, Text, Words
+from liaoyuan.report import Cell, Interval, Noted, Text, Words
 
 Summary = Mapping[str, Any]
 STAGES: dict[str, Text] = {
@@ -101,10 +101,12 @@ def interval(value: Interval, factor: float, unit: str = "") -> Words:
     return Text(f"95% interval {low:.1f} to {high:.1f}{unit}", f"95% 区间 {low:.1f} 至 {high:.1f}{unit}")
 
 
-def percent(value: Interval | None, form: str = ".1f") -> str:
+def percent(value: Interval | None, form: str = ".1f") -> Cell:
+    """Return a share as percent with its interval under it."""
     if value is None:
         return "–"
-    return f"{100 * value.mean:{form}}  ({100 * value.low:{form}} … {100 * value.high:{form}})"
+    low, high = f"{100 * value.low:{form}}", f"{100 * value.high:{form}}"
+    return Noted(f"{100 * value.mean:{form}}", Text(f"{low} to {high}", f"{low} 至 {high}"))
 
 
 def duration(seconds: float) -> str:

@@ -5,9 +5,11 @@ browser chooses, a switch changes it. `Page.html()` needs no network, no other f
 """
 
 from liaoyuan.report.page import (
+    Cell,
     Code,
     Figure,
     KeyFigures,
+    Noted,
     Page,
     Paragraph,
     Part,
@@ -22,6 +24,7 @@ from liaoyuan.report.text import Text, Words
 __all__ = [
     "Bar",
     "Bars",
+    "Cell",
     "Code",
     "Figure",
     "Interval",
@@ -29,6 +32,7 @@ __all__ = [
     "KeyFigures",
     "Line",
     "Lines",
+    "Noted",
     "Page",
     "Paragraph",
     "Part",

@@ -18,21 +18,36 @@ class Paragraph:
 
 
 @dataclass(frozen=True)
+class Noted:
+    """A value of a table with a small note under it, such as its interval."""
+
+    value: Words
+    note: Words
+
+
+Cell = Words | Noted
+
+
+@dataclass(frozen=True)
 class Table:
     """A table of numbers, aligned right but for the first column; or, with `left`, a list of names and facts."""
 
     header: Sequence[Words]
-    rows: Sequence[Sequence[Words]]
+    rows: Sequence[Sequence[Cell]]
     note: Words = ""
     left: bool = False
 
     def markup(self, prefix: str) -> str:
         head = "".join(f"<th>{markup(cell)}</th>" for cell in self.header)
-        lines = "".join(f"<tr>{''.join(f'<td>{markup(cell)}</td>' for cell in row)}</tr>" for row in self.rows)
+        lines = "".join(f"<tr>{''.join(f'<td>{_cell(cell)}</td>' for cell in row)}</tr>" for row in self.rows)
         note = f'<p class="note">{markup(self.note)}</p>' if self.note else ""
         kind = "left" if self.left else "numbers"
         head = f"<thead><tr>{head}</tr></thead>" if self.header else ""
         return f'<div class="scroll"><table class="{kind}">{head}<tbody>{lines}</tbody></table></div>{note}'
+
+
+def _cell(cell: Cell) -> str:
+    return f"{markup(cell.value)}<small>{markup(cell.note)}</small>" if isinstance(cell, Noted) else markup(cell)
 
 
 @dataclass(frozen=True)
