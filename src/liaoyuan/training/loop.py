@@ -108,7 +108,7 @@ def train(
         while done.steps < config.steps:
             step, start = done.steps, _Clock()
             rate = learning_rate_at(step, config.steps, config.learning_rate, config.warmup_steps, config.schedule)
-            outcome = _step(model, optimiser, batches(step), rate, config.clip, world)
+            outcome = take_step(model, optimiser, batches(step), rate, config.clip, world)
             lost = 0 if math.isfinite(outcome.grad_norm) else lost + 1
             if lost >= LOST_LIMIT:
                 raise LiaoyuanError(_diverged(step, rate))
@@ -139,16 +139,18 @@ def make_optimiser(model: Decoder, config: TrainConfig, world: World | None = No
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
+    """What one step did, over all processes."""
+
     loss: float
     grad_norm: float
     tokens: int
     flops: float
 
 
-def _step(
+def take_step(
     model: Decoder, optimiser: Optimiser, batches: Sequence[Batch], rate: float, clip: float, world: World
-) -> _Outcome:
+) -> Outcome:
     """Take one optimiser step: the mean loss over the weights of the global batch, whatever its cut."""
     place = next(model.parameters()).device
     weight, tokens, flops = world.sum_numbers(
@@ -168,7 +170,7 @@ def _step(
             optimiser.accumulate()
         total += loss.detach()
     norm = optimiser.step(rate, clip)
-    return _Outcome(world.sum_numbers(float(total))[0], norm, int(tokens), flops)
+    return Outcome(world.sum_numbers(float(total))[0], norm, int(tokens), flops)
 
 
 def _resume(model: Decoder, optimiser: Optimiser, config: TrainConfig, folder: Path, world: World) -> TrainResult:
@@ -191,7 +193,7 @@ def _extra(done: TrainResult, config: TrainConfig) -> dict[str, Any]:
     return {"done": asdict(done), "config": config.model_dump(mode="json")}
 
 
-def _add(done: TrainResult, outcome: _Outcome, start: "_Clock") -> tuple[TrainResult, float]:
+def _add(done: TrainResult, outcome: Outcome, start: "_Clock") -> tuple[TrainResult, float]:
     """Return the run with one more step, and that step's tokens per second."""
     now = _Clock()
     seconds = now.seconds - start.seconds
@@ -206,7 +208,7 @@ def _add(done: TrainResult, outcome: _Outcome, start: "_Clock") -> tuple[TrainRe
     return total, outcome.tokens / seconds
 
 
-def _row(outcome: _Outcome, rate: float, speed: float, done: TrainResult) -> dict[str, float]:
+def _row(outcome: Outcome, rate: float, speed: float, done: TrainResult) -> dict[str, float]:
     return {
         "tokens": done.tokens,
         "loss": outcome.loss,
