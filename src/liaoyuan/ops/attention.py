@@ -114,6 +114,7 @@ ATTENTION = register(
             fake=_fake_backward,
             save=_save,
             apply=_apply,
+            flops=lambda grad, *inputs: 5 * _flops(*inputs[:5]) // 2,  # five products for the forward pass's two
         ),
     )
 )

@@ -37,6 +37,7 @@ class Gradient:
     inputs: positions of the operator's inputs that get a gradient.
     schema: of the operator `name_backward`, whose arguments are the outputs' gradients and what was saved.
     reference: computes it; fake: its shapes.
+    flops: of the matrix products of a backward call with the arguments of the schema.
     save: (ctx, inputs, output), and apply: (ctx, *gradients), as `torch.library.register_autograd` wants them.
     """
 
@@ -46,6 +47,7 @@ class Gradient:
     fake: Callable[..., Any]
     save: Callable[..., None]
     apply: Callable[..., Any]
+    flops: Callable[..., int] = lambda *_: 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,8 @@ class Operator:
         fake: the outputs' shapes and dtypes for fake tensors.
         gradient: the backward side, or None.
         samples: inputs of the self-test in a given dtype.
-        flops, traffic: FLOPs and bytes read and written of a forward call with these arguments.
+        flops, traffic: FLOPs of the matrix products (element-wise work does not count, as in PyTorch's own counter),
+            and bytes read and written, of a forward call with these arguments.
         exact: whether a row's bits are independent of the other rows that the kernel computes with it.
     """
 
@@ -81,9 +84,9 @@ class Operator:
             torch.library.register_autograd(
                 f"liaoyuan::{self.name}", self.gradient.apply, setup_context=self.gradient.save, lib=LIBRARY
             )
-        packet = getattr(torch.ops.liaoyuan, self.name)
-        register_flop_formula(packet, get_raw=True)(lambda *inputs, out_val=None, **_: self.flops(*inputs))
-        object.__setattr__(self, "call", packet.default)
+            _count_flops(f"{self.name}_backward", self.gradient.flops)
+        _count_flops(self.name, self.flops)
+        object.__setattr__(self, "call", getattr(torch.ops.liaoyuan, self.name).default)
 
     def is_native(self, first: Tensor, *others: Tensor | None) -> bool:
         """Return whether the native kernel takes these tensors: on the CPU, of one dtype that it knows."""
@@ -158,6 +161,11 @@ def pull_back(
 def _register(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"liaoyuan::{name}", fake, lib=LIBRARY)
+
+
+def _count_flops(name: str, flops: Callable[..., int]) -> None:
+    packet = getattr(torch.ops.liaoyuan, name)
+    register_flop_formula(packet, get_raw=True)(lambda *inputs, out_val=None, **_: flops(*inputs))
 
 
 @torch.compiler.assume_constant_result

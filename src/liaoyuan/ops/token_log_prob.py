@@ -92,6 +92,7 @@ TOKEN_LOG_PROB = register(
             fake=_fake_backward,
             save=_save,
             apply=_apply,
+            flops=lambda grad, hidden, weight, *_: 4 * hidden.numel() * weight.shape[0],
         ),
         exact=False,  # the matrix product of torch depends on the number of rows
     )

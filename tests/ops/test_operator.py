@@ -1,0 +1,181 @@
+"""The pattern of an operator: registered for tracing, chosen by its self-test, harmless where no compiler is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from liaoyuan import ops
+from liaoyuan.ops import operator as room
+from liaoyuan.ops.operator import OPERATORS
+from tests.ops.cases import boundaries_of, random
+
+
+def leaves(operator, sample):
+    wanted = operator.gradient.inputs if operator.gradient else ()
+    return [x.clone().requires_grad_(i in wanted) if torch.is_tensor(x) else x for i, x in enumerate(sample)]
+
+
+@pytest.fixture
+def native_only():
+    reasons = {s.reason for s in ops.status() if s.kernel != "native"}
+    if reasons:
+        pytest.skip(f"no native kernels here: {reasons}")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_are_known_to_tracing(name):
+    operator = OPERATORS[name]
+    operator.status()  # the choice is made
+    torch.library.opcheck(operator.call, tuple(leaves(operator, next(iter(operator.samples(torch.float32))))))
+
+
+def switch(operator, on):
+    torch.ops.liaoyuan_native.use(operator.name, on)
+    operator.call._dispatch_cache.clear()  # torch remembers which kernel it traced
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_registered_reference_is_known_to_tracing_too(name, native_only):
+    operator = OPERATORS[name]
+    switch(operator, False)
+    try:
+        torch.library.opcheck(operator.call, tuple(leaves(operator, next(iter(operator.samples(torch.float32))))))
+        assert room.self_test(operator) is None
+    finally:
+        switch(operator, True)
+
+
+@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if operator.gradient])
+def test_the_references_gradients_are_right(name):
+    operator = OPERATORS[name]
+    sample = next(iter(operator.samples(torch.float32)))
+    inputs = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in sample]
+
+    def outputs(*arguments):
+        found = operator.reference(*arguments)
+        return tuple(x for x in ((found,) if torch.is_tensor(found) else found) if x.requires_grad)
+
+    # the log-sum-exp and the norms are fp32 inside by definition: compare with a step that fp32 resolves
+    assert torch.autograd.gradcheck(outputs, leaves(operator, inputs), eps=1e-2, atol=2e-2, rtol=2e-2, fast_mode=True)
+
+
+def test_all_kernels_are_in_use_on_this_machine(native_only):
+    for status in ops.status(measure=True):
+        assert status.kernel == "native"
+        assert status.speed_up is not None
+        assert status.speed_up > 0
+
+
+def test_a_kernel_that_fails_its_self_test_is_not_used(native_only, monkeypatch, caplog):
+    operator = OPERATORS["swiglu"]
+    wrong = type("Wrong", (), {})()
+    wrong.__dict__.update(vars(operator))
+    wrong.reference = lambda gate_up: operator.reference(gate_up) * 1.1
+    monkeypatch.setitem(OPERATORS, "swiglu", wrong)
+    room._choose.cache_clear()
+    try:
+        gate_up = random(4, 32)
+        assert not operator.is_native(gate_up)
+        assert "off by" in room._choose("swiglu")
+        assert "swiglu" in caplog.text
+        assert torch.equal(ops.swiglu(gate_up), operator.reference(gate_up))
+    finally:
+        monkeypatch.undo()
+        room._choose.cache_clear()
+    assert operator.is_native(gate_up)
+
+
+def test_the_choice_may_fall_in_inference_mode_or_under_fake_tensors(native_only):
+    room._choose.cache_clear()
+    with torch.inference_mode():
+        assert OPERATORS["swiglu"].is_native(random(2, 4))
+    room._choose.cache_clear()
+    with FakeTensorMode():
+        assert ops.swiglu(torch.empty(3, 8)).shape == (3, 4)
+
+
+def test_a_compiled_function_and_its_gradients_equal_the_eager_ones():
+    def loss(x, weight):
+        total, out = ops.add_rms_norm(x, 2 * x, weight, 1e-6)
+        qkv = torch.cat((out, out), -1)
+        q, k, v = ops.split_rotary(qkv, angle.cos(), angle.sin(), 1, 8)
+        mixed = ops.attention(q, k, v, boundaries_of([3, 5]), 0.3).flatten(1)
+        return ops.token_log_prob(ops.swiglu(mixed), head, targets).sum() + total.sum()
+
+    angle, head, targets = random(8, 4), random(11, 8), torch.arange(8)
+    inputs = [random(8, 16, seed=1).requires_grad_(), torch.ones(16).requires_grad_()]
+    eager = loss(*inputs)
+    traced = torch.compile(loss, backend="aot_eager", fullgraph=True)(*inputs)
+    assert torch.allclose(eager, traced)
+    for a, b in zip(torch.autograd.grad(eager, inputs), torch.autograd.grad(traced, inputs), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_flops_are_counted():
+    with FlopCounterMode(display=False) as counter:
+        hidden = random(4, 8).requires_grad_()
+        ops.token_log_prob(hidden, random(16, 8), torch.zeros(4, dtype=torch.long)).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 4 * 8 * 16
+
+
+SCRIPT = """
+import logging, sys, torch
+logging.basicConfig(stream=sys.stdout, format="LOG %(message)s")
+from liaoyuan import ops
+x = torch.randn(4, 8).requires_grad_()
+ops.swiglu(x).sum().backward()
+ops.rms_norm(x, torch.ones(8), 1e-6)
+print(*{(s.kernel, s.reason) for s in ops.status()})
+"""
+
+
+def run(environment: dict[str, str]) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_without_a_compiler_the_references_work_and_it_is_said_once(tmp_path):
+    output = run({"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)})
+    assert "('reference', 'There is no C++ compiler" in output
+    assert output.count("LOG") == 1
+
+
+def test_a_compiler_that_fails_is_tried_once_and_its_error_named(tmp_path):
+    wrong = tmp_path / "bin" / "g++"
+    wrong.parent.mkdir()
+    wrong.write_text(f'#!/bin/sh\nif [ "$1" = --version ]; then echo 1; else echo x >> {tmp_path}/tries; '
+                     "echo 'a.cpp:1: error: too old' >&2; exit 1; fi\n")  # fmt: skip
+    wrong.chmod(0o755)
+    for _ in range(2):
+        output = run({"PATH": f"{wrong.parent}:/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path)})
+        assert "too old" in output
+        tries = (tmp_path / "tries").read_text().count("x")
+    assert tries <= len(list((Path(ops.__file__).parent / "native").glob("*.cpp")))
+
+
+def test_processes_that_build_at_once_compile_once(tmp_path):
+    """A false compiler counts its calls: the second process waits for the lock and finds what the first one made."""
+    false = tmp_path / "bin" / "g++"
+    false.parent.mkdir()
+    false.write_text(f"""#!/bin/sh
+if [ "$1" = --version ]; then echo 1; exit; fi
+while [ "$1" != -o ]; do shift; done
+echo "$2" >> {tmp_path}/tries; echo made > "$2"
+""")
+    false.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{false.parent}:/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", "from liaoyuan.ops import build; print(build().read_text())"]
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=300)[0].strip() for process in running] == ["made", "made"]
+    sources = list((Path(ops.__file__).parent / "native").glob("*.cpp"))
+    assert len((tmp_path / "tries").read_text().splitlines()) == len(sources) + 1
