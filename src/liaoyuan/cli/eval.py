@@ -1,0 +1,56 @@
+"""`liaoyuan eval`: accuracy of a model on problems with checkable answers."""
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    model: Annotated[Path, typer.Option(help="Folder of a model with its tokenizer.")],
+    task: Annotated[str, typer.Option(help="addition, modular or countdown.")] = "addition",
+    levels: Annotated[str, typer.Option(help="Levels of difficulty: '2-4', or '3'.")] = "2-4",
+    problems: Annotated[int, typer.Option(min=1, help="Test problems, spread over the levels.")] = 2000,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each problem, for pass@k.")] = 8,
+    fast: Annotated[bool, typer.Option("--fast", help="Answer at once, without a thought.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure accuracy on test problems that no training has seen: greedy, sampled and pass@k, with intervals."""
+    import torch
+
+    from liaoyuan.checkpoint import load_model
+    from liaoyuan.cli.progress import bar
+    from liaoyuan.data import Tokenizer
+    from liaoyuan.device import select_device
+    from liaoyuan.evaluation import bootstrap, measure_accuracy
+    from liaoyuan.inference import Engine
+    from liaoyuan.tasks import find_task, test_problems
+
+    chosen = find_task(task)
+    asked = test_problems(chosen, _levels(levels, chosen.levels), problems)
+    engine = Engine(load_model(model, device=select_device().torch).eval())
+    with bar("Answering") as report, torch.inference_mode():
+        answers = measure_accuracy(
+            engine, Tokenizer.load(model), asked, samples, thinking=not fast, seed=seed, report=report
+        )
+    measures = {"greedy": answers.greedy, "sampled": answers.sampled_mean, f"pass_at_{samples}": answers.pass_at_k}
+    result = {name: bootstrap(values).to_dict() for name, values in measures.items()}
+    if json:
+        print(json_format.dumps({"task": task, "problems": problems, "samples": samples, "accuracy": result}))
+        return
+    for name, value in result.items():
+        print(f"{name:>10}  {100 * value['mean']:5.1f}%  ({100 * value['low']:.1f} to {100 * value['high']:.1f})")
+
+
+def _levels(text: str, known: range) -> list[int]:
+    from liaoyuan.errors import LiaoyuanError
+
+    first, dash, last = text.partition("-")
+    if not first.isdigit() or (dash and not last.isdigit()):
+        raise LiaoyuanError(f"--levels {text} must look like 2-4 or 3.")
+    chosen = list(range(int(first), int(last or first) + 1))
+    if not chosen or chosen[0] < known[0] or chosen[-1] > known[-1]:
+        raise LiaoyuanError(f"--levels {text}: this task has the levels {known[0]} to {known[-1]}.")
+    return chosen

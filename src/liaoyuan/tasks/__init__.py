@@ -1,0 +1,21 @@
+"""Problems with checkable answers, generated afresh: one meaning of "right" for tuning and evaluation.
+
+Training, validation and test problems are disjoint by construction: a hash of the question decides the split.
+"""
+
+from liaoyuan.errors import LiaoyuanError, nearest
+from liaoyuan.tasks.addition import Addition
+from liaoyuan.tasks.countdown import Countdown
+from liaoyuan.tasks.modular import Modular
+from liaoyuan.tasks.problem import Problem, Split, Task, split_of, spread, test_problems, to_record
+
+TASKS: dict[str, Task] = {task.name: task for task in (Addition(), Modular(), Countdown())}
+
+__all__ = ["TASKS", "Problem", "Split", "Task", "find_task", "split_of", "spread", "test_problems", "to_record"]
+
+
+def find_task(name: str) -> Task:
+    """Return the task called `name`; raises LiaoyuanError that names the nearest one."""
+    if name not in TASKS:
+        raise LiaoyuanError(f"There is no task '{name}' ({', '.join(TASKS)} exist){nearest(name, TASKS)}")
+    return TASKS[name]

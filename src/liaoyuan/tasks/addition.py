@@ -1,0 +1,47 @@
+"""Written-out addition: two numbers of `level` digits each, column by column from the right."""
+
+import random
+import re
+
+from liaoyuan.tasks.problem import Problem, Split, draw
+
+NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # ASCII digits only, no sign, no leading zero, no unbounded length
+IN_THE_HEAD = 0.85  # share of worked solutions that leave the last (leading) column to the head, as people do
+
+
+class Addition:
+    """ "4827+1659=?": the thought writes for each column both digits and their sum with the carry in two digits.
+
+    As in solutions that people write, the leading column is mostly not written out: `IN_THE_HEAD` of them go from
+    the columns before it straight to the answer. Every worked solution is right.
+    """
+
+    name = "addition"
+    levels = range(1, 9)
+
+    def problem(self, seed: int, index: int, level: int, split: Split = "train") -> Problem:
+        return draw(self.name, seed, index, level, split, lambda chance: _make(chance, level))
+
+    def check(self, problem: Problem, text: str) -> bool:
+        return NUMBER.fullmatch(text.strip()) is not None and text.strip() == problem.answer
+
+
+def _make(chance: random.Random, level: int) -> Problem:
+    low, high = (10 ** (level - 1) if level > 1 else 0), 10**level
+    left, right = chance.randrange(low, high), chance.randrange(low, high)
+    columns = _columns(left, right, level)
+    if chance.random() < IN_THE_HEAD:
+        columns = columns[:-1]
+    question = f"{left}+{right}=?"
+    return Problem("addition", question, str(left + right), "".join(columns), level, f"addition:{question}")
+
+
+def _columns(left: int, right: int, count: int) -> list[str]:
+    """Return the written columns, units first: "79:16," is 7 + 9 = 16, whose 1 is carried."""
+    columns, carry = [], 0
+    for place in range(count):
+        upper, lower = left // 10**place % 10, right // 10**place % 10
+        total = upper + lower + carry
+        columns.append(f"{upper}{lower}{total:02d},")
+        carry = total // 10
+    return columns

@@ -1,0 +1,134 @@
+"""Countdown: reach a target with each of `level` numbers once, by +, - and *.
+
+The answer is an expression. It is read by a small parser of our own with hard limits: text that a model wrote is
+never handed to `eval`.
+"""
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from liaoyuan.tasks.problem import Problem, Split, draw
+
+LARGEST = 12  # of the given numbers
+TARGETS = range(1, 100)
+LONGEST = 64  # characters of an answer
+DEEPEST = 8  # nested brackets
+SHAPE = re.compile(r"[0-9+\-*() ]+")
+TOKEN = re.compile(r"[0-9]{1,4}|[-+*()]")
+
+
+class Countdown:
+    """ "3 5 8 > 24": the answer is an expression such as "8*(5-2)"; the thought shows the steps to it."""
+
+    name = "countdown"
+    levels = range(2, 6)
+
+    def problem(self, seed: int, index: int, level: int, split: Split = "train") -> Problem:
+        return draw(self.name, seed, index, level, split, lambda chance: _make(chance, level))
+
+    def check(self, problem: Problem, text: str) -> bool:
+        numbers, target = problem.question.split(" > ")
+        found = evaluate(text.strip())
+        if found is None:
+            return False
+        used, value = found
+        return value == int(target) and sorted(used) == sorted(int(number) for number in numbers.split())
+
+
+def evaluate(text: str) -> tuple[list[int], int] | None:
+    """Return the numbers that an expression uses and its value; None if it is no expression within the limits."""
+    if not text.isascii() or len(text) > LONGEST or not SHAPE.fullmatch(text):
+        return None
+    tokens = TOKEN.findall(text)
+    if "".join(tokens) != text.replace(" ", ""):
+        return None
+    reader = _Reader(tokens)
+    try:
+        value = reader.sum(0)
+    except _Malformed:
+        return None
+    return (reader.numbers, value) if reader.place == len(tokens) else None
+
+
+class _Malformed(Exception):  # noqa: N818  (never leaves this file)
+    """The tokens are no expression."""
+
+
+class _Reader:
+    """Recursive descent: sum := product (+|- product)*, product := atom (* atom)*, atom := number | ( sum )."""
+
+    def __init__(self, tokens: list[str]) -> None:
+        self.tokens, self.place, self.numbers = tokens, 0, list[int]()
+
+    def sum(self, depth: int) -> int:
+        value = self._product(depth)
+        while self._next() in ("+", "-"):
+            sign = 1 if self._take() == "+" else -1
+            value += sign * self._product(depth)
+        return value
+
+    def _product(self, depth: int) -> int:
+        value = self._atom(depth)
+        while self._next() == "*":
+            self._take()
+            value *= self._atom(depth)
+        return value
+
+    def _atom(self, depth: int) -> int:
+        token = self._take()
+        if token.isdigit():
+            self.numbers.append(int(token))
+            return int(token)
+        if token != "(" or depth >= DEEPEST:
+            raise _Malformed
+        value = self.sum(depth + 1)
+        if self._take() != ")":
+            raise _Malformed
+        return value
+
+    def _next(self) -> str:
+        return self.tokens[self.place] if self.place < len(self.tokens) else ""
+
+    def _take(self) -> str:
+        token = self._next()
+        if not token:
+            raise _Malformed
+        self.place += 1
+        return token
+
+
+@dataclass(frozen=True)
+class _Term:
+    text: str
+    value: int
+    is_sum: bool = False
+
+    @property
+    def factor(self) -> str:
+        return f"({self.text})" if self.is_sum else self.text
+
+
+def _make(chance: random.Random, level: int) -> Problem:
+    """Draw numbers, join two of the terms at a time until one is left, and take its value for the target."""
+    while True:
+        numbers = [chance.randint(1, LARGEST) for _ in range(level)]
+        terms, steps = [_Term(str(number), number) for number in numbers], []
+        while len(terms) > 1:
+            chance.shuffle(terms)
+            left, right = terms.pop(), terms.pop()
+            operator, joined = chance.choice(list(_joins(left, right)))
+            steps.append(f"{left.value}{operator}{right.value}={joined.value}")
+            terms.append(joined)
+        if terms[0].value in TARGETS:
+            question = f"{' '.join(map(str, sorted(numbers)))} > {terms[0].value}"
+            thought = " ".join(steps)
+            return Problem("countdown", question, terms[0].text, thought, level, f"countdown:{question}")
+
+
+def _joins(left: _Term, right: _Term) -> Iterator[tuple[str, _Term]]:
+    yield "+", _Term(f"{left.text}+{right.text}", left.value + right.value, True)
+    if left.value > right.value:
+        yield "-", _Term(f"{left.text}-{right.factor}", left.value - right.value, True)
+    yield "*", _Term(f"{left.factor}*{right.factor}", left.value * right.value)

@@ -1,0 +1,97 @@
+"""What a task is: it makes problems, each a function of (seed, index, level, split), and judges answers."""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from liaoyuan.data import Message, Record
+
+Split = Literal["train", "validation", "test"]
+SHARES: dict[int, Split] = {0: "test", 1: "validation"}  # of ten hash values; the other eight are training
+ATTEMPTS = 10_000  # draws until a problem falls in the wanted split; one in ten does
+TEST_SEED = 0  # of the test problems, the same in every run and for every model
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, its right answer and one worked solution (`thought`); `key` identifies its content."""
+
+    task: str
+    question: str
+    answer: str
+    thought: str
+    level: int
+    key: str
+
+
+class Task(Protocol):
+    """A kind of problem. `levels` are its levels of difficulty, easiest first."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def levels(self) -> range: ...
+
+    def problem(self, seed: int, index: int, level: int, split: Split = "train") -> Problem:
+        """Return problem `index` of the stream `seed`; the same arguments give the same problem for ever."""
+        ...
+
+    def check(self, problem: Problem, text: str) -> bool:
+        """Return whether `text`, what was written after the thought, is a right answer and nothing else."""
+        ...
+
+
+def split_of(key: str) -> Split:
+    """Return the split to which a problem belongs, decided by its content alone."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return SHARES.get(int.from_bytes(digest, "big") % 10, "train")
+
+
+def draw(
+    name: str, seed: int, index: int, level: int, split: Split, make: Callable[[random.Random], Problem]
+) -> Problem:
+    """Draw with `make` until the problem falls in `split`."""
+    chance = random.Random(f"{name}/{seed}/{index}/{level}/{split}")  # a text seed is hashed with SHA-512
+    for _ in range(ATTEMPTS):
+        problem = make(chance)
+        if split_of(problem.key) == split:
+            return problem
+    raise ValueError(f"{name} has no {split} problem of level {level}")
+
+
+def to_record(problem: Problem, thinking: bool = True) -> Record:
+    """Return the worked solution as a conversation to learn: with its thought, or with the answer at once."""
+    answer = Message(role="assistant", content=problem.answer, think=problem.thought if thinking else "")
+    return Record(
+        id=f"{problem.key}/{'slow' if thinking else 'fast'}",
+        messages=(Message(role="user", content=problem.question), answer),
+        task=problem.task,
+        answer=problem.answer,
+        level=problem.level,
+        source="generated",
+    )
+
+
+def spread(task: Task, seed: int, levels: Sequence[int], count: int, split: Split) -> list[Problem]:
+    """Return `count` different problems of one split, evenly over the levels.
+
+    A level with too few problems of the split for its share gives those it has, again and again.
+    """
+    problems, seen, fresh = [], set[str](), 0
+    for place in range(count):
+        for _ in range(20):  # redraws of a problem that is there already
+            problem = task.problem(seed, fresh, levels[place % len(levels)], split)
+            fresh += 1
+            if problem.key not in seen:
+                break
+        seen.add(problem.key)
+        problems.append(problem)
+    return problems
+
+
+def test_problems(task: Task, levels: Sequence[int], count: int) -> list[Problem]:
+    """Return the fixed test problems on which every model is measured."""
+    return spread(task, TEST_SEED, levels, count, "test")
