@@ -3,23 +3,22 @@
 Every figure comes with what it must be compared with, measured on the same problems or the same bytes.
 """
 
-from liaoyuan.evaluation.accuracy import Answers, completions_of, measure_accuracy
-from liaoyuan.evaluation.accuracy import Answers, completions_of, judge, measure_accuracy
+from liaoyuan.evaluation.accuracy import Answers, completions_of, judge, measure_accuracy, prompt_of
 from liaoyuan.evaluation.compression import bits_per_byte, gzip_bits_per_byte, xz_bits_per_byte
 from liaoyuan.evaluation.intervals import Interval, bootstrap, difference_to_best
 from liaoyuan.evaluation.scores import score
 
 __all__ = [
     "Answers",
-    "Answers",
     "Interval",
     "bits_per_byte",
     "bootstrap",
     "completions_of",
     "difference_to_best",
-    "completions_of",
     "gzip_bits_per_byte",
+    "judge",
     "measure_accuracy",
+    "prompt_of",
     "score",
     "xz_bits_per_byte",
 ]
