@@ -90,7 +90,7 @@ def chat_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
 def serving(app: FastAPI) -> Iterator[str]:
     """Serve an app on a free port of the loopback; yield its address."""
     bound = socket.create_server(("127.0.0.1", 0))
-    with contextlib.ExitStack() as closing, Server(app, closing.enter_context(bound), closing.pop_all()) as server:
+    with Server(app, bound, contextlib.ExitStack()) as server:
         yield server.url
 
 

@@ -1,6 +1,5 @@
 """Promises of `serve` and `chat` at the command line: mistakes are one sentence, Ctrl-C is a clean end."""
 
-import contextlib
 import io
 import json
 import shutil
@@ -77,14 +76,13 @@ def test_serve_ends_cleanly_on_ctrl_c(model_folder: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout and server.stderr
         said = json.loads(server.stdout.readline())
-        answering = {"prompt": "The", "max_tokens": 200, "ignore_eos": True, "stream": True, "n": 8}
+        answering = {"prompt": "The", "max_tokens": 200, "ignore_eos": True, "stream": True, "n": 128}
         with httpx.stream("POST", said["api"] + "/completions", json=answering, trust_env=False) as reply:
             assert reply.status_code == 200
             server.send_signal(signal.SIGINT)
-            with contextlib.suppress(httpx.HTTPError):
-                reply.read()
+            assert "The engine is shutting down." in reply.read().decode()
         assert server.wait(20) == 0
-        assert "Traceback" not in server.stderr.read()
+        assert server.stderr.read() == ""
 
 
 def talk(monkeypatch: pytest.MonkeyPatch, lines: str, url: str | None = None, model: Path | None = None) -> None:

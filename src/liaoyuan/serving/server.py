@@ -1,5 +1,6 @@
 """A server around a model folder: checked at the door, bound to loopback unless told otherwise."""
 
+import asyncio
 import contextlib
 import errno
 import socket
@@ -26,7 +27,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Server:
-    """An app bound to a socket, and what must be closed with it; `run` serves until Ctrl-C or `stop`."""
+    """An app on a listening socket, and what else ends with it; `run` serves until Ctrl-C or `stop`."""
 
     def __init__(self, app: FastAPI, bound: socket.socket, closing: contextlib.ExitStack) -> None:
         self.app = app
@@ -42,7 +43,7 @@ class Server:
             server_header=False,
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
-        self._uvicorn = uvicorn.Server(config)
+        self._uvicorn = _Uvicorn(config, closing)
 
     @property
     def url(self) -> str:
@@ -66,6 +67,7 @@ class Server:
     def close(self) -> None:
         """Free the port and end the engine; `run` does it itself."""
         self._closing.close()
+        self._socket.close()
 
     def __enter__(self) -> "Server":
         """Serve in a thread of its own until the block ends."""
@@ -76,6 +78,18 @@ class Server:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
         self._thread.join()
+
+
+class _Uvicorn(uvicorn.Server):
+    """Ends the engine before it waits for open answers, so that they end at once and say why."""
+
+    def __init__(self, config: uvicorn.Config, closing: contextlib.ExitStack) -> None:
+        super().__init__(config)
+        self._closing = closing
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await asyncio.to_thread(self._closing.close)
+        await super().shutdown(sockets)
 
 
 def open_server(
@@ -96,8 +110,8 @@ def open_server(
     Raises:
         LiaoyuanError: the port is in use, the folder is missing or torn, or tokenizer and model disagree.
     """
-    with contextlib.ExitStack() as opened:
-        bound = opened.enter_context(_bind(host, port))
+    with contextlib.ExitStack() as port_kept, contextlib.ExitStack() as opened:
+        bound = port_kept.enter_context(_bind(host, port))
         tokenizer, model = _load(model_dir, device)
         running = Engine(model, engine)
         runner = opened.enter_context(EngineThread(running))
@@ -111,6 +125,7 @@ def open_server(
             () if model.config.eos_token_id is None else (model.config.eos_token_id,),
             loopback_only=host in LOOPBACK,
         )
+        port_kept.pop_all()
         return Server(app, bound, opened.pop_all())
 
 

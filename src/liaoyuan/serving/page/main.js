@@ -25,7 +25,9 @@ function showAbout() {
   at("single").hidden = !about.single_turn;
   at("examples").replaceChildren(...about.examples.map((example) => exampleView(pick(example), ask)));
   at("thinking").hidden = !about.thinks;
-  if (!about.chat) page.question.placeholder = say("placeholderText");
+  if (about.chat) return;
+  page.question.placeholder = say("placeholderText");
+  at("hello").textContent = say("helloText");
 }
 
 async function ask(text) {
@@ -131,7 +133,7 @@ function newChat() {
 
 /** Let the reader type on; not where that would raise a keyboard over the page. */
 function focusQuestion() {
-  if (matchMedia("(hover: hover)").matches) page.question.focus({ preventScroll: true });
+  if (!matchMedia("(pointer: coarse)").matches) page.question.focus({ preventScroll: true });
 }
 
 /** Enable what can be done now. */
