@@ -163,6 +163,27 @@ def test_what_is_refused_and_how(client: openai.OpenAI, tokenizer: Tokenizer) ->
         client.completions.create(model="tiny", prompt=[tokenizer.vocab_size])
 
 
+def test_the_chosen_token_is_always_among_the_top_logprobs(client: openai.OpenAI) -> None:
+    asked = {"model": "tiny", "prompt": "The answer", "max_tokens": 12, "seed": 4, "temperature": 1.5, "echo": True}
+    for count in (0, 2):
+        scores = client.completions.create(**asked, logprobs=count).choices[0].logprobs
+        rows = list(zip(scores.tokens, scores.token_logprobs, scores.top_logprobs, strict=True))[1:]
+        for token, logprob, top in rows:
+            assert top[token] == logprob and max(count, 1) <= len(top) <= count + 1
+
+
+def test_stream_options_need_a_stream(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="only allowed with 'stream'"):
+        client.completions.create(model="tiny", prompt="x", stream_options={"include_usage": True})
+
+
+def test_running_usage_counts_up(client: openai.OpenAI) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    asked = {"model": "tiny", "prompt": "The", "max_tokens": 9, "stream": True, "extra_body": {"ignore_eos": True}}
+    chunks = list(client.completions.create(**asked, stream_options=options))
+    assert [chunk.usage.completion_tokens for chunk in chunks] == [*range(1, 10), 9]
+
+
 def test_fields_that_change_nothing_are_accepted(client: openai.OpenAI) -> None:
     neutral = {"tools": [], "frequency_penalty": 0, "response_format": {"type": "text"}, "logit_bias": {}}
     client.chat.completions.create(

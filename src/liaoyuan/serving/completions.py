@@ -163,7 +163,7 @@ class _Reply:
         return text, {
             "tokens": [self._text(token) for token in prompt],
             "token_logprobs": [None, *map(finite, scores.logprobs)],
-            "top_logprobs": [None, *map(self._rivals, scores.top)],
+            "top_logprobs": [None, *map(self._rivals, scores.top, prompt[1:], scores.logprobs)],
             "text_offset": [max(0, end - before) for end in ends[:-1]],
         }
 
@@ -178,7 +178,7 @@ class _Reply:
         return text, {
             "tokens": [self._text(token.id) for token in tokens],
             "token_logprobs": [finite(token.logprob) for token in tokens],
-            "top_logprobs": [self._rivals(token.top) for token in tokens],
+            "top_logprobs": [self._rivals(token.top, token.id, token.logprob) for token in tokens],
             "text_offset": [self.offsets.get(index, 0) + token.start for token in tokens],
         }
 
@@ -202,8 +202,10 @@ class _Reply:
             "total_tokens": prompt + completion,
         }
 
-    def _rivals(self, top: list[tuple[int, float]]) -> dict[str, float]:
-        return {self._text(token): finite(logprob) for token, logprob in top}
+    def _rivals(self, top: list[tuple[int, float]], token: int, logprob: float) -> dict[str, float]:
+        """Return the most probable tokens, and the chosen one if it is none of them (as OpenAI does)."""
+        rivals = {self._text(rival): finite(score) for rival, score in top}
+        return {**rivals, self._text(token): finite(logprob)}
 
     def _text(self, token: int) -> str:
         """Return a token as text; one that is no whole text by itself is shown by its bytes, as OpenAI does."""

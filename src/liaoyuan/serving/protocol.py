@@ -70,7 +70,7 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """What else a stream carries: usage in the last chunk, or (as vLLM has it) running usage in every chunk."""
+    """What else a stream carries: usage in a last chunk, and (as vLLM has it) running usage in every chunk too."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -113,13 +113,19 @@ class Sampling(Body):
             raise invalid("A stop string must not be empty.", "stop")
         return stops
 
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> "Sampling":
+        if self.stream_options is not None and not self.stream:
+            raise invalid("'stream_options' is only allowed with 'stream'.", "stream_options")
+        return self
+
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def running_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+        return bool(self.include_usage and self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class Part(Body):
