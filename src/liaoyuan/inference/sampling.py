@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 64  # width of the lower level of the two-level search in `_draw`; about the root of a vocabulary
+CHUNK = 64  # width of the lower level of two-level searches; about the root of a vocabulary
 
 
 @dataclass(frozen=True)
@@ -37,18 +36,20 @@ def sample(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
 
     logits: [R, V], any float dtype; all arithmetic is fp32 or wider.
     """
-    scores = logits.float()
-    peak = scores.amax(-1, keepdim=True)
-    weights = (scores - peak).exp_()  # proportional to the probabilities
+    scores = _in_chunks(logits)
+    peaks = scores.amax(-1)
+    peak = peaks.amax(-1)
+    weights = (scores - peak[:, None, None]).exp_()  # proportional to the probabilities
+    sums = weights.sum(-1)
     greedy = settings.temperature == 0.0
     if greedy.all():
-        tokens = scores.argmax(-1)
+        tokens = _argmax(scores, peaks)
     else:
-        tokens = _sample_rows(scores, peak, weights, settings)
+        tokens = _sample_rows(scores, peak, weights, sums, settings)
         if greedy.any():
-            tokens = torch.where(_tensor(greedy, scores), scores.argmax(-1), tokens)
-    chosen = scores.gather(-1, tokens[:, None]) - peak
-    return tokens, chosen.squeeze(-1) - weights.sum(-1).log()
+            tokens = torch.where(_tensor(greedy, scores), _argmax(scores, peaks), tokens)
+    chosen = scores.flatten(1).gather(-1, tokens[:, None]).squeeze(-1)
+    return tokens, chosen - peak - sums.sum(-1).log()
 
 
 def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -57,20 +58,38 @@ def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return tokens, values
 
 
-def _sample_rows(scores: Tensor, peak: Tensor, weights: Tensor, settings: Settings) -> Tensor:
+def _in_chunks(logits: Tensor) -> Tensor:
+    """Return the logits as fp32 [R, chunks, CHUNK], filled up with -inf: every search goes by chunks."""
+    rows, vocabulary = logits.shape
+    rest = -vocabulary % CHUNK
+    if rest:
+        filled = torch.full((rows, vocabulary + rest), -torch.inf, device=logits.device)
+        filled[:, :vocabulary] = logits
+        logits = filled
+    return logits.float().unflatten(-1, (-1, CHUNK))
+
+
+def _argmax(scores: Tensor, peaks: Tensor) -> Tensor:
+    """Return the first place of each row's highest score; peaks [R, chunks] is the highest of each chunk."""
+    chunk = peaks.argmax(-1)
+    return chunk * CHUNK + _take(scores, chunk).argmax(-1)
+
+
+def _sample_rows(scores: Tensor, peak: Tensor, weights: Tensor, sums: Tensor, settings: Settings) -> Tensor:
     """Draw a token for every row (a greedy row draws at temperature 1 and is replaced by the caller).
 
-    weights: exp(scores - peak), the distribution at temperature 1 but for its total.
+    weights: exp(scores - peak), the distribution at temperature 1 but for its total; sums: of its chunks.
     """
     temperature = np.where(settings.temperature == 0.0, 1.0, settings.temperature).astype(np.float32)
     number = _tensor(settings.uniform, scores)
     if (temperature != 1.0).any():
-        weights = ((scores - peak) / _tensor(temperature, scores)[:, None]).exp_()
-    tokens = _draw(weights, number)
+        weights = ((scores - peak[:, None, None]) / _tensor(temperature, scores)[:, None, None]).exp_()
+        sums = weights.sum(-1)
+    tokens = _draw(weights, sums, number)
     filtered = (settings.top_p < 1.0) | (settings.top_k > 0) | (settings.min_p > 0.0)
     if filtered.any():
         rows = _tensor(np.flatnonzero(filtered), scores)
-        tokens[rows] = _draw_filtered(weights[rows], settings, filtered, number[rows])
+        tokens[rows] = _draw_filtered(weights[rows].flatten(1), settings, filtered, number[rows])
     return tokens
 
 
@@ -88,21 +107,22 @@ def _draw_filtered(weights: Tensor, settings: Settings, rows: np.ndarray, number
     before = ranked.cumsum(-1) - ranked
     ranked = ranked.masked_fill((before >= top_p) & (rank > 0) & (top_p < 1.0), 0.0)
     ranked = ranked.masked_fill(ranked < min_p * ranked[:, :1], 0.0)
-    return tokens.gather(-1, _draw(ranked, number)[:, None]).squeeze(-1)
+    place, _ = _search(ranked, number)
+    return tokens.gather(-1, place[:, None]).squeeze(-1)
 
 
-def _draw(weights: Tensor, number: Tensor) -> Tensor:
-    """Return int64 [R]: for each row of weights [R, V], the first index whose running sum exceeds number * total.
-
-    The sum runs over chunks, then within the chosen chunk, which is much cheaper than a running sum of the row.
+def _draw(weights: Tensor, sums: Tensor, number: Tensor) -> Tensor:
+    """Return int64 [R]: for each row of weights [R, chunks, CHUNK], the first index whose running sum exceeds
+    number * total. The sum runs over chunks, then within one chunk: much cheaper than a running sum of the row.
     """
-    rest = -weights.shape[1] % CHUNK
-    padded = F.pad(weights, (0, rest)) if rest else weights
-    chunks = padded.unflatten(-1, (-1, CHUNK))
-    chunk, within = _search(chunks.sum(-1), number)
-    inner = chunks[torch.arange(weights.shape[0], device=weights.device), chunk]
-    index, _ = _search(inner, within)
+    chunk, within = _search(sums, number)
+    index, _ = _search(_take(weights, chunk), within)
     return chunk * CHUNK + index
+
+
+def _take(values: Tensor, chunk: Tensor) -> Tensor:
+    """Return one chunk of each row: values [R, chunks, CHUNK], chunk int64 [R] -> [R, CHUNK]."""
+    return values[torch.arange(values.shape[0], device=values.device), chunk]
 
 
 def _search(weights: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
