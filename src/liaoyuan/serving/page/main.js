@@ -97,11 +97,12 @@ function questionBody(turn) {
   const common = { model: about.model, temperature: Number(page.temperature.value) };
   if (about.max_tokens) common.max_tokens = about.max_tokens;
   if (!about.chat) return { ...common, prompt: turn.question, max_tokens: about.max_tokens ?? 200 };
-  const seen = about.single_turn ? [turn] : turns.slice(0, turns.indexOf(turn) + 1);
-  const messages = seen.flatMap((each) => [
+  const before = about.single_turn ? [] : turns.slice(0, turns.indexOf(turn)).filter((each) => each.answer);
+  const messages = before.flatMap((each) => [
     { role: "user", content: each.question },
-    ...(each === turn ? [] : [{ role: "assistant", content: each.answer }]),
+    { role: "assistant", content: each.answer },
   ]);
+  messages.push({ role: "user", content: turn.question });
   const slow = page.composer.elements.thinking.value === "slow";
   return { ...common, messages, chat_template_kwargs: { enable_thinking: slow } };
 }
