@@ -26,9 +26,7 @@ def trained(config: ModelConfig, folder: Path, settings: TrainConfig = CONFIG, m
     return model
 
 
-def test_the_loss_is_the_weighted_mean_over_all_microbatches_and_falls(
-    tiny_config: ModelConfig, tmp_path: Path
-) -> None:
+def test_the_loss_is_the_mean_over_all_microbatches_and_falls(tiny_config: ModelConfig, tmp_path: Path) -> None:
     model = initialise(Decoder(tiny_config), 0)
     total = weight = 0.0
     for batch in invented_batches(tiny_config, 3)(0):
@@ -190,9 +188,7 @@ def test_one_bad_batch_is_passed_over(tiny_config: ModelConfig, tmp_path: Path) 
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["loss"] < 4.3
 
 
-def test_evaluation_is_called_when_due_and_its_values_are_in_the_metrics(
-    tiny_config: ModelConfig, tmp_path: Path
-) -> None:
+def test_evaluation_when_due_is_in_the_metrics(tiny_config: ModelConfig, tmp_path: Path) -> None:
     told: list[Progress] = []
     settings = CONFIG.model_copy(update={"evaluate_every": 5})
     model = initialise(Decoder(tiny_config), 0)
