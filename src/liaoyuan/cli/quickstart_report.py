@@ -9,6 +9,7 @@ from typing import Any
 
 from liaoyuan import report
 from liaoyuan.cli.summary import (
+    CLAIMED,
     COLOURS,
     CORPUS,
     MEASURES,
@@ -98,15 +99,24 @@ def _thinking(summary: Summary, run_folder: Path) -> report.Section:
         parts.append(_length_plot(summary["accuracy_by_length"]))
     if stages:
         parts.append(_accuracy_plot(summary, stages))
-    curves = _curves(summary, run_folder, "rl", "reward")
-    if curves:
-        drawing = report.Lines(
-            Text("update", "更新步"), Text("% of samples right", "采样正确率 %"), curves, _width(curves), percent=True
-        )
-        parts.append(report.Plot(Text("Reward during RL", "强化学习中的奖励"), drawing))
+    parts += _rl_plots(summary, run_folder)
     if summary.get("compute"):
         parts.append(_compute_table(summary["compute"]))
     return report.Section(Text("Learning to think", "学会思考"), parts)
+
+
+def _rl_plots(summary: Summary, run_folder: Path) -> list[Part]:
+    plots: list[Part] = []
+    reward = _curves(summary, run_folder, "rl", "reward")
+    if reward:
+        y_label = Text("% of samples right", "采样正确率 %")
+        drawing = report.Lines(Text("update", "更新步"), y_label, reward, _width(reward), percent=True)
+        plots.append(report.Plot(Text("Reward during RL", "强化学习中的奖励"), drawing))
+    length = _curves(summary, run_folder, "rl", "length")
+    if length:
+        drawing = report.Lines(Text("update", "更新步"), Text("tokens", "词元"), length, _width(length))
+        plots.append(report.Plot(Text("Length of what it writes during RL", "强化学习中的书写长度"), drawing))
+    return plots
 
 
 def _claim(summary: Summary) -> Words:
@@ -123,9 +133,8 @@ def _claim(summary: Summary) -> Words:
         "所得 CPU 时间不少于强化学习（含采样），学习率与检查点同样在验证集上挑选。"
         "区间为 95%，对题目与随机种子自助抽样得到。"
     )
-    differences = [measured(summary, "accuracy", "difference", measure) for measure in MEASURES]
-    known = [difference for difference in differences if difference]
-    by_seed = [value for values in summary.get("difference_by_seed", {}).values() for value in values]
+    known = [found for found in (measured(summary, "accuracy", "difference", name) for name in CLAIMED) if found]
+    by_seed = [value for name in CLAIMED for value in summary.get("difference_by_seed", {}).get(name, [])]
     if not known:
         return Text(en, zh)
     if all(difference.low > 0 for difference in known) and all(value > 0 for value in by_seed):
@@ -158,7 +167,7 @@ def _accuracy_plot(summary: Summary, stages: list[str]) -> report.Plot:
 
 
 def _difference_plot(summary: Summary) -> report.Plot:
-    measures = [name for name in ("greedy", "sampled") if measured(summary, "accuracy", "difference", name)]
+    measures = [name for name in MEASURES if measured(summary, "accuracy", "difference", name)]
     row = [measured(summary, "accuracy", "difference", measure) for measure in measures]
     seeds = summary.get("difference_by_seed", {}).get("greedy", [])
     listed = ", ".join(f"{100 * value:+.1f}" for value in seeds)

@@ -4,17 +4,17 @@ The report shows what is there; every key may be missing. `{m}` stands for `{"me
 
     bits_per_byte.{model,gzip,xz}                 numbers
     accuracy.STAGE.{greedy,sampled,pass_at_8}     {m}; STAGE is sft, rl, control, control_own_samples, fast, scratch
-    accuracy.difference.{greedy,sampled}          {m}, RL minus the better control, paired by problem
+    accuracy.difference.{greedy,sampled,pass_at_8}  {m}, RL minus the better control, paired by problem
     seeds, seconds, mfu, peak_memory              number of seeds, wall seconds, share 0..1, bytes
     problems                                      number of held-out problems
     tokens_per_second.{pretrain,sft,rollout}      numbers
     model.{parameters,num_hidden_layers,hidden_size,vocab_size,dtype}
     corpus.{source,documents,bytes,tokens,vocab_size,duplicates,skipped}   as in the corpus's manifest.json
     metrics.{pretrain,sft,rl}                     a path, or a list of paths (one per seed), inside the run folder; rows
-                                                  have `loss` (and may have `held_out_loss`), of RL `reward`
+                                                  have `loss` (and may have `held_out_loss`), of RL `reward` and `length`
     accuracy_by_level.STAGE.LEVEL                 {m}
     accuracy_by_length.STAGE                      list of {m} with "tokens", the mean length of thought of the group
-    difference_by_seed.{greedy,sampled}           list of numbers
+    difference_by_seed.{greedy,sampled,pass_at_8}  list of numbers
     compute.STAGE.{cpu_seconds,flops}             what was spent on a stage, rollouts included
     samples                                       list of {question, answer, before, after, before_right, after_right}
     timings                                       list of {step, seconds}
@@ -42,6 +42,7 @@ MEASURES: dict[str, Text] = {
     "sampled": Text("sampled", "采样"),
     "pass_at_8": Text("pass@8", "pass@8"),
 }
+CLAIMED = ("greedy", "sampled")  # the differences on which a gain is claimed; pass@8 is shown beside them
 STEPS: dict[str, Text] = {
     "data": Text("data and tokenizer", "数据与分词器"),
     "pretrain": Text("pretraining", "预训练"),
