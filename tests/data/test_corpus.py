@@ -73,6 +73,7 @@ def test_the_manifest_tells_what_is_in_it(text_folder: Path, tmp_path: Path) -> 
     assert manifest["bytes"]["held_out"] == len(corpus.held_out_bytes())
     assert manifest["tokens"]["train"] == len(corpus.stream().tokens) - 1
     assert manifest["config"]["vocab_size"] == 400
+    assert manifest["licences"] == {"unknown": 40}
     assert manifest["tokenizer"] == corpus.tokenizer().hash
     skipped = json.loads((tmp_path / "corpus" / "skipped.json").read_text())
     assert skipped == [{"source": "empty.txt", "reason": "empty", "count": 1}]

@@ -108,6 +108,13 @@ def test_a_missing_tokenizer_and_torn_settings_are_refused(tmp_path: Path, token
         Tokenizer.load(tmp_path)
 
 
+def test_a_models_own_end_tokens_are_kept(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [8, 4]}))
+    assert Tokenizer.load(tmp_path).eos_ids == (4, 8, 7, 0)
+
+
 def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:
     with pytest.raises(LiaoyuanError, match=f"at least {MINIMUM_VOCABULARY}"):
         train_tokenizer(["text"], MINIMUM_VOCABULARY - 1)

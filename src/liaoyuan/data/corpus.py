@@ -12,12 +12,14 @@ on with the stage that was not finished, and a finished one is not made again fr
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from liaoyuan.config import Config
 from liaoyuan.data.batches import TokenStream
@@ -42,10 +44,10 @@ class CorpusConfig(Config):
     text: Path | None = None
     vocab_size: int = 4096
     tokenizer: Path | None = None
-    tokenizer_sample_bytes: int = 4_000_000
-    held_out_share: float = 0.05
-    held_out_bytes: int = 500_000
-    max_document_bytes: int = 1_000_000
+    tokenizer_sample_bytes: int = Field(4_000_000, gt=0)
+    held_out_share: float = Field(0.05, ge=0, lt=1)
+    held_out_bytes: int = Field(500_000, ge=0)
+    max_document_bytes: int = Field(1_000_000, ge=4)  # a longer text becomes several documents; 4: one character
     seed: int = 0
 
 
@@ -268,6 +270,7 @@ def _write_manifest(
     size = {split: (folder / "tokens" / f"{split}.bin").stat().st_size // dtype.itemsize - 1 for split in SPLITS}
     manifest = {
         "source": {"name": source.name, "files": len(source.files), "licence": source.licence},
+        "licences": dict(Counter(row["licence"] or "unknown" for part in rows.values() for row in part)),
         "documents": {split: len(rows[split]) for split in SPLITS},
         "bytes": {split: sum(row["bytes"] for row in rows[split]) for split in SPLITS},
         "tokens": size,
@@ -287,11 +290,10 @@ def _write_manifest(
 
 def _reasons(skipped: Sequence[dict[str, Any]]) -> str:
     """Return the three commonest reasons for skipping, in words."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for item in skipped:
-        counts[item["reason"]] = counts.get(item["reason"], 0) + item["count"]
-    commonest = sorted(counts.items(), key=lambda pair: -pair[1])[:3]
-    return ", ".join(f"{count} x {reason}" for reason, count in commonest) or "it is empty"
+        counts[item["reason"]] += item["count"]
+    return ", ".join(f"{count} x {reason}" for reason, count in counts.most_common(3)) or "it is empty"
 
 
 class _Meter:

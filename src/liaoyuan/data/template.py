@@ -63,7 +63,7 @@ def compile_template(source: str | None) -> Template | None:
                 enable_thinking=thinking,
                 **tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except Exception as error:  # a foreign template is code, so it can fail in any way
             raise LiaoyuanError(f"The chat template refused the messages: {error}.") from error
 
     return fill

@@ -70,10 +70,9 @@ class Tokenizer:
         template = folder / "chat_template.jinja"
         if template.exists():
             settings["chat_template"] = _read(template, "")
-        generation = _read_settings(folder / "generation_config.json").get("eos_token_id")
-        more = generation if isinstance(generation, list) else [generation]
+        more = [index for name in ("generation_config.json", "config.json") for index in _eos_ids(folder / name)]
         try:
-            return cls(definition, settings, [index for index in more if isinstance(index, int)])
+            return cls(definition, settings, more)
         except LiaoyuanError:
             raise
         except Exception as error:  # the library raises plain Exception for whatever is wrong in the file
@@ -288,6 +287,12 @@ def _byte_of_character() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}
     return table | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def _eos_ids(path: Path) -> list[int]:
+    """Return the ids that end a text by a model's config, which gives none, one or a list."""
+    found = _read_settings(path).get("eos_token_id")
+    return [index for index in (found if isinstance(found, list) else [found]) if isinstance(index, int)]
 
 
 def _template_of(settings: Mapping[str, Any]) -> str | None:
