@@ -11,7 +11,7 @@ The report shows what is there; every key may be missing. `{m}` stands for `{"me
     model.{parameters,num_hidden_layers,hidden_size,vocab_size,dtype}
     corpus.{source,documents,bytes,tokens,vocab_size,duplicates,skipped}   as in the corpus's manifest.json
     metrics.{pretrain,sft,rl}                     a path, or a list of paths (one per seed), inside the run folder; rows
-                                                  have `loss` (and may have `held_out_loss`), of RL `reward` and `length`
+                                                  have `loss`, may have `held_out_loss`; of RL `reward`, `length`
     accuracy_by_level.STAGE.LEVEL                 {m}
     accuracy_by_length.STAGE                      list of {m} with "tokens", the mean length of thought of the group
     difference_by_seed.{greedy,sampled,pass_at_8}  list of numbers
@@ -29,7 +29,7 @@ from liaoyuan.report import Cell, Interval, Noted, Text, Words
 
 Summary = Mapping[str, Any]
 STAGES: dict[str, Text] = {
-    "scratch": Text("RL from random weights", "从随机权重做强化学习"),
+    "scratch": Text("the same from random weights", "同样步骤，从随机权重"),
     "sft": Text("after SFT", "监督微调后"),
     "control": Text("control: more SFT", "对照：继续微调"),
     "control_own_samples": Text("control: own samples", "对照：自采样微调"),
