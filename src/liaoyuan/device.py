@@ -20,7 +20,14 @@ from liaoyuan.errors import LiaoyuanError, nearest
 
 DType = torch.dtype  # inside `Device`, `torch` is its torch device
 FEATURES = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx512_f", "avx2")
-GEMM_SHAPES = ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (2048, 512, 2048), (4096, 512, 1024))
+GEMM_SHAPES = (
+    (512, 512, 512),
+    (1024, 1024, 1024),
+    (2048, 2048, 2048),
+    (2048, 512, 2048),
+    (4096, 512, 1024),
+    (4096, 1024, 1024),
+)
 COLLECTIVE_BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
