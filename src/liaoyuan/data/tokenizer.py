@@ -47,6 +47,9 @@ class Tokenizer:
         added = self._library.get_added_tokens_decoder()
         self._special_ids = frozenset(index for index, token in added.items() if token.special)
         self._added = {token.content: index for index, token in added.items()}
+        special = [token.content for token in added.values() if token.special]
+        self._added_pattern, self._hidden_pattern = _any_of([*self._added]), _any_of([*self._added, GUARD])
+        self._hidden_of_assistant = _any_of([*special, GUARD])
         self._settings = dict(settings)
         self._template = compile_template(_template_of(settings))
         decoder = json.dumps(json.loads(definition).get("decoder") or {})
@@ -157,9 +160,7 @@ class Tokenizer:
 
         An assistant's message keeps added tokens that are not special: foreign templates look for "</think>" in it.
         """
-        ids = self._special_ids if row["role"] == "assistant" else frozenset(self._added.values())
-        tokens = [token for token, index in self._added.items() if index in ids]
-        pattern = re.compile("|".join(map(re.escape, sorted([*tokens, GUARD], key=len, reverse=True))))
+        pattern = self._hidden_of_assistant if row["role"] == "assistant" else self._hidden_pattern
 
         def hide(match: re.Match[str]) -> str:
             hidden.append(match[0])
@@ -172,8 +173,7 @@ class Tokenizer:
 
     def _pieces(self, text: str, hidden: list[str]) -> Iterator[list[int]]:
         """Yield the ids of filled-in text: the template's special tokens as ids, the rest as plain text."""
-        tokens = sorted(self._added, key=len, reverse=True)
-        for piece in re.split(f"({'|'.join(map(re.escape, tokens))})", text):
+        for piece in self._added_pattern.split(text):
             if piece in self._added:
                 yield [self._added[piece]]
             elif piece:
@@ -250,6 +250,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         "chat_template": CHAT_TEMPLATE,
     }
     return Tokenizer(library.to_str(), settings)
+
+
+def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:
+    """Return the pattern that captures any of `tokens`, the longest that fits; without tokens it never does."""
+    return re.compile("(" + ("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)") + ")")
 
 
 def _without_added_tokens(definition: str) -> tokenizers.Tokenizer:
