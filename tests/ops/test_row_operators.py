@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from liaoyuan.ops import add_rms_norm, rms_norm, split_rotary, swiglu, token_log_prob
+from liaoyuan.ops import add_rms_norm, linear, rms_norm, split_rotary, status, swiglu, token_log_prob
 from tests.ops.cases import difference, random
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
@@ -103,6 +103,33 @@ def test_token_log_prob(rows, width, vocabulary, dtype):
         return F.log_softmax(hidden @ weight.t(), -1).gather(-1, targets[:, None]).squeeze(-1)
 
     compare(token_log_prob, definition, (hidden, weight.to(dtype), targets), dtype, (0, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "width", "out"),
+    [(1, 1, 1), (1, 64, 96), (7, 24, 40), (33, 96, 17), (64, 600, 64), (700, 70, 1100), (0, 8, 3)],
+)
+def test_linear(rows, width, out, with_bias, dtype):
+    x, weight, bias = (
+        random(*size, dtype=dtype, seed=i) for i, size in enumerate([(rows, width), (out, width), (out,)])
+    )
+
+    def definition(x, weight, bias):
+        return x @ weight.t() if bias is None else x @ weight.t() + bias
+
+    inputs = (x, weight, bias if with_bias else None)
+    compare(linear, definition, inputs, dtype, (0, 1, 2) if with_bias else (0, 1))
+
+
+def test_up_to_64_rows_the_bits_of_a_linear_row_depend_on_it_alone():
+    x, weight = random(64, 96, dtype=torch.bfloat16), random(50, 96, dtype=torch.bfloat16, seed=1)
+    if next(s for s in status() if s.operator == "linear").kernel != "native":
+        pytest.skip("torch's own product makes no such promise")
+    whole = linear(x, weight)
+    for rows in (1, 2, 17, 33):
+        assert torch.equal(linear(x[:rows], weight), whole[:rows])
 
 
 def test_token_log_prob_of_a_large_vocabulary_keeps_no_logits():

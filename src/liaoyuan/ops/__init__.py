@@ -6,6 +6,7 @@ A kernel is used only if its self-test passes on this machine; `status()` says w
 
 from liaoyuan.ops.attention import attention
 from liaoyuan.ops.build import build
+from liaoyuan.ops.linear import linear
 from liaoyuan.ops.norm import add_rms_norm, rms_norm
 from liaoyuan.ops.operator import OperatorStatus, status
 from liaoyuan.ops.paged_attention import paged_attention, write_cache
@@ -18,6 +19,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "build",
+    "linear",
     "paged_attention",
     "rms_norm",
     "split_rotary",

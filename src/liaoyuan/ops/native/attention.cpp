@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "decode.h"
 #include "tiles.h"
 
 #ifdef __AMX_BF16__
@@ -27,7 +26,9 @@ bool amx_permitted() {
 
 namespace {
 
+constexpr int64_t KEY_CHUNK = 512;   // keys between two rescalings of the output
 constexpr int64_t ROWS_PER_TASK = 512;
+constexpr float LOWEST = -3.0e38f;
 
 template <class T>
 struct Rows {  // queries first ... last - 1 of one sequence and one key head
@@ -121,7 +122,7 @@ void attend_block(const Rows<T>& rows, int64_t begin, int64_t count, const Packi
   }
   for (int64_t d = 0; d < packing.dim; d += 16)
     for (int n = 0; n < COLUMNS; ++n) {
-      transpose(work.out + d * BLOCK + 16 * n, BLOCK, tile);
+      transpose(work.out + d * BLOCK + 16 * n, BLOCK * sizeof(float), tile);
       for (int i = 16 * n; i < std::min<int64_t>(count, 16 * n + 16); ++i)
         store(rows.out + rows.offset(begin + i, packing.dim) + d, load(tile + i % 16 * 16) * inverse[i],
               packing.dim - d);
@@ -206,11 +207,6 @@ void paged(const T* query, const T* key_cache, const T* value_cache, const int32
     rows.first = queries * cut / parts;
     rows.last = queries * (cut + 1) / parts;
     const int32_t* table = block_tables + sequence * s.max_blocks;
-    if (queries == 1 && can_decode<E>(s.dim, s.block_size)) {
-      Pages pages{table, s.block_size, s.block_size * s.key_heads * s.dim, s.key_heads * s.dim};
-      return decode<E>(rows.query, rows.out, groups, key_cache + head * s.dim, value_cache + head * s.dim, pages,
-                       lengths[sequence], s.dim, s.scale);
-    }
     auto row_of = [&](const T* base) {
       return [=](int64_t j) {
         int64_t slot = table[j / s.block_size] * s.block_size + j % s.block_size;

@@ -184,7 +184,7 @@ struct Backward {
     for (int64_t row = first * BLOCK; row < std::min(length * groups, last * BLOCK); row += 16)
       for (int64_t d = 0; d < packing.dim; d += 16) {
         int64_t local = row / BLOCK - first;
-        transpose(work.grad_query + packing.words(local * BLOCK) + d * BLOCK + row % BLOCK, BLOCK, tile);
+        transpose(work.grad_query + packing.words(local * BLOCK) + d * BLOCK + row % BLOCK, BLOCK * sizeof(float), tile);
         for (int64_t i = row; i < std::min(length * groups, row + 16); ++i)
           store(grad_query + offset(i) + d, load(tile + (i - row) * 16), packing.dim - d);
       }

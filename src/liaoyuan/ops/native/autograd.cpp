@@ -154,6 +154,33 @@ Tensor swiglu_autograd(const Tensor& gate_up) {
   return needs_graph(gate_up) ? SwiGlu::apply(gate_up) : call_swiglu(gate_up);
 }
 
+// ---- linear
+
+Tensor call_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  static auto op = find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>("liaoyuan::linear");
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(x, weight, bias);
+}
+
+struct Linear : Function<Linear> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+    context->save_for_backward({x, weight});
+    context->saved_data["bias"] = bias.has_value();
+    return call_linear(x, weight, bias);
+  }
+  static variable_list backward(AutogradContext* context, variable_list grads) {
+    static auto op = find<Three(const Tensor&, const Tensor&, const Tensor&, bool)>("liaoyuan::linear_backward");
+    auto saved = context->get_saved_variables();
+    bool with_bias = context->saved_data["bias"].toBool();
+    auto [grad_x, grad_weight, grad_bias] = op.call(grads[0], saved[0], saved[1], with_bias);
+    return {grad_x, grad_weight, with_bias ? grad_bias : Tensor()};
+  }
+};
+
+Tensor linear_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  return needs_graph(x, weight, bias) ? Linear::apply(x, weight, bias) : call_linear(x, weight, bias);
+}
+
 // ---- token_log_prob
 
 Three call_token_log_prob(const Tensor& hidden, const Tensor& weight, const Tensor& targets, bool keep) {
@@ -168,7 +195,6 @@ struct TokenLogProb : Function<TokenLogProb> {
     auto [log_prob, log_sum_exp, kept] = call_token_log_prob(hidden, weight, targets, keep);
     context->save_for_backward({hidden, weight, targets, log_sum_exp, kept});
     context->mark_non_differentiable({log_sum_exp, kept});
-    context->set_materialize_grads(false);  // or a zero gradient of all logits would be filled
     return {log_prob, log_sum_exp, kept};
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
@@ -202,7 +228,6 @@ struct Attention : Function<Attention> {
     context->save_for_backward({query, key, value, boundaries, out, log_sum_exp});
     context->saved_data["scale"] = scale;
     context->mark_non_differentiable({log_sum_exp});
-    context->set_materialize_grads(false);
     return {out, log_sum_exp};
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
@@ -229,6 +254,7 @@ void register_autograd(torch::Library& library, const std::string& name) {
   if (name == "add_rms_norm") library.impl("add_rms_norm", &add_rms_norm_autograd);
   if (name == "split_rotary") library.impl("split_rotary", &split_rotary_autograd);
   if (name == "swiglu") library.impl("swiglu", &swiglu_autograd);
+  if (name == "linear") library.impl("linear", &linear_autograd);
   if (name == "token_log_prob") library.impl("token_log_prob", &token_log_prob_autograd);
   if (name == "attention") library.impl("attention", &attention_autograd);
 }

@@ -74,6 +74,16 @@ template <class T>
 void paged_attention(const T* query, const T* key_cache, const T* value_cache, const int32_t* block_tables,
                      const int32_t* query_starts, const int32_t* lengths, T* out, PagedShape shape);
 
+// matrix.cpp: c [rows, columns] = op(a) op(b) (+ bias), bf16 in and out, summed in fp32. Each element is summed along
+// `depth` in the same order whatever the other sizes are. Returns false where there are no AMX units.
+struct MatrixShape {
+  int64_t rows, columns, depth;
+  bool a_transposed;  // a is stored [depth, rows], else [rows, depth]
+  bool b_transposed;  // b is stored [columns, depth], else [depth, columns]
+  int64_t a_stride, b_stride, c_stride;
+};
+bool multiply(const BFloat16* a, const BFloat16* b, const BFloat16* bias, BFloat16* c, MatrixShape shape);
+
 // softmax.cpp too
 void write_cache(const char* key, const char* value, char* key_cache, char* value_cache, const int64_t* slots,
                  int64_t rows, int64_t row_bytes);

@@ -17,10 +17,10 @@ namespace liaoyuan {
 
 constexpr int BLOCK = 32;  // rows and columns of one product: two tiles each way
 
-inline void transpose(const void* from, int64_t from_stride, void* to) {  // 16 x 16 words; stride in words
+inline void transpose(const void* from, int64_t from_stride, void* to) {  // 16 x 16 words; stride in bytes
   WordVec row[16];
   for (int i = 0; i < 16; ++i)
-    std::memcpy(&row[i], static_cast<const uint32_t*>(from) + i * from_stride, sizeof row[i]);
+    std::memcpy(&row[i], static_cast<const char*>(from) + i * from_stride, sizeof row[i]);
   const WordVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #pragma GCC unroll 4
   for (uint32_t width = 1; width < 16; width *= 2) {
@@ -123,12 +123,12 @@ struct Amx {
     __m512bh row = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
     std::memcpy(block + (r / 16) * TILE + (r % 16) * DEPTH, &row, sizeof row);
   }
+  static __m512i zip() {  // the order that puts the elements of two halves side by side
+    return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
+                            3, 18, 2, 17, 1, 16, 0);
+  }
   static WordVec pair(Vec low, Vec high) {
-    const IntVec order = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-    (void)order;
-    const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return (WordVec)_mm512_permutexvar_epi16(zip, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+    return (WordVec)_mm512_permutexvar_epi16(zip(), (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
   }
   static void put_right(BFloat16* block, int r, Vec first, Vec second, Vec next_first, Vec next_second) {
     WordVec left = pair(first, next_first), right = pair(second, next_second);
@@ -200,7 +200,7 @@ struct Packing {
   }
   // right(X^T) of the same 32 rows: tile (k, n) at n * depth + k.
   void right_transposed(const typename E::Word* left, typename E::Word* to) const {
-    for (int64_t i = 0; i < 2 * depth; ++i) transpose(left + i * E::TILE, 16, to + i * E::TILE);
+    for (int64_t i = 0; i < 2 * depth; ++i) transpose(left + i * E::TILE, 64, to + i * E::TILE);
   }
   // right(X) of the same 32 rows: tile (k, n) at k * columns + n.
   void right(const typename E::Word* left, typename E::Word* to) const {
@@ -213,7 +213,7 @@ struct Packing {
       for (int64_t m = 0; m < columns; ++m) {
         alignas(64) typename E::Word tile[E::TILE];
         E::right_tile(left, depth, k, m, tile);
-        transpose(tile, 16, to + (k * columns + m) * E::TILE);
+        transpose(tile, 64, to + (k * columns + m) * E::TILE);
       }
   }
 };
