@@ -42,7 +42,7 @@ class Rung:
         )
 
 
-LADDER = (Rung(128, 4), Rung(192, 5), Rung(256, 6), Rung(320, 6, 64), Rung(512, 8, 64), Rung(768, 12, 64))
+LADDER = (Rung(128, 4), Rung(192, 5), Rung(256, 6), Rung(384, 8, 64), Rung(512, 8, 64), Rung(768, 12, 64))
 SEQUENCE_LENGTH = 256
 TIMED_STEPS, FIRST_STEPS = 3, 2  # the first steps compile kernels and fault memory in
 RESERVE = 0.92  # share of the seconds that steps may take; the rest is evaluation and checkpoints
