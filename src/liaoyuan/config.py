@@ -78,7 +78,9 @@ def _value(text: str) -> Any:
 
 
 def _sentence(schema: type[BaseModel], error: ValidationError, where: str) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    # A mistyped key is often why another one is missing, so it comes first.
+    first = next((found for found in errors if found["type"] == "extra_forbidden"), errors[0])
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
