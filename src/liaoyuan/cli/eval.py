@@ -26,10 +26,10 @@ def evaluate(
     from liaoyuan.device import select_device
     from liaoyuan.evaluation import bootstrap, measure_accuracy
     from liaoyuan.inference import Engine
-    from liaoyuan.tasks import find_task, test_problems
+    from liaoyuan.tasks import find_task, held_out_problems
 
     chosen = find_task(task)
-    asked = test_problems(chosen, _levels(levels, chosen.levels), problems)
+    asked = held_out_problems(chosen, _levels(levels, chosen.levels), problems)
     engine = Engine(load_model(model, device=select_device().torch).eval())
     with bar("Answering") as report, torch.inference_mode():
         answers = measure_accuracy(

@@ -7,11 +7,11 @@ from liaoyuan.errors import LiaoyuanError, nearest
 from liaoyuan.tasks.addition import Addition
 from liaoyuan.tasks.countdown import Countdown
 from liaoyuan.tasks.modular import Modular
-from liaoyuan.tasks.problem import Problem, Split, Task, split_of, spread, test_problems, to_record
+from liaoyuan.tasks.problem import Problem, Split, Task, held_out_problems, split_of, spread, to_record
 
 TASKS: dict[str, Task] = {task.name: task for task in (Addition(), Modular(), Countdown())}
 
-__all__ = ["TASKS", "Problem", "Split", "Task", "find_task", "split_of", "spread", "test_problems", "to_record"]
+__all__ = ["TASKS", "Problem", "Split", "Task", "find_task", "held_out_problems", "split_of", "spread", "to_record"]
 
 
 def find_task(name: str) -> Task:

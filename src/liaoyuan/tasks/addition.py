@@ -6,14 +6,14 @@ import re
 from liaoyuan.tasks.problem import Problem, Split, draw
 
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # ASCII digits only, no sign, no leading zero, no unbounded length
-IN_THE_HEAD = 0.85  # share of worked solutions that leave the last (leading) column to the head, as people do
+IN_THE_HEAD = 0.75  # share of worked solutions that leave the last (leading) column to the head, as people do
 
 
 class Addition:
-    """ "4827+1659=?": the thought writes for each column both digits and their sum with the carry in two digits.
+    """Questions such as "4827+1659=?"; the thought writes of each column both digits and their sum with the carry.
 
-    As in solutions that people write, the leading column is mostly not written out: `IN_THE_HEAD` of them go from
-    the columns before it straight to the answer. Every worked solution is right.
+    As in solutions that people write, not all is on paper: `IN_THE_HEAD` of them go straight to the answer when one
+    column is left. Every worked solution is right; which way of thinking pays is for the reward to say.
     """
 
     name = "addition"

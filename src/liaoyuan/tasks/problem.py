@@ -92,6 +92,6 @@ def spread(task: Task, seed: int, levels: Sequence[int], count: int, split: Spli
     return problems
 
 
-def test_problems(task: Task, levels: Sequence[int], count: int) -> list[Problem]:
+def held_out_problems(task: Task, levels: Sequence[int], count: int) -> list[Problem]:
     """Return the fixed test problems on which every model is measured."""
     return spread(task, TEST_SEED, levels, count, "test")

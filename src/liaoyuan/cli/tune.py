@@ -1,0 +1,78 @@
+"""`liaoyuan tune sft` and `liaoyuan tune rl`: teach a model by examples, or by checked answers."""
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Teach a model: sft (examples), rl (checked answers)."
+)
+
+RunFile = Annotated[Path | None, typer.Argument(help="TOML file with the settings (none: defaults).")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run file.")]
+Model = Annotated[Path | None, typer.Option(help="Folder of the model to begin with, with its tokenizer.")]
+Out = Annotated[Path, typer.Option(help="Run folder; the result is its folder model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command()
+def sft(
+    run_file: RunFile = None,
+    set_: Set = None,
+    model: Model = None,
+    data: Annotated[Path | None, typer.Option(help="Records to learn: .jsonl or .jsonl.zst.")] = None,
+    out: Out = Path("runs/sft"),
+    json: Json = False,
+) -> None:
+    """Fine-tune on conversations; only the assistant's tokens are learned. Also under torchrun (FSDP)."""
+    from liaoyuan.cli.progress import bar
+    from liaoyuan.device import select_device
+    from liaoyuan.parallel import start
+    from liaoyuan.tuning.runs import SftConfig, run_sft
+
+    config = _config(SftConfig, run_file, set_, {"model": model, "data": data})
+    world = start(select_device(config.device))
+    try:
+        with bar("SFT", quiet=not world.is_first) as report:
+            result = run_sft(config, out, report, world)
+        if world.is_first:
+            _show(result, out, json)
+    finally:
+        world.close()
+
+
+@app.command()
+def rl(
+    run_file: RunFile = None,
+    set_: Set = None,
+    model: Model = None,
+    task: Annotated[str | None, typer.Option(help="addition, modular or countdown.")] = None,
+    out: Out = Path("runs/rl"),
+    json: Json = False,
+) -> None:
+    """Reinforce on fresh problems, rewarded by the checked answer alone; the best checkpoint is kept."""
+    from liaoyuan.cli.progress import bar
+    from liaoyuan.tuning.runs import RlConfig, run_rl
+
+    config = _config(RlConfig, run_file, set_, {"model": model, "task": task})
+    with bar("RL") as report:
+        result = run_rl(config, out, report)
+    _show(result, out, json)
+
+
+def _config(schema: Any, run_file: Path | None, overrides: list[str] | None, shortcuts: dict[str, Any]) -> Any:
+    from liaoyuan import config as configuration
+
+    given = [f"{key}={json_format.dumps(str(value))}" for key, value in shortcuts.items() if value is not None]
+    return configuration.load(schema, run_file, [*(overrides or []), *given])
+
+
+def _show(result: dict[str, Any], out: Path, json: bool) -> None:
+    if json:
+        print(json_format.dumps(result))
+        return
+    for key, value in result.items():
+        print(f"  {key}: {value:,.4g}" if isinstance(value, float) else f"  {key}: {value:,}")
+    print(f"The model is in {out / 'model'}.")

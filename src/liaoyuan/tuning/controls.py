@@ -1,0 +1,74 @@
+"""The controls of reinforcement learning: what the same compute gives without it, from the same start.
+
+A: more fine-tuning on the same worked solutions. B: the model's own right answers to the very problems that RL was
+given, as many samples of each, learned by fine-tuning (rejection sampling: Yuan et al. 2023, arXiv 2308.01825).
+Their budgets are token counts that follow from what RL generated and trained on, never from a clock.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from liaoyuan.data import TokenisedRecord, Tokenizer
+from liaoyuan.models import Decoder
+from liaoyuan.rundir import Progress, Report, silent
+from liaoyuan.tasks import Task
+from liaoyuan.tuning.reinforce import ReinforceConfig, ReinforceResult, problems_of, sample_seed
+from liaoyuan.tuning.rollout import Rollouts, roll_out
+from liaoyuan.tuning.validation import tuning_engine
+
+DECODE_COST = 1.5  # CPU time of a generated token in trained tokens, on the generous side (measured: about 1)
+MARGIN = 1.25  # more than RL's CPU time, so that noise of the machine does not take it away
+
+
+@dataclass(frozen=True)
+class OwnSamples:
+    """Right answers of the model itself, with what it cost to draw them."""
+
+    records: list[TokenisedRecord]
+    solved: int  # problems with at least one right sample
+    problems: int
+    generated_tokens: int
+    cpu_seconds: float
+    flops: float
+
+
+def control_tokens(rl: ReinforceResult) -> int:
+    """Return how many tokens control A trains on: RL's trained ones and the equivalent of its rollouts."""
+    return round(MARGIN * (rl.trained_tokens + DECODE_COST * rl.generated_tokens))
+
+
+def own_samples_tokens(rl: ReinforceResult) -> int:
+    """Return how many tokens control B trains on: as many as RL; its samples cost what RL's rollouts did."""
+    return round(MARGIN * rl.trained_tokens)
+
+
+def own_samples(
+    model: Decoder, tokenizer: Tokenizer, task: Task, config: ReinforceConfig, report: Report = silent
+) -> OwnSamples:
+    """Sample the problems of every RL step from `model` as it is, and keep the different right answers."""
+    engine = tuning_engine(model.eval(), config.max_tokens)
+    start, records, solved, generated, prompts = time.process_time(), list[TokenisedRecord](), 0, 0, 0
+    for step in range(config.steps):
+        problems = problems_of(task, config, step)
+        rollouts = roll_out(engine, tokenizer, problems, config.group, sample_seed(config, step), config.max_tokens)
+        records += right_answers(rollouts)
+        solved += int((rollouts.rewards.sum(1) > 0).sum())
+        generated += rollouts.generated_tokens
+        prompts += rollouts.prompt_tokens
+        report(Progress(step + 1, config.steps, "step", f"{len(records)} right answers"))
+    count = config.steps * config.problems
+    length = (generated + prompts) / (count * config.group)
+    flops = model.config.flops_per_token(length / 2) * (generated + prompts)
+    return OwnSamples(records, solved, count, generated, time.process_time() - start, flops)
+
+
+def right_answers(rollouts: Rollouts) -> Iterator[TokenisedRecord]:
+    """Yield the right completions of each problem, each different one once, ready to be learned."""
+    for place, prompt in enumerate(rollouts.prompts):
+        group = rollouts.completions[place * rollouts.group : (place + 1) * rollouts.group]
+        right = [
+            tuple(one.tokens) for one, reward in zip(group, rollouts.rewards[place].tolist(), strict=True) if reward
+        ]
+        for tokens in dict.fromkeys(right):
+            yield TokenisedRecord((*prompt, *tokens), (0.0,) * len(prompt) + (1.0,) * len(tokens))

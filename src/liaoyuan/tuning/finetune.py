@@ -1,0 +1,56 @@
+"""Supervised fine-tuning: the training loop over conversations of which the assistant's tokens are learned."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from liaoyuan.data import Record, RecordBatches, TokenisedRecord, Tokenizer, tokenise
+from liaoyuan.models import Decoder
+from liaoyuan.parallel import World
+from liaoyuan.rundir import Report, silent
+from liaoyuan.tasks import Task, to_record
+from liaoyuan.training import TrainConfig, TrainResult, train
+
+
+def finetune(
+    model: Decoder,
+    records: Sequence[TokenisedRecord],
+    config: TrainConfig,
+    folder: Path,
+    report: Report = silent,
+    evaluate: Callable[[Decoder], dict[str, float]] | None = None,
+    world: World | None = None,
+) -> TrainResult:
+    """Fine-tune `model` in place on tokenised records, going on from `folder` if it holds a state; see `train`."""
+    here = world or World()
+    batches = RecordBatches(
+        records,
+        config.seed,
+        config.batch_tokens,
+        config.batch_tokens // (config.microbatches * here.size),
+        config.microbatches,
+        here.rank,
+        here.size,
+    )
+    return train(model, batches, config, folder, report, evaluate, world)
+
+
+def worked_solutions(
+    task: Task, levels: Sequence[int], count: int, seed: int, fast: bool, tokenizer: Tokenizer
+) -> list[TokenisedRecord]:
+    """Return `count` worked solutions of training problems, evenly over the levels, ready to be learned.
+
+    With `fast`, each problem is there a second time with its answer given at once, without a thought.
+    """
+    return tokenise(tokenizer, solution_records(task, levels, count, seed, fast))
+
+
+def solution_records(task: Task, levels: Sequence[int], count: int, seed: int, fast: bool) -> list[Record]:
+    """Return the records of `worked_solutions` before they are tokenised."""
+    records = []
+    for place in range(count):
+        problem = task.problem(SOLUTIONS + seed, place, levels[place % len(levels)], "train")
+        records += [to_record(problem, thinking) for thinking in ((True, False) if fast else (True,))]
+    return records
+
+
+SOLUTIONS = 1_000_000  # streams of worked solutions begin here, so that they are not those of rollouts

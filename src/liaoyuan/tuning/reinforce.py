@@ -1,0 +1,196 @@
+"""Reinforcement learning on fresh problems, rewarded by the checked answer alone.
+
+GRPO (Shao et al. 2024, arXiv 2402.03300) on policy: one update per batch of rollouts, no KL term, groups without
+signal dropped. Rollouts come from the inference engine on the weights that are trained; how far its log-probabilities
+are from those of training is measured at every step. Problems and samples are functions of (seed, step), so a killed
+run goes on from its last state and ends with the same weights bit for bit.
+"""
+
+import random
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from liaoyuan.checkpoint.training_state import load_state, save_state
+from liaoyuan.config import Config
+from liaoyuan.data import Tokenizer
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.models import Decoder
+from liaoyuan.rundir import Metrics, Progress, Report, silent
+from liaoyuan.tasks import Problem, Task
+from liaoyuan.training import AdamW
+from liaoyuan.tuning.losses import group_advantages, has_signal, policy_gradient_loss
+from liaoyuan.tuning.rollout import Rollouts, pack, roll_out
+from liaoyuan.tuning.validation import Best, tuning_engine
+
+METRICS = "metrics.jsonl"
+STATE = "state"
+
+
+class ReinforceConfig(Config):
+    """What a run of reinforcement learning does; a resumed run must be given the same.
+
+    learning_rate: 2e-4 at most for a model below 5M parameters; 4e-4 destroyed the policy of a small one.
+    minimum_groups: a step with fewer groups that carry signal changes nothing (sparse rewards and Adam: noise).
+    """
+
+    levels: tuple[int, ...] = (2, 3, 4)
+    steps: int = Field(100, gt=0)
+    problems: int = Field(8, gt=0)  # of one step
+    group: int = Field(16, gt=1)  # rollouts of each problem
+    max_tokens: int = Field(64, gt=0)
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(10, ge=0)
+    clip: float = Field(0.5, gt=0)  # of the gradient's norm
+    clip_low: float = Field(0.2, gt=0)  # of the ratio, see `policy_gradient_loss`
+    clip_high: float = Field(0.28, gt=0)
+    normalise: bool = True  # divide advantages by the group's deviation
+    minimum_groups: int = Field(2, ge=1)
+    seed: int = 0
+    validate_every: int = Field(20, gt=0)
+    checkpoint_every: int = Field(20, gt=0)
+
+
+@dataclass(frozen=True)
+class ReinforceResult:
+    """What a run did so far, killed and resumed parts together. Seconds leave validation out."""
+
+    steps: int = 0
+    updates: int = 0  # steps in which enough groups carried signal
+    generated_tokens: int = 0
+    trained_tokens: int = 0  # rows of the update, prompts included
+    rollout_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    flops: float = 0.0
+
+    @property
+    def rollout_tokens_per_second(self) -> float:
+        return self.generated_tokens / self.rollout_seconds if self.rollout_seconds else 0.0
+
+
+def reinforce(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    task: Task,
+    config: ReinforceConfig,
+    folder: Path,
+    report: Report = silent,
+    validate: Best | None = None,
+    until: int | None = None,
+) -> ReinforceResult:
+    """Train `model` in place for `config.steps` steps (or only up to step `until`), going on from `folder`.
+
+    Raises:
+        LiaoyuanError: the state in `folder` is of a run with another config.
+    """
+    optimiser = AdamW(model.named_parameters(), weight_decay=0.0)
+    done = _resume(model, optimiser, config, folder)
+    metrics = Metrics(folder / METRICS, resume_from=done.steps)
+    engine = tuning_engine(model.eval(), config.max_tokens)
+    end = min(config.steps, until or config.steps)
+    while done.steps < end:
+        step, start = done.steps, time.process_time()
+        problems = problems_of(task, config, step)
+        rollouts = roll_out(engine, tokenizer, problems, config.group, sample_seed(config, step), config.max_tokens)
+        rolled = time.process_time()
+        trained, values = _update(model, optimiser, rollouts, config, step)
+        done = _add(done, rollouts, trained, rolled - start, time.process_time() - start, model)
+        values |= {"cpu_seconds": round(done.cpu_seconds, 3), "flops": done.flops}
+        values["rollout_tokens_per_second"] = round(rollouts.generated_tokens / max(rolled - start, 1e-9), 1)
+        if validate and (done.steps % config.validate_every == 0 or done.steps == end):
+            values |= validate(model)
+        metrics.write(step, **values)
+        if done.steps % config.checkpoint_every == 0 or done.steps == end:
+            save_state(folder / STATE, done.steps, model, optimiser, _extra(done, config))
+        report(Progress(done.steps, config.steps, "step", f"reward {values['reward']:.3f}"))
+    metrics.close()
+    return done
+
+
+def problems_of(task: Task, config: ReinforceConfig, step: int) -> list[Problem]:
+    """Return the fresh training problems of a step, their levels drawn evenly."""
+    chance = random.Random(f"levels/{config.seed}/{step}")
+    levels = [chance.choice(config.levels) for _ in range(config.problems)]
+    first = step * config.problems
+    return [task.problem(config.seed, first + place, level, "train") for place, level in enumerate(levels)]
+
+
+def sample_seed(config: ReinforceConfig, step: int) -> int:
+    """Return the seed of a step's samples."""
+    return (config.seed + 1) * 100_003 + step
+
+
+def _update(
+    model: Decoder, optimiser: AdamW, rollouts: Rollouts, config: ReinforceConfig, step: int
+) -> tuple[int, dict[str, Any]]:
+    """Take one step on the groups with signal; return how many rows were trained on, and the metrics."""
+    kept = has_signal(rollouts.rewards)
+    values: dict[str, Any] = {
+        "reward": float(rollouts.rewards.mean()),
+        "no_signal": float((~kept).float().mean()),
+        "length": rollouts.generated_tokens / len(rollouts.completions),
+        "entropy": _entropy(rollouts),
+    }
+    if int(kept.sum()) < config.minimum_groups:
+        return 0, values
+    advantages = group_advantages(rollouts.rewards, config.normalise)
+    device = model.embed_tokens.weight.device
+    packs = list(pack(rollouts, advantages, kept, device))
+    total = sum(float(part.mask.sum()) for part in packs)
+    gap = 0.0
+    for part in packs:
+        log_probs = model(part.tokens, part.positions, part.context, targets=part.targets)
+        loss = policy_gradient_loss(
+            log_probs, part.rollout_log_probs, part.advantages, part.mask, config.clip_low, config.clip_high
+        )
+        (loss / total).backward()
+        optimiser.accumulate()
+        gap = max(gap, float(((log_probs.detach() - part.rollout_log_probs) * part.mask).abs().max()))
+    rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
+    values |= {"grad_norm": optimiser.step(rate, config.clip), "learning_rate": rate, "log_prob_gap": gap}
+    return sum(len(part.tokens) for part in packs), values
+
+
+def _entropy(rollouts: Rollouts) -> float:
+    """Return an estimate of the policy's entropy in nats per token: the mean of -log p over its own samples."""
+    total = sum(sum(completion.logprobs) for completion in rollouts.completions)
+    return -total / max(1, rollouts.generated_tokens)
+
+
+def _add(
+    done: ReinforceResult, rollouts: Rollouts, trained: int, rolling: float, seconds: float, model: Decoder
+) -> ReinforceResult:
+    length = (rollouts.prompt_tokens + rollouts.generated_tokens) / len(rollouts.completions)
+    per_token = model.config.flops_per_token(length / 2)
+    rolled = rollouts.prompt_tokens + rollouts.generated_tokens
+    return replace(
+        done,
+        steps=done.steps + 1,
+        updates=done.updates + (trained > 0),
+        generated_tokens=done.generated_tokens + rollouts.generated_tokens,
+        trained_tokens=done.trained_tokens + trained,
+        rollout_seconds=done.rollout_seconds + rolling,
+        cpu_seconds=done.cpu_seconds + seconds,
+        flops=done.flops + per_token * (rolled + 3 * trained),
+    )
+
+
+def _resume(model: Decoder, optimiser: AdamW, config: ReinforceConfig, folder: Path) -> ReinforceResult:
+    found = load_state(folder / STATE, model, optimiser)
+    if found is None:
+        return ReinforceResult()
+    settings, wanted = found[1]["config"], config.model_dump(mode="json")
+    for key, value in wanted.items():
+        if settings.get(key) != value:
+            raise LiaoyuanError(
+                f"{folder} holds a run with {key} = {settings.get(key)}, not {value}: "
+                "give the same value to go on with it, or choose another folder."
+            )
+    return ReinforceResult(**found[1]["done"])
+
+
+def _extra(done: ReinforceResult, config: ReinforceConfig) -> dict[str, Any]:
+    return {"done": asdict(done), "config": config.model_dump(mode="json")}

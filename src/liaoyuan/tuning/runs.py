@@ -1,0 +1,73 @@
+"""A user's own tuning runs: SFT on a file of records, RL on a task; each a folder whose result is `model`."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from liaoyuan.checkpoint import load_model, save_model
+from liaoyuan.config import Config, to_toml
+from liaoyuan.data import Tokenizer, read_records, tokenise
+from liaoyuan.device import select_device
+from liaoyuan.parallel import World, full_weights, shard
+from liaoyuan.rundir import Report, atomic_folder, silent, write_atomic
+from liaoyuan.tasks import find_task, spread
+from liaoyuan.training import TrainConfig
+from liaoyuan.tuning.finetune import finetune
+from liaoyuan.tuning.reinforce import ReinforceConfig, reinforce
+from liaoyuan.tuning.validation import Best
+
+
+class SftConfig(Config):
+    """`model` to begin with, `data` to learn (records), how to train, on which device."""
+
+    model: Path
+    data: Path
+    train: TrainConfig = TrainConfig(steps=300, batch_tokens=4096, learning_rate=5e-4, weight_decay=0.01)
+    device: str = "auto"
+
+
+class RlConfig(Config):
+    """`model` to begin with, the task, how to reinforce, and how many validation problems choose the checkpoint."""
+
+    model: Path
+    task: str = "addition"
+    rl: ReinforceConfig = ReinforceConfig()
+    validation_problems: int = Field(200, gt=0)
+    device: str = "auto"
+
+
+def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: World | None = None) -> dict[str, Any]:
+    """Fine-tune and export `folder/model`; goes on from what is in `folder`.
+
+    `world`: the processes that train together, each of which makes this call (FSDP over all of them).
+
+    Raises:
+        LiaoyuanError: model or data are missing or wrong, or a record does not fit in a batch.
+    """
+    world = world or World(device=select_device(config.device))
+    records = tokenise(Tokenizer.load(config.model), read_records(config.data))
+    model = shard(load_model(config.model, device=world.device.torch), world)
+    if world.is_first:
+        write_atomic(folder / "config.toml", to_toml(config))
+    done = finetune(model, records, config.train, folder, report, world=world)
+    weights = dict(full_weights(model))
+    if world.is_first:
+        save_model(model, folder / "model", config.model, state=weights)
+    world.barrier()
+    return asdict(done)
+
+
+def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str, Any]:
+    """Reinforce and export the best checkpoint as `folder/model`; goes on from what is in `folder`."""
+    task, tokenizer = find_task(config.task), Tokenizer.load(config.model)
+    write_atomic(folder / "config.toml", to_toml(config))
+    problems = spread(task, 7, config.rl.levels, config.validation_problems, "validation")
+    best = Best(tokenizer, config.model, problems, folder, config.rl.max_tokens)
+    model = load_model(config.model, device=select_device(config.device).torch)
+    done = reinforce(model, tokenizer, task, config.rl, folder, report, best)
+    with atomic_folder(folder / "model") as part:
+        shutil.copytree(best.model_folder, part, dirs_exist_ok=True)
+    return asdict(done) | {"validation": best.value}

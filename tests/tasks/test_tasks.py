@@ -1,0 +1,150 @@
+"""Problems are functions of their numbers, splits are disjoint, worked solutions right, hostile answers wrong."""
+
+import ast
+import operator
+import random
+import re
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.tasks import TASKS, Problem, Task, find_task, held_out_problems, split_of, spread, to_record
+from liaoyuan.tasks.countdown import evaluate
+
+SPLITS = ("train", "validation", "test")
+HOSTILE = [
+    "",
+    " ",
+    "?",
+    "1 or 2",
+    "9**9**9",
+    "1e5",
+    "١٢",
+    "１２",
+    "0x1f",
+    "+5",
+    "--5",
+    "None",
+    "__import__('os')",
+    "1_000",
+    "5.0",
+    "5\n6",
+    "(" * 5000,
+    "9" * 5000,
+    "1+" * 3000 + "1",
+]
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+class TestEveryTask:
+    def test_same_numbers_same_problem(self, task: Task) -> None:
+        for level in task.levels[:3]:
+            assert task.problem(3, 5, level) == task.problem(3, 5, level)
+            assert len({task.problem(3, index, level).key for index in range(20)}) > 5
+
+    def test_splits_are_disjoint(self, task: Task) -> None:
+        level = task.levels[1]
+        keys = {split: {task.problem(1, index, level, split).key for index in range(60)} for split in SPLITS}
+        assert not keys["train"] & keys["test"] and not keys["train"] & keys["validation"]
+        assert not keys["validation"] & keys["test"]
+        assert all(split_of(key) == split for split in SPLITS for key in keys[split])
+
+    def test_the_worked_answer_is_right_and_hostile_text_is_wrong(self, task: Task) -> None:
+        for level in task.levels[:4]:
+            problem = task.problem(0, level, level)
+            assert task.check(problem, problem.answer)
+            assert task.check(problem, f" {problem.answer}\n")
+            for text in [*HOSTILE, f"{problem.answer} {problem.answer}", f"it is {problem.answer}", problem.question]:
+                assert not task.check(problem, text), text
+
+    def test_a_second_checker_agrees(self, task: Task) -> None:
+        chance = random.Random(0)
+        for index in range(60):
+            problem = task.problem(2, index, task.levels[index % 3])
+            for text in (problem.answer, str(chance.randrange(200)), f"{problem.answer}0", _mutated(problem, chance)):
+                assert task.check(problem, text) == CHECKERS[problem.task](problem, text), (problem, text)
+
+
+def test_the_held_out_problems_differ_and_cover_the_levels() -> None:
+    problems = held_out_problems(TASKS["addition"], (3, 4), 400)
+    assert len({problem.key for problem in problems}) == 400
+    assert sum(problem.level == 3 for problem in problems) == 200
+    assert all(split_of(problem.key) == "test" for problem in problems)
+
+
+def test_a_level_with_few_problems_is_no_endless_loop() -> None:
+    assert len(spread(TASKS["addition"], 0, (1,), 40, "validation")) == 40
+
+
+def test_addition_writes_its_columns() -> None:
+    for index in range(50):
+        problem = TASKS["addition"].problem(0, index, 4)
+        left, right = map(int, re.findall(r"\d+", problem.question))
+        assert int(problem.answer) == left + right
+
+
+def test_records_teach_fast_and_slow() -> None:
+    problem = TASKS["addition"].problem(0, 0, 3)
+    slow, fast = to_record(problem), to_record(problem, thinking=False)
+    assert slow.messages[1].think == problem.thought and fast.messages[1].think == ""
+    assert slow.messages[1].content == fast.messages[1].content == problem.answer
+
+
+def test_an_unknown_task_names_the_nearest() -> None:
+    with pytest.raises(LiaoyuanError, match="addition"):
+        find_task("additon")
+
+
+@given(st.text(alphabet="0123456789+-*() x", max_size=80))
+def test_the_parser_of_countdown_equals_pythons_on_what_both_accept(text: str) -> None:
+    found = evaluate(text)
+    if found is not None:
+        assert found[1] == _value(ast.parse(re.sub(r"\b0+(?=\d)", "", text.strip()), mode="eval").body)
+
+
+def _mutated(problem: Problem, chance: random.Random) -> str:
+    characters = list(problem.answer)
+    characters[chance.randrange(len(characters))] = chance.choice("0123456789+-*()")
+    return "".join(characters)
+
+
+def _addition(problem: Problem, text: str) -> bool:
+    left, right = problem.question.removesuffix("=?").split("+")
+    return text == str(int(left) + int(right))
+
+
+def _modular(problem: Problem, text: str) -> bool:
+    value, rest = int(problem.question[0]), re.findall(r"([+*-])(\d)", problem.question.split(" ")[0])
+    for sign, digit in rest:
+        value = OPERATORS[sign](value, int(digit)) % 10
+    return text == str(value)
+
+
+def _countdown(problem: Problem, text: str) -> bool:
+    if "**" in text or "//" in text:
+        return False
+    try:
+        body = ast.parse(text, mode="eval").body
+        value = _value(body)
+    except (SyntaxError, KeyError, AttributeError, TypeError):
+        return False
+    numbers, target = problem.question.split(" > ")
+    return value == int(target) and sorted(map(int, re.findall(r"\d+", text))) == sorted(map(int, numbers.split()))
+
+
+def _value(node: ast.expr) -> int:
+    if isinstance(node, ast.Constant):
+        assert isinstance(node.value, int)
+        return node.value
+    names: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
+    assert isinstance(node, ast.BinOp | ast.UnaryOp | ast.Call)
+    if not isinstance(node, ast.BinOp):
+        raise TypeError("no sign before a number, no call")
+    return OPERATORS[names[type(node.op)]](_value(node.left), _value(node.right))
+
+
+OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+CHECKERS = {"addition": _addition, "modular": _modular, "countdown": _countdown}

@@ -1,0 +1,55 @@
+"""The sign and size of policy gradients, first on a bandit whose best arm is known."""
+
+import torch
+
+from liaoyuan.tuning.losses import group_advantages, has_signal, policy_gradient_loss, sft_loss
+
+
+def test_a_bandit_learns_its_best_arm() -> None:
+    generator = torch.Generator().manual_seed(0)
+    chances = torch.tensor([0.2, 0.8, 0.5])
+    logits = torch.zeros(3, requires_grad=True)
+    optimiser = torch.optim.SGD([logits], lr=0.5)
+    for _ in range(200):
+        policy = logits.log_softmax(0)
+        arms = torch.multinomial(policy.exp().detach(), 16, replacement=True, generator=generator)
+        rewards = torch.bernoulli(chances[arms], generator=generator)[None]
+        advantages = group_advantages(rewards)[0]
+        loss = policy_gradient_loss(policy[arms], policy[arms].detach(), advantages, torch.ones(16)) / 16
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert logits.argmax() == 1
+    assert logits.softmax(0)[1] > 0.8
+
+
+def test_on_policy_gradient_is_reinforce() -> None:
+    log_probs = torch.randn(10).requires_grad_()
+    advantages, mask = torch.randn(10), (torch.arange(10) > 3).float()
+    policy_gradient_loss(log_probs, log_probs.detach(), advantages, mask).backward()
+    assert log_probs.grad is not None
+    torch.testing.assert_close(log_probs.grad, -advantages * mask)
+
+
+def test_clipping_stops_the_gradient_only_where_the_policy_has_gone_far_enough() -> None:
+    before = torch.zeros(4)
+    log_probs = torch.tensor([1.0, 1.0, -1.0, -1.0], requires_grad=True)  # ratios 2.7 and 0.37
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    policy_gradient_loss(log_probs, before, advantages, torch.ones(4)).backward()
+    assert log_probs.grad is not None
+    assert (log_probs.grad != 0).tolist() == [False, True, True, False]
+
+
+def test_advantages_of_groups() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    found = group_advantages(rewards)
+    torch.testing.assert_close(found[0].mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[0].pow(2).mean(), torch.tensor(1.0))
+    assert found[1].tolist() == [0.0] * 4
+    assert has_signal(rewards).tolist() == [True, False]
+    torch.testing.assert_close(group_advantages(rewards, normalise=False)[0, 0], torch.tensor(0.75))
+
+
+def test_sft_loss_counts_weighted_tokens_only() -> None:
+    log_probs = torch.tensor([-1.0, -2.0, -9.0])
+    assert sft_loss(log_probs, torch.tensor([1.0, 1.0, 0.0])) == 1.5

@@ -1,0 +1,140 @@
+"""Reinforcement learning: it learns what is rewarded, resumes bit for bit, and rollouts agree with training."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from liaoyuan.checkpoint import load_model
+from liaoyuan.data import Tokenizer
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.models import Decoder
+from liaoyuan.rundir import Progress, read_metrics
+from liaoyuan.tasks import Problem, Split, find_task
+from liaoyuan.tuning import ReinforceConfig, reinforce
+from liaoyuan.tuning.rollout import pack, roll_out
+from liaoyuan.tuning.validation import tuning_engine
+
+CONFIG = ReinforceConfig(
+    levels=(1,), steps=6, problems=4, group=8, max_tokens=6, learning_rate=1e-3, warmup_steps=0, checkpoint_every=2
+)
+
+
+class EndSoon:
+    """Right is whatever is short: a reward that a random model meets now and then."""
+
+    name = "addition"
+    levels = range(1, 2)
+
+    def problem(self, seed: int, index: int, level: int, split: Split = "train") -> Problem:
+        return Problem("addition", f"{index % 7}+1=?", "x", "", level, f"{index}")
+
+    def check(self, problem: Problem, text: str) -> bool:
+        return False
+
+
+def weights(model: Decoder) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def rewarding_short(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
+    """Reward completions whose first token is even: half of them at first, all of them after learning."""
+    monkeypatch.setattr("liaoyuan.tuning.rollout.judge", lambda _, problem, tokens: tokens[0] % 2 == 0)
+
+
+def test_learns_what_is_rewarded(
+    small_model: Decoder, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewarding_short(monkeypatch, tokenizer)
+    config = CONFIG.model_copy(update={"steps": 60, "learning_rate": 1e-2, "max_tokens": 1})
+    reinforce(small_model, tokenizer, EndSoon(), config, tmp_path)
+    rewards = [row["reward"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert rewards[0] < 0.7
+    assert sum(rewards[-5:]) / 5 > 0.9
+
+
+def test_rollout_and_training_log_probabilities_agree(small_model: Decoder, tokenizer: Tokenizer) -> None:
+    problems = [EndSoon().problem(0, place, 1) for place in range(5)]
+    rollouts = roll_out(tuning_engine(small_model, 8), tokenizer, problems, 4, 3, 8)
+    kept = torch.tensor([True, False, True, True, True])
+    advantages = torch.arange(20.0).view(5, 4)
+    (packed,) = pack(rollouts, advantages, kept, torch.device("cpu"))
+    with torch.no_grad():
+        found = small_model(packed.tokens, packed.positions, packed.context, targets=packed.targets)
+    chosen = packed.mask.bool()
+    torch.testing.assert_close(found[chosen], packed.rollout_log_probs[chosen], atol=1e-5, rtol=0)
+    generated = [one.tokens for place, one in enumerate(rollouts.completions) if kept[place // 4]]
+    assert packed.targets[chosen].tolist() == [token for tokens in generated for token in tokens]
+    per_token = [float(place) for place in range(20) if kept[place // 4] for _ in rollouts.completions[place].tokens]
+    assert packed.advantages[chosen].tolist() == per_token
+
+
+def test_a_killed_run_ends_bit_for_bit_as_one_never_interrupted(
+    model_folder: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewarding_short(monkeypatch, tokenizer)
+    whole = load_model(model_folder)
+    reinforce(whole, tokenizer, EndSoon(), CONFIG, tmp_path / "whole")
+    for kill_at in (1, 3, 5):
+        folder = tmp_path / f"killed-{kill_at}"
+
+        def kill(progress: Progress, kill_at: int = kill_at) -> None:
+            if progress.done == kill_at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            reinforce(load_model(model_folder), tokenizer, EndSoon(), CONFIG, folder, kill)
+        resumed = load_model(model_folder)
+        reinforce(resumed, tokenizer, EndSoon(), CONFIG, folder)
+        assert torch.equal(weights(resumed), weights(whole))
+        rows = read_metrics(folder / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(6))
+        assert [row["reward"] for row in rows] == [
+            row["reward"] for row in read_metrics(tmp_path / "whole/metrics.jsonl")
+        ]
+
+
+def test_kill_minus_nine(model_folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A process of its own is killed in the middle; what goes on from its folder equals an uninterrupted run."""
+    program = (
+        "import os, signal, sys, torch; from pathlib import Path; torch.set_num_threads(1)\n"
+        "from liaoyuan.checkpoint import load_model; from liaoyuan.data import Tokenizer\n"
+        "from liaoyuan.tasks import find_task; from liaoyuan.tuning import ReinforceConfig, reinforce\n"
+        "import liaoyuan.tuning.rollout as rollout\n"
+        "rollout.judge = lambda _, problem, tokens: tokens[0] % 2 == 0\n"
+        "start, folder, config = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]\n"
+        "def report(p):\n    if p.done == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "reinforce(load_model(start), Tokenizer.load(start), find_task('addition'),"
+        " ReinforceConfig.model_validate_json(config), folder, report)\n"
+    )
+    arguments = [str(model_folder), str(tmp_path / "killed"), CONFIG.model_dump_json()]
+    assert subprocess.run([sys.executable, "-c", program, *arguments], timeout=300).returncode == -9
+    models = {}
+    with pytest.MonkeyPatch.context() as patch:
+        rewarding_short(patch, tokenizer)
+        for name in ("killed", "whole"):
+            models[name] = load_model(model_folder)
+            reinforce(models[name], tokenizer, find_task("addition"), CONFIG, tmp_path / name)
+    assert torch.equal(weights(models["killed"]), weights(models["whole"]))
+
+
+def test_a_step_without_signal_changes_nothing(
+    small_model: Decoder, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("liaoyuan.tuning.rollout.judge", lambda _, problem, tokens: False)
+    before = weights(small_model).clone()
+    done = reinforce(small_model, tokenizer, EndSoon(), CONFIG, tmp_path)
+    assert torch.equal(weights(small_model), before)
+    assert done.updates == 0
+    assert done.generated_tokens > 0
+
+
+def test_another_config_in_the_same_folder_is_refused(
+    small_model: Decoder, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    reinforce(small_model, tokenizer, EndSoon(), CONFIG, tmp_path)
+    other = CONFIG.model_copy(update={"group": 4})
+    with pytest.raises(LiaoyuanError, match="group = 8, not 4"):
+        reinforce(small_model, tokenizer, EndSoon(), other, tmp_path)
