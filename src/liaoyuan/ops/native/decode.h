@@ -20,12 +20,19 @@ struct Pages {  // where one sequence's rows of one key head are
   int64_t offset(int64_t j) const { return table[j / block_size] * block_stride + j % block_size * row_stride; }
 };
 
+// Ask for 16 rows before they are used: a row is one or two cache lines, too short for the machine to guess the next.
+template <class T>
+void prefetch(const T* from, int64_t row_stride, int64_t dim) {
+  for (int i = 0; i < 16; ++i)
+    for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(from + i * row_stride + d);
+}
+
 template <class E>
 bool can_decode(int64_t dim, int64_t block_size) {
   return block_size % 16 == 0 && dim % (IN_PAIRS<E> ? 32 : 16) == 0;
 }
 
-// scores [R][.] of 16 keys at `from`, rows `stride` apart; query [R][dim] fp32.
+// scores [R][KEY_CHUNK], of which 16, from 16 keys with lanes for keys (`columns`); query [R][dim] fp32.
 template <class E, class T, int R>
 void score(const float* columns, const float* query, int64_t dim, float scale, float* scores) {
   Vec sums[R] = {};
@@ -97,6 +104,8 @@ void decode_rows(const T* query, T* result, const T* keys, const T* values, cons
     for (int r = 0; r < R; ++r) best[r] = splat(top[r]);
     for (int64_t j = 0; j < count; j += 16) {
       int64_t offset = pages.offset(chunk + j);
+      prefetch(values + offset, pages.row_stride, dim);
+      if (chunk + j + 16 < length) prefetch(keys + pages.offset(chunk + j + 16), pages.row_stride, dim);
       for (int i = 0; i < 16; ++i) value[j + i] = values + offset + i * pages.row_stride;
       for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) {
         if constexpr (IN_PAIRS<E> || sizeof(T) == 4) {
