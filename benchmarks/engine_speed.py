@@ -69,6 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compile", action="store_true", help="also the static cache with a compiled step (minutes)")
+    parser.add_argument("--continuous", action="store_true", help="also generate_batch (needs psutil; slow to start)")
     parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--json", help="where to write the figures")
     return parser.parse_args()
@@ -95,7 +96,8 @@ def all_sides(model: Decoder, folder: Path, options: argparse.Namespace) -> dict
     if options.only_ours:
         return sides
     sides["transformers generate"] = generate(load(folder, options.dtype, "sdpa"))
-    sides["transformers generate_batch"] = generate_batch(load(folder, options.dtype, "paged|sdpa"))
+    if options.continuous:
+        sides["transformers generate_batch"] = generate_batch(load(folder, options.dtype, "paged|sdpa"))
     if options.compile:
         # One model a concurrency: a compiled step is specialised to its batch.
         compiled = {count: generate(load(folder, options.dtype, "sdpa"), True) for count in options.concurrency}
