@@ -195,6 +195,7 @@ struct TokenLogProb : Function<TokenLogProb> {
     auto [log_prob, log_sum_exp, kept] = call_token_log_prob(hidden, weight, targets, keep);
     context->save_for_backward({hidden, weight, targets, log_sum_exp, kept});
     context->mark_non_differentiable({log_sum_exp, kept});
+    context->set_materialize_grads(false);  // or a zero gradient of all logits would be filled
     return {log_prob, log_sum_exp, kept};
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
@@ -228,6 +229,7 @@ struct Attention : Function<Attention> {
     context->save_for_backward({query, key, value, boundaries, out, log_sum_exp});
     context->saved_data["scale"] = scale;
     context->mark_non_differentiable({log_sum_exp});
+    context->set_materialize_grads(false);
     return {out, log_sum_exp};
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
