@@ -47,14 +47,15 @@ SEQUENCE_LENGTH = 256
 TIMED_STEPS, FIRST_STEPS = 3, 2  # the first steps compile kernels and fault memory in
 RESERVE = 0.92  # share of the seconds that steps may take; the rest is evaluation and checkpoints
 TOKENS_PER_STEP = (2048, 4096, 8192, 16384, 32768, 65536)
-STEPS_WANTED = 1000  # the batch grows once a run would take more steps than this
+STEPS_WANTED = 3000  # the batch doubles once a run would take more steps; small batches learn more per token
 
 OPTIMISER: Literal["adamw", "muon"] = "muon"
 LEARNING_RATE = 8e-3  # measured in docs/notes/pretraining.md
 
-# Loss in nats per token, E + A / N^alpha + B / D^beta, with N weights outside the tables and D tokens seen:
-# Hoffmann et al. 2022 (arXiv 2203.15556, eq. 10). Only its minimum over the ladder matters here.
-ALPHA, BETA, A, B = 0.34, 0.28, 406.4, 410.7
+# Bits per byte above the constant of the text, A / N^ALPHA + B / D^BETA, with N million weights outside the tables
+# and D million tokens seen: the law of Hoffmann et al. 2022 (arXiv 2203.15556, eq. 10) with its exponents; A and B
+# from runs at this scale (docs/notes/pretraining.md). Only its minimum over the ladder matters.
+ALPHA, BETA, A, B = 0.34, 0.28, 0.25, 0.99
 REPEATS_WORTH = 15.4  # repeats of the text after which more are worth little: Muennighoff et al. 2023, eq. 5
 
 
@@ -98,10 +99,10 @@ def choose_size(
 
 
 def predicted_loss(weights: float, tokens: float, unique: float) -> float:
-    """Return the law's loss less its constant, for `tokens` seen of a text of `unique` tokens."""
+    """Return the law's bits per byte above the text's constant, for `tokens` seen of a text of `unique` tokens."""
     repeats = max(0.0, tokens / unique - 1)
     worth = min(tokens, unique) + unique * REPEATS_WORTH * (1 - math.exp(-repeats / REPEATS_WORTH))
-    return A / weights**ALPHA + B / worth**BETA
+    return A / (weights / 1e6) ** ALPHA + B / (worth / 1e6) ** BETA
 
 
 def tokens_per_second(corpus: Corpus, shape: ShapeConfig, batch_tokens: int, device: Device) -> float:
