@@ -13,7 +13,7 @@ from liaoyuan.tuning.stages import Lesson
 CONFIG = StudyConfig(
     lesson=Lesson(levels=(1,), solutions=12, validation_problems=6, problems=10, samples=2, max_tokens=12),
     rl=ReinforceConfig(levels=(1,), steps=4, problems=4, group=4, max_tokens=12, validate_every=2),
-    sft_steps=60,
+    sft_steps=30,
     sft_learning_rate=1e-2,
     batch_tokens=256,
     rl_learning_rates=(1e-4, 2e-4),

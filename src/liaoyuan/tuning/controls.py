@@ -17,8 +17,9 @@ from liaoyuan.tuning.reinforce import ReinforceConfig, ReinforceResult, problems
 from liaoyuan.tuning.rollout import Rollouts, roll_out
 from liaoyuan.tuning.validation import tuning_engine
 
-DECODE_COST = 1.5  # CPU time of a generated token in trained tokens, on the generous side (measured: about 1)
-MARGIN = 1.25  # more than RL's CPU time, so that noise of the machine does not take it away
+DECODE_COST = 1.4  # CPU time of a generated token in trained tokens (measured: 1.25)
+SAMPLE_COST = 1.0  # the same, when B is charged for its samples: to its favour
+MARGIN = 1.2  # more than RL's CPU time, so that noise of the machine does not take it away
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ def control_tokens(rl: ReinforceResult) -> int:
     return round(MARGIN * (rl.trained_tokens + DECODE_COST * rl.generated_tokens))
 
 
-def own_samples_tokens(rl: ReinforceResult) -> int:
-    """Return how many tokens control B trains on: as many as RL; its samples cost what RL's rollouts did."""
-    return round(MARGIN * rl.trained_tokens)
+def own_samples_tokens(rl: ReinforceResult, generated: int) -> int:
+    """Return how many tokens control B trains on: as many as A, less what drawing `generated` tokens cost."""
+    return max(0, round(control_tokens(rl) - SAMPLE_COST * generated))
 
 
 def own_samples(

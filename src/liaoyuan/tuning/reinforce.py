@@ -33,17 +33,18 @@ STATE = "state"
 class ReinforceConfig(Config):
     """What a run of reinforcement learning does; a resumed run must be given the same.
 
-    learning_rate: 2e-4 at most for a model below 5M parameters; 4e-4 destroyed the policy of a small one.
+    learning_rate: 3e-4 with linear decay is best for a model of 1M parameters (docs/notes/regime.md).
     minimum_groups: a step with fewer groups that carry signal changes nothing (sparse rewards and Adam: noise).
     """
 
     levels: tuple[int, ...] = (2, 3, 4)
-    steps: int = Field(100, gt=0)
-    problems: int = Field(8, gt=0)  # of one step
-    group: int = Field(16, gt=1)  # rollouts of each problem
+    steps: int = Field(200, gt=0)
+    problems: int = Field(32, gt=0)  # of one step
+    group: int = Field(8, gt=1)  # rollouts of each problem
     max_tokens: int = Field(64, gt=0)
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(3e-4, gt=0)
     warmup_steps: int = Field(10, ge=0)
+    decay: float = Field(0.9, ge=0, le=1)  # share of the learning rate that is gone, linearly, at the last step
     clip: float = Field(0.5, gt=0)  # of the gradient's norm
     clip_low: float = Field(0.2, gt=0)  # of the ratio, see `policy_gradient_loss`
     clip_high: float = Field(0.28, gt=0)
@@ -123,6 +124,12 @@ def sample_seed(config: ReinforceConfig, step: int) -> int:
     return (config.seed + 1) * 100_003 + step
 
 
+def learning_rate_of(config: ReinforceConfig, step: int) -> float:
+    """Return the learning rate of a step: it rises over the warm-up, and falls linearly over the whole run."""
+    rise = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    return config.learning_rate * rise * (1.0 - config.decay * step / config.steps)
+
+
 def _update(
     model: Decoder, optimiser: AdamW, rollouts: Rollouts, config: ReinforceConfig, step: int
 ) -> tuple[int, dict[str, Any]]:
@@ -149,7 +156,7 @@ def _update(
         (loss / total).backward()
         optimiser.accumulate()
         gap = max(gap, float(((log_probs.detach() - part.rollout_log_probs) * part.mask).abs().max()))
-    rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
+    rate = learning_rate_of(config, step)
     values |= {"grad_norm": optimiser.step(rate, config.clip), "learning_rate": rate, "log_prob_gap": gap}
     return sum(len(part.tokens) for part in packs), values
 

@@ -39,9 +39,9 @@ class StudyConfig(Config):
     sft_steps: int = Field(900, gt=0)
     sft_learning_rate: float = Field(2e-3, gt=0)
     batch_tokens: int = Field(1024, gt=0)  # of one step of SFT and of the controls
-    rl_learning_rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
+    rl_learning_rates: tuple[float, ...] = (1.5e-4, 3e-4, 6e-4)
     control_learning_rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
-    trial: float = Field(0.25, gt=0, le=1)
+    trial: float = Field(0.2, gt=0, le=1)
     scratch: bool = True  # whether the same is done from random weights
     workers: int = Field(2, ge=0)  # processes at once; results do not depend on it
 
@@ -116,7 +116,8 @@ class _Steps:
     def controls(self, sft: dict[str, Any], rl: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Choose each control's learning rate and run it whole, with budgets that follow from what RL did."""
         spent = ReinforceResult(**{key: rl["rl"][key] for key in ReinforceResult.__dataclass_fields__})
-        budgets = {"control": control_tokens(spent), "control_own_samples": own_samples_tokens(spent)}
+        drawn = rl["own_samples"]["generated_tokens"]
+        budgets = {"control": control_tokens(spent), "control_own_samples": own_samples_tokens(spent, drawn)}
         samples = {"control": "", "control_own_samples": rl["own_samples"]["samples"]}
         if not rl["own_samples"]["records"]:
             samples["control_own_samples"] = ""  # nothing was right: the worked solutions are all there is
