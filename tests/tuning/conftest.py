@@ -32,7 +32,7 @@ def small_model(tokenizer: Tokenizer) -> Decoder:
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=16,
-        max_position_embeddings=128,
+        max_position_embeddings=256,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_ids[0],
     )

@@ -36,7 +36,7 @@ class StudyConfig(Config):
 
     lesson: Lesson = Lesson()
     rl: ReinforceConfig = ReinforceConfig()
-    sft_steps: int = Field(900, gt=0)
+    sft_steps: int = Field(600, gt=0)
     sft_learning_rate: float = Field(2e-3, gt=0)
     batch_tokens: int = Field(1024, gt=0)  # of one step of SFT and of the controls
     rl_learning_rates: tuple[float, ...] = (1.5e-4, 3e-4, 6e-4)

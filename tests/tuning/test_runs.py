@@ -1,0 +1,66 @@
+"""A user's own tuning: records are learned, RL keeps its best checkpoint, mistakes are one sentence."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from liaoyuan.checkpoint import load_model
+from liaoyuan.cli.eval import evaluate
+from liaoyuan.cli.tune import app
+from liaoyuan.data import Tokenizer, write_records
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.rundir import read_metrics
+from liaoyuan.tasks import TASKS, to_record
+
+RUNNER = CliRunner()
+TRAIN = ["--set", "train.steps=12", "--set", "train.batch_tokens=128", "--set", "device=cpu"]
+
+
+def records(path: Path) -> Path:
+    write_records(path, [to_record(TASKS["addition"].problem(0, index, 1)) for index in range(8)])
+    return path
+
+
+def test_sft_learns_a_file_of_records(model_folder: Path, tmp_path: Path) -> None:
+    data, out = records(tmp_path / "data.jsonl"), tmp_path / "out"
+    given = ["sft", "--model", str(model_folder), "--data", str(data), "--out", str(out), "--json", *TRAIN]
+    result = RUNNER.invoke(app, given, catch_exceptions=False)
+    assert result.exit_code == 0
+    losses = [row["loss"] for row in read_metrics(out / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+    assert load_model(out / "model").config.vocab_size == Tokenizer.load(out / "model").vocab_size
+
+
+def test_rl_keeps_the_best_checkpoint(model_folder: Path, tmp_path: Path) -> None:
+    sizes = ["levels=[1]", "steps=2", "problems=2", "group=2", "max_tokens=8"]
+    settings = [part for size in sizes for part in ("--set", f"rl.{size}")]
+    out = tmp_path / "out"
+    given = ["rl", "--model", str(model_folder), "--task", "addition", "--out", str(out), *settings]
+    result = RUNNER.invoke(
+        app, [*given, "--set", "validation_problems=4", "--set", "device=cpu"], catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    assert (out / "model" / "model.safetensors").read_bytes() == (out / "best" / "model.safetensors").read_bytes()
+    assert {"reward", "no_signal", "length", "entropy", "cpu_seconds", "flops"} <= read_metrics(out / "metrics.jsonl")[
+        0
+    ].keys()
+
+
+def test_mistakes_are_sentences(model_folder: Path, tmp_path: Path) -> None:
+    cases = [
+        (["rl", "--model", str(model_folder), "--task", "additon"], "addition"),
+        (["sft", "--model", str(model_folder), "--data", str(tmp_path / "none.jsonl")], "none.jsonl"),
+        (["sft", "--model", str(tmp_path), "--data", str(records(tmp_path / "d.jsonl"))], "tokenizer"),
+        (["rl", "--model", str(model_folder), "--set", "rl.step=3"], "steps"),
+    ]
+    for given, named in cases:
+        with pytest.raises(LiaoyuanError, match=named):
+            RUNNER.invoke(app, [*given, "--out", str(tmp_path / "out")], catch_exceptions=False)
+
+
+def test_eval_prints_intervals(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(model=model_folder, task="addition", levels="1", problems=6, samples=2, fast=False, seed=0, json=True)
+    assert '"pass_at_2"' in capsys.readouterr().out
+    with pytest.raises(LiaoyuanError, match="2-4"):
+        evaluate(model=model_folder, task="addition", levels="x", problems=6, samples=2, fast=False, seed=0, json=True)
