@@ -51,6 +51,7 @@ STEPS: dict[str, Text] = {
     "control": Text("control: more SFT", "对照：继续微调"),
     "control_own_samples": Text("control: own samples", "对照：自采样微调"),
     "scratch": Text("the same from random weights", "同样步骤，从随机权重开始"),
+    "study": Text("teaching and measuring", "教学与测量"),
     "measure": Text("measuring", "测量"),
     "report": Text("report", "报告"),
 }

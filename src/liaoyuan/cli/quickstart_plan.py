@@ -1,0 +1,130 @@
+"""From `--minutes` to fixed numbers, once: what a quickstart run does, as `config.toml` in its folder holds it.
+
+Shapes, steps and tokens are chosen from the speed measured here; from then on no clock influences a result, and a
+resumed run reads the numbers and never measures again.
+"""
+
+from pathlib import Path
+
+import torch
+
+from liaoyuan import config as configuration
+from liaoyuan.cli.process import available_cores
+from liaoyuan.config import Config, to_toml
+from liaoyuan.data import Corpus, CorpusConfig
+from liaoyuan.device import measure_gemm_rate, select_device
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.models.config import DTYPES
+from liaoyuan.rundir import Report, write_atomic
+from liaoyuan.training.pretrain import PretrainConfig, model_config
+from liaoyuan.training.sizing import choose_size, tokens_per_second
+from liaoyuan.tuning import StudyConfig
+
+FILE = "config.toml"
+VOCABULARY = 2048  # small: the tables of a small model are most of it, and every token of RL pays for the head
+WORKERS = 2  # processes that teach at once, one thread each
+
+# Seconds of the whole that are neither pretraining nor teaching: data, measuring speed, bits per byte, report.
+FIXED_SECONDS = 45.0
+# Teaching gets this share of the time; beyond the quickstart's ten minutes most of what is added goes to pretraining.
+STUDY_SHARE, LONG_STUDY_SHARE, LONG_FROM = 0.58, 0.25, 600.0
+
+# What teaching costs, in trained tokens of the same model (measured: docs/notes/regime.md).
+SUPERVISED_TOKENS = 2.2e6  # SFT twice (also from random weights)
+MEASURING_TOKENS = 2.6e6  # test problems, all stages
+REINFORCED_TOKENS = 88e3  # one step of RL, its trials, the run from random weights, and both controls' equivalent
+MOST_STEPS, FEWEST_STEPS = 300, 4  # of RL
+
+
+class Measured(Config):
+    """What was measured on this machine before the first step; kept for the report."""
+
+    gemm_flops: float  # FLOP/s of matrix products in the model's dtype, all threads
+    training_rate: float  # tokens/s of a training step of the chosen shape, one thread
+
+
+class QuickstartConfig(Config):
+    """Everything that a quickstart run does."""
+
+    minutes: float
+    seeds: int
+    text: str = ""  # "" is the Python standard library
+    measured: Measured
+    pretrain: PretrainConfig
+    study: StudyConfig
+
+
+def corpus_config(text: Path | None) -> CorpusConfig:
+    """Return how the text is prepared; it does not depend on the time."""
+    return CorpusConfig(text=text, vocab_size=VOCABULARY)
+
+
+def resolve(
+    folder: Path, corpus: Corpus, text: Path | None, minutes: float, seeds: int, report: Report
+) -> QuickstartConfig:
+    """Return the config of the run in `folder`: read it if it is there, else measure, choose and write it.
+
+    Raises:
+        LiaoyuanError: the folder holds a run with other minutes or another text.
+    """
+    path = folder / FILE
+    source = str(text.resolve()) if text else ""
+    if path.exists():
+        found = configuration.load(QuickstartConfig, path)
+        for name, wanted in (("minutes", minutes), ("text", source)):
+            if getattr(found, name) != wanted:
+                raise LiaoyuanError(
+                    f"{folder} holds a run with --{name} {getattr(found, name) or '(the standard library)'}: "
+                    f"give the same to go on with it, or choose another folder with --run."
+                )
+        config = found.model_copy(update={"seeds": seeds})
+    else:
+        config = _plan(corpus, source, minutes, seeds, report)
+    write_atomic(path, to_toml(config))
+    return config
+
+
+def _plan(corpus: Corpus, source: str, minutes: float, seeds: int, report: Report) -> QuickstartConfig:
+    seconds = 60.0 * minutes
+    short = min(seconds, LONG_FROM)
+    study_seconds = STUDY_SHARE * short + LONG_STUDY_SHARE * (seconds - short)
+    pretrain_seconds = max(0.1 * seconds, seconds - study_seconds - FIXED_SECONDS)
+    pretrain = choose_size(corpus.folder, pretrain_seconds, report=report)
+    measured = _measure(corpus, pretrain)
+    return QuickstartConfig(
+        minutes=minutes,
+        seeds=seeds,
+        text=source,
+        measured=measured,
+        pretrain=pretrain,
+        study=_study(study_seconds * measured.training_rate * min(WORKERS, available_cores())),
+    )
+
+
+def _measure(corpus: Corpus, pretrain: PretrainConfig) -> Measured:
+    device = select_device(pretrain.device)
+    shape = model_config(pretrain.model, corpus.tokenizer(), device)
+    gemm = measure_gemm_rate(DTYPES[shape.dtype], device=str(device.torch))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rate = tokens_per_second(corpus, pretrain.model, StudyConfig().batch_tokens, device)
+    finally:
+        torch.set_num_threads(threads)
+    return Measured(gemm_flops=gemm, training_rate=rate)
+
+
+def _study(tokens: float) -> StudyConfig:
+    """Return the study that costs about as much as training on `tokens` tokens."""
+    whole = StudyConfig()
+    left = tokens - SUPERVISED_TOKENS - MEASURING_TOKENS
+    steps = max(FEWEST_STEPS, min(MOST_STEPS, int(left / REINFORCED_TOKENS)))
+    share = min(1.0, max(0.02, (tokens - MEASURING_TOKENS) / SUPERVISED_TOKENS))  # too little time: SFT is cut too
+    rl = whole.rl.model_copy(update={"steps": steps, "validate_every": max(1, steps // 8)})
+    return whole.model_copy(
+        update={
+            "sft_steps": max(10, round(share * whole.sft_steps)),
+            "rl": rl,
+            "workers": min(WORKERS, available_cores()),
+        }
+    )
