@@ -47,7 +47,7 @@ SEQUENCE_LENGTH = 256
 TIMED_STEPS, FIRST_STEPS = 3, 2  # the first steps compile kernels and fault memory in
 RESERVE = 0.92  # share of the seconds that steps may take; the rest is evaluation and checkpoints
 TOKENS_PER_STEP = (2048, 4096, 8192, 16384, 32768, 65536)
-STEPS_WANTED = 3000  # the batch doubles once a run would take more steps; small batches learn more per token
+STEPS_WANTED = 6000  # the batch doubles once a run would take more steps; small batches learn more per token
 
 OPTIMISER: Literal["adamw", "muon"] = "muon"
 LEARNING_RATE = 8e-3  # measured in docs/notes/pretraining.md
@@ -55,7 +55,7 @@ LEARNING_RATE = 8e-3  # measured in docs/notes/pretraining.md
 # Bits per byte above the constant of the text, A / N^ALPHA + B / D^BETA, with N million weights outside the tables
 # and D million tokens seen: the law of Hoffmann et al. 2022 (arXiv 2203.15556, eq. 10) with its exponents; A and B
 # from runs at this scale (docs/notes/pretraining.md). Only its minimum over the ladder matters.
-ALPHA, BETA, A, B = 0.34, 0.28, 0.25, 0.99
+ALPHA, BETA, A, B = 0.34, 0.28, 0.3, 1.5
 REPEATS_WORTH = 15.4  # repeats of the text after which more are worth little: Muennighoff et al. 2023, eq. 5
 
 
@@ -78,7 +78,7 @@ def choose_size(
     unique = len(source.stream("train").tokens)
     best: tuple[float, PretrainConfig] | None = None
     for index, rung in enumerate(ladder):
-        rate = timed(rung.shape, TOKENS_PER_STEP[1])
+        rate = timed(rung.shape, TOKENS_PER_STEP[0])
         told = f"width {rung.hidden_size}, {rung.num_hidden_layers} layers: {rate:,.0f} tokens/s"
         report(Progress(index + 1, len(ladder), "shape", told))
         tokens = seconds * RESERVE * rate
