@@ -1,5 +1,8 @@
 """A user's own tuning: records are learned, RL keeps its best checkpoint, mistakes are one sentence."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,8 @@ from liaoyuan.rundir import read_metrics
 from liaoyuan.tasks import TASKS, to_record
 
 RUNNER = CliRunner()
-TRAIN = ["--set", "train.steps=12", "--set", "train.batch_tokens=128", "--set", "device=cpu"]
+SETTINGS = ["train.steps=12", "train.batch_tokens=128", "sequence_length=32", "device=cpu"]
+TRAIN = [part for setting in SETTINGS for part in ("--set", setting)]
 
 
 def records(path: Path) -> Path:
@@ -30,6 +34,25 @@ def test_sft_learns_a_file_of_records(model_folder: Path, tmp_path: Path) -> Non
     losses = [row["loss"] for row in read_metrics(out / "metrics.jsonl")]
     assert losses[-1] < losses[0]
     assert load_model(out / "model").config.vocab_size == Tokenizer.load(out / "model").vocab_size
+
+
+def test_two_processes_with_fsdp_give_the_loss_of_one(model_folder: Path, tmp_path: Path) -> None:
+    data, losses = records(tmp_path / "data.jsonl"), {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        verb = ["-m", "liaoyuan", "tune", "sft", "--model", str(model_folder), "--data", str(data), "--out", str(out)]
+        done = subprocess.run(
+            [sys.executable, *(launcher if processes > 1 else []), *verb, *TRAIN],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses[processes] = [row["loss"] for row in read_metrics(out / "metrics.jsonl")]
+    assert losses[1] == pytest.approx(losses[2], abs=2e-5)
+    assert len(losses[1]) == 12
 
 
 def test_rl_keeps_the_best_checkpoint(model_folder: Path, tmp_path: Path) -> None:

@@ -19,14 +19,19 @@ def finetune(
     report: Report = silent,
     evaluate: Callable[[Decoder], dict[str, float]] | None = None,
     world: World | None = None,
+    sequence_length: int | None = None,
 ) -> TrainResult:
-    """Fine-tune `model` in place on tokenised records, going on from `folder` if it holds a state; see `train`."""
+    """Fine-tune `model` in place on tokenised records, going on from `folder` if it holds a state; see `train`.
+
+    Records are packed into rows of `sequence_length` tokens (one row a batch if None). Where it is given, any number
+    of processes that divides the rows of a batch gets the same batches.
+    """
     here = world or World()
     batches = RecordBatches(
         records,
         config.seed,
         config.batch_tokens,
-        config.batch_tokens // (config.microbatches * here.size),
+        sequence_length or config.batch_tokens // (config.microbatches * here.size),
         config.microbatches,
         here.rank,
         here.size,

@@ -26,6 +26,7 @@ class SftConfig(Config):
     model: Path
     data: Path
     train: TrainConfig = TrainConfig(steps=300, batch_tokens=4096, learning_rate=5e-4, weight_decay=0.01)
+    sequence_length: int = Field(512, gt=0)  # of the rows into which records are packed; no record may be longer
     device: str = "auto"
 
 
@@ -52,7 +53,7 @@ def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: Wor
     model = shard(load_model(config.model, device=world.device.torch), world)
     if world.is_first:
         write_atomic(folder / "config.toml", to_toml(config))
-    done = finetune(model, records, config.train, folder, report, world=world)
+    done = finetune(model, records, config.train, folder, report, None, world, config.sequence_length)
     weights = dict(full_weights(model))
     if world.is_first:
         save_model(model, folder / "model", config.model, state=weights)
