@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "decode.h"
 #include "tiles.h"
 
 #ifdef __AMX_BF16__
@@ -26,9 +27,7 @@ bool amx_permitted() {
 
 namespace {
 
-constexpr int64_t KEY_CHUNK = 512;   // keys between two rescalings of the output
 constexpr int64_t ROWS_PER_TASK = 512;
-constexpr float LOWEST = -3.0e38f;
 
 template <class T>
 struct Rows {  // queries first ... last - 1 of one sequence and one key head
@@ -207,6 +206,11 @@ void paged(const T* query, const T* key_cache, const T* value_cache, const int32
     rows.first = queries * cut / parts;
     rows.last = queries * (cut + 1) / parts;
     const int32_t* table = block_tables + sequence * s.max_blocks;
+    if (queries == 1 && can_decode<E>(s.dim, s.block_size)) {
+      Pages pages{table, s.block_size, s.block_size * s.key_heads * s.dim, s.key_heads * s.dim};
+      return decode<E>(rows.query, rows.out, groups, key_cache + head * s.dim, value_cache + head * s.dim, pages,
+                       lengths[sequence], s.dim, s.scale);
+    }
     auto row_of = [&](const T* base) {
       return [=](int64_t j) {
         int64_t slot = table[j / s.block_size] * s.block_size + j % s.block_size;

@@ -109,12 +109,12 @@ void decode_rows(const T* query, T* result, const T* keys, const T* values, cons
       for (int i = 0; i < 16; ++i) value[j + i] = values + offset + i * pages.row_stride;
       for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) {
         if constexpr (IN_PAIRS<E> || sizeof(T) == 4) {
-          transpose(keys + offset + d, pages.row_stride * sizeof(T) / 4, columns + d * sizeof(T) * 4);
+          transpose(keys + offset + d, pages.row_stride * sizeof(T), columns + d * sizeof(T) * 4);
         } else {  // bf16 without tile registers: as fp32
           float square[256];
           for (int64_t part = 0; part < 32 && d + part < dim; part += 16) {
             for (int i = 0; i < 16; ++i) store(square + 16 * i, load(keys + offset + i * pages.row_stride + d + part));
-            transpose(square, 16, columns + (d + part) * 16);
+            transpose(square, 64, columns + (d + part) * 16);
           }
         }
       }
