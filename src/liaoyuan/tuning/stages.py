@@ -60,13 +60,10 @@ def tune_supervised(
     The best checkpoint on validation is `folder/best`.
     """
     tokenizer = Tokenizer.load(Path(start))
-    model = (
-        initialise(Decoder(with_dtype(read_config(Path(start)), FP32)), lesson.seed)
-        if fresh
-        else load_model(Path(start), FP32)
-    )
+    model = _fresh(Path(start), lesson.seed) if fresh else load_model(Path(start), FP32)
     records = read_samples(Path(samples)) if samples else lesson.worked_solutions(tokenizer)
     best = Best(tokenizer, Path(start), lesson.validation(), folder, lesson.max_tokens)
+    best.begin_with(Path(start))
     done = finetune(model, records, train, folder, report, best)
     return {"value": best.value, "model": str(best.model_folder), **asdict(done), "rate": train.learning_rate}
 
@@ -77,6 +74,7 @@ def tune_reinforced(
     """Reinforce the model in `start`, in the run folder `run`; its best checkpoint on validation is `run/best`."""
     tokenizer, place = Tokenizer.load(Path(start)), Path(run)
     best = Best(tokenizer, Path(start), lesson.validation(), place, lesson.max_tokens)
+    best.begin_with(Path(start))
     done = reinforce(load_model(Path(start), FP32), tokenizer, lesson.chosen_task, rl, place, report, best, until)
     return {"value": best.value, "model": str(best.model_folder), **asdict(done), "rate": rl.learning_rate}
 

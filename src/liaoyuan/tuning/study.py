@@ -39,8 +39,8 @@ class StudyConfig(Config):
     sft_steps: int = Field(600, gt=0)
     sft_learning_rate: float = Field(2e-3, gt=0)
     batch_tokens: int = Field(1024, gt=0)  # of one step of SFT and of the controls
-    rl_learning_rates: tuple[float, ...] = (1.5e-4, 3e-4, 6e-4)
-    control_learning_rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
+    rl_learning_rates: tuple[float, ...] = (3e-4, 6e-4, 1.2e-3)
+    control_learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     trial: float = Field(0.2, gt=0, le=1)
     scratch: bool = True  # whether the same is done from random weights
     workers: int = Field(2, ge=0)  # processes at once; results do not depend on it

@@ -1,5 +1,6 @@
 """The best checkpoint of a run, chosen on validation problems; every kind of run chooses in this one way."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from liaoyuan.data import Tokenizer
 from liaoyuan.evaluation import measure_accuracy
 from liaoyuan.inference import Engine, EngineConfig
 from liaoyuan.models import Decoder
-from liaoyuan.rundir import read_json, write_json
+from liaoyuan.rundir import atomic_folder, read_json, write_json
 from liaoyuan.tasks import Problem
 
 SEQUENCES = 256  # that are answered at once
@@ -29,6 +30,14 @@ class Best:
     ) -> None:
         self.tokenizer, self.tokenizer_folder, self.problems = tokenizer, tokenizer_folder, problems
         self.folder, self.max_tokens = folder, max_tokens
+
+    def begin_with(self, start: Path) -> None:
+        """Let the model that the run starts from compete too, if it was itself chosen in this way."""
+        measured = start.parent / "best.json"
+        if measured.exists() and not (self.folder / "best.json").exists():
+            with atomic_folder(self.model_folder) as part:
+                shutil.copytree(start, part, dirs_exist_ok=True)
+            write_json(self.folder / "best.json", read_json(measured))
 
     @property
     def model_folder(self) -> Path:

@@ -119,7 +119,7 @@ void decode_rows(const T* query, T* result, const T* keys, const T* values, cons
         }
       }
       score<E, T, R>(columns, wide_query, dim, scale, scores + j);
-      const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      const IntVec lane = lane_numbers();
       for (int r = 0; r < R; ++r) {
         Vec s = load(scores + r * KEY_CHUNK + j);
         if (j + 16 > count) {

@@ -19,18 +19,19 @@ inline Pair load_pair(const BFloat16* from) {
   return {(Vec)(words << 16), (Vec)(words & 0xffff0000u)};
 }
 inline Pair load_pair(const float* from) {
-  const IntVec even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-  Vec low = load(from), high = load(from + LANES);
-  return {__builtin_shuffle(low, high, even), __builtin_shuffle(low, high, even + 1)};
+  Pair pair;
+  unzip(load(from), load(from + LANES), pair.gate, pair.up);
+  return pair;
 }
 inline void store_pair(BFloat16* to, Vec gate, Vec up) {
   WordVec words = (rounded_words(gate) >> 16) | (rounded_words(up) & 0xffff0000u);
   std::memcpy(to, &words, sizeof words);
 }
 inline void store_pair(float* to, Vec gate, Vec up) {
-  const IntVec low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-  store(to, __builtin_shuffle(gate, up, low));
-  store(to + LANES, __builtin_shuffle(gate, up, low + 8));
+  Vec low, high;
+  zip(gate, up, low, high);
+  store(to, low);
+  store(to + LANES, high);
 }
 
 // Call body(pointer to 16 pairs, position) over a range, with a padded copy for the ragged end.

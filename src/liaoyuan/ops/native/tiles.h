@@ -17,27 +17,6 @@ namespace liaoyuan {
 
 constexpr int BLOCK = 32;  // rows and columns of one product: two tiles each way
 
-inline void transpose(const void* from, int64_t from_stride, void* to) {  // 16 x 16 words; stride in bytes
-  WordVec row[16];
-  for (int i = 0; i < 16; ++i)
-    std::memcpy(&row[i], static_cast<const char*>(from) + i * from_stride, sizeof row[i]);
-  const WordVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#pragma GCC unroll 4
-  for (uint32_t width = 1; width < 16; width *= 2) {
-    WordVec upper = (WordVec)((lane & width) != 0);
-    WordVec first = (upper & (lane + 16 - width)) | (~upper & lane);
-    WordVec second = (upper & (lane + 16)) | (~upper & (lane + width));
-#pragma GCC unroll 16
-    for (uint32_t i = 0; i < 16; ++i) {
-      if (i & width) continue;
-      WordVec a = row[i], b = row[i + width];
-      row[i] = __builtin_shuffle(a, b, first);
-      row[i + width] = __builtin_shuffle(a, b, second);
-    }
-  }
-  for (int i = 0; i < 16; ++i) std::memcpy(static_cast<uint32_t*>(to) + i * 16, &row[i], sizeof row[i]);
-}
-
 struct Wide {
   using Word = float;
   static constexpr int DEPTH = 16, TILE = 256;
@@ -67,30 +46,50 @@ struct Wide {
   template <int COLUMNS>
   static void multiply(float* c, int64_t ldc, bool add, const float* left, int64_t left_m, int64_t left_k,
                        const float* right, int64_t right_n, int64_t right_k, int64_t depth) {
-    for (int r = 0; r < BLOCK; r += 8) {
-      Vec sums[8][COLUMNS];
+    constexpr int STEP = REGISTERS == 1 ? COLUMNS : 1;
+    for (int r = 0; r < BLOCK; r += ROWS)
+      for (int n = 0; n < COLUMNS; n += STEP)
+        few_rows<STEP>(c + r * ldc + n * 16, ldc, add, left + (r / 16) * left_m * TILE + (r % 16) * 16, left_k,
+                       right + n * right_n * TILE, right_n, right_k, depth);
+  }
+
+ private:
+  static constexpr int REGISTERS = sizeof(Vec) / sizeof(Register), WIDTH = 16 / REGISTERS;
+  static constexpr int ROWS = 8 / REGISTERS;  // so that the sums stay in registers: there are 32 of 64 bytes, else 16
+
+  template <int COLUMNS>
+  static void few_rows(float* c, int64_t ldc, bool add, const float* left, int64_t left_k, const float* right,
+                       int64_t right_n, int64_t right_k, int64_t depth) {
+    constexpr int PARTS = COLUMNS * REGISTERS;
+    auto cell = [&](int i, int n) { return c + i * ldc + n * WIDTH; };
+    Register sums[ROWS][PARTS];
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i)
-#pragma GCC unroll 2
-        for (int n = 0; n < COLUMNS; ++n) sums[i][n] = add ? load(c + (r + i) * ldc + n * 16) : Vec{};
-      for (int64_t k = 0; k < depth; ++k) {
-        const float* a = left + ((r / 16) * left_m + k * left_k) * TILE + (r % 16) * 16;
-        const float* b = right + k * right_k * TILE;
-        for (int d = 0; d < 16; ++d) {
-          Vec columns[COLUMNS];
-#pragma GCC unroll 2
-          for (int n = 0; n < COLUMNS; ++n) columns[n] = load(b + n * right_n * TILE + d * 16);
-#pragma GCC unroll 8
-          for (int i = 0; i < 8; ++i)
-#pragma GCC unroll 2
-            for (int n = 0; n < COLUMNS; ++n) sums[i][n] += a[i * 16 + d] * columns[n];
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+      for (int n = 0; n < PARTS; ++n)
+        if (add)
+          std::memcpy(&sums[i][n], cell(i, n), sizeof(Register));
+        else
+          sums[i][n] = Register{};
+    for (int64_t k = 0; k < depth; ++k) {
+      const float *a = left + k * left_k * TILE, *b = right + k * right_k * TILE;
+      for (int d = 0; d < 16; ++d) {
+        Register columns[PARTS];
+#pragma GCC unroll 4
+        for (int n = 0; n < PARTS; ++n) {
+          std::memcpy(&columns[n], b + n / REGISTERS * right_n * TILE + d * 16 + n % REGISTERS * WIDTH, sizeof(Register));
+          hold(columns[n]);
         }
-      }
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i)
-#pragma GCC unroll 2
-        for (int n = 0; n < COLUMNS; ++n) store(c + (r + i) * ldc + n * 16, sums[i][n]);
+        for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+          for (int n = 0; n < PARTS; ++n) sums[i][n] += a[i * 16 + d] * columns[n];
+      }
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+      for (int n = 0; n < PARTS; ++n) std::memcpy(cell(i, n), &sums[i][n], sizeof(Register));
   }
 };
 

@@ -1,7 +1,12 @@
-// Sixteen fp32 lanes on any machine: GCC vector types, lowered to what the target has (AVX-512, AVX2, NEON).
+// Sixteen fp32 lanes on any machine: one AVX-512 register as GCC's vector type, or halves of it (halves.h).
 #pragma once
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512F__
+#include "whole.h"
+#else
+#include "halves.h"
+#endif
 
 namespace liaoyuan {
 
@@ -10,10 +15,6 @@ struct BFloat16 {
 };
 
 constexpr int LANES = 16;
-typedef float Vec __attribute__((vector_size(64)));
-typedef int32_t IntVec __attribute__((vector_size(64)));
-typedef uint32_t WordVec __attribute__((vector_size(64)));
-typedef uint16_t HalfVec __attribute__((vector_size(32)));
 
 inline Vec splat(float value) { return value - Vec{}; }
 
@@ -30,11 +31,7 @@ inline Vec load(const float* from) {
   std::memcpy(&result, from, sizeof result);
   return result;
 }
-inline Vec load(const BFloat16* from) {
-  HalfVec half;
-  std::memcpy(&half, from, sizeof half);
-  return (Vec)(__builtin_convertvector(half, WordVec) << 16);
-}
+inline Vec load(const BFloat16* from) { return (Vec)(words_of(reinterpret_cast<const uint16_t*>(from)) << 16); }
 
 // Round to nearest, ties to even; a NaN stays a NaN.
 inline WordVec rounded_words(Vec value) {
@@ -46,8 +43,7 @@ inline WordVec rounded_words(Vec value) {
 
 inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
 inline void store(BFloat16* to, Vec value) {
-  HalfVec half = __builtin_convertvector(rounded_words(value) >> 16, HalfVec);
-  std::memcpy(to, &half, sizeof half);
+  to_halves(reinterpret_cast<uint16_t*>(to), rounded_words(value) >> 16);
 }
 
 // The first `count` lanes; the others are zero, and are not written.
@@ -73,9 +69,6 @@ inline Vec rounded<float>(Vec value) { return value; }
 template <>
 inline Vec rounded<BFloat16>(Vec value) { return (Vec)(rounded_words(value) & 0xffff0000u); }
 
-inline Vec choose(IntVec condition, Vec yes, Vec no) {
-  return (Vec)(((IntVec)yes & condition) | ((IntVec)no & ~condition));
-}
 inline Vec maximum(Vec a, Vec b) { return choose(a > b, a, b); }
 
 // Always summed in the same order.

@@ -1,0 +1,161 @@
+// Sixteen lanes where the machine's registers hold fewer: two halves, each a native vector (AVX2) or itself two of
+// them (SSE, NEON). GCC takes wide vector types apart too, but comparisons, conversions and shuffles lane by lane.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace liaoyuan {
+
+template <class Half>
+struct Halves {
+  Half low, high;
+
+  using Lane = std::remove_cvref_t<decltype(low[0])>;
+  static constexpr int COUNT = sizeof(Half) / sizeof(Lane);  // of one half
+
+  Lane operator[](int i) const { return i < COUNT ? low[i] : high[i - COUNT]; }
+
+  // The same bits as lanes of another type.
+  template <class Other>
+  explicit operator Halves<Other>() const { return {(Other)low, (Other)high}; }
+
+#define ELEMENTWISE(OP)                                                                                        \
+  friend inline auto operator OP(const Halves& a, const Halves& b) { return join(a.low OP b.low, a.high OP b.high); } \
+  friend inline auto operator OP(const Halves& a, Lane b) { return join(a.low OP b, a.high OP b); }             \
+  friend inline auto operator OP(Lane a, const Halves& b) { return join(a OP b.low, a OP b.high); }
+  ELEMENTWISE(+) ELEMENTWISE(-) ELEMENTWISE(*) ELEMENTWISE(/) ELEMENTWISE(&) ELEMENTWISE(|)
+  ELEMENTWISE(<) ELEMENTWISE(>) ELEMENTWISE(!=)
+#undef ELEMENTWISE
+  friend inline Halves operator<<(const Halves& a, int bits) { return {a.low << bits, a.high << bits}; }
+  friend inline Halves operator>>(const Halves& a, int bits) { return {a.low >> bits, a.high >> bits}; }
+  Halves operator-() const { return {-low, -high}; }
+  Halves operator~() const { return {~low, ~high}; }
+  template <class Value>
+  Halves& operator+=(const Value& value) { return *this = *this + value; }
+  template <class Value>
+  Halves& operator*=(const Value& value) { return *this = *this * value; }
+
+  template <class Result>
+  static Halves<Result> join(Result low, Result high) { return {low, high}; }
+};
+
+template <class Condition, class Half>
+inline Half choose(Condition condition, Half yes, Half no) { return condition ? yes : no; }
+template <class Condition, class Half>
+inline Halves<Half> choose(const Halves<Condition>& condition, const Halves<Half>& yes, const Halves<Half>& no) {
+  return {choose(condition.low, yes.low, no.low), choose(condition.high, yes.high, no.high)};
+}
+
+#ifdef __AVX2__
+typedef float HalfVec __attribute__((vector_size(32)));
+typedef int32_t HalfInt __attribute__((vector_size(32)));
+typedef uint32_t HalfWord __attribute__((vector_size(32)));
+using Register = HalfVec;  // what one register of the machine holds
+inline void hold(Register& value) { asm("" : "+x"(value)); }  // load it once, not in every use
+#else
+typedef float QuarterVec __attribute__((vector_size(16)));
+typedef int32_t QuarterInt __attribute__((vector_size(16)));
+typedef uint32_t QuarterWord __attribute__((vector_size(16)));
+using Register = QuarterVec;
+inline void hold(Register&) {}
+using HalfVec = Halves<QuarterVec>;
+using HalfInt = Halves<QuarterInt>;
+using HalfWord = Halves<QuarterWord>;
+#endif
+using Vec = Halves<HalfVec>;
+using IntVec = Halves<HalfInt>;
+using WordVec = Halves<HalfWord>;
+
+inline IntVec lane_numbers() {
+  const int32_t lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  IntVec result;
+  std::memcpy(&result, lane, sizeof result);
+  return result;
+}
+
+#ifdef __AVX2__
+inline WordVec words_of(const uint16_t* from) {
+  auto part = [](const uint16_t* at) {
+    return (HalfWord)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  };
+  return {part(from), part(from + 8)};
+}
+inline void to_halves(uint16_t* to, WordVec words) {  // words below 2^16
+  __m256i packed = _mm256_packus_epi32((__m256i)words.low, (__m256i)words.high);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+// Lanes 0, 2, 4, ... of both as one vector, and lanes 1, 3, 5, ...; zip is the way back.
+inline void unzip(Vec low, Vec high, Vec& even, Vec& odd) {
+  auto order = [](__m256 mixed) { return (HalfVec)_mm256_permute4x64_pd((__m256d)mixed, 0xd8); };
+  even = {order(_mm256_shuffle_ps(low.low, low.high, 0x88)), order(_mm256_shuffle_ps(high.low, high.high, 0x88))};
+  odd = {order(_mm256_shuffle_ps(low.low, low.high, 0xdd)), order(_mm256_shuffle_ps(high.low, high.high, 0xdd))};
+}
+inline void zip(Vec even, Vec odd, Vec& low, Vec& high) {
+  auto both = [](__m256 a, __m256 b) {
+    __m256 first = _mm256_unpacklo_ps(a, b), second = _mm256_unpackhi_ps(a, b);
+    return Vec{_mm256_permute2f128_ps(first, second, 0x20), _mm256_permute2f128_ps(first, second, 0x31)};
+  };
+  low = both(even.low, odd.low);
+  high = both(even.high, odd.high);
+}
+
+inline void transpose_eight(const char* from, int64_t from_stride, float* to) {  // `to` has rows of 16 words
+  __m256 row[8], pair[8], four[8];
+  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(from + i * from_stride));
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+    pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      four[i + 2 * k] = _mm256_shuffle_ps(pair[i + k], pair[i + k + 2], 0x44);
+      four[i + 2 * k + 1] = _mm256_shuffle_ps(pair[i + k], pair[i + k + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * 16, _mm256_permute2f128_ps(four[i], four[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * 16, _mm256_permute2f128_ps(four[i], four[i + 4], 0x31));
+  }
+}
+inline void transpose(const void* from, int64_t from_stride, void* to) {  // 16 x 16 words; stride in bytes
+  for (int i = 0; i < 2; ++i)
+    for (int j = 0; j < 2; ++j)
+      transpose_eight(static_cast<const char*>(from) + i * 8 * from_stride + j * 32, from_stride,
+                      static_cast<float*>(to) + j * 8 * 16 + i * 8);
+}
+#else
+inline WordVec words_of(const uint16_t* from) {
+  uint32_t words[16];
+  for (int i = 0; i < 16; ++i) words[i] = from[i];
+  WordVec result;
+  std::memcpy(&result, words, sizeof result);
+  return result;
+}
+inline void to_halves(uint16_t* to, WordVec words) {
+  for (int i = 0; i < 16; ++i) to[i] = uint16_t(words[i]);
+}
+inline void unzip(Vec low, Vec high, Vec& even, Vec& odd) {
+  float all[32], parted[32];
+  std::memcpy(all, &low, sizeof low);
+  std::memcpy(all + 16, &high, sizeof high);
+  for (int i = 0; i < 16; ++i) parted[i] = all[2 * i], parted[16 + i] = all[2 * i + 1];
+  std::memcpy(&even, parted, sizeof even);
+  std::memcpy(&odd, parted + 16, sizeof odd);
+}
+inline void zip(Vec even, Vec odd, Vec& low, Vec& high) {
+  float all[32];
+  for (int i = 0; i < 16; ++i) all[2 * i] = even[i], all[2 * i + 1] = odd[i];
+  std::memcpy(&low, all, sizeof low);
+  std::memcpy(&high, all + 16, sizeof high);
+}
+inline void transpose(const void* from, int64_t from_stride, void* to) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j)
+      std::memcpy(static_cast<char*>(to) + (j * 16 + i) * 4, static_cast<const char*>(from) + i * from_stride + j * 4, 4);
+}
+#endif
+
+}  // namespace liaoyuan
