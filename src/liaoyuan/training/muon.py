@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from liaoyuan.device import Device
 from liaoyuan.parallel import World
 from liaoyuan.training.optimiser import (
     AdamW,
@@ -101,14 +102,15 @@ class Muon:
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Return about U V^T for each of the matrices U S V^T: [..., M, N], computed in bf16, returned in fp32.
+    """Return about U V^T for each of the matrices U S V^T: [..., M, N] -> fp32 [..., M, N].
 
-    Five Newton-Schulz steps whose result has singular values between about 0.7 and 1.2.
+    Computed in bf16 where the device multiplies that fast (elsewhere it is many times slower than fp32). Five Newton-Schulz steps whose result has singular values between about 0.7 and 1.2.
     """
     a, b, c = COEFFICIENTS
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16().reshape(-1, *x.shape[-2:])
+    dtype = Device(matrices.device.type).default_dtype
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype).reshape(-1, *x.shape[-2:])
     for _ in range(ITERATIONS):
         square = x @ x.mT
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
