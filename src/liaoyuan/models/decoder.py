@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from liaoyuan.models.config import ModelConfig
 from liaoyuan.models.context import AttentionContext
 from liaoyuan.models.experts import MixtureOfExperts
-from liaoyuan.ops import add_rms_norm, rms_norm, split_rotary, swiglu, token_log_prob
+from liaoyuan.ops import add_rms_norm, linear, rms_norm, split_rotary, swiglu, token_log_prob
 
 
 class RMSNorm(nn.Module):
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
         _, hidden = self.norm.add(residual, x)
         if targets is not None:
             return token_log_prob(hidden, self.head_weight, targets)
-        return nn.functional.linear(hidden, self.head_weight)
+        return linear(hidden, self.head_weight)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -219,6 +219,22 @@ Tensor swiglu_backward_cpu(const Tensor& grad_, const Tensor& gate_up_) {
 
 // ---- linear
 
+// Products by torch, through fp32 where that is faster; the result is rounded once, as there.
+bool through_fp32(const Tensor& like) {
+  static const bool slow = bf16_is_slow();
+  return slow && like.scalar_type() == at::kBFloat16;
+}
+Tensor product(const Tensor& a, const Tensor& b) {
+  if (through_fp32(a)) return at::mm(a.to(at::kFloat), b.to(at::kFloat)).to(at::kBFloat16);
+  return at::mm(a, b);
+}
+void product_into(Tensor& out, const Tensor& a, const Tensor& b) {
+  if (through_fp32(a))
+    out.copy_(at::mm(a.to(at::kFloat), b.to(at::kFloat)));
+  else
+    at::mm_out(out, a, b);
+}
+
 // grad^T x: torch's own product for this storage order is two to three times slower in bf16.
 void weight_gradient(const Tensor& out_, const Tensor& grad, const Tensor& x) {
   if (grad.scalar_type() == at::kBFloat16 && out_.is_contiguous() && grad.size(0) > 0) {
@@ -226,7 +242,7 @@ void weight_gradient(const Tensor& out_, const Tensor& grad, const Tensor& x) {
     if (multiply(in<BFloat16>(grad), in<BFloat16>(x), nullptr, out<BFloat16>(out_), shape)) return;
   }
   Tensor result = out_;
-  at::mm_out(result, grad.t(), x);
+  product_into(result, grad.t(), x);
 }
 
 Tensor linear_cpu(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_) {
@@ -236,12 +252,16 @@ Tensor linear_cpu(const Tensor& x_, const Tensor& weight_, const OptionalTensor&
   OptionalTensor bias = dense(bias_);
   if (bias) same_type(x, *bias);
   TORCH_CHECK(!bias || bias->numel() == weight.size(0), "the bias does not fit");
-  constexpr int64_t FEW = 64;
+  constexpr int64_t FEW = 64, MATRIX_ROWS = 2;  // so few rows cost no more than widening the weight
   if (x.scalar_type() == at::kBFloat16 && x.size(0) <= FEW) {
     Tensor result = at::empty({x.size(0), weight.size(0)}, x.options());
     MatrixShape shape{x.size(0), weight.size(0), x.size(1), false, true, x.size(1), x.size(1), weight.size(0)};
     if (multiply(in<BFloat16>(x), in<BFloat16>(weight), in<BFloat16>(bias), out<BFloat16>(result), shape))
       return result;
+  }
+  if (through_fp32(x) && x.size(0) > MATRIX_ROWS) {
+    OptionalTensor wide = bias ? OptionalTensor(bias->to(at::kFloat)) : std::nullopt;
+    return at::linear(x.to(at::kFloat), weight.to(at::kFloat), wide).to(at::kBFloat16);
   }
   return at::linear(x, weight, bias);
 }
@@ -255,7 +275,7 @@ Three linear_backward_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& w
   Tensor grad = dense(grad_), x = dense(x_), weight = dense(weight_);
   Tensor grad_weight = at::empty_like(weight);
   weight_gradient(grad_weight, grad, x);
-  return {at::mm(grad, weight), grad_weight, with_bias ? at::sum(grad, 0) : at::empty({0}, x.options())};
+  return {product(grad, weight), grad_weight, with_bias ? at::sum(grad, 0) : at::empty({0}, x.options())};
 }
 
 // ---- token_log_prob
@@ -293,7 +313,7 @@ Three token_log_prob_cpu(const Tensor& hidden_, const Tensor& weight_, const Ten
   for (int64_t first = 0; rows && first < vocabulary; first += step) {
     int64_t columns = std::min(step, vocabulary - first);
     Tensor logits = keep ? kept : chunk_buffer(rows, columns, hidden);
-    at::mm_out(logits, hidden, weight.narrow(0, first, columns).t());
+    product_into(logits, hidden, weight.narrow(0, first, columns).t());
     by_type(hidden, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       log_sum_exp_chunk<T>(in<T>(logits), target, out<float>(state), rows, columns, first);
@@ -325,7 +345,7 @@ Two token_log_prob_backward_cpu(const Tensor& grad_, const Tensor& hidden_, cons
     if (kept.numel())
       logits.copy_(kept.narrow(1, first, columns));
     else
-      at::mm_out(logits, hidden, part.t());
+      product_into(logits, hidden, part.t());
     by_type(hidden, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       softmax_gradient_chunk<T>(out<T>(logits), in<int64_t>(targets), in<float>(log_sum_exp), in<float>(grad), rows,
@@ -333,7 +353,7 @@ Two token_log_prob_backward_cpu(const Tensor& grad_, const Tensor& hidden_, cons
     });
     Tensor grad_part = grad_weight.narrow(0, first, columns);
     weight_gradient(grad_part, logits, hidden);
-    at::mm_out(grad_hidden, logits, part);
+    product_into(grad_hidden, logits, part);
     if (step < vocabulary) sum = first ? sum.add_(grad_hidden) : grad_hidden.to(at::kFloat, false, true);
   }
   if (sum.defined()) grad_hidden.copy_(sum);

@@ -84,6 +84,10 @@ struct MatrixShape {
 };
 bool multiply(const BFloat16* a, const BFloat16* b, const BFloat16* bias, BFloat16* c, MatrixShape shape);
 
+// Whether torch's own product of bf16 matrices is many times slower here than that of fp32: it takes the elements one
+// by one where there is no AVX-512.
+bool bf16_is_slow();
+
 // softmax.cpp too
 void write_cache(const char* key, const char* value, char* key_cache, char* value_cache, const int64_t* slots,
                  int64_t rows, int64_t row_bytes);

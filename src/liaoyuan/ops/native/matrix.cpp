@@ -234,4 +234,12 @@ bool multiply(const BFloat16* a, const BFloat16* b, const BFloat16* bias, BFloat
 #endif
 }
 
+bool bf16_is_slow() {
+#if defined(__x86_64__) && !defined(__AVX512BW__)
+  return true;
+#else
+  return false;
+#endif
+}
+
 }  // namespace liaoyuan
