@@ -1,15 +1,15 @@
 """Generation speed of the engine beside transformers, on the same random weights, in one process and one run.
 
 Sides take turns, each round measures all of them once, and medians are shown. Prompts have one length (no padding
-for anybody), decoding is greedy, nobody stops early. Modes of transformers: `generate` (dynamic cache, SDPA), its
-continuous batching (`generate_batch`), and with `--compile` the static cache with a compiled decode step.
+for anybody), decoding is greedy, nobody stops early. The dtype is the one that this machine multiplies fast. Modes of
+transformers: `generate` (dynamic cache, SDPA), the static cache with a compiled step (a minute or two to compile, which
+is not counted), and with `--continuous` its continuous batching (`generate_batch`).
 
     python benchmarks/engine_speed.py --models m30 m120 --concurrency 1 8 32 --rounds 3 --json engine_speed.json
 """
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -26,6 +26,7 @@ import transformers  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
 from liaoyuan.checkpoint import save_model  # noqa: E402
+from liaoyuan.device import cpu_name, select_device  # noqa: E402
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams  # noqa: E402
 from liaoyuan.models import Decoder, ModelConfig, initialise  # noqa: E402
 
@@ -41,6 +42,7 @@ Side = Callable[[list[list[int]], int], int]  # (prompts, new tokens) -> tokens 
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
+    print(f"{cpu_name()}, {options.threads} threads, {options.dtype}")
     rows = []
     for name in options.models:
         model = initialise(Decoder(config_of(name, options.dtype)), 0).eval()
@@ -67,8 +69,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=int, default=128, help="new tokens of a request")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--compile", action="store_true", help="also the static cache with a compiled step (minutes)")
+    dtype = str(select_device("cpu").default_dtype).removeprefix("torch.")
+    parser.add_argument("--dtype", default=dtype, choices=["bfloat16", "float32"], help="of all sides")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out the compiled step")
     parser.add_argument("--continuous", action="store_true", help="also generate_batch (needs psutil; slow to start)")
     parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--json", help="where to write the figures")
@@ -190,7 +193,7 @@ def show(rows: list[dict]) -> None:
 
 def machine() -> dict[str, str]:
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": cpu_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

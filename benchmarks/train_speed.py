@@ -1,11 +1,12 @@
 """Training speed beside a plain transformers loop: same weights, batch, dtype, packing, loss and allocator.
 
 Sides take turns in one process, each round measures all of them once, and medians are shown. A step is forward,
-backward, clipping and AdamW. Ours keeps fp32 masters and moments; the peer's modes are bf16 parameters with torch's
-fused AdamW (moments in bf16 as well), fp32 parameters under bf16 autocast, and with `--compile` both of them through
-`torch.compile`, its best documented mode (minutes to compile, which are not counted).
+backward, clipping and AdamW. The dtype is the one that this machine multiplies fast (bf16 with AMX or AVX-512 BF16,
+else fp32), for every side. In bf16 ours keeps fp32 masters and moments; the peer's modes are bf16 parameters with
+torch's fused AdamW (moments in bf16 as well), and fp32 parameters under bf16 autocast. Each mode also runs through
+`torch.compile`, the peer's best documented mode (a minute or two to compile, which is not counted).
 
-    python benchmarks/train_speed.py --models m10 m30 --rounds 5 --compile --json train_speed.json
+    python benchmarks/train_speed.py --models m10 m30 --rounds 5 --json train_speed.json
 """
 
 import argparse
@@ -29,7 +30,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from liaoyuan.checkpoint import load_model, save_model  # noqa: E402
 from liaoyuan.data import Batch  # noqa: E402
-from liaoyuan.device import measure_gemm_rate  # noqa: E402
+from liaoyuan.device import cpu_name, measure_gemm_rate, select_device  # noqa: E402
 from liaoyuan.models import Decoder, ModelConfig, initialise, packed_context  # noqa: E402
 from liaoyuan.parallel import World  # noqa: E402
 from liaoyuan.training.flops import training_flops  # noqa: E402
@@ -42,6 +43,10 @@ SIZES = {  # hidden, intermediate, layers, query heads, key-value heads, vocabul
 }
 transformers.utils.logging.disable_progress_bar()
 
+MODES = {  # of the peer: the dtype of its parameters, and whether bf16 autocast is on
+    "bfloat16": {"bf16 parameters": (torch.bfloat16, False), "fp32, bf16 autocast": (torch.float32, True)},
+    "float32": {"fp32": (torch.float32, False)},
+}
 RATE, CLIP, DECAY = 1e-4, 1.0, 0.1
 Side = Callable[[], float]  # takes one step, returns its loss
 
@@ -49,7 +54,8 @@ Side = Callable[[], float]  # takes one step, returns its loss
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    gemm_rate = measure_gemm_rate(torch.bfloat16, seconds=2.0)
+    gemm_rate = measure_gemm_rate(getattr(torch, options.dtype), seconds=2.0)
+    print(f"{cpu_name()}, {options.threads} threads, {options.dtype}, matrix products {gemm_rate / 1e9:,.0f} GFLOP/s")
     rows = []
     for name in options.models:
         measured = measure(name, gemm_rate, options)
@@ -61,7 +67,7 @@ def main() -> None:
             "gemm_rate": gemm_rate,
             "settings": vars(options),
             "process": vars(SETTINGS),
-            "machine": {"python": platform.python_version(), "torch": torch.__version__, "cpu": platform.processor()},
+            "machine": {"python": platform.python_version(), "torch": torch.__version__, "cpu": cpu_name()},
             "transformers": transformers.__version__,
         }
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
@@ -75,7 +81,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps of a side in a round")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compile", action="store_true", help="also the peer under torch.compile (minutes)")
+    dtype = str(select_device("cpu").default_dtype).removeprefix("torch.")
+    parser.add_argument("--dtype", default=dtype, choices=["bfloat16", "float32"], help="of all sides")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile (minutes)")
     parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--json", help="where to write the figures")
     return parser.parse_args()
@@ -83,7 +91,7 @@ def parse() -> argparse.Namespace:
 
 def measure(name: str, gemm_rate: float, options: argparse.Namespace) -> list[dict[str, float | str]]:
     """Return one row for each side."""
-    config = config_of(name)
+    config = config_of(name, options.dtype)
     batch = invented_batch(config, options)
     sides = all_sides(config, batch, options)
     losses = {side: step() for side, step in sides.items()}
@@ -118,12 +126,10 @@ def all_sides(config: ModelConfig, batch: Batch, options: argparse.Namespace) ->
         folder = Path(name) / "model"
         save_model(initialise(Decoder(config), 0), folder)
         sides = {"liaoyuan": our_side(load_model(folder), batch)}
-        for dtype in (torch.bfloat16, torch.float32) if not options.only_ours else ():
-            mode = "bf16 parameters" if dtype == torch.bfloat16 else "fp32, bf16 autocast"
-            sides[f"transformers, {mode}"] = their_side(folder, dtype, batch, options.sequence, compiled=False)
-            if options.compile:
-                label = f"transformers + compile, {mode}"
-                sides[label] = their_side(folder, dtype, batch, options.sequence, compiled=True)
+        for mode, (dtype, autocast) in MODES[options.dtype].items() if not options.only_ours else ():
+            for compiled in (False, True) if options.compile else (False,):
+                label = f"transformers{' + compile' if compiled else ''}, {mode}"
+                sides[label] = their_side(folder, dtype, autocast, batch, options.sequence, compiled)
     return sides
 
 
@@ -133,7 +139,9 @@ def our_side(model: Decoder, batch: Batch) -> Side:
     return lambda: take_step(model, optimiser, [batch], RATE, CLIP, World()).loss
 
 
-def their_side(folder: Path, dtype: torch.dtype, batch: Batch, sequence: int, compiled: bool) -> Side:
+def their_side(
+    folder: Path, dtype: torch.dtype, autocast: bool, batch: Batch, sequence: int, compiled: bool
+) -> Side:
     model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=DECAY, fused=True)
     tokens, targets = batch.tokens.view(-1, sequence), batch.targets
@@ -145,7 +153,7 @@ def their_side(folder: Path, dtype: torch.dtype, batch: Batch, sequence: int, co
     compute = torch.compile(loss_of) if compiled else loss_of
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = compute(model)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -156,7 +164,7 @@ def their_side(folder: Path, dtype: torch.dtype, batch: Batch, sequence: int, co
     return step
 
 
-def config_of(name: str) -> ModelConfig:
+def config_of(name: str, dtype: str) -> ModelConfig:
     hidden, intermediate, layers, heads, key_value_heads, vocabulary = SIZES[name]
     return ModelConfig(
         model_type="qwen3",
@@ -168,7 +176,7 @@ def config_of(name: str) -> ModelConfig:
         num_key_value_heads=key_value_heads,
         head_dim=32 if name == "m1" else 64,
         tie_word_embeddings=True,
-        dtype="bfloat16",
+        dtype=dtype,
     )
 
 
@@ -181,10 +189,12 @@ def invented_batch(config: ModelConfig, options: argparse.Namespace) -> Batch:
 
 
 def show(rows: list[dict[str, float | str]]) -> None:
+    best = max((row["tokens_per_second"] for row in rows if row["side"] != "liaoyuan"), default=None)
     for row in rows:
+        ratio = f"  {row['tokens_per_second'] / best:5.2f} x best peer" if best and row["side"] == "liaoyuan" else ""
         print(
             f"{row['model']:4} {row['parameters'] / 1e6:5.1f}M  {row['side']:44} "
-            f"{row['tokens_per_second']:8,.0f} tokens/s  best {row['best']:8,.0f}  MFU {row['mfu']:6.1%}",
+            f"{row['tokens_per_second']:8,.0f} tokens/s  best {row['best']:8,.0f}  MFU {row['mfu']:6.1%}{ratio}",
             flush=True,
         )
 

@@ -180,9 +180,13 @@ def _facts(found: dict[str, Any], process: dict[str, Any], size: dict[str, float
 def _rates_table(rows: list[dict[str, Any]]) -> Any:
     table = _grid("\nMeasured now", "", "bf16", "fp32", "memory")
     for row in rows:
-        products = (f"{row[name]:.2f} TFLOP/s" for name in DTYPES)
+        products = (_rate_text(row[name]) for name in DTYPES)
         table.add_row(row["where"], *products, f"{row['memory']:.1f} GB/s")
     return table
+
+
+def _rate_text(teraflops: float) -> str:
+    return f"{teraflops:.2f} TFLOP/s" if teraflops >= 0.995 else f"{1000 * teraflops:.0f} GFLOP/s"
 
 
 def _kernels_table(rows: list[dict[str, Any]]) -> Any:
