@@ -139,9 +139,7 @@ def our_side(model: Decoder, batch: Batch) -> Side:
     return lambda: take_step(model, optimiser, [batch], RATE, CLIP, World()).loss
 
 
-def their_side(
-    folder: Path, dtype: torch.dtype, autocast: bool, batch: Batch, sequence: int, compiled: bool
-) -> Side:
+def their_side(folder: Path, dtype: torch.dtype, autocast: bool, batch: Batch, sequence: int, compiled: bool) -> Side:
     model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=DECAY, fused=True)
     tokens, targets = batch.tokens.view(-1, sequence), batch.targets

@@ -104,7 +104,8 @@ class Muon:
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Return about U V^T for each of the matrices U S V^T: [..., M, N] -> fp32 [..., M, N].
 
-    Computed in bf16 where the device multiplies that fast (elsewhere it is many times slower than fp32). Five Newton-Schulz steps whose result has singular values between about 0.7 and 1.2.
+    Five Newton-Schulz steps whose result has singular values between about 0.7 and 1.2. In bf16 where the device
+    multiplies that fast; elsewhere it is many times slower than fp32.
     """
     a, b, c = COEFFICIENTS
     is_tall = matrices.shape[-2] > matrices.shape[-1]

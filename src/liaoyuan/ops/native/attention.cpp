@@ -67,7 +67,7 @@ void attend_block(const Rows<T>& rows, int64_t begin, int64_t count, const Packi
   for (int i = 0; i < BLOCK; ++i)
     position[i] = int32_t(rows.position + rows.query_of(begin + std::min<int64_t>(i, count - 1)));
   IntVec limit[COLUMNS];
-  for (int n = 0; n < COLUMNS; ++n) std::memcpy(&limit[n], position + 16 * n, sizeof limit[n]);
+  for (int n = 0; n < COLUMNS; ++n) read(position + 16 * n, limit[n]);
   int64_t lowest_limit = position[0], keys = position[count - 1] + 1, out_rows = packing.columns * 16;
 
   Vec top[COLUMNS], sums[COLUMNS];

@@ -132,7 +132,7 @@ struct Backward {
     IntVec limit[2];
     Vec lse[2], delta[2];
     for (int n = 0; n < 2; ++n) {
-      std::memcpy(&limit[n], position + 16 * n, sizeof limit[n]);
+      read(position + 16 * n, limit[n]);
       lse[n] = load(work.lse + local * BLOCK + 16 * n);
       delta[n] = load(work.delta + local * BLOCK + 16 * n);
     }

@@ -41,7 +41,7 @@ void score(const float* columns, const float* query, int64_t dim, float scale, f
       Vec even[R] = {}, odd[R] = {};
       for (int64_t d = tile; d < tile + 32; d += 2) {
         WordVec words;
-        std::memcpy(&words, columns + d / 2 * 16, sizeof words);
+        read(columns + d / 2 * 16, words);
         Vec first = (Vec)(words << 16), second = (Vec)(words & 0xffff0000u);
         for (int r = 0; r < R; ++r) {
           even[r] += first * query[r * dim + d];

@@ -43,6 +43,22 @@ struct Halves {
   static Halves<Result> join(Result low, Result high) { return {low, high}; }
 };
 
+// Each register is copied on its own: a copy of the whole would keep the value in memory.
+template <class Half>
+inline void read(const void* from, Half& value) { std::memcpy(&value, from, sizeof value); }
+template <class Half>
+inline void read(const void* from, Halves<Half>& value) {
+  read(from, value.low);
+  read(static_cast<const char*>(from) + sizeof(Half), value.high);
+}
+template <class Half>
+inline void write(void* to, const Half& value) { std::memcpy(to, &value, sizeof value); }
+template <class Half>
+inline void write(void* to, const Halves<Half>& value) {
+  write(to, value.low);
+  write(static_cast<char*>(to) + sizeof(Half), value.high);
+}
+
 template <class Condition, class Half>
 inline Half choose(Condition condition, Half yes, Half no) { return condition ? yes : no; }
 template <class Condition, class Half>
@@ -73,7 +89,7 @@ using WordVec = Halves<HalfWord>;
 inline IntVec lane_numbers() {
   const int32_t lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   IntVec result;
-  std::memcpy(&result, lane, sizeof result);
+  read(lane, result);
   return result;
 }
 
@@ -131,7 +147,7 @@ inline WordVec words_of(const uint16_t* from) {
   uint32_t words[16];
   for (int i = 0; i < 16; ++i) words[i] = from[i];
   WordVec result;
-  std::memcpy(&result, words, sizeof result);
+  read(words, result);
   return result;
 }
 inline void to_halves(uint16_t* to, WordVec words) {
@@ -139,17 +155,17 @@ inline void to_halves(uint16_t* to, WordVec words) {
 }
 inline void unzip(Vec low, Vec high, Vec& even, Vec& odd) {
   float all[32], parted[32];
-  std::memcpy(all, &low, sizeof low);
-  std::memcpy(all + 16, &high, sizeof high);
+  write(all, low);
+  write(all + 16, high);
   for (int i = 0; i < 16; ++i) parted[i] = all[2 * i], parted[16 + i] = all[2 * i + 1];
-  std::memcpy(&even, parted, sizeof even);
-  std::memcpy(&odd, parted + 16, sizeof odd);
+  read(parted, even);
+  read(parted + 16, odd);
 }
 inline void zip(Vec even, Vec odd, Vec& low, Vec& high) {
   float all[32];
   for (int i = 0; i < 16; ++i) all[2 * i] = even[i], all[2 * i + 1] = odd[i];
-  std::memcpy(&low, all, sizeof low);
-  std::memcpy(&high, all + 16, sizeof high);
+  read(all, low);
+  read(all + 16, high);
 }
 inline void transpose(const void* from, int64_t from_stride, void* to) {
   for (int i = 0; i < 16; ++i)

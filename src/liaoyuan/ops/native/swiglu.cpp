@@ -15,7 +15,7 @@ struct Pair {
 
 inline Pair load_pair(const BFloat16* from) {
   WordVec words;
-  std::memcpy(&words, from, sizeof words);
+  read(from, words);
   return {(Vec)(words << 16), (Vec)(words & 0xffff0000u)};
 }
 inline Pair load_pair(const float* from) {
@@ -25,7 +25,7 @@ inline Pair load_pair(const float* from) {
 }
 inline void store_pair(BFloat16* to, Vec gate, Vec up) {
   WordVec words = (rounded_words(gate) >> 16) | (rounded_words(up) & 0xffff0000u);
-  std::memcpy(to, &words, sizeof words);
+  write(to, words);
 }
 inline void store_pair(float* to, Vec gate, Vec up) {
   Vec low, high;

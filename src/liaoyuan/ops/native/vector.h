@@ -28,7 +28,7 @@ inline float widen(BFloat16 value) {
 
 inline Vec load(const float* from) {
   Vec result;
-  std::memcpy(&result, from, sizeof result);
+  read(from, result);
   return result;
 }
 inline Vec load(const BFloat16* from) { return (Vec)(words_of(reinterpret_cast<const uint16_t*>(from)) << 16); }
@@ -41,7 +41,7 @@ inline WordVec rounded_words(Vec value) {
   return (even & ~(WordVec)is_nan) | ((word | 0x400000u) & (WordVec)is_nan);
 }
 
-inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
+inline void store(float* to, Vec value) { write(to, value); }
 inline void store(BFloat16* to, Vec value) {
   to_halves(reinterpret_cast<uint16_t*>(to), rounded_words(value) >> 16);
 }

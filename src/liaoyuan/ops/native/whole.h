@@ -14,6 +14,11 @@ typedef uint16_t ShortVec __attribute__((vector_size(32)));
 
 inline IntVec lane_numbers() { return IntVec{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
+template <class Value>
+inline void read(const void* from, Value& value) { std::memcpy(&value, from, sizeof value); }
+template <class Value>
+inline void write(void* to, const Value& value) { std::memcpy(to, &value, sizeof value); }
+
 inline Vec choose(IntVec condition, Vec yes, Vec no) {
   return (Vec)(((IntVec)yes & condition) | ((IntVec)no & ~condition));
 }
