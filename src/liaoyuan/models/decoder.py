@@ -32,6 +32,13 @@ class RMSNorm(nn.Module):
         return add_rms_norm(residual, x, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """A projection by the operator of this package."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary embedding and optional QK-norm."""
 
@@ -41,9 +48,9 @@ class Attention(nn.Module):
         self.num_key_value_heads = config.num_key_value_heads
         self.scale = 1.0 / math.sqrt(config.head_dim)
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        self.qkv_proj = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
+        self.qkv_proj = Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
         width = config.num_attention_heads * config.head_dim
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.output_bias)
+        self.o_proj = Linear(width, config.hidden_size, bias=config.output_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -71,8 +78,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, H] -> [N, H]."""
@@ -110,7 +117,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.to(config.torch_dtype)
 
     @property
