@@ -38,7 +38,7 @@ def test_the_page_for_people_fits_a_screen(app):
     lines = result.stdout.splitlines()
     assert len(lines) <= 45
     assert "chosen by OMP_NUM_THREADS" in result.stdout
-    assert "TFLOP/s" in result.stdout
+    assert "FLOP/s" in result.stdout
 
 
 def test_a_missing_compiler_is_named_with_what_adds_it(monkeypatch):
