@@ -21,8 +21,10 @@ def quickstart(
 ) -> None:
     """Text -> tokenizer -> model -> reasoner -> report -> chat page and API. Resumes after any interruption."""
     from liaoyuan.cli.quickstart_steps import run_quickstart, show
-    from liaoyuan.serving import open_server
+    from liaoyuan.serving import check_port, open_server
 
+    if serve:
+        check_port(port=port)
     model = run_quickstart(run, text, minutes, seeds, quiet=json)
     show(run, json)
     if serve:

@@ -143,6 +143,11 @@ def _load(model_dir: Path, device: str) -> tuple[Tokenizer, Decoder]:
     return tokenizer, model
 
 
+def check_port(host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Raise LiaoyuanError if a server could not listen there now: better known before long work than after it."""
+    _bind(host, port).close()
+
+
 def _bind(host: str, port: int) -> socket.socket:
     """Return a listening socket; it takes the port before the model is loaded, which may take long."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
