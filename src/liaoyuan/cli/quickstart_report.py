@@ -11,6 +11,7 @@ from liaoyuan import report
 from liaoyuan.cli.summary import (
     CLAIMED,
     COLOURS,
+    CONTROLS,
     CORPUS,
     MEASURES,
     MODEL,
@@ -137,6 +138,14 @@ def _claim(summary: Summary) -> Words:
     by_seed = [value for name in CLAIMED for value in summary.get("difference_by_seed", {}).get(name, [])]
     if not known:
         return Text(en, zh)
+    spent = {stage: number(summary, "compute", stage, "cpu_seconds") for stage in ("rl", *CONTROLS)}
+    less = [stage for stage in CONTROLS if spent["rl"] and (spent[stage] or spent["rl"]) < spent["rl"]]
+    if less:
+        return Text(
+            en + " Here, however, a control got less CPU time than RL, so this run shows nothing: repeat it when the"
+            " machine is quieter.",
+            zh + "但此次有对照组所得 CPU 时间少于强化学习，因此不足为凭：请在更空闲的机器上重跑。",
+        )
     if all(difference.low > 0 for difference in known) and all(value > 0 for value in by_seed):
         return Text(en + " RL is ahead of both controls.", zh + "强化学习胜过两个对照组。")
     return Text(
@@ -263,7 +272,11 @@ def _language(summary: Summary, run_folder: Path) -> report.Section:
 
 def _speed_plot(summary: Summary) -> report.Plot:
     speeds = summary["tokens_per_second"]
-    names = {"pretrain": STEPS["pretrain"], "sft": STEPS["sft"], "rollout": Text("RL rollouts", "强化学习采样")}
+    names = {
+        "pretrain": Text("pretraining, all threads", "预训练（全部线程）"),
+        "sft": Text("fine-tuning, one thread", "微调（单线程）"),
+        "rollout": Text("RL rollouts, one thread", "强化学习采样（单线程）"),
+    }
     bars = [
         report.Bar(name, speeds[key], f"{speeds[key]:,.0f}", strong=True)
         for key, name in names.items()

@@ -103,7 +103,7 @@ def show(folder: Path, as_json: bool) -> None:
     )
     out.print(
         f"tokens/s: pretraining {speed['pretrain']:,.0f} ({100 * summary['mfu']:.1f}% of the matrix-product rate), "
-        f"SFT {speed['sft']:,.0f}, rollouts {speed['rollout']:,.0f} a process"
+        f"on one thread: SFT {speed['sft']:,.0f}, rollouts {speed['rollout']:,.0f}"
     )
     out.print(f"{clock_time(summary['seconds'])} in all. Report: {folder / 'report.html'}")
 
