@@ -4,6 +4,7 @@ Shapes, steps and tokens are chosen from the speed measured here; from then on n
 resumed run reads the numbers and never measures again.
 """
 
+import time
 from pathlib import Path
 
 import torch
@@ -14,11 +15,14 @@ from liaoyuan.config import Config, to_toml
 from liaoyuan.data import Corpus, CorpusConfig
 from liaoyuan.device import measure_gemm_rate, select_device
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.inference import Request, SamplingParams
+from liaoyuan.models import Decoder, initialise, with_dtype
 from liaoyuan.models.config import DTYPES
 from liaoyuan.rundir import Report, write_atomic
 from liaoyuan.training.pretrain import PretrainConfig, model_config
 from liaoyuan.training.sizing import choose_size, tokens_per_second
 from liaoyuan.tuning import StudyConfig
+from liaoyuan.tuning.validation import tuning_engine
 
 FILE = "config.toml"
 VOCABULARY = 2048  # small: the tables of a small model are most of it, and every token of RL pays for the head
@@ -27,13 +31,17 @@ WORKERS = 2  # processes that teach at once, one thread each
 # Seconds of the whole that are neither pretraining nor teaching: data, measuring speed, bits per byte, report.
 FIXED_SECONDS = 45.0
 # Teaching gets this share of the time; beyond the quickstart's ten minutes most of what is added goes to pretraining.
-STUDY_SHARE, LONG_STUDY_SHARE, LONG_FROM = 0.58, 0.25, 600.0
+STUDY_SHARE, LONG_STUDY_SHARE, LONG_FROM = 0.64, 0.25, 600.0
 
-# What teaching costs, in trained tokens of the same model (measured: docs/notes/regime.md).
-SUPERVISED_TOKENS = 2.2e6  # SFT twice (also from random weights)
-MEASURING_TOKENS = 2.6e6  # test problems, all stages
-REINFORCED_TOKENS = 88e3  # one step of RL, its trials, the run from random weights, and both controls' equivalent
+# What teaching costs (measured: docs/notes/regime.md).
+BUSY = 0.8  # share of the workers' time that is work, at the speed of a process alone
+ANSWER_TOKENS = 24  # generated for one answer
+TRAINED_TOKENS = 17  # rows trained for one rollout: groups without signal are left out
+ANSWERS = 130_000  # test problems of all stages, and validations
+STEP_MULTIPLE = 6.2  # RL, its trials, the run from random weights, and both controls with theirs, in steps of RL
 MOST_STEPS, FEWEST_STEPS = 300, 4  # of RL
+
+GENERATED = 24  # tokens of each of the sequences that are timed
 
 
 class Measured(Config):
@@ -41,6 +49,7 @@ class Measured(Config):
 
     gemm_flops: float  # FLOP/s of matrix products in the model's dtype, all threads
     training_rate: float  # tokens/s of a training step of the chosen shape, one thread
+    generation_rate: float  # tokens/s of rollouts with this shape, one thread
 
 
 class QuickstartConfig(Config):
@@ -97,7 +106,7 @@ def _plan(corpus: Corpus, source: str, minutes: float, seeds: int, report: Repor
         text=source,
         measured=measured,
         pretrain=pretrain,
-        study=_study(study_seconds * measured.training_rate * min(WORKERS, available_cores())),
+        study=_study(study_seconds * BUSY * min(WORKERS, available_cores()), measured),
     )
 
 
@@ -109,22 +118,38 @@ def _measure(corpus: Corpus, pretrain: PretrainConfig) -> Measured:
     torch.set_num_threads(1)
     try:
         rate = tokens_per_second(corpus, pretrain.model, StudyConfig().batch_tokens, device)
+        generated = _generation_rate(initialise(Decoder(with_dtype(shape, torch.float32)), 0).to(device.torch))
     finally:
         torch.set_num_threads(threads)
-    return Measured(gemm_flops=gemm, training_rate=rate)
+    return Measured(gemm_flops=gemm, training_rate=rate, generation_rate=generated)
 
 
-def _study(tokens: float) -> StudyConfig:
-    """Return the study that costs about as much as training on `tokens` tokens."""
+def _generation_rate(model: Decoder) -> float:
+    """Time the second of two full batches of rollouts."""
+    engine = tuning_engine(model.eval(), GENERATED)
+    sampling = SamplingParams(max_tokens=GENERATED, temperature=1.0)
+    requests = [Request(place, (1 + place // 8,) * 12, sampling) for place in range(engine.config.max_sequences)]
+    engine.generate(requests)
+    start = time.perf_counter()
+    engine.generate(requests)
+    return len(requests) * GENERATED / (time.perf_counter() - start)
+
+
+def _study(seconds: float, measured: Measured) -> StudyConfig:
+    """Return the study that takes about `seconds` of one thread."""
     whole = StudyConfig()
-    left = tokens - SUPERVISED_TOKENS - MEASURING_TOKENS
-    steps = max(FEWEST_STEPS, min(MOST_STEPS, int(left / REINFORCED_TOKENS)))
-    share = min(1.0, max(0.02, (tokens - MEASURING_TOKENS) / SUPERVISED_TOKENS))  # too little time: SFT is cut too
+    train, generate = 1.0 / measured.training_rate, 1.0 / measured.generation_rate
+    supervised = 2 * whole.sft_steps * whole.batch_tokens * train  # also from random weights
+    left = seconds - ANSWERS * ANSWER_TOKENS * generate
+    step = whole.rl.problems * whole.rl.group * (ANSWER_TOKENS * generate + TRAINED_TOKENS * train)
+    steps = max(FEWEST_STEPS, min(MOST_STEPS, int((left - supervised) / (STEP_MULTIPLE * step))))
+    share = min(1.0, max(0.05, left / supervised))  # too little time: SFT is cut too
     rl = whole.rl.model_copy(update={"steps": steps, "validate_every": max(1, steps // 8)})
     return whole.model_copy(
         update={
             "sft_steps": max(10, round(share * whole.sft_steps)),
             "rl": rl,
+            "decode_cost": round(measured.training_rate / measured.generation_rate, 2),
             "workers": min(WORKERS, available_cores()),
         }
     )

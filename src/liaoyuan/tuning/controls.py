@@ -17,9 +17,8 @@ from liaoyuan.tuning.reinforce import ReinforceConfig, ReinforceResult, problems
 from liaoyuan.tuning.rollout import Rollouts, roll_out
 from liaoyuan.tuning.validation import tuning_engine
 
-DECODE_COST = 1.4  # CPU time of a generated token in trained tokens (measured: 1.25)
-SAMPLE_COST = 1.0  # the same, when B is charged for its samples: to its favour
 MARGIN = 1.2  # more than RL's CPU time, so that noise of the machine does not take it away
+SAMPLING = 0.8  # share of its samples' cost that B is charged for: to its favour
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,17 @@ class OwnSamples:
     flops: float
 
 
-def control_tokens(rl: ReinforceResult) -> int:
-    """Return how many tokens control A trains on: RL's trained ones and the equivalent of its rollouts."""
-    return round(MARGIN * (rl.trained_tokens + DECODE_COST * rl.generated_tokens))
+def control_tokens(rl: ReinforceResult, decode_cost: float) -> int:
+    """Return how many tokens control A trains on: RL's trained ones and the equivalent of its rollouts.
+
+    `decode_cost` is the CPU time of a generated token in trained tokens.
+    """
+    return round(MARGIN * (rl.trained_tokens + decode_cost * rl.generated_tokens))
 
 
-def own_samples_tokens(rl: ReinforceResult, generated: int) -> int:
+def own_samples_tokens(rl: ReinforceResult, generated: int, decode_cost: float) -> int:
     """Return how many tokens control B trains on: as many as A, less what drawing `generated` tokens cost."""
-    return max(0, round(control_tokens(rl) - SAMPLE_COST * generated))
+    return max(0, round(control_tokens(rl, decode_cost) - SAMPLING * decode_cost * generated))
 
 
 def own_samples(

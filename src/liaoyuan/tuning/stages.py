@@ -31,11 +31,11 @@ class Lesson(Config):
 
     task: str = "addition"
     levels: tuple[int, ...] = (2, 3, 4)
-    solutions: int = 400
+    solutions: int = 280
     validation_problems: int = 200
     problems: int = 2000
     samples: int = 8
-    max_tokens: int = 64
+    max_tokens: int = 48
     seed: int = 0
 
     @property

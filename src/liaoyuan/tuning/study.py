@@ -36,11 +36,12 @@ class StudyConfig(Config):
 
     lesson: Lesson = Lesson()
     rl: ReinforceConfig = ReinforceConfig()
-    sft_steps: int = Field(600, gt=0)
-    sft_learning_rate: float = Field(2e-3, gt=0)
-    batch_tokens: int = Field(1024, gt=0)  # of one step of SFT and of the controls
-    rl_learning_rates: tuple[float, ...] = (3e-4, 6e-4, 1.2e-3)
-    control_learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    sft_steps: int = Field(220, gt=0)
+    sft_learning_rate: float = Field(20e-3, gt=0)
+    batch_tokens: int = Field(1024, gt=0)  # of one step of SFT and of the controls, which all use Muon
+    rl_learning_rates: tuple[float, ...] = (4e-4, 7e-4, 1e-3)
+    control_learning_rates: tuple[float, ...] = (8e-3, 16e-3, 32e-3)
+    decode_cost: float = Field(1.0, gt=0)  # CPU time of a generated token in trained tokens, for the controls' budgets
     trial: float = Field(0.2, gt=0, le=1)
     scratch: bool = True  # whether the same is done from random weights
     workers: int = Field(2, ge=0)  # processes at once; results do not depend on it
@@ -102,22 +103,25 @@ class _Steps:
         """Choose RL's learning rate, run it whole; beside it draw control B's samples and run RL from scratch."""
         rates = self.config.rl_learning_rates
         until = max(1, round(self.config.trial * self.config.rl.steps))
+        own = self._job("own_samples", draw_own_samples, rl=self.config.rl, start=sft["model"])
         trials = [self._rl(f"rl/{number}", "trial", sft, rate, until) for number, rate in enumerate(rates)]
-        best = _best(self._run("rl trials", trials))
-        jobs = [
-            self._rl(f"rl/{best}", "whole", sft, rates[best]),
-            self._job("own_samples", draw_own_samples, rl=self._rl_config(rates[best]), start=sft["model"]),
-        ]
+        drawn, *tried = self._run("rl trials", [own, *trials])
+        best = _best(tried)
+        jobs = [self._rl(f"rl/{best}", "whole", sft, rates[best])]
         if scratch:
             jobs.append(self._rl("scratch_rl", "whole", scratch, rates[best]))
-        results = self._run("rl", jobs)
-        return dict(zip(("rl", "own_samples", "scratch"), results, strict=False))
+        found = dict(zip(("rl", "scratch"), self._run("rl", jobs), strict=False))
+        return {"rl": found.pop("rl"), "own_samples": drawn, **found}
 
     def controls(self, sft: dict[str, Any], rl: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Choose each control's learning rate and run it whole, with budgets that follow from what RL did."""
         spent = ReinforceResult(**{key: rl["rl"][key] for key in ReinforceResult.__dataclass_fields__})
         drawn = rl["own_samples"]["generated_tokens"]
-        budgets = {"control": control_tokens(spent), "control_own_samples": own_samples_tokens(spent, drawn)}
+        cost = self.config.decode_cost
+        budgets = {
+            "control": control_tokens(spent, cost),
+            "control_own_samples": own_samples_tokens(spent, drawn, cost),
+        }
         samples = {"control": "", "control_own_samples": rl["own_samples"]["samples"]}
         if not rl["own_samples"]["records"]:
             samples["control_own_samples"] = ""  # nothing was right: the worked solutions are all there is
@@ -159,7 +163,8 @@ class _Steps:
             batch_tokens=self.config.batch_tokens,
             learning_rate=rate,
             warmup_steps=min(20, steps // 10),
-            weight_decay=0.01,
+            weight_decay=0.1,
+            optimiser="muon",
             seed=self.config.lesson.seed,
             checkpoint_every=100,
             evaluate_every=max(1, steps // VALIDATIONS),
