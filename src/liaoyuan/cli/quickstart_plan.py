@@ -31,14 +31,14 @@ WORKERS = 2  # processes that teach at once, one thread each
 # Seconds of the whole that are neither pretraining nor teaching: data, measuring speed, bits per byte, report.
 FIXED_SECONDS = 45.0
 # Teaching gets this share of the time; beyond the quickstart's ten minutes most of what is added goes to pretraining.
-STUDY_SHARE, LONG_STUDY_SHARE, LONG_FROM = 0.64, 0.25, 600.0
+STUDY_SHARE, LONG_STUDY_SHARE, LONG_FROM = 0.7, 0.25, 600.0
 
 # What teaching costs (measured: docs/notes/regime.md).
 BUSY = 0.8  # share of the workers' time that is work, at the speed of a process alone
 ANSWER_TOKENS = 24  # generated for one answer
-TRAINED_TOKENS = 17  # rows trained for one rollout: groups without signal are left out
+TRAINED_TOKENS = 14  # rows trained for one rollout: groups without signal are left out
 ANSWERS = 130_000  # test problems of all stages, and validations
-STEP_MULTIPLE = 6.2  # RL, its trials, the run from random weights, and both controls with theirs, in steps of RL
+STEP_MULTIPLE = 5.6  # RL, its trials, the run from random weights, and both controls with theirs, in steps of RL
 MOST_STEPS, FEWEST_STEPS = 300, 4  # of RL
 
 GENERATED = 24  # tokens of each of the sequences that are timed

@@ -31,7 +31,7 @@ class Lesson(Config):
 
     task: str = "addition"
     levels: tuple[int, ...] = (2, 3, 4)
-    solutions: int = 280
+    solutions: int = 290
     validation_problems: int = 200
     problems: int = 2000
     samples: int = 8
