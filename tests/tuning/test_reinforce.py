@@ -14,6 +14,7 @@ from liaoyuan.models import Decoder
 from liaoyuan.rundir import Progress, read_metrics
 from liaoyuan.tasks import Problem, Split, find_task
 from liaoyuan.tuning import ReinforceConfig, reinforce
+from liaoyuan.tuning.reinforce import _minibatches
 from liaoyuan.tuning.rollout import pack, roll_out
 from liaoyuan.tuning.validation import tuning_engine
 
@@ -138,3 +139,12 @@ def test_another_config_in_the_same_folder_is_refused(
     other = CONFIG.model_copy(update={"group": 4})
     with pytest.raises(LiaoyuanError, match="group = 8, not 4"):
         reinforce(small_model, tokenizer, EndSoon(), other, tmp_path)
+
+
+def test_minibatches_take_every_group_with_signal_once() -> None:
+    kept = torch.tensor([True, False, True, True, False, True, True])
+    for most, groups, count in ((3, 1, 3), (20, 1, 5), (4, 2, 2), (4, 6, 1)):
+        parts = list(_minibatches(kept, most, groups))
+        assert len(parts) == count
+        assert torch.equal(torch.stack(parts).sum(0), kept.long())
+        assert all(int(part.sum()) >= min(groups, 5) for part in parts)

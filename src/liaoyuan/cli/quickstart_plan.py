@@ -38,7 +38,7 @@ BUSY = 0.8  # share of the workers' time that is work, at the speed of a process
 ANSWER_TOKENS = 24  # generated for one answer
 TRAINED_TOKENS = 14  # rows trained for one rollout: groups without signal are left out
 ANSWERS = 130_000  # test problems of all stages, and validations
-STEP_MULTIPLE = 5.6  # RL, its trials, the run from random weights, and both controls with theirs, in steps of RL
+STEP_MULTIPLE = 5.3  # RL, its trials, the run from random weights, and both controls with theirs, in steps of RL
 MOST_STEPS, FEWEST_STEPS = 300, 4  # of RL
 
 GENERATED = 24  # tokens of each of the sequences that are timed

@@ -37,7 +37,7 @@ STATE = "state"
 class ReinforceConfig(Config):
     """What a run of reinforcement learning does; a resumed run must be given the same.
 
-    learning_rate: 6e-4 to 8e-4 with linear decay is best for a model of 1M parameters (docs/notes/regime.md).
+    learning_rate: 8e-4 with linear decay is best for a model of 1M parameters (docs/notes/regime.md).
     minimum_groups: a step with fewer groups that carry signal changes nothing (sparse rewards and Adam: noise).
     """
 
@@ -45,10 +45,11 @@ class ReinforceConfig(Config):
     steps: int = Field(200, gt=0)
     problems: int = Field(32, gt=0)  # of one step
     group: int = Field(8, gt=1)  # rollouts of each problem
-    minibatches: int = Field(4, gt=0)  # into which a step's groups are cut, an update each
+    minibatches: int = Field(4, gt=0)  # into which a step's groups are cut at most, an update each
+    minibatch_groups: int = Field(6, gt=0)  # that a minibatch has at least: an update from fewer is mostly noise
     max_tokens: int = Field(48, gt=0)
     optimiser: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(6e-4, gt=0)
+    learning_rate: float = Field(8e-4, gt=0)
     warmup_steps: int = Field(10, ge=0)
     decay: float = Field(0.9, ge=0, le=1)  # share of the learning rate that is gone, linearly, at the last step
     clip: float = Field(0.5, gt=0)  # of the gradient's norm
@@ -152,7 +153,7 @@ def _update(
         return 0, values
     advantages = group_advantages(rollouts.rewards, config.normalise)
     rate, trained = learning_rate_of(config, step), 0
-    for place, chosen in enumerate(_minibatches(kept, config.minibatches)):
+    for place, chosen in enumerate(_minibatches(kept, config.minibatches, config.minibatch_groups)):
         rows, gap = _add_gradients(model, optimiser, rollouts, advantages, chosen, config)
         values |= {"grad_norm": optimiser.step(rate, config.clip), "learning_rate": rate}
         if place == 0:  # later minibatches meet weights that have moved on
@@ -161,11 +162,11 @@ def _update(
     return trained, values
 
 
-def _minibatches(kept: Tensor, count: int) -> Iterator[Tensor]:
-    """Cut the kept groups, bool [P], in `count` parts of about one size, each bool [P]."""
-    for places in torch.nonzero(kept).flatten().tensor_split(count):
-        if len(places):
-            yield torch.zeros_like(kept).index_fill(0, places, True)
+def _minibatches(kept: Tensor, most: int, groups: int) -> Iterator[Tensor]:
+    """Cut the kept groups, bool [P], in at most `most` parts of at least `groups` (if there are so many), bool [P]."""
+    places = torch.nonzero(kept).flatten()
+    for part in places.tensor_split(max(1, min(most, len(places) // groups))):
+        yield torch.zeros_like(kept).index_fill(0, part, True)
 
 
 def _add_gradients(

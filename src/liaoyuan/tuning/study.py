@@ -41,10 +41,10 @@ class StudyConfig(Config):
     sft_steps: int = Field(200, gt=0)
     sft_learning_rate: float = Field(30e-3, gt=0)
     batch_tokens: int = Field(1024, gt=0)  # of one step of SFT and of the controls, which all use Muon
-    rl_learning_rates: tuple[float, ...] = (4e-4, 8e-4, 1.2e-3)
+    rl_learning_rates: tuple[float, ...] = (5e-4, 8e-4, 1.2e-3)
     control_learning_rates: tuple[float, ...] = (8e-3, 16e-3, 32e-3)
     decode_cost: float = Field(1.0, gt=0)  # CPU time of a generated token in trained tokens, for the controls' budgets
-    trial: float = Field(0.2, gt=0, le=1)
+    trial: float = Field(0.15, gt=0, le=1)
     scratch: bool = True  # whether the same is done from random weights
     workers: int = Field(2, ge=0)  # processes at once; results do not depend on it
 
