@@ -13,7 +13,7 @@ def quickstart(
     run: Annotated[Path, typer.Option(help="Folder of the run; the same command goes on from what is there.")] = Path(
         "runs/quickstart"
     ),
-    minutes: Annotated[float, typer.Option(min=0.1, help="About how long it may take on this machine.")] = 10.0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="About how long it may take here; fixes all sizes.")] = 10.0,
     seeds: Annotated[int, typer.Option(min=1, max=20, help="Repeat teaching and measuring; each adds time.")] = 1,
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve the model when it is done.")] = True,
     port: Annotated[int, typer.Option(help="Port of the chat page and the API; 0 takes any free one.")] = 8000,
