@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from liaoyuan.cli import quickstart_plan
-from liaoyuan.cli.quickstart_plan import FEWEST_STEPS, MOST_STEPS, Measured, QuickstartConfig, resolve
+from liaoyuan.cli.quickstart_plan import (
+    FEWEST_STEPS,
+    MOST_STEPS,
+    ROLLOUT_EXTRAS,
+    Measured,
+    QuickstartConfig,
+    resolve,
+)
 from liaoyuan.config import to_toml
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import silent
@@ -15,7 +22,9 @@ from liaoyuan.tuning import StudyConfig
 
 
 def measured(factor: float = 1.0) -> Measured:
-    return Measured(gemm_flops=1e11, training_rate=8000 * factor, generation_rate=14000 * factor)
+    return Measured(
+        gemm_flops=1e11, training_rate=8000 * factor, update_rate=10000 * factor, generation_rate=14000 * factor
+    )
 
 
 def test_more_seconds_and_faster_machines_give_more_steps() -> None:
@@ -31,8 +40,10 @@ def test_too_little_time_cuts_supervised_fine_tuning_too() -> None:
     assert quickstart_plan._study(600, measured()).sft_steps == whole.sft_steps
 
 
-def test_the_controls_are_charged_what_decoding_costs_here() -> None:
-    assert quickstart_plan._study(600, measured()).decode_cost == pytest.approx(8 / 14, abs=0.01)
+def test_the_controls_budgets_follow_from_the_speeds_measured_here() -> None:
+    prices = quickstart_plan._study(600, measured()).prices
+    assert prices.updated == pytest.approx(8 / 10)
+    assert prices.generated == pytest.approx(8 / 14 * ROLLOUT_EXTRAS, abs=0.001)
 
 
 def test_what_was_resolved_is_read_and_not_measured_again(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from liaoyuan.rundir import Report, write_atomic
 from liaoyuan.training.pretrain import PretrainConfig, model_config
 from liaoyuan.training.sizing import choose_size, tokens_per_second
 from liaoyuan.tuning import StudyConfig
+from liaoyuan.tuning.controls import Prices
 from liaoyuan.tuning.validation import tuning_engine
 
 FILE = "config.toml"
@@ -34,21 +35,24 @@ FIXED_SECONDS = 45.0
 STUDY_SHARE, LONG_STUDY_SHARE, LONG_FROM = 0.7, 0.25, 600.0
 
 # What teaching costs (measured: docs/notes/regime.md).
-BUSY = 0.8  # share of the workers' time that is work, at the speed of a process alone
+BUSY = 0.93  # share of the workers' time that is work, at the speed of a process alone
 ANSWER_TOKENS = 24  # generated for one answer
 TRAINED_TOKENS = 14  # rows trained for one rollout: groups without signal are left out
 ANSWERS = 130_000  # test problems of all stages, and validations
-STEP_MULTIPLE = 5.3  # RL, its trials, the run from random weights, and both controls with theirs, in steps of RL
+STEP_MULTIPLE = 5.6  # RL, its trials, the run from random weights, and both controls with theirs, in steps of RL
 MOST_STEPS, FEWEST_STEPS = 300, 4  # of RL
 
 GENERATED = 24  # tokens of each of the sequences that are timed
+UPDATED_ROWS = 2048  # of the update that is timed: a usual minibatch
+ROLLOUT_EXTRAS = 1.2  # reading the questions, judging the answers, in generating
 
 
 class Measured(Config):
     """What was measured on this machine before the first step; kept for the report."""
 
     gemm_flops: float  # FLOP/s of matrix products in the model's dtype, all threads
-    training_rate: float  # tokens/s of a training step of the chosen shape, one thread
+    training_rate: float  # tokens/s of a step of SFT with the chosen shape, one thread
+    update_rate: float  # rows/s of an update of RL
     generation_rate: float  # tokens/s of rollouts with this shape, one thread
 
 
@@ -118,10 +122,11 @@ def _measure(corpus: Corpus, pretrain: PretrainConfig) -> Measured:
     torch.set_num_threads(1)
     try:
         rate = tokens_per_second(corpus, pretrain.model, StudyConfig().batch_tokens, device)
+        updates = tokens_per_second(corpus, pretrain.model, UPDATED_ROWS, device, "adamw")
         generated = _generation_rate(initialise(Decoder(with_dtype(shape, torch.float32)), 0).to(device.torch))
     finally:
         torch.set_num_threads(threads)
-    return Measured(gemm_flops=gemm, training_rate=rate, generation_rate=generated)
+    return Measured(gemm_flops=gemm, training_rate=rate, update_rate=updates, generation_rate=generated)
 
 
 def _generation_rate(model: Decoder) -> float:
@@ -140,10 +145,11 @@ def _generation_rate(model: Decoder) -> float:
 def _study(seconds: float, measured: Measured) -> StudyConfig:
     """Return the study that takes about `seconds` of one thread."""
     whole = StudyConfig()
-    train, generate = 1.0 / measured.training_rate, 1.0 / measured.generation_rate
+    train, update = 1.0 / measured.training_rate, 1.0 / measured.update_rate
+    generate = ROLLOUT_EXTRAS / measured.generation_rate
     supervised = 2 * whole.sft_steps * whole.batch_tokens * train  # also from random weights
     left = seconds - ANSWERS * ANSWER_TOKENS * generate
-    step = whole.rl.problems * whole.rl.group * (ANSWER_TOKENS * generate + TRAINED_TOKENS * train)
+    step = whole.rl.problems * whole.rl.group * (ANSWER_TOKENS * generate + TRAINED_TOKENS * update)
     steps = max(FEWEST_STEPS, min(MOST_STEPS, int((left - supervised) / (STEP_MULTIPLE * step))))
     share = min(1.0, max(0.05, left / supervised))  # too little time: SFT is cut too
     rl = whole.rl.model_copy(update={"steps": steps, "validate_every": max(1, steps // 8)})
@@ -151,7 +157,7 @@ def _study(seconds: float, measured: Measured) -> StudyConfig:
         update={
             "sft_steps": max(10, round(share * whole.sft_steps)),
             "rl": rl,
-            "decode_cost": round(measured.training_rate / measured.generation_rate, 2),
+            "prices": Prices(generated=round(generate / train, 3), updated=round(update / train, 3)),
             "workers": min(WORKERS, available_cores()),
         }
     )

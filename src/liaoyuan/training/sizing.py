@@ -106,10 +106,16 @@ def predicted_loss(weights: float, tokens: float, unique: float) -> float:
     return A / (weights / 1e6) ** ALPHA + B / (worth / 1e6) ** BETA
 
 
-def tokens_per_second(corpus: Corpus, shape: ShapeConfig, batch_tokens: int, device: Device) -> float:
+def tokens_per_second(
+    corpus: Corpus,
+    shape: ShapeConfig,
+    batch_tokens: int,
+    device: Device,
+    optimiser_name: Literal["adamw", "muon"] = OPTIMISER,
+) -> float:
     """Time a few training steps of this shape on the corpus; return the speed that the faster ones have."""
     model = initialise(Decoder(model_config(shape, corpus.tokenizer(), device)), 0).to(device.torch)
-    settings = TrainConfig(steps=1, optimiser=OPTIMISER)
+    settings = TrainConfig(steps=1, optimiser=optimiser_name)
     optimiser = make_optimiser(model, settings)
     batches = TokenBatches(corpus.stream("train"), 0, batch_tokens, SEQUENCE_LENGTH)
     seconds = []

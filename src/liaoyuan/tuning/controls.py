@@ -9,6 +9,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pydantic import Field
+
+from liaoyuan.config import Config
 from liaoyuan.data import TokenisedRecord, Tokenizer
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Progress, Report, silent
@@ -19,6 +22,16 @@ from liaoyuan.tuning.validation import tuning_engine
 
 MARGIN = 1.2  # more than RL's CPU time, so that noise of the machine does not take it away
 SAMPLING = 0.8  # share of its samples' cost that B is charged for: to its favour
+
+
+class Prices(Config):
+    """CPU time of a token of RL in tokens that a control trains on; the quickstart measures it once.
+
+    generated: by a rollout; updated: a row of RL's update, which is larger and not by Muon.
+    """
+
+    generated: float = Field(1.4, gt=0)
+    updated: float = Field(1.0, gt=0)
 
 
 @dataclass(frozen=True)
@@ -33,17 +46,14 @@ class OwnSamples:
     flops: float
 
 
-def control_tokens(rl: ReinforceResult, decode_cost: float) -> int:
-    """Return how many tokens control A trains on: RL's trained ones and the equivalent of its rollouts.
-
-    `decode_cost` is the CPU time of a generated token in trained tokens.
-    """
-    return round(MARGIN * (rl.trained_tokens + decode_cost * rl.generated_tokens))
+def control_tokens(rl: ReinforceResult, prices: Prices) -> int:
+    """Return how many tokens control A trains on: the equivalent of what RL trained on and of its rollouts."""
+    return round(MARGIN * (prices.updated * rl.trained_tokens + prices.generated * rl.generated_tokens))
 
 
-def own_samples_tokens(rl: ReinforceResult, generated: int, decode_cost: float) -> int:
+def own_samples_tokens(rl: ReinforceResult, generated: int, prices: Prices) -> int:
     """Return how many tokens control B trains on: as many as A, less what drawing `generated` tokens cost."""
-    return max(0, round(control_tokens(rl, decode_cost) - SAMPLING * decode_cost * generated))
+    return max(0, round(control_tokens(rl, prices) - SAMPLING * prices.generated * generated))
 
 
 def own_samples(

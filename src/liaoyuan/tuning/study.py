@@ -15,7 +15,7 @@ from pydantic import Field
 from liaoyuan.config import Config
 from liaoyuan.rundir import Progress, Report, silent, write_json
 from liaoyuan.training import TrainConfig
-from liaoyuan.tuning.controls import control_tokens, own_samples_tokens
+from liaoyuan.tuning.controls import Prices, control_tokens, own_samples_tokens
 from liaoyuan.tuning.jobs import Job, run_jobs
 from liaoyuan.tuning.reinforce import ReinforceConfig, ReinforceResult
 from liaoyuan.tuning.stages import (
@@ -43,7 +43,7 @@ class StudyConfig(Config):
     batch_tokens: int = Field(1024, gt=0)  # of one step of SFT and of the controls, which all use Muon
     rl_learning_rates: tuple[float, ...] = (5e-4, 8e-4, 1.2e-3)
     control_learning_rates: tuple[float, ...] = (8e-3, 16e-3, 32e-3)
-    decode_cost: float = Field(1.0, gt=0)  # CPU time of a generated token in trained tokens, for the controls' budgets
+    prices: Prices = Prices()  # from which the controls' budgets follow
     trial: float = Field(0.15, gt=0, le=1)
     scratch: bool = True  # whether the same is done from random weights
     workers: int = Field(2, ge=0)  # processes at once; results do not depend on it
@@ -119,10 +119,10 @@ class _Steps:
         """Choose each control's learning rate and run it whole, with budgets that follow from what RL did."""
         spent = ReinforceResult(**{key: rl["rl"][key] for key in ReinforceResult.__dataclass_fields__})
         drawn = rl["own_samples"]["generated_tokens"]
-        cost = self.config.decode_cost
+        prices = self.config.prices
         budgets = {
-            "control": control_tokens(spent, cost),
-            "control_own_samples": own_samples_tokens(spent, drawn, cost),
+            "control": control_tokens(spent, prices),
+            "control_own_samples": own_samples_tokens(spent, drawn, prices),
         }
         samples = {"control": "", "control_own_samples": rl["own_samples"]["samples"]}
         if not rl["own_samples"]["records"]:
