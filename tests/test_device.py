@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import liaoyuan
+from liaoyuan import device
 from liaoyuan.device import Device, cpu_features, list_devices, measure_gemm_rate, measure_memory_rate, select_device
 from liaoyuan.errors import LiaoyuanError
 
@@ -75,3 +76,11 @@ def test_rates_and_features_are_measured():
     assert measure_gemm_rate(torch.float32, seconds=0.05) > 1e8
     assert measure_memory_rate(megabytes=4, seconds=0.02) > 1e7
     assert isinstance(cpu_features(), list)
+
+
+def test_a_product_that_would_take_long_is_not_measured(monkeypatch):
+    asked = []
+    monkeypatch.setattr(device, "_best_time", lambda work, place, seconds: asked.append(seconds) or 10.0)
+    first = device.GEMM_SHAPES[0]
+    assert device.measure_gemm_rate(torch.float32, 0.1) == 2 * first[0] * first[1] * first[2] / 10.0
+    assert len(asked) == 1  # the first told that every larger one is hopeless

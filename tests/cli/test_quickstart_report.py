@@ -94,6 +94,13 @@ def test_a_gain_is_claimed_only_where_its_interval_is_above_zero(run):
         assert "RL is ahead of both controls" not in lost and "does not show that RL is ahead" in lost
 
 
+def test_nothing_is_claimed_where_a_control_got_less_time_than_rl(run):
+    summary = copy.deepcopy(SUMMARY)
+    summary["compute"]["control_own_samples"] = {"cpu_seconds": 300.0}
+    words = words_of(page_of(run, summary))
+    assert "a control got less CPU time than RL" in words and "RL is ahead of both controls" not in words
+
+
 @pytest.mark.parametrize("gone", [sorted(SUMMARY)[::2], sorted(SUMMARY)[1::2], ["accuracy"]], ids=str)
 def test_any_key_may_be_missing(run, gone):
     page = page_of(run, {name: value for name, value in SUMMARY.items() if name not in gone})

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from liaoyuan.cli.chat import chat
+from liaoyuan.cli.quickstart import quickstart
 from liaoyuan.data.tokenizer import Tokenizer, train_tokenizer
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.serving import open_server, read_about
@@ -117,3 +118,9 @@ def test_chat_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
         talk(monkeypatch, "", "http://127.0.0.1:9/v1")
     with pytest.raises(LiaoyuanError, match="Give either"):
         talk(monkeypatch, "")
+
+
+def test_a_quickstart_whose_port_is_in_use_is_refused_before_it_works(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(LiaoyuanError, match=r"in use.*--port"):
+        quickstart(run=tmp_path / "run", port=taken.getsockname()[1], serve=True)
+    assert not (tmp_path / "run").exists()

@@ -11,7 +11,6 @@ from liaoyuan import report
 from liaoyuan.cli.summary import (
     CLAIMED,
     COLOURS,
-    CONTROLS,
     CORPUS,
     MEASURES,
     MODEL,
@@ -30,6 +29,7 @@ from liaoyuan.cli.summary import (
 )
 from liaoyuan.report import Cell, Part, Text, Words
 from liaoyuan.rundir import read_json, read_metrics, write_atomic
+from liaoyuan.tuning.summary import CONTROLS
 
 
 def write_report(run_folder: Path) -> Path:
@@ -126,12 +126,12 @@ def _claim(summary: Summary) -> Words:
     amount = (f"{problems:,} ", f" {problems:,} 道") if problems else ("", "")
     en = (
         f"Accuracy on {amount[0]}held-out problems that no stage has seen. Both controls start from the same SFT"
-        " checkpoint and get at least the CPU time of RL, rollouts included; their learning rate and checkpoint are"
+        " checkpoint and are to get at least the CPU time of RL with its rollouts; their learning rate and checkpoint are"
         " chosen on a validation set, as for RL. Intervals are 95%, bootstrapped over problems and seeds."
     )
     zh = (
         f"在任何阶段都未见过的{amount[1]}留出题上的正确率。两个对照组从同一监督微调检查点出发，"
-        "所得 CPU 时间不少于强化学习（含采样），学习率与检查点同样在验证集上挑选。"
+        "应得 CPU 时间不少于强化学习（含采样），学习率与检查点同样在验证集上挑选。"
         "区间为 95%，对题目与随机种子自助抽样得到。"
     )
     known = [found for found in (measured(summary, "accuracy", "difference", name) for name in CLAIMED) if found]

@@ -42,7 +42,6 @@ MEASURES: dict[str, Text] = {
     "sampled": Text("sampled", "采样"),
     "pass_at_8": Text("pass@8", "pass@8"),
 }
-CONTROLS = ("control", "control_own_samples")
 CLAIMED = ("greedy", "sampled")  # the differences on which a gain is claimed; pass@8 is shown beside them
 STEPS: dict[str, Text] = {
     "data": Text("data and tokenizer", "数据与分词器"),
