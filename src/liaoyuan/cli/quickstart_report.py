@@ -126,7 +126,7 @@ def _claim(summary: Summary) -> Words:
     amount = (f"{problems:,} ", f" {problems:,} 道") if problems else ("", "")
     en = (
         f"Accuracy on {amount[0]}held-out problems that no stage has seen. Both controls start from the same SFT"
-        " checkpoint and are to get at least the CPU time of RL with its rollouts; their learning rate and checkpoint are"
+        " checkpoint and are to get no less CPU time than RL, rollouts included; their learning rate and checkpoint are"
         " chosen on a validation set, as for RL. Intervals are 95%, bootstrapped over problems and seeds."
     )
     zh = (
