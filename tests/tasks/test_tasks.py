@@ -4,6 +4,7 @@ import ast
 import operator
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -80,10 +81,22 @@ def test_a_level_with_few_problems_is_no_endless_loop() -> None:
 
 
 def test_addition_writes_its_columns() -> None:
-    for index in range(50):
-        problem = TASKS["addition"].problem(0, index, 4)
-        left, right = map(int, re.findall(r"\d+", problem.question))
-        assert int(problem.answer) == left + right
+    """Each column has the digits above each other and their sum with the carry; two at most are left to the head."""
+    left_out = Counter[tuple[int, int]]()
+    for index in range(300):
+        level = 2 + index % 3
+        problem = TASKS["addition"].problem(0, index, level)
+        left, right = re.findall(r"\d+", problem.question)
+        assert int(problem.answer) == int(left) + int(right)
+        columns, carry = problem.thought.split(",")[:-1], 0
+        for place, column in enumerate(columns, start=1):
+            total = int(left[-place]) + int(right[-place]) + carry
+            assert column == f"{left[-place]}{right[-place]}{total:02d}"
+            carry = total // 10
+        left_out[level, level - len(columns)] += 1
+    assert left_out[2, 0] == 100
+    for level in (3, 4):
+        assert left_out[level, 0] + left_out[level, 2] == 100 and 60 <= left_out[level, 2] <= 90
 
 
 def test_records_teach_fast_and_slow() -> None:

@@ -1,8 +1,10 @@
 """The sign and size of policy gradients, first on a bandit whose best arm is known."""
 
+import itertools
+
 import torch
 
-from liaoyuan.tuning.losses import group_advantages, has_signal, policy_gradient_loss, sft_loss
+from liaoyuan.tuning.losses import group_advantages, has_signal, most_different, policy_gradient_loss, sft_loss
 
 
 def test_a_bandit_learns_its_best_arm() -> None:
@@ -48,6 +50,26 @@ def test_advantages_of_groups() -> None:
     assert found[1].tolist() == [0.0] * 4
     assert has_signal(rewards).tolist() == [True, False]
     torch.testing.assert_close(group_advantages(rewards, normalise=False)[0, 0], torch.tensor(0.75))
+
+
+def test_the_most_different_samples_have_the_largest_variance() -> None:
+    rewards = torch.randn(6, 7, generator=torch.Generator().manual_seed(1))
+    for count in (2, 3, 4, 7):
+        chosen = most_different(rewards, count)
+        assert chosen.sum(1).tolist() == [count] * 6
+        for row, mask in zip(rewards, chosen, strict=True):
+            best = max(row[list(places)].var(correction=0) for places in itertools.combinations(range(7), count))
+            torch.testing.assert_close(row[mask].var(correction=0), best)
+
+
+def test_both_kinds_of_answers_are_kept_and_compared_with_each_other_alone() -> None:
+    rewards = torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0, 1.0, 0.0], [1.0] * 6])
+    chosen = most_different(rewards, 4)
+    assert [int(row[mask].sum()) for row, mask in zip(rewards, chosen, strict=True)] == [1, 2, 4]
+    advantages = group_advantages(rewards, True, chosen)
+    torch.testing.assert_close(advantages[0, 2], torch.tensor(3.0).sqrt())  # (1 - 1/4) / sqrt(3/16)
+    torch.testing.assert_close(advantages[1][chosen[1]].abs(), torch.ones(4))
+    assert not advantages[2].any()
 
 
 def test_sft_loss_counts_weighted_tokens_only() -> None:

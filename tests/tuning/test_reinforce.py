@@ -1,8 +1,11 @@
 """Reinforcement learning: it learns what is rewarded, resumes bit for bit, and rollouts agree with training."""
 
+import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +13,14 @@ import torch
 from liaoyuan.checkpoint import load_model
 from liaoyuan.data import Tokenizer
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.evaluation import completions_of
+from liaoyuan.inference import Completion, Engine
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Progress, read_metrics
 from liaoyuan.tasks import Problem, Split, find_task
 from liaoyuan.tuning import ReinforceConfig, reinforce
-from liaoyuan.tuning.reinforce import _minibatches
+from liaoyuan.tuning.controls import own_samples
+from liaoyuan.tuning.reinforce import _minibatches, result_of
 from liaoyuan.tuning.rollout import pack, roll_out
 from liaoyuan.tuning.validation import tuning_engine
 
@@ -59,16 +65,19 @@ def test_learns_what_is_rewarded(
 def test_rollout_and_training_log_probabilities_agree(small_model: Decoder, tokenizer: Tokenizer) -> None:
     problems = [EndSoon().problem(0, place, 1) for place in range(5)]
     rollouts = roll_out(tuning_engine(small_model, 8), tokenizer, problems, 4, 3, 8)
-    kept = torch.tensor([True, False, True, True, True])
+    kept = torch.ones(5, 4, dtype=torch.bool)
+    kept[1], kept[3, 2] = False, False
     advantages = torch.arange(20.0).view(5, 4)
     (packed,) = pack(rollouts, advantages, kept, torch.device("cpu"))
     with torch.no_grad():
         found = small_model(packed.tokens, packed.positions, packed.context, targets=packed.targets)
     chosen = packed.mask.bool()
     torch.testing.assert_close(found[chosen], packed.rollout_log_probs[chosen], atol=1e-5, rtol=0)
-    generated = [one.tokens for place, one in enumerate(rollouts.completions) if kept[place // 4]]
+    generated = [one.tokens for place, one in enumerate(rollouts.completions) if kept[place // 4, place % 4]]
     assert packed.targets[chosen].tolist() == [token for tokens in generated for token in tokens]
-    per_token = [float(place) for place in range(20) if kept[place // 4] for _ in rollouts.completions[place].tokens]
+    per_token = [
+        float(place) for place in range(20) if kept[place // 4, place % 4] for _ in rollouts.completions[place].tokens
+    ]
     assert packed.advantages[chosen].tolist() == per_token
 
 
@@ -139,6 +148,25 @@ def test_another_config_in_the_same_folder_is_refused(
     other = CONFIG.model_copy(update={"group": 4})
     with pytest.raises(LiaoyuanError, match="group = 8, not 4"):
         reinforce(small_model, tokenizer, EndSoon(), other, tmp_path)
+
+
+def test_control_b_samples_the_very_problems_that_rl_drew(
+    small_model: Decoder, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def spy(engine: Engine, tokenizer: Tokenizer, problems: list[Problem], *rest: Any) -> list[Completion]:
+        asked.append([problem.key for problem in problems])
+        return completions_of(engine, tokenizer, problems, *rest)
+
+    rewarding_short(monkeypatch, tokenizer)
+    monkeypatch.setattr("liaoyuan.tuning.rollout.completions_of", spy)
+    config = CONFIG.model_copy(update={"levels": (2, 3, 4)})
+    done = reinforce(small_model, tokenizer, find_task("addition"), config, tmp_path)
+    found = own_samples(small_model, tokenizer, find_task("addition"), config, done.drawn)
+    assert len(asked) == 2 * config.steps and asked[: config.steps] == asked[config.steps :]
+    assert found.problems == config.steps * config.problems
+    assert result_of(json.loads(json.dumps(asdict(done)))) == done
 
 
 def test_minibatches_take_every_group_with_signal_once() -> None:

@@ -37,13 +37,13 @@ STUDY_SHARE, LONG_STUDY_SHARE, LONG_FROM = 0.7, 0.25, 600.0
 # What teaching costs (measured: docs/notes/regime.md).
 BUSY = 0.93  # share of the workers' time that is work, at the speed of a process alone
 ANSWER_TOKENS = 24  # generated for one answer
-TRAINED_TOKENS = 14  # rows trained for one rollout: groups without signal are left out
+TRAINED_TOKENS = 9  # rows trained for one rollout: half of the groups with signal
 ANSWERS = 130_000  # test problems of all stages, and validations
-STEP_MULTIPLE = 5.6  # RL, its trials, the run from random weights, and both controls with theirs, in steps of RL
+STEP_MULTIPLE = 6.0  # RL, its trials, the run from random weights, and both controls with theirs, in steps of RL
 MOST_STEPS, FEWEST_STEPS = 300, 4  # of RL
 
 GENERATED = 24  # tokens of each of the sequences that are timed
-UPDATED_ROWS = 2048  # of the update that is timed: a usual minibatch
+UPDATED_ROWS = 1024  # of the update that is timed: a usual minibatch
 ROLLOUT_EXTRAS = 1.2  # reading the questions, judging the answers, in generating
 
 

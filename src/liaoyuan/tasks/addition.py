@@ -6,14 +6,15 @@ import re
 from liaoyuan.tasks.problem import Problem, Split, draw
 
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # ASCII digits only, no sign, no leading zero, no unbounded length
-IN_THE_HEAD = 0.75  # share of worked solutions that leave the last (leading) column to the head, as people do
+IN_THE_HEAD = 0.75  # share of worked solutions that leave columns to the head, as people do
+LEFT = 2  # so many columns, the leading ones; where there are no more, all are written
 
 
 class Addition:
     """Questions such as "4827+1659=?"; the thought writes of each column both digits and their sum with the carry.
 
-    As in solutions that people write, not all is on paper: `IN_THE_HEAD` of them go straight to the answer when one
-    column is left. Every worked solution is right; which way of thinking pays is for the reward to say.
+    As in solutions that people write, not all is on paper: `IN_THE_HEAD` of them go straight to the answer when two
+    columns are left. Every worked solution is right; which way of thinking pays is for the reward to say.
     """
 
     name = "addition"
@@ -30,8 +31,8 @@ def _make(chance: random.Random, level: int) -> Problem:
     low, high = (10 ** (level - 1) if level > 1 else 0), 10**level
     left, right = chance.randrange(low, high), chance.randrange(low, high)
     columns = _columns(left, right, level)
-    if chance.random() < IN_THE_HEAD:
-        columns = columns[:-1]
+    if level > LEFT and chance.random() < IN_THE_HEAD:
+        columns = columns[:-LEFT]
     question = f"{left}+{right}=?"
     return Problem("addition", question, str(left + right), "".join(columns), level, f"addition:{question}")
 

@@ -6,7 +6,7 @@ Their budgets are token counts that follow from what RL generated and trained on
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pydantic import Field
@@ -57,20 +57,28 @@ def own_samples_tokens(rl: ReinforceResult, generated: int, prices: Prices) -> i
 
 
 def own_samples(
-    model: Decoder, tokenizer: Tokenizer, task: Task, config: ReinforceConfig, report: Report = silent
+    model: Decoder,
+    tokenizer: Tokenizer,
+    task: Task,
+    config: ReinforceConfig,
+    drawn: Sequence[Sequence[int]],
+    report: Report = silent,
 ) -> OwnSamples:
-    """Sample the problems of every RL step from `model` as it is, and keep the different right answers."""
+    """Sample the problems of every RL step from `model` as it is, and keep the different right answers.
+
+    drawn: the levels of each step's problems, as RL drew them.
+    """
     engine = tuning_engine(model.eval(), config.max_tokens)
     start, records, solved, generated, prompts = time.process_time(), list[TokenisedRecord](), 0, 0, 0
-    for step in range(config.steps):
-        problems = problems_of(task, config, step)
+    for step, levels in enumerate(drawn):
+        problems = problems_of(task, config, step, levels)
         rollouts = roll_out(engine, tokenizer, problems, config.group, sample_seed(config, step), config.max_tokens)
         records += right_answers(rollouts)
         solved += int((rollouts.rewards.sum(1) > 0).sum())
         generated += rollouts.generated_tokens
         prompts += rollouts.prompt_tokens
-        report(Progress(step + 1, config.steps, "step", f"{len(records)} right answers"))
-    count = config.steps * config.problems
+        report(Progress(step + 1, len(drawn), "step", f"{len(records)} right answers"))
+    count = len(drawn) * config.problems
     length = (generated + prompts) / (count * config.group)
     flops = model.config.flops_per_token(length / 2) * (generated + prompts)
     return OwnSamples(records, solved, count, generated, time.process_time() - start, flops)

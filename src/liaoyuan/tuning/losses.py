@@ -9,16 +9,19 @@ def sft_loss(log_probs: Tensor, weights: Tensor) -> Tensor:
     return -(weights * log_probs).sum() / weights.sum().clamp(min=1e-9)
 
 
-def group_advantages(rewards: Tensor, normalise: bool = True) -> Tensor:
+def group_advantages(rewards: Tensor, normalise: bool = True, chosen: Tensor | None = None) -> Tensor:
     """Return each sample's advantage over its group: rewards [P, G] -> [P, G], zero for a group of equal rewards.
+
+    chosen, bool [P, G], as many in each group: only these samples count; the others' advantages mean nothing.
 
     A = (r - mean(r)) / std(r), GRPO (Shao et al. 2024, arXiv 2402.03300, sec. 4.1.2); without the division it is
     Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, sec. 3.2), which gives hard and easy problems their own weight.
     """
-    centred = rewards - rewards.mean(1, keepdim=True)
+    counted = rewards if chosen is None else rewards[chosen].view(len(rewards), -1)
+    centred = rewards - counted.mean(1, keepdim=True)
     if not normalise:
         return centred
-    deviation = rewards.std(1, keepdim=True, correction=0)
+    deviation = counted.std(1, keepdim=True, correction=0)
     return torch.where(deviation > 0, centred / deviation.clamp(min=1e-6), 0.0)
 
 
@@ -28,6 +31,25 @@ def has_signal(rewards: Tensor) -> Tensor:
     Dynamic sampling of DAPO (Yu et al. 2025, arXiv 2503.14476, sec. 3.2) without drawing again.
     """
     return rewards.max(1).values > rewards.min(1).values
+
+
+def most_different(rewards: Tensor, count: int) -> Tensor:
+    """Return which `count` samples of each group differ most in reward: rewards [P, G] -> bool [P, G].
+
+    The subset of largest variance consists of the best and the worst ones (PODS: Xu et al. 2025, arXiv 2504.13818,
+    theorem 1); of equal ones the first are taken. Each group keeps samples of both kinds if it has them.
+    """
+    order = rewards.argsort(dim=1, descending=True, stable=True)
+    ranked = rewards.gather(1, order)
+    best, variance = torch.zeros_like(rewards, dtype=torch.bool), torch.full_like(rewards[:, :1], -1.0)
+    for high in range(count + 1):
+        mask = torch.zeros_like(best)
+        mask[:, :high] = True
+        mask[:, rewards.shape[1] - (count - high) :] = True
+        found = ranked.masked_select(mask).view(-1, count).var(1, correction=0)[:, None]
+        best = torch.where(found > variance, mask, best)
+        variance = torch.maximum(found, variance)
+    return torch.zeros_like(best).scatter(1, order, best)
 
 
 def policy_gradient_loss(

@@ -1,14 +1,14 @@
 """Reinforcement learning on fresh problems, rewarded by the checked answer alone.
 
 GRPO (Shao et al. 2024, arXiv 2402.03300): a few minibatch updates per batch of rollouts with the clipped ratio, no KL
-term, groups without signal dropped. Rollouts come from the inference engine on the weights that are trained; how far
-its log-probabilities are from those of training is measured at every step. Problems and samples are functions of
-(seed, step), so a killed run goes on from its last state and ends with the same weights bit for bit.
+term, groups without signal dropped, of the others the most different rollouts learned from, and levels of difficulty
+drawn by what they teach (see `curriculum`). Rollouts come from the inference engine on the weights that are trained;
+how far its log-probabilities are from those of training is measured at every step. What happens in a step is a
+function of the seed, the step and the state, so a killed run ends with the same weights bit for bit.
 """
 
-import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,8 @@ from liaoyuan.rundir import Metrics, Progress, Report, silent
 from liaoyuan.tasks import Problem, Task
 from liaoyuan.training import TrainConfig, make_optimiser
 from liaoyuan.training.optimiser import Optimiser
-from liaoyuan.tuning.losses import group_advantages, has_signal, policy_gradient_loss
+from liaoyuan.tuning.curriculum import draw_levels, follow
+from liaoyuan.tuning.losses import group_advantages, has_signal, most_different, policy_gradient_loss
 from liaoyuan.tuning.rollout import Rollouts, pack, roll_out
 from liaoyuan.tuning.validation import Best, tuning_engine
 
@@ -45,6 +46,7 @@ class ReinforceConfig(Config):
     steps: int = Field(200, gt=0)
     problems: int = Field(32, gt=0)  # of one step
     group: int = Field(8, gt=1)  # rollouts of each problem
+    update_group: int = Field(4, gt=1)  # rollouts of each problem that are learned from, see `most_different`
     minibatches: int = Field(4, gt=0)  # into which a step's groups are cut at most, an update each
     minibatch_groups: int = Field(6, gt=0)  # that a minibatch has at least: an update from fewer is mostly noise
     max_tokens: int = Field(48, gt=0)
@@ -73,6 +75,8 @@ class ReinforceResult:
     rollout_seconds: float = 0.0
     cpu_seconds: float = 0.0
     flops: float = 0.0
+    drawn: tuple[tuple[int, ...], ...] = ()  # levels of each step's problems
+    signal: tuple[float, ...] = ()  # share of each level's recent groups that taught something
 
     @property
     def rollout_tokens_per_second(self) -> float:
@@ -102,12 +106,15 @@ def reinforce(
     end = min(config.steps, until or config.steps)
     while done.steps < end:
         step, start = done.steps, time.process_time()
-        problems = problems_of(task, config, step)
+        levels = draw_levels(done.signal, config.levels, config.problems, f"levels/{config.seed}/{step}")
+        problems = problems_of(task, config, step, levels)
         rollouts = roll_out(engine, tokenizer, problems, config.group, sample_seed(config, step), config.max_tokens)
         rolled = time.process_time()
         trained, values = _update(model, optimiser, rollouts, config, step)
+        signal = follow(done.signal, config.levels, levels, has_signal(rollouts.rewards).tolist())
+        done = replace(done, drawn=(*done.drawn, tuple(levels)), signal=signal)
         done = _add(done, rollouts, trained, rolled - start, time.process_time() - start, model)
-        values |= {"cpu_seconds": round(done.cpu_seconds, 3), "flops": done.flops}
+        values |= {"level": sum(levels) / len(levels), "cpu_seconds": round(done.cpu_seconds, 3), "flops": done.flops}
         values["rollout_tokens_per_second"] = round(rollouts.generated_tokens / max(rolled - start, 1e-9), 1)
         if validate and (done.steps % config.validate_every == 0 or done.steps == end):
             values |= validate(model)
@@ -119,10 +126,8 @@ def reinforce(
     return done
 
 
-def problems_of(task: Task, config: ReinforceConfig, step: int) -> list[Problem]:
-    """Return the fresh training problems of a step, their levels drawn evenly."""
-    chance = random.Random(f"levels/{config.seed}/{step}")
-    levels = [chance.choice(config.levels) for _ in range(config.problems)]
+def problems_of(task: Task, config: ReinforceConfig, step: int, levels: Sequence[int]) -> list[Problem]:
+    """Return the fresh training problems of a step, one of each of `levels`."""
     first = step * config.problems
     return [task.problem(config.seed, first + place, level, "train") for place, level in enumerate(levels)]
 
@@ -151,10 +156,11 @@ def _update(
     }
     if int(kept.sum()) < config.minimum_groups:
         return 0, values
-    advantages = group_advantages(rollouts.rewards, config.normalise)
+    samples = most_different(rollouts.rewards, min(config.update_group, config.group))
+    advantages = group_advantages(rollouts.rewards, config.normalise, samples)
     rate, trained = learning_rate_of(config, step), 0
     for place, chosen in enumerate(_minibatches(kept, config.minibatches, config.minibatch_groups)):
-        rows, gap = _add_gradients(model, optimiser, rollouts, advantages, chosen, config)
+        rows, gap = _add_gradients(model, optimiser, rollouts, advantages, samples & chosen[:, None], config)
         values |= {"grad_norm": optimiser.step(rate, config.clip), "learning_rate": rate}
         if place == 0:  # later minibatches meet weights that have moved on
             values["log_prob_gap"] = gap
@@ -177,7 +183,7 @@ def _add_gradients(
     chosen: Tensor,
     config: ReinforceConfig,
 ) -> tuple[int, float]:
-    """Gather the gradient of the chosen groups, bool [P]; return its rows, and how far log-probabilities are apart."""
+    """Gather the gradient of the chosen samples, bool [P, G]; return its rows, and the log-probabilities' gap."""
     packs = list(pack(rollouts, advantages, chosen, model.embed_tokens.weight.device))
     total, gap = sum(float(part.mask.sum()) for part in packs), 0.0
     for part in packs:
@@ -218,7 +224,7 @@ def _add(
 def _resume(model: Decoder, optimiser: Optimiser, config: ReinforceConfig, folder: Path) -> ReinforceResult:
     found = load_state(folder / STATE, model, optimiser)
     if found is None:
-        return ReinforceResult()
+        return ReinforceResult(signal=(1.0,) * len(config.levels))
     settings, wanted = found[1]["config"], config.model_dump(mode="json")
     for key, value in wanted.items():
         if settings.get(key) != value:
@@ -226,7 +232,14 @@ def _resume(model: Decoder, optimiser: Optimiser, config: ReinforceConfig, folde
                 f"{folder} holds a run with {key} = {settings.get(key)}, not {value}: "
                 "give the same value to go on with it, or choose another folder."
             )
-    return ReinforceResult(**found[1]["done"])
+    return result_of(found[1]["done"])
+
+
+def result_of(values: dict[str, Any]) -> ReinforceResult:
+    """Return the result that `values`, read from JSON, hold; other keys are ignored."""
+    known = {key: values[key] for key in ReinforceResult.__dataclass_fields__}
+    drawn = tuple(tuple(levels) for levels in known["drawn"])
+    return ReinforceResult(**known | {"drawn": drawn, "signal": tuple(known["signal"])})
 
 
 def _extra(done: ReinforceResult, config: ReinforceConfig) -> dict[str, Any]:

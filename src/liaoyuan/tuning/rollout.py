@@ -67,8 +67,8 @@ def roll_out(
 
 
 def pack(rollouts: Rollouts, advantages: Tensor, kept: Tensor, device: torch.device) -> Iterator[PackedRollouts]:
-    """Yield the rollouts of the kept groups, packed; advantages fp32 [P, G], kept bool [P]."""
-    chosen = [place for place in range(len(rollouts.completions)) if kept[place // rollouts.group]]
+    """Yield the kept rollouts, packed; advantages fp32 [P, G], kept bool [P, G]."""
+    chosen = [place for place, kept_ in enumerate(kept.flatten().tolist()) if kept_]
     sizes = [_size(rollouts, place) for place in chosen]
     for run in _runs(sizes):
         yield _pack([chosen[index] for index in run], rollouts, advantages, device)

@@ -71,4 +71,5 @@ def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str,
     done = reinforce(model, tokenizer, task, config.rl, folder, report, best)
     with atomic_folder(folder / "model") as part:
         shutil.copytree(best.model_folder, part, dirs_exist_ok=True)
-    return asdict(done) | {"validation": best.value}
+    figures = {name: value for name, value in asdict(done).items() if isinstance(value, int | float)}
+    return figures | {"validation": best.value}

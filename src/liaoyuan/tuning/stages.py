@@ -1,6 +1,7 @@
 """The pieces of a study, each a job for a process of its own: (folder, report, arguments) -> what `done.json` holds."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class Lesson(Config):
 
     task: str = "addition"
     levels: tuple[int, ...] = (2, 3, 4)
-    solutions: int = 290
+    solutions: int = 600
     validation_problems: int = 200
     problems: int = 2000
     samples: int = 8
@@ -79,9 +80,12 @@ def tune_reinforced(
     return {"value": best.value, "model": str(best.model_folder), **asdict(done), "rate": rl.learning_rate}
 
 
-def draw_own_samples(folder: Path, report: Report, lesson: Lesson, rl: ReinforceConfig, start: str) -> dict[str, Any]:
+def draw_own_samples(
+    folder: Path, report: Report, lesson: Lesson, rl: ReinforceConfig, start: str, drawn: Sequence[Sequence[int]]
+) -> dict[str, Any]:
     """Draw the right answers of the model in `start` to the problems of RL; they are `folder/samples.json`."""
-    found = own_samples(load_model(Path(start), FP32), Tokenizer.load(Path(start)), lesson.chosen_task, rl, report)
+    model, tokenizer = load_model(Path(start), FP32), Tokenizer.load(Path(start))
+    found = own_samples(model, tokenizer, lesson.chosen_task, rl, drawn, report)
     rows = [[list(record.tokens), list(record.weights)] for record in found.records]
     write_atomic(folder / "samples.json", json.dumps(rows))
     values = asdict(found)

@@ -7,6 +7,7 @@ what is measured. The same SFT and RL from random weights are measured beside it
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from liaoyuan.rundir import Progress, Report, silent, write_json
 from liaoyuan.training import TrainConfig
 from liaoyuan.tuning.controls import Prices, control_tokens, own_samples_tokens
 from liaoyuan.tuning.jobs import Job, run_jobs
-from liaoyuan.tuning.reinforce import ReinforceConfig, ReinforceResult
+from liaoyuan.tuning.reinforce import ReinforceConfig, result_of
 from liaoyuan.tuning.stages import (
     VALIDATIONS,
     Lesson,
@@ -30,7 +31,15 @@ from liaoyuan.tuning.stages import (
 WEIGHT_DECAY = 0.3  # of SFT and the controls: what few solutions teach generalises better, and stays open to RL
 
 # Shares of the whole that the parts take, for the progress line (measured).
-SHARES = {"sft": 0.1, "rl trials": 0.13, "rl": 0.22, "control trials": 0.18, "controls": 0.2, "measuring": 0.17}
+SHARES = {
+    "sft": 0.16,
+    "rl trials": 0.12,
+    "rl": 0.22,
+    "control trials": 0.1,
+    "controls": 0.16,
+    "last control": 0.16,
+    "measuring": 0.08,
+}
 
 
 class StudyConfig(Config):
@@ -38,7 +47,7 @@ class StudyConfig(Config):
 
     lesson: Lesson = Lesson()
     rl: ReinforceConfig = ReinforceConfig()
-    sft_steps: int = Field(200, gt=0)
+    sft_steps: int = Field(350, gt=0)
     sft_learning_rate: float = Field(30e-3, gt=0)
     batch_tokens: int = Field(1024, gt=0)  # of one step of SFT and of the controls, which all use Muon
     rl_learning_rates: tuple[float, ...] = (5e-4, 8e-4, 1.2e-3)
@@ -102,59 +111,72 @@ class _Steps:
         return results[0], results[1] if self.config.scratch else None
 
     def reinforced(self, sft: dict[str, Any], scratch: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-        """Choose RL's learning rate, run it whole; beside it draw control B's samples and run RL from scratch."""
+        """Choose RL's learning rate and run it whole; the same rate is used from random weights beside it."""
         rates = self.config.rl_learning_rates
         until = max(1, round(self.config.trial * self.config.rl.steps))
-        own = self._job("own_samples", draw_own_samples, rl=self.config.rl, start=sft["model"])
         trials = [self._rl(f"rl/{number}", "trial", sft, rate, until) for number, rate in enumerate(rates)]
-        drawn, *tried = self._run("rl trials", [own, *trials])
-        best = _best(tried)
+        best = _best(self._run("rl trials", trials))
         jobs = [self._rl(f"rl/{best}", "whole", sft, rates[best])]
         if scratch:
             jobs.append(self._rl("scratch_rl", "whole", scratch, rates[best]))
-        found = dict(zip(("rl", "scratch"), self._run("rl", jobs), strict=False))
-        return {"rl": found.pop("rl"), "own_samples": drawn, **found}
+        return dict(zip(("rl", "scratch"), self._run("rl", jobs), strict=False))
 
     def controls(self, sft: dict[str, Any], rl: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Choose each control's learning rate and run it whole, with budgets that follow from what RL did."""
-        spent = ReinforceResult(**{key: rl["rl"][key] for key in ReinforceResult.__dataclass_fields__})
-        drawn = rl["own_samples"]["generated_tokens"]
-        prices = self.config.prices
-        budgets = {
-            "control": control_tokens(spent, prices),
-            "control_own_samples": own_samples_tokens(spent, drawn, prices),
-        }
-        samples = {"control": "", "control_own_samples": rl["own_samples"]["samples"]}
-        if not rl["own_samples"]["records"]:
-            samples["control_own_samples"] = ""  # nothing was right: the worked solutions are all there is
-        rates = self.config.control_learning_rates
-        trials = [
-            self._control(name, f"trial-{number}", sft, rate, self.config.trial * budgets[name], samples[name])
-            for name in budgets
-            for number, rate in enumerate(rates)
-        ]
-        tried = self._run("control trials", trials)
-        chosen = {name: _best(tried[place * len(rates) :][: len(rates)]) for place, name in enumerate(budgets)}
-        wholes = [
-            self._control(name, "whole", sft, rates[chosen[name]], budgets[name], samples[name]) for name in budgets
-        ]
-        return dict(zip(budgets, self._run("controls", wholes), strict=True))
+        """Choose each control's learning rate and run it whole, with budgets that follow from what RL did.
+
+        Control B learns from its own answers to the problems that RL drew, so it begins after RL. Models that are
+        ready are measured meanwhile, so that no worker waits.
+        """
+        spent, prices = result_of(rl["rl"]), self.config.prices
+        ready = {"sft": sft, **rl}
+        own = self._job(
+            "own_samples", draw_own_samples, rl=self.config.rl, start=sft["model"], drawn=[list(s) for s in spent.drawn]
+        )
+        more = _Control("control", sft, control_tokens(spent, prices), "")
+        drawn, *tried = self._run("control trials", [own, *self._trials(more)])
+        samples = drawn["samples"] if drawn["records"] else ""  # nothing was right: worked solutions are all there is
+        tokens = own_samples_tokens(spent, drawn["generated_tokens"], prices)
+        learned = _Control("control_own_samples", sft, tokens, samples)
+        jobs = [self._whole(more, _best(tried)), *self._trials(learned), *self._measurements(ready, ["sft"])]
+        result, *tried = self._run("controls", jobs)
+        tried = tried[: len(self.config.control_learning_rates)]
+        jobs = [self._whole(learned, _best(tried)), *self._measurements(ready, ["rl", "fast", "scratch"])]
+        return {"own_samples": drawn, "control": result, "control_own_samples": self._run("last control", jobs)[0]}
 
     def measured(self, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Measure the models on the test problems; "fast" is the RL model answering without a thought."""
-        names = [name for name in ("sft", "rl", "control", "control_own_samples", "scratch") if name in found]
-        jobs = [self._job(f"measured/{name}", measure, model=found[name]["model"]) for name in names]
-        jobs.append(self._job("measured/fast", measure, model=found["rl"]["model"], thinking=False))
-        return dict(zip([*names, "fast"], self._run("measuring", jobs), strict=True))
+        names = ["sft", "rl", "control", "control_own_samples", *(["scratch"] if "scratch" in found else []), "fast"]
+        return dict(zip(names, self._run("measuring", self._measurements(found, names)), strict=True))
+
+    def _measurements(self, found: dict[str, dict[str, Any]], names: Sequence[str]) -> list[Job]:
+        models = {name: found[name]["model"] for name in names if name in found}
+        models |= {"fast": found["rl"]["model"]} if "fast" in names else {}
+        return [
+            self._job(f"measured/{name}", measure, model=model, thinking=name != "fast")
+            for name, model in models.items()
+        ]
+
+    def _trials(self, control: "_Control") -> list[Job]:
+        rates, budget = self.config.control_learning_rates, self.config.trial * control.tokens
+        return [self._control(control, f"trial-{place}", rate, budget) for place, rate in enumerate(rates)]
+
+    def _whole(self, control: "_Control", best: int) -> Job:
+        return self._control(control, "whole", self.config.control_learning_rates[best], control.tokens)
+
+    def _control(self, control: "_Control", part: str, rate: float, tokens: float) -> Job:
+        train = self._train(max(1, round(tokens / self.config.batch_tokens)), rate)
+        return self._job(
+            f"{control.name}/{part}",
+            tune_supervised,
+            train=train,
+            start=control.start["model"],
+            samples=control.samples,
+        )
 
     def _rl(self, name: str, part: str, start: dict[str, Any], rate: float, until: int | None = None) -> Job:
         run = str(self.folder / name)
         arguments = {"rl": self._rl_config(rate), "start": start["model"], "run": run, "until": until}
         return self._job(f"{name}/{part}", tune_reinforced, **arguments)
-
-    def _control(self, name: str, part: str, sft: dict[str, Any], rate: float, tokens: float, samples: str) -> Job:
-        train = self._train(max(1, round(tokens / self.config.batch_tokens)), rate)
-        return self._job(f"{name}/{part}", tune_supervised, train=train, start=sft["model"], samples=samples)
 
     def _rl_config(self, rate: float) -> ReinforceConfig:
         return self.config.rl.model_copy(update={"learning_rate": rate})
@@ -183,6 +205,18 @@ class _Steps:
             self.report(Progress(round(1000 * done), 1000, "‰", progress.text))
 
         return run_jobs(jobs, self.config.workers, tell, self.prepare)
+
+
+@dataclass(frozen=True)
+class _Control:
+    """A control: the SFT result from which it starts, tokens that it trains on, and the file of samples it learns
+    ("": the worked solutions).
+    """
+
+    name: str
+    start: dict[str, Any]
+    tokens: int
+    samples: str
 
 
 def _best(results: Sequence[dict[str, Any]]) -> int:
