@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from liaoyuan.cli.quickstart_report import write_report
-from liaoyuan.cli.summary import STAGES
+from liaoyuan.cli.summary import STAGES, duration
 from liaoyuan.errors import LiaoyuanError
 
 
@@ -72,7 +72,7 @@ def words_of(page: str) -> str:
 def test_every_figure_of_the_summary_is_shown(run):
     words = words_of(page_of(run, SUMMARY))
     for shown in (
-        "+17.9", "+19.7", "2.214", "1.999", "2.356", "30 min 34 s", "6,120", "3,120", "14.2%", "9,312,000",
+        "+17.9", "+19.7", "2.214", "1.999", "2.356", "31 min", "6,120", "3,120", "14.2%", "9,312,000",
         "Python &lt;library&gt;", "train 682, held out 47", "2.00 GiB", "+17.1, +18.8, +17.8", "312", "21,000",
         "&lt;6&gt;", "1 h 01 min", "something new", "vocab_size = 4096", "Some CPU", "2,000",
     ):  # fmt: skip
@@ -125,3 +125,16 @@ def test_no_summary_is_one_sentence(tmp_path):
 
 def test_the_same_run_gives_the_same_report(run):
     assert page_of(run, SUMMARY) == page_of(run, SUMMARY)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "exact", "about"),
+    [
+        (12.4, "12 s", "12 s"),
+        (763, "12 min 43 s", "13 min"),
+        (3590, "59 min 50 s", "1 h 00 min"),
+        (7265, "2 h 01 min", "2 h 01 min"),
+    ],
+)
+def test_durations(seconds, exact, about):
+    assert (duration(seconds), duration(seconds, exact=False)) == (exact, about)

@@ -83,7 +83,7 @@ def _key_figures(summary: Summary) -> list[report.Figure]:
     seconds, seeds = number(summary, "seconds"), summary.get("seeds")
     if seconds is not None:
         note = Text(f"whole run, seeds: {seeds}", f"全程，随机种子数：{seeds}") if seeds else ""
-        figures.append(report.Figure(duration(seconds), Text("wall time", "总用时"), note))
+        figures.append(report.Figure(duration(seconds, exact=False), Text("wall time", "总用时"), note))
     return figures
 
 
@@ -117,6 +117,10 @@ def _rl_plots(summary: Summary, run_folder: Path) -> list[Part]:
     if length:
         drawing = report.Lines(Text("update", "更新步"), Text("tokens", "词元"), length, _width(length))
         plots.append(report.Plot(Text("Length of what it writes during RL", "强化学习中的书写长度"), drawing))
+    level = _curves(summary, run_folder, "rl", "level")
+    if level:
+        drawing = report.Lines(Text("update", "更新步"), Text("mean level", "平均难度"), level, _width(level))
+        plots.append(report.Plot(Text("Difficulty of the problems that RL draws", "强化学习所抽题目的难度"), drawing))
     return plots
 
 

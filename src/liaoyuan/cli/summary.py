@@ -111,14 +111,18 @@ def percent(value: Interval | None, form: str = ".1f") -> Cell:
     return Noted(f"{100 * value.mean:{form}}", Text(f"{low} to {high}", f"{low} 至 {high}"))
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float, exact: bool = True) -> str:
+    """Return "12 min 43 s"; "13 min" if it need not be exact."""
     if not math.isfinite(seconds):
         return "–"
+    seconds = seconds if exact or seconds < 60 else 60 * round(seconds / 60)
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    if minutes:
+        return f"{minutes} min {rest:02d} s" if exact else f"{minutes} min"
+    return f"{rest} s"
 
 
 def grouped(value: float | None) -> str:
