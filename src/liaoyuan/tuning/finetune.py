@@ -40,21 +40,23 @@ def finetune(
 
 
 def worked_solutions(
-    task: Task, levels: Sequence[int], count: int, seed: int, fast: bool, tokenizer: Tokenizer
+    task: Task, levels: Sequence[int], count: int, seed: int, fast_every: int, tokenizer: Tokenizer
 ) -> list[TokenisedRecord]:
     """Return `count` worked solutions of training problems, evenly over the levels, ready to be learned.
 
-    With `fast`, each problem is there a second time with its answer given at once, without a thought.
+    Every `fast_every`-th problem (none if 0) is there a second time with its answer given at once, without a thought.
     """
-    return tokenise(tokenizer, solution_records(task, levels, count, seed, fast))
+    return tokenise(tokenizer, solution_records(task, levels, count, seed, fast_every))
 
 
-def solution_records(task: Task, levels: Sequence[int], count: int, seed: int, fast: bool) -> list[Record]:
+def solution_records(task: Task, levels: Sequence[int], count: int, seed: int, fast_every: int) -> list[Record]:
     """Return the records of `worked_solutions` before they are tokenised."""
     records = []
     for place in range(count):
         problem = task.problem(SOLUTIONS + seed, place, levels[place % len(levels)], "train")
-        records += [to_record(problem, thinking) for thinking in ((True, False) if fast else (True,))]
+        records.append(to_record(problem))
+        if fast_every and place % fast_every == 0:
+            records.append(to_record(problem, thinking=False))
     return records
 
 

@@ -32,7 +32,8 @@ class Lesson(Config):
 
     task: str = "addition"
     levels: tuple[int, ...] = (2, 3, 4)
-    solutions: int = 600
+    solutions: int = 900
+    fast_every: int = 4  # so many worked solutions to one that is also shown as an answer without a thought
     validation_problems: int = 200
     problems: int = 2000
     samples: int = 8
@@ -50,7 +51,7 @@ class Lesson(Config):
         return held_out_problems(self.chosen_task, self.levels, self.problems)
 
     def worked_solutions(self, tokenizer: Tokenizer) -> list[TokenisedRecord]:
-        return worked_solutions(self.chosen_task, self.levels, self.solutions, self.seed, True, tokenizer)
+        return worked_solutions(self.chosen_task, self.levels, self.solutions, self.seed, self.fast_every, tokenizer)
 
 
 def tune_supervised(

@@ -48,7 +48,7 @@ class StudyConfig(Config):
     lesson: Lesson = Lesson()
     rl: ReinforceConfig = ReinforceConfig()
     sft_steps: int = Field(350, gt=0)
-    sft_learning_rate: float = Field(30e-3, gt=0)
+    sft_learning_rate: float = Field(20e-3, gt=0)
     batch_tokens: int = Field(1024, gt=0)  # of one step of SFT and of the controls, which all use Muon
     rl_learning_rates: tuple[float, ...] = (5e-4, 8e-4, 1.2e-3)
     control_learning_rates: tuple[float, ...] = (8e-3, 16e-3, 32e-3)
