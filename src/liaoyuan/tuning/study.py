@@ -51,7 +51,7 @@ class StudyConfig(Config):
     sft_learning_rate: float = Field(20e-3, gt=0)
     batch_tokens: int = Field(1024, gt=0)  # of one step of SFT and of the controls, which all use Muon
     rl_learning_rates: tuple[float, ...] = (5e-4, 8e-4, 1.2e-3)
-    control_learning_rates: tuple[float, ...] = (8e-3, 16e-3, 32e-3)
+    control_learning_rates: tuple[float, ...] = (4e-3, 8e-3, 16e-3)
     prices: Prices = Prices()  # from which the controls' budgets follow
     trial: float = Field(0.15, gt=0, le=1)
     scratch: bool = True  # whether the same is done from random weights
