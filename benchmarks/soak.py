@@ -51,7 +51,8 @@ def _command(folder: Path, options: argparse.Namespace) -> list[str]:
 def _run(folder: Path, options: argparse.Namespace) -> float:
     """Run to the end; return the seconds that took."""
     start = time.monotonic()
-    subprocess.run(_command(folder, options), check=True)
+    if subprocess.run(_command(folder, options)).returncode:
+        sys.exit(f"The quickstart in {folder} failed.")
     return time.monotonic() - start
 
 
