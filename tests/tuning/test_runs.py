@@ -73,6 +73,9 @@ def test_rl_keeps_the_best_checkpoint(model_folder: Path, tmp_path: Path) -> Non
 def test_mistakes_are_sentences(model_folder: Path, tmp_path: Path) -> None:
     cases = [
         (["rl", "--model", str(model_folder), "--task", "additon"], "addition"),
+        (["rl", "--model", str(model_folder), "--set", "rl.levels=[12]"], "addition has the levels 1 to 8"),
+        (["rl", "--model", str(model_folder), "--set", "rl.levels=[]"], "rl.levels"),
+        (["rl", "--model", str(model_folder), "--set", "rl.update_group=1"], "rl.update_group"),
         (["sft", "--model", str(model_folder), "--data", str(tmp_path / "none.jsonl")], "none.jsonl"),
         (["sft", "--model", str(tmp_path), "--data", str(records(tmp_path / "d.jsonl"))], "tokenizer"),
         (["rl", "--model", str(model_folder), "--set", "rl.step=3"], "steps"),

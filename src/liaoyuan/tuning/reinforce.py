@@ -42,7 +42,7 @@ class ReinforceConfig(Config):
     minimum_groups: a step with fewer groups that carry signal changes nothing (sparse rewards and Adam: noise).
     """
 
-    levels: tuple[int, ...] = (2, 3, 4)
+    levels: tuple[int, ...] = Field((2, 3, 4), min_length=1)
     steps: int = Field(200, gt=0)
     problems: int = Field(32, gt=0)  # of one step
     group: int = Field(8, gt=1)  # rollouts of each problem
