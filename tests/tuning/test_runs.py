@@ -90,3 +90,11 @@ def test_eval_prints_intervals(model_folder: Path, capsys: pytest.CaptureFixture
     assert '"pass_at_2"' in capsys.readouterr().out
     with pytest.raises(LiaoyuanError, match="2-4"):
         evaluate(model=model_folder, task="addition", levels="x", problems=6, samples=2, fast=False, seed=0, json=True)
+    with pytest.raises(LiaoyuanError, match="levels 1 to 8, not 9"):
+        evaluate(
+            model=model_folder, task="addition", levels="8-9", problems=6, samples=2, fast=False, seed=0, json=True
+        )
+    with pytest.raises(LiaoyuanError, match="levels 1 to 8, not none"):
+        evaluate(
+            model=model_folder, task="addition", levels="4-2", problems=6, samples=2, fast=False, seed=0, json=True
+        )

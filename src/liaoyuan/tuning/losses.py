@@ -37,7 +37,8 @@ def most_different(rewards: Tensor, count: int) -> Tensor:
     """Return which `count` samples of each group differ most in reward: rewards [P, G] -> bool [P, G].
 
     The subset of largest variance consists of the best and the worst ones (PODS: Xu et al. 2025, arXiv 2504.13818,
-    theorem 1); of equal ones the first are taken. Each group keeps samples of both kinds if it has them.
+    theorem 1); among equals the first count as better, the last as worse. Each group keeps samples of both kinds if
+    it has them.
     """
     order = rewards.argsort(dim=1, descending=True, stable=True)
     ranked = rewards.gather(1, order)

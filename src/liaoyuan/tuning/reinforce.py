@@ -46,7 +46,7 @@ class ReinforceConfig(Config):
     steps: int = Field(200, gt=0)
     problems: int = Field(32, gt=0)  # of one step
     group: int = Field(8, gt=1)  # rollouts of each problem
-    update_group: int = Field(4, gt=1)  # rollouts of each problem that are learned from, see `most_different`
+    update_group: int = Field(4, gt=1)  # of these that are learned from at most, see `most_different`
     minibatches: int = Field(4, gt=0)  # into which a step's groups are cut at most, an update each
     minibatch_groups: int = Field(6, gt=0)  # that a minibatch has at least: an update from fewer is mostly noise
     max_tokens: int = Field(48, gt=0)

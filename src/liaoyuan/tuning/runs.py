@@ -11,10 +11,9 @@ from liaoyuan.checkpoint import load_model, save_model
 from liaoyuan.config import Config, to_toml
 from liaoyuan.data import Tokenizer, read_records, tokenise
 from liaoyuan.device import select_device
-from liaoyuan.errors import LiaoyuanError
 from liaoyuan.parallel import World, full_weights, shard
 from liaoyuan.rundir import Report, atomic_folder, silent, write_atomic
-from liaoyuan.tasks import find_task, spread
+from liaoyuan.tasks import check_levels, find_task, spread
 from liaoyuan.training import TrainConfig
 from liaoyuan.tuning.finetune import finetune
 from liaoyuan.tuning.reinforce import ReinforceConfig, reinforce
@@ -69,10 +68,7 @@ def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str,
         LiaoyuanError: the model is missing or wrong, or the task is unknown or lacks a level.
     """
     task, tokenizer = find_task(config.task), Tokenizer.load(config.model)
-    for level in config.rl.levels:
-        if level not in task.levels:
-            known = f"{task.levels[0]} to {task.levels[-1]}"
-            raise LiaoyuanError(f"rl.levels has {level}, but {task.name} has the levels {known}.")
+    check_levels(task, config.rl.levels, "rl.levels")
     write_atomic(folder / "config.toml", to_toml(config))
     problems = spread(task, 7, config.rl.levels, config.validation_problems, "validation")
     best = Best(tokenizer, config.model, problems, folder, config.rl.max_tokens)

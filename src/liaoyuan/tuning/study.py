@@ -129,9 +129,7 @@ class _Steps:
         """
         spent, prices = result_of(rl["rl"]), self.config.prices
         ready = {"sft": sft, **rl}
-        own = self._job(
-            "own_samples", draw_own_samples, rl=self.config.rl, start=sft["model"], drawn=[list(s) for s in spent.drawn]
-        )
+        own = self._job("own_samples", draw_own_samples, rl=self.config.rl, start=sft["model"], drawn=spent.drawn)
         more = _Control("control", sft, control_tokens(spent, prices), "")
         drawn, *tried = self._run("control trials", [own, *self._trials(more)])
         samples = drawn["samples"] if drawn["records"] else ""  # nothing was right: worked solutions are all there is
