@@ -36,7 +36,7 @@ class EndSoon:
     levels = range(1, 2)
 
     def problem(self, seed: int, index: int, level: int, split: Split = "train") -> Problem:
-        return Problem("addition", f"{index % 7}+1=?", "x", "", level, f"{index}")
+        return Problem("addition", f"{index % 7}+{level}=?", "x", "", level, f"{index}")
 
     def check(self, problem: Problem, text: str) -> bool:
         return False
@@ -84,9 +84,12 @@ def test_rollout_and_training_log_probabilities_agree(small_model: Decoder, toke
 def test_a_killed_run_ends_bit_for_bit_as_one_never_interrupted(
     model_folder: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rewarding_short(monkeypatch, tokenizer)
-    whole = load_model(model_folder)
-    reinforce(whole, tokenizer, EndSoon(), CONFIG, tmp_path / "whole")
+    monkeypatch.setattr(  # the third level is never right, so it teaches nothing and is drawn less and less
+        "liaoyuan.tuning.rollout.judge", lambda _, problem, tokens: tokens[0] % 2 == 0 and problem.level < 3
+    )
+    whole, config = load_model(model_folder), CONFIG.model_copy(update={"levels": (1, 2, 3)})
+    done = reinforce(whole, tokenizer, EndSoon(), config, tmp_path / "whole")
+    assert done.signal[2] < done.signal[0] == 1.0
     for kill_at in (1, 3, 5):
         folder = tmp_path / f"killed-{kill_at}"
 
@@ -95,9 +98,10 @@ def test_a_killed_run_ends_bit_for_bit_as_one_never_interrupted(
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            reinforce(load_model(model_folder), tokenizer, EndSoon(), CONFIG, folder, kill)
+            reinforce(load_model(model_folder), tokenizer, EndSoon(), config, folder, kill)
         resumed = load_model(model_folder)
-        reinforce(resumed, tokenizer, EndSoon(), CONFIG, folder)
+        again = reinforce(resumed, tokenizer, EndSoon(), config, folder)
+        assert (again.drawn, again.signal) == (done.drawn, done.signal)
         assert torch.equal(weights(resumed), weights(whole))
         rows = read_metrics(folder / "metrics.jsonl")
         assert [row["step"] for row in rows] == list(range(6))
