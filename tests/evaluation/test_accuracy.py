@@ -42,7 +42,7 @@ def test_what_counts_as_right(tokenizer: Tokenizer) -> None:
 
 def test_measures_are_a_function_of_the_seed(tokenizer: Tokenizer) -> None:
     config = ModelConfig(
-        "qwen3", tokenizer.vocab_size, 16, 32, 1, 2, 1, 8, max_position_embeddings=64, tie_word_embeddings=True
+        "qwen3", tokenizer.vocab_size, 16, 32, 1, 2, 1, 8, max_position_embeddings=64, qk_norm=True
     )
     engine = Engine(initialise(Decoder(config), 0).eval())
     problems = [PROBLEM, Problem("addition", "2+2=?", "4", "", 2, "x")]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder
-from liaoyuan.parallel import World, local
+from liaoyuan.parallel import Program, World, local
 from liaoyuan.rundir import TEMPORARY, atomic_folder, read_json, sweep
 
 KEPT = 2
@@ -45,7 +45,7 @@ class Optimiser(Protocol):
 def save_state(
     folder: Path,
     step: int,
-    model: Decoder,
+    model: Decoder | Program,
     optimiser: Optimiser,
     extra: dict[str, Any] | None = None,
     world: World | None = None,
@@ -72,7 +72,7 @@ def save_state(
 
 
 def load_state(
-    folder: Path, model: Decoder, optimiser: Optimiser, world: World | None = None
+    folder: Path, model: Decoder | Program, optimiser: Optimiser, world: World | None = None
 ) -> tuple[int, dict[str, Any]] | None:
     """Load the newest whole state into `model` and `optimiser`; return its step and `extra`, or None if none is there.
 
@@ -100,13 +100,13 @@ def load_state(
     return None
 
 
-def _tensors(model: Decoder, optimiser: Optimiser) -> dict[str, Tensor]:
+def _tensors(model: Decoder | Program, optimiser: Optimiser) -> dict[str, Tensor]:
     weights = {f"model.{name}": local(parameter.detach()) for name, parameter in model.named_parameters()}
     state = {f"optimiser.{name}": value for name, value in optimiser.state().items()}
     return {name: value.cpu().contiguous() for name, value in {**weights, **state}.items()}
 
 
-def _identity(model: Decoder, optimiser: Optimiser, world: World) -> dict[str, Any]:
+def _identity(model: Decoder | Program, optimiser: Optimiser, world: World) -> dict[str, Any]:
     identity = {"model": model.config.to_dict(), "optimiser": optimiser.describe(), "processes": world.size}
     plain: dict[str, Any] = json.loads(json.dumps(identity))  # as it will be read back
     return plain
@@ -160,7 +160,7 @@ def _read(path: Path, world: World) -> tuple[dict[str, Any], dict[str, Tensor]] 
     return None if damaged else found
 
 
-def _restore(model: Decoder, optimiser: Optimiser, tensors: dict[str, Tensor]) -> None:
+def _restore(model: Decoder | Program, optimiser: Optimiser, tensors: dict[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         local(parameter.detach()).copy_(tensors[f"model.{name}"])
     prefix = "optimiser."
