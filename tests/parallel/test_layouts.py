@@ -96,7 +96,7 @@ def differences(found: Outcome, expected: Outcome) -> tuple[float, float]:
     return abs(found.loss - expected.loss) / abs(expected.loss), worst
 
 
-@pytest.mark.parametrize(("kind", "name"), TABLE, ids=" ".join)
+@pytest.mark.parametrize(("kind", "name"), TABLE, ids=[f"{kind}: {name}" for kind, name in TABLE])
 def test_a_layout_gives_the_loss_and_gradients_of_one_process(
     kind: str, name: str, processes: Pool, references: dict[str, Outcome], record_property
 ) -> None:

@@ -32,8 +32,11 @@ def apply_fsdp(stage: nn.Module, model: Decoder, mesh: Mesh) -> None:
         (experts, _replicated(mesh.experts, "dp", "expert_shard")) for experts in expert_weights(model)
     ]
     units += [(layer, dense) for layer in model.layers]
+    # In a pipeline weights stay whole between microbatches. Schedules that split the backward pass need that: PyTorch
+    # looks for the weights in the graph before FSDP brings them back, and loses their gradients without a word.
+    reshard = mesh.layout.pp == 1
     for module, over in [*units, (stage, dense)]:
-        fully_shard(module, mesh=over, mp_policy=policy)
+        fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=reshard)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

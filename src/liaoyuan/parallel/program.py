@@ -72,18 +72,19 @@ class Program:
             return
         layers = cut_layers(self.config, self.pipeline.mesh.layout.stages)
         with torch.device("meta"):
-            names = Decoder(self.config).state_dict()
-        for name, like in names.items():
+            whole = Decoder(self.config)
+        buffers = {name for name, _ in whole.named_buffers()}
+        dtype = next(self.models[0].parameters()).dtype
+        for name, like in whole.state_dict().items():
             found = next(iter(full_weights([(name, own[name])])))[1] if name in own else None
+            like = like.to(torch.float32 if name in buffers else dtype)
             yield name, self._from_stage(stage_with(name, layers), found, like)
 
     def _from_stage(self, stage: int, found: Tensor | None, like: Tensor) -> Tensor:
-        """Return in every process of the pipeline the tensor that the one with `stage` has found."""
+        """Return in every process of the pipeline the tensor that the one with `stage` has found, of this form."""
         assert self.mesh
         group = self.mesh.group("pp")
-        weight = next(iter(self.models[0].parameters()))
-        dtype = torch.float32 if like.dtype is torch.float32 else weight.dtype
-        whole = torch.empty(like.shape, dtype=dtype, device=self.device) if found is None else found.contiguous()
+        whole = torch.empty_like(like, device=self.device) if found is None else found.to(like.dtype).contiguous()
         dist.broadcast(whole, dist.get_global_rank(group, process_of(self.mesh.layout, stage)), group=group)
         return whole
 
