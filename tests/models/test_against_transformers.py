@@ -27,7 +27,9 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 LATENT = {"kv_lora_rank": 24, "q_lora_rank": 40, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 20}
-DEEPSEEK = MOE | LATENT | {"num_key_value_heads": 4, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1}
+DEEPSEEK = (
+    MOE | LATENT | {"num_key_value_heads": 4, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1}
+)
 CASES = {
     "llama": ("LlamaConfig", {}),
     "llama-tied-bias": (
@@ -72,7 +74,10 @@ CASES = {
         "Glm4MoeConfig",
         MOE | {"head_dim": 16, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "use_qk_norm": True},
     ),
-    "gpt-oss": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 9}),
+    "gpt-oss": (
+        "GptOssConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 9},
+    ),
 }
 
 

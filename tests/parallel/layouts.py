@@ -33,8 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     | LATENT
     | {"model_type": "deepseek_v3", "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 4, "topk_group": 2}
     | {"first_k_dense_replace": 1},
-    "sinks": COMMON
-    | {"model_type": "gpt_oss", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 7},
+    "sinks": COMMON | {"model_type": "gpt_oss", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 7},
 }
 ROWS, LENGTH = 8, 32
 

@@ -75,11 +75,7 @@ class LatentAttention(nn.Module):
         """x [N, H], cosine and sine [N, qk_rope_head_dim / 2] -> [N, H]."""
         latent = self.latent
         own, turned = latent.qk_nope_head_dim, latent.qk_rope_head_dim
-        if latent.q_lora_rank is None:
-            query = self.q_proj(x)
-        else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        query = query.unflatten(1, (-1, own + turned))
+        query = self._query(x).unflatten(1, (-1, own + turned))
         query = torch.cat([query[..., :own], rotate(query[..., own:], cosine, sine)], -1)
         compressed, shared = self.kv_a_proj_with_mqa(x).split([latent.kv_lora_rank, turned], 1)
         shared = rotate(shared[:, None], cosine, sine)
@@ -88,6 +84,12 @@ class LatentAttention(nn.Module):
         key = torch.cat([key, shared.expand(-1, query.shape[1], -1)], -1)
         pattern = Pattern(self.scale, self.window)
         return self.o_proj(context.attend(self.layer, query, key, value.contiguous(), pattern).flatten(1))
+
+    def _query(self, x: Tensor) -> Tensor:
+        """x [N, H] -> [N, Hq * D]."""
+        if self.latent.q_lora_rank is None:
+            return self.q_proj(x)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
 
 
 LATENT_EPS = 1e-6  # DeepSeek's models use it whatever their rms_norm_eps says

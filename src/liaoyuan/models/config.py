@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.models.rotary import Rotary
+from liaoyuan.models.rotary import PLAIN_ROTARY, Rotary
 
 DTYPES = {
     "float32": torch.float32,
@@ -79,7 +79,7 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
-    rotary: Rotary = Rotary()
+    rotary: Rotary = PLAIN_ROTARY
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     output_bias: bool = False

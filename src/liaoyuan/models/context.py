@@ -31,7 +31,7 @@ class AttentionContext(Protocol):
     """What the attention layer of a decoder asks."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
-        """Return the attention output [N, Hq, Dv] of layer `layer`; query [N, Hq, D], key [N, Hk, D], value [N, Hk, Dv]."""
+        """Return a layer's attention output [N, Hq, Dv] for query [N, Hq, D], key [N, Hk, D] and value [N, Hk, Dv]."""
         ...
 
 

@@ -112,9 +112,7 @@ class Decoder(nn.Module):
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosine and sine, fp32 [N, D / 2], of the rotated dimensions at these positions."""
         latent = self.config.latent
-        return rotary_angles(
-            positions, self.config.rotary, latent.qk_rope_head_dim if latent else self.config.head_dim
-        )
+        return rotary_angles(positions, self.config.rotary, latent.qk_rope_head_dim if latent else self.config.head_dim)
 
     def routers(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the name and the router of each mixture of experts."""

@@ -49,7 +49,7 @@ class Router(nn.Module):
 
     def __init__(self, hidden_size: int, experts: Experts) -> None:
         super().__init__()
-        self.experts = experts
+        self.experts, self.counts = experts, True  # counts: not while activations are computed again
         self.weight = nn.Parameter(torch.empty(experts.num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(experts.num_experts)) if experts.bias else None
         self.register_buffer("load", torch.zeros(experts.num_experts), persistent=False)
@@ -66,7 +66,7 @@ class Router(nn.Module):
         weights = scores.gather(1, chosen)
         if e.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        if self.training:
+        if self.training and self.counts:
             with torch.no_grad():
                 self.load += torch.bincount(chosen.flatten(), minlength=e.num_experts)
         return weights * e.routed_scaling_factor, chosen

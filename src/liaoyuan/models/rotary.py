@@ -91,6 +91,9 @@ class Rotary:
         return width * math.log(waves) / (2 * math.log(self.rope_theta))
 
 
+PLAIN_ROTARY = Rotary()
+
+
 def rotary_angles(positions: Tensor, rotary: Rotary, head_dim: int) -> tuple[Tensor, Tensor]:
     """Return cosine and sine, fp32 [N, head_dim / 2], of the rotary angles of positions [N]."""
     width = rotary.width(head_dim)

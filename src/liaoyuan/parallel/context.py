@@ -180,7 +180,7 @@ class _RingAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
         out = wide(query.new_zeros(*query.shape[:2], value.shape[2]))
         lse = torch.full_like(out[..., 0], float("-inf"))
-        held = (key, value)
+        held: tuple[Tensor, ...] = (key, value)
         for step in range(ring.size):
             hop = ring.start_hop(*held) if step + 1 < ring.size else None
             for own, theirs, first, last in ring.blocks(step):
@@ -199,7 +199,8 @@ class _RingAttention(torch.autograd.Function):
         grad = wide(grads[0])
         delta = (grad * out).sum(-1) - grads[1]
         grad_query = torch.zeros_like(wide(query))
-        held, sums = (key, value), (torch.zeros_like(wide(key)), torch.zeros_like(wide(value)))
+        held: tuple[Tensor, ...] = (key, value)
+        sums: tuple[Tensor, ...] = tuple(torch.zeros_like(wide(x)) for x in held)
         for step in range(ring.size):
             hop = ring.start_hop(*held) if step + 1 < ring.size else None
             for own, theirs, first, last in ring.blocks(step):

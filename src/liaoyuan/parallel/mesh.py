@@ -51,9 +51,7 @@ def build_mesh(layout: Layout, device: Device) -> Mesh:
     """Return the meshes of a resolved layout; every process calls it."""
     kind = device.torch.type
     shard = layout.fsdp * layout.context
-    dense = init_device_mesh(
-        kind, (layout.pp, layout.dp, shard, layout.tp), mesh_dim_names=("pp", "dp", "shard", "tp")
-    )
+    dense = init_device_mesh(kind, (layout.pp, layout.dp, shard, layout.tp), mesh_dim_names=("pp", "dp", "shard", "tp"))
     tokens = init_device_mesh(
         kind,
         (layout.pp, layout.dp, layout.fsdp, layout.cp.ring, layout.cp.ulysses, layout.tp),

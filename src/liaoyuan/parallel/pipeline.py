@@ -24,6 +24,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from liaoyuan.models import AttentionContext, Decoder, ModelConfig
+from liaoyuan.ops import wide
 from liaoyuan.parallel.layout import STAGES_PER_PROCESS, Layout, fewest_microbatches
 from liaoyuan.parallel.mesh import Mesh
 
@@ -143,7 +144,7 @@ class Pipeline:
         losses: list[Tensor] = []
         first = [inputs["tokens"]] if any(stage.is_first for stage in self.stages) else []
         wanted: dict[str, Any] = {"target": weights, "losses": losses} if self.has_loss else {}
-        step = schedule.step if learn else schedule.eval
+        step: Any = schedule.step if learn else schedule.eval
         step(*first, **rest, **wanted)
         return [loss.detach() for loss in losses]
 
@@ -165,7 +166,7 @@ class Pipeline:
             if layout.schedule in SINGLE:
                 made: Any = SINGLE[layout.schedule](parts[0], microbatches, **settings)
             else:
-                made = MULTI[layout.schedule](parts, microbatches, **settings)
+                made = MULTI[layout.schedule]([*parts], microbatches, **settings)
             self._schedules[microbatches, rows] = made
         return self._schedules[microbatches, rows]
 
@@ -174,7 +175,7 @@ class Pipeline:
         config, layout = stage.decoder.config, self.mesh.layout
         stream = torch.empty(rows // layout.tp, config.hidden_size, dtype=weight.dtype, device="meta")
         tokens = torch.empty(1, rows, dtype=torch.int64, device="meta")
-        scores = torch.empty(rows, dtype=torch.float64 if weight.dtype is torch.float64 else torch.float32, device="meta")
+        scores = torch.empty(rows, dtype=wide(weight[:0]).dtype, device="meta")
         return PipelineStage(
             stage,
             number,

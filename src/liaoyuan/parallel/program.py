@@ -5,12 +5,12 @@ recomputation, and FSDP last, over what the others left.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from liaoyuan.data import Batch
 from liaoyuan.models import AttentionContext, Decoder, ModelConfig, PackedContext
 from liaoyuan.models.experts import Router
 from liaoyuan.parallel.context import SharedContext, own_rows
@@ -22,16 +22,6 @@ from liaoyuan.parallel.pipeline import Pipeline, Stage, cut_layers, process_of, 
 from liaoyuan.parallel.recompute import apply_recompute
 from liaoyuan.parallel.tensor import apply_tensor_parallel, compute_locally
 from liaoyuan.parallel.world import World
-
-
-class Batch(Protocol):
-    """What a microbatch must have; see `data.Batch`."""
-
-    tokens: Tensor
-    positions: Tensor
-    targets: Tensor
-    weights: Tensor
-    boundaries: Tensor
 
 
 class Program:
@@ -120,7 +110,7 @@ class Program:
         total = torch.zeros((), device=self.device)
         for batch in batches:
             loss = self._loss(batch, scale)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total = total + self._counted(loss.detach())
             if len(batches) > 1:
                 after_each()

@@ -65,7 +65,7 @@ def weights_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
                 yield module, key, f"{path}.{key}" if path else key
 
 
-def _surround(module: nn.Module, group: ProcessGroup) -> None:
+def _surround(module: Any, group: ProcessGroup) -> None:
     """Let `module` see all tokens and hand back its own part of the sum of all outputs."""
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -119,9 +119,7 @@ def compute_locally(module: nn.Module, root: str, inner: tuple[nn.Module, ...] =
     A replicated weight sees only this process's tokens or heads, so that its gradient is a summand of the whole.
     """
     apart = {id(part) for whole in inner for part in whole.modules()}
-    weights = [
-        (owner, key, f"{root}{name}") for owner, key, name in weights_of(module) if id(owner) not in apart
-    ]
+    weights = [(owner, key, f"{root}{name}") for owner, key, name in weights_of(module) if id(owner) not in apart]
     original = module.forward
 
     def forward(*inputs: Any, **options: Any) -> Any:
@@ -143,4 +141,3 @@ def _local(weight: nn.Parameter | None, name: str) -> Tensor | None:
     grads = [Partial()] if replicated else list(weight.placements)
     local: Tensor = weight.to_local(grad_placements=grads)
     return local / weight.device_mesh.size() if ADDED_ONCE.search(name) else local
-

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 
 from liaoyuan.checkpoint.training_state import load_state, save_state

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 
 from liaoyuan.checkpoint import load_weights, save_model
@@ -115,7 +114,7 @@ def layout_shape(config: PretrainConfig, model: ModelConfig) -> Shape:
 
 def held_out_loss(
     corpus: Corpus, config: PretrainConfig, world: World | None = None
-) -> Callable[[Program], dict[str, float]]:
+) -> Callable[[Decoder | Program], dict[str, float]]:
     """Return the function that measures the mean loss (nats per token) on a fixed part of the held-out text."""
     here = world or World()
     length = config.sequence_length
@@ -123,10 +122,11 @@ def held_out_loss(
     rows = max(1, min(config.held_out_tokens, len(stream.tokens) - 1 - length) // length)
     batches = TokenBatches(stream, 0, length, length)
 
-    def measure(program: Program) -> dict[str, float]:
+    def measure(model: Decoder | Program) -> dict[str, float]:
         # Every process takes part in every row; of those that work on the same one, one counts it.
-        total = sum(float(program.loss(batches[row], 1.0 / length)) for row in range(rows))
-        return {"held_out_loss": here.sum_numbers(total)[0] / (rows * here.data_size)}
+        program = model if isinstance(model, Program) else Program([model])
+        losses = [float(program.loss(batches[row], 1.0 / length)) for row in range(rows)]
+        return {"held_out_loss": here.sum_numbers(sum(losses))[0] / (rows * here.data_size)}
 
     return measure
 

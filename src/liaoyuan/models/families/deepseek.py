@@ -130,9 +130,7 @@ def _parts(name: str, ours: Tensor, config: ModelConfig) -> list[Part]:
     return [Part(f"model.{name}", heads, ours.shape, order, 1)]
 
 
-DEEPSEEK_V2 = Family(
-    "deepseek_v2", "DeepseekV2ForCausalLM", _v2, _words, _parts, rotary=Rotary(interleaved=True)
-)
+DEEPSEEK_V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", _v2, _words, _parts, rotary=Rotary(interleaved=True))
 DEEPSEEK_V3 = Family(
     "deepseek_v3", "DeepseekV3ForCausalLM", _v3, _words, _parts, predicts_further=True, rotary=Rotary(interleaved=True)
 )

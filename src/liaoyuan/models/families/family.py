@@ -9,7 +9,7 @@ from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models.config import DTYPES, ModelConfig
-from liaoyuan.models.rotary import SCALINGS, Rotary
+from liaoyuan.models.rotary import PLAIN_ROTARY, SCALINGS, Rotary
 from liaoyuan.models.stored import Part, Parts, common_parts
 
 Values = Mapping[str, Any]
@@ -38,7 +38,7 @@ class Family:
     words: Callable[[ModelConfig], dict[str, Any]] = NO_FEATURES
     parts: Parts = common_parts
     predicts_further: bool = False
-    rotary: Rotary = Rotary()
+    rotary: Rotary = PLAIN_ROTARY
     rms_norm_eps: float = 1e-6
 
     def read(self, values: Values, where: str) -> ModelConfig:
@@ -53,7 +53,7 @@ class Family:
         for name in ("eos_token_id", "bos_token_id"):
             chosen[name] = _first(values.get(name))
         rotary = _read_rotary(values, self.rotary, where)
-        config = ModelConfig(self.model_type, rotary=rotary, **{k: v for k, v in chosen.items()})
+        config = ModelConfig(self.model_type, rotary=rotary, **chosen)
         try:
             config = replace(config, **self.features(values, config))
         except KeyError as error:

@@ -9,9 +9,7 @@ from liaoyuan.models.families.family import Family, Values, layer_types, sliding
 from liaoyuan.models.rotary import Rotary
 from liaoyuan.models.stored import Part, common_parts, whole
 
-YARN = Rotary(
-    rope_theta=150000.0, rope_type="yarn", factor=32.0, original_max_position_embeddings=4096, truncate=False
-)
+YARN = Rotary(rope_theta=150000.0, rope_type="yarn", factor=32.0, original_max_position_embeddings=4096, truncate=False)
 
 
 def _features(values: Values, config: ModelConfig) -> dict[str, Any]:
