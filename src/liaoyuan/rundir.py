@@ -151,7 +151,7 @@ class Lock:
                 raise LiaoyuanError(
                     f"{self._folder} is in use by {holder}: stop it, wait for it, or choose another folder."
                 )
-            time.sleep(LOCK_POLL)
+            _pause()
         self._file.truncate(0)
         self._file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
         self._file.flush()
@@ -231,6 +231,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in UNWRITABLE:
             raise LiaoyuanError(f"{path} cannot be written: {error.strerror}.") from error
         raise
+
+
+def _pause() -> None:
+    time.sleep(LOCK_POLL)
 
 
 def _umask() -> int:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from liaoyuan.parallel import World
 from tests.checkpoint.layouts import Spread, spread
 from tests.checkpoint.processes import together
 
+FAULTY = (sys.executable, "-I", "-S", str(Path(__file__).with_name("faulty_writer.py")), writer.__file__)
 FORK = multiprocessing.get_context("fork")
 
 
@@ -72,8 +74,7 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], G
 
     def use(fault: str) -> Gate:
         gate = Gate(tmp_path / "gate")
-        program = (sys.executable, "-I", "-S", str(Path(__file__).with_name("faulty_writer.py")))
-        monkeypatch.setattr(staging, "PROGRAM", (*program, writer.__file__, fault, str(gate.folder)))
+        monkeypatch.setattr(staging, "PROGRAM", (*FAULTY, fault, str(gate.folder)))
         return gate
 
     return use
@@ -121,7 +122,7 @@ def writers_of(process: Any) -> list[int]:
 
 
 def test_a_trainer_killed_in_mid_write_loses_nothing_that_was_staged(
-    faulty: Callable[[str], Gate], tiny_config: ModelConfig, tmp_path: Path
+    faulty: Callable[[str], Gate], tiny_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, run = faulty("gate"), tmp_path / "run" / "state"
     trainer = FORK.Process(target=train, args=(run, tiny_config, gate))
@@ -130,8 +131,9 @@ def test_a_trainer_killed_in_mid_write_loses_nothing_that_was_staged(
     trainer.kill()
     trainer.join()
     assert [path.name for path in writer.states(run)] == ["step-000001"]
-    gate.open()
-    assert newest(run, tiny_config) == 2  # waits for the writer
+    openings = iter([gate.open])  # the run that is started again waits for the writer of the one before
+    monkeypatch.setattr(rundir, "_pause", lambda: next(openings, os.sched_yield)())
+    assert newest(run, tiny_config) == 2
     assert names(run) == ["step-000001", "step-000002"]
 
 
@@ -196,9 +198,60 @@ def save_without_a_group(world: World, run: Path, config: ModelConfig) -> None:
 
 
 def test_no_save_but_the_first_exchanges_anything(tiny_config: ModelConfig, tmp_path: Path) -> None:
-    together(2, save_without_a_group, tmp_path / "state", tiny_config)
+    uneven = replace(tiny_config, head_dim=6)  # of which one of four processes has nothing
+    together(4, save_without_a_group, tmp_path / "state", uneven)
     assert names(tmp_path / "state") == ["step-000002", "step-000003"]
-    assert newest(tmp_path / "state", tiny_config) == 3
+    assert newest(tmp_path / "state", uneven) == 3
+
+
+def fail_in_one(world: World, run: Path, config: ModelConfig, gate: Gate, fault: str) -> None:
+    """Save step 1; then the second process's part fails. Each process leaves what it was told."""
+    of = filled(config, world)
+    if world.rank == 1:
+        staging.PROGRAM = (*FAULTY, "gate" if fault == "killed writer" else "full", str(gate.folder))
+    states = Checkpointer(run, world, CheckpointConfig(asynchronous=fault != "direct"))
+    save(states, 1, of)
+    states.wait()
+    if world.rank == 1:
+        gate.shut()
+        writer._write = full
+    try:
+        save(states, 2, of)
+        if world.rank == 1 and fault == "killed writer":
+            gate.wait_until_reached()
+            states._way._process.kill()  # type: ignore[union-attr]
+        states.wait()
+    except LiaoyuanError as error:
+        (run.parent / f"told-{world.rank}").write_text(str(error))
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("fault", "first", "second"),
+    [
+        ("direct", "Another process could not write to ", "The disk is full: "),
+        ("full disk", "the part rank-0001.safetensors of ", "The disk is full: "),
+        ("killed writer", "the part rank-0001.safetensors of ", "The process that writes checkpoints to "),
+    ],
+)
+def test_if_one_process_cannot_write_all_are_told_and_nothing_looks_whole(
+    fault: str, first: str, second: str, tiny_config: ModelConfig, tmp_path: Path
+) -> None:
+    together(2, fail_in_one, tmp_path / "state", tiny_config, Gate(tmp_path / "gate"), fault)
+    assert first in (tmp_path / "told-0").read_text()
+    assert (tmp_path / "told-1").read_text().startswith(second)
+    assert newest(tmp_path / "state", tiny_config) == 1
+    assert names(tmp_path / "state") == ["step-000001"]
+
+
+def test_a_part_that_could_not_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        writer.write_part(tmp_path / "part" / "rank-0000.safetensors", [], [], {})
+    assert names(tmp_path / "part") == []
 
 
 def hold(folder: Path, held: Any) -> None:
@@ -213,10 +266,12 @@ def test_two_jobs_do_not_write_in_one_run_folder(tmp_path: Path, monkeypatch: py
     other = FORK.Process(target=hold, args=(tmp_path, held))
     other.start()
     held.wait()
-    with pytest.raises(LiaoyuanError, match=rf"is in use by process {other.pid} on \S+: stop it"):  # noqa: SIM117
-        with Checkpointer(tmp_path / "state"):
-            pass
-    other.kill()
-    other.join()
+    try:
+        with pytest.raises(LiaoyuanError, match=rf"is in use by process {other.pid} on \S+: stop it"):  # noqa: SIM117
+            with Checkpointer(tmp_path / "state"):
+                pass
+    finally:
+        other.kill()
+        other.join()
     with Checkpointer(tmp_path / "state"):
         pass

@@ -74,11 +74,17 @@ def tear_the_manifest(state: Path) -> None:
     (state / "state.json").write_text('{"step": 1')
 
 
+def change_the_manifest(state: Path) -> None:
+    text = (state / "state.json").read_text()
+    assert '"tokens": 200' in text
+    (state / "state.json").write_text(text.replace('"tokens": 200', '"tokens": 201'))
+
+
 def lose_the_shard(state: Path) -> None:
     (state / "rank-0000.safetensors").unlink()
 
 
-DAMAGES = [truncate, flip_a_bit, tear_the_manifest, lose_the_shard]
+DAMAGES = [truncate, flip_a_bit, tear_the_manifest, change_the_manifest, lose_the_shard]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
