@@ -75,8 +75,8 @@ def measure(allocator: str, threads: int, options: argparse.Namespace) -> dict[s
 
     torch.set_num_threads(threads)
     model, optimiser, step = training(options.tokens)
-    saving: list[float] = []
-    quiet: list[float] = []
+    saving: list[tuple[float, float]] = []
+    quiet: list[tuple[float, float]] = []
     blocked, written, between = [], [], []
     with tempfile.TemporaryDirectory(dir=options.folder) as name, Checkpointer(Path(name) / "state") as states:
         for number in range(options.rounds):
@@ -93,13 +93,15 @@ def measure(allocator: str, threads: int, options: argparse.Namespace) -> dict[s
             quiet += rest if number else []
             between.append(time.perf_counter() - start)
         size = sum(file.stat().st_size for file in Path(name).glob("state/step-*/*")) / 2
+    busy, idle = summary(saving), summary(quiet)
     return {
         "allocator": allocator,
         "threads": threads,
         "state_bytes": size,
-        "saving": summary(saving),
-        "quiet": summary(quiet),
-        "slowdown": statistics.median(saving) / statistics.median(quiet) - 1,
+        "saving": busy,
+        "quiet": idle,
+        "slowdown": busy["median"] / idle["median"] - 1,
+        "cpu_slowdown": busy["cpu_median"] / idle["cpu_median"] - 1,
         "first_blocked": blocked[0],
         "blocked": statistics.median(blocked[1:]),
         "blocked_share": sum(blocked[1:]) / sum(between[1:]),
@@ -115,7 +117,7 @@ def training(tokens: int) -> Any:
     from liaoyuan.data import Batch
     from liaoyuan.device import select_device
     from liaoyuan.models import Decoder, ModelConfig, initialise, packed_context
-    from liaoyuan.parallel import World
+    from liaoyuan.parallel import Program, World
     from liaoyuan.training.loop import TrainConfig, make_optimiser, take_step
 
     dtype = str(select_device("cpu").default_dtype).removeprefix("torch.")
@@ -126,22 +128,25 @@ def training(tokens: int) -> Any:
     data = torch.randint(config.vocab_size, (tokens + 1,), generator=torch.Generator().manual_seed(0))
     positions, context = packed_context([tokens])
     batch = Batch(data[:-1], positions, data[1:], torch.ones(tokens), context.boundaries)
-    return model, optimiser, lambda: take_step(model, optimiser, [batch], 1e-4, 1.0, World())
+    program = Program([model])
+    return model, optimiser, lambda: take_step(program, optimiser, [batch], 1e-4, 1.0, World())
 
 
-def timed(step: Any) -> float:
-    start = time.perf_counter()
+def timed(step: Any) -> tuple[float, float]:
+    """Return the seconds of a step, and its CPU seconds in this process."""
+    start, cpu = time.perf_counter(), time.process_time()
     step()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
-    ordered = sorted(seconds)
+def summary(steps: list[tuple[float, float]]) -> dict[str, float]:
+    ordered = sorted(seconds for seconds, _ in steps)
     return {
         "steps": len(ordered),
         "median": statistics.median(ordered),
         "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
         "mean": statistics.mean(ordered),
+        "cpu_median": statistics.median(cpu for _, cpu in steps),
     }
 
 
@@ -150,7 +155,8 @@ def show(row: dict[str, Any]) -> None:
     print(
         f"{row['threads']} threads  {row['allocator']:10}  {row['state_bytes'] / 1e6:4.0f} MB  "
         f"step saving {1e3 * saving['median']:5.0f} ms (p95 {1e3 * saving['p95']:5.0f})  "
-        f"quiet {1e3 * quiet['median']:5.0f} ms (p95 {1e3 * quiet['p95']:5.0f})  {row['slowdown']:+6.1%}  "
+        f"quiet {1e3 * quiet['median']:5.0f} ms (p95 {1e3 * quiet['p95']:5.0f})  "
+        f"{row['slowdown']:+6.1%}, CPU {row['cpu_slowdown']:+6.1%}  "
         f"blocked {1e3 * row['blocked']:4.0f} ms (first {1e3 * row['first_blocked']:4.0f}) "
         f"= {row['blocked_share']:.2%} of {row['between_saves']:.1f} s",
         flush=True,

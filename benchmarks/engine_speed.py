@@ -90,6 +90,7 @@ def config_of(name: str, dtype: str) -> ModelConfig:
         num_key_value_heads=key_value_heads,
         head_dim=hidden // heads,
         tie_word_embeddings=True,
+        qk_norm=True,
         dtype=dtype,
     )
 

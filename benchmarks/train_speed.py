@@ -174,6 +174,7 @@ def config_of(name: str, dtype: str) -> ModelConfig:
         num_key_value_heads=key_value_heads,
         head_dim=32 if name == "m1" else 64,
         tie_word_embeddings=True,
+        qk_norm=True,
         dtype=dtype,
     )
 

@@ -26,6 +26,7 @@ def tiny_config() -> ModelConfig:
         head_dim=16,
         max_position_embeddings=256,
         tie_word_embeddings=True,
+        qk_norm=True,
         eos_token_id=0,
     )
 

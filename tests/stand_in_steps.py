@@ -12,13 +12,12 @@ import stand_in_device
 from liaoyuan.device import list_devices, select_device
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.models import Decoder, ModelConfig, initialise, packed_context
+from liaoyuan.models.config import Experts
 from liaoyuan.training.optimiser import AdamW
 
-DENSE = ModelConfig("qwen3", 96, 32, 48, 2, 4, 2, 16, tie_word_embeddings=True)
+DENSE = ModelConfig("qwen3", 96, 32, 48, 2, 4, 2, 16, tie_word_embeddings=True, qk_norm=True)
 BF16 = ModelConfig("llama", 96, 32, 48, 2, 4, 2, 16, dtype="bfloat16")
-EXPERTS = ModelConfig(
-    "liaoyuan_moe", 96, 32, 48, 2, 4, 2, 16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
-)
+EXPERTS = ModelConfig("qwen3_moe", 96, 32, 48, 2, 4, 2, 16, qk_norm=True, experts=Experts(4, 2, 16))
 
 
 def losses(config: ModelConfig, device: torch.device) -> list[float]:

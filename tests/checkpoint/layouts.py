@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from liaoyuan.checkpoint.tensors import local_tensors, parameter_of
 from liaoyuan.checkpoint.training_state import load_state, save_state
 from liaoyuan.models import Decoder, ModelConfig
-from liaoyuan.parallel import World
+from liaoyuan.parallel import Program, World
 from liaoyuan.training import AdamW
 
 Cut = Callable[[str, Tensor], Tensor]  # (name of the parameter, whole tensor) -> this process's part
@@ -28,7 +28,7 @@ Cut = Callable[[str, Tensor], Tensor]  # (name of the parameter, whole tensor) -
 class Spread:
     """A model under a layout, its optimiser, and how the layout cuts."""
 
-    model: Decoder
+    model: Decoder | Program
     optimiser: Any
     cut: Cut
 

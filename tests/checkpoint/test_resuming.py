@@ -1,16 +1,14 @@
 """A training run goes on with another number of processes, and a stage of a pipeline has its own names only."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from torch import nn
 
 from liaoyuan.checkpoint.reading import read_manifest
 from liaoyuan.checkpoint.training_state import load_state, save_state
-from liaoyuan.models import Decoder, ModelConfig
-from liaoyuan.parallel import World
+from liaoyuan.models import ModelConfig
+from liaoyuan.parallel import Program, World
+from liaoyuan.parallel.pipeline import stage_of
 from liaoyuan.rundir import read_metrics
 from liaoyuan.training import AdamW, TrainConfig
 from tests.checkpoint.layouts import Spread, spread
@@ -38,30 +36,10 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert losses(tmp_path / "changed") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
 
 
-@dataclass
-class Stage:
-    """The layers of a model that one process of a pipeline has, under the names of the whole."""
-
-    whole: Decoder
-    rank: int
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.whole.config
-
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        own = f"layers.{self.rank}."
-        return [
-            (name, parameter)
-            for name, parameter in self.whole.named_parameters()
-            if name.startswith(own) or (self.rank == 1 and not name.startswith("layers."))
-        ]
-
-
 def stage(config: ModelConfig, rank: int) -> Spread:
     whole = spread("", config, World())
-    model: Any = Stage(whole.model, rank)
-    return Spread(model, AdamW(model.named_parameters()), whole.cut)
+    program = Program([stage_of(whole.model, rank, [range(1), range(1, 2)])])  # type: ignore[arg-type]
+    return Spread(program, AdamW(program.named_parameters()), whole.cut)
 
 
 def save_stage(world: World, folder: Path, config: ModelConfig) -> None:

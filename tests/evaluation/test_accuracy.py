@@ -41,9 +41,7 @@ def test_what_counts_as_right(tokenizer: Tokenizer) -> None:
 
 
 def test_measures_are_a_function_of_the_seed(tokenizer: Tokenizer) -> None:
-    config = ModelConfig(
-        "qwen3", tokenizer.vocab_size, 16, 32, 1, 2, 1, 8, max_position_embeddings=64, tie_word_embeddings=True
-    )
+    config = ModelConfig("qwen3", tokenizer.vocab_size, 16, 32, 1, 2, 1, 8, max_position_embeddings=64, qk_norm=True)
     engine = Engine(initialise(Decoder(config), 0).eval())
     problems = [PROBLEM, Problem("addition", "2+2=?", "4", "", 2, "x")]
     first, again = (completions_of(engine, tokenizer, problems, 3, 1.0, seed=5, max_tokens=9) for _ in range(2))

@@ -8,6 +8,7 @@ import torch
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Completion, Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.models import Decoder, ModelConfig, packed_context
+from liaoyuan.models.config import Experts
 from tests.conftest import randomised
 
 VOCABULARY = 96
@@ -217,9 +218,7 @@ def test_weights_may_change_between_calls(tiny_config: ModelConfig) -> None:
 
 
 def test_mixture_of_experts(tiny_config: ModelConfig) -> None:
-    config = dataclasses.replace(
-        tiny_config, model_type="liaoyuan_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
-    )
+    config = dataclasses.replace(tiny_config, model_type="qwen3_moe", experts=Experts(4, 2, 24))
     model = randomised(config, 3)
     asked = requests(10)
     for request, completion in zip(asked, Engine(model).generate(asked), strict=True):

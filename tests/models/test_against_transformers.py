@@ -22,6 +22,14 @@ COMMON = {
     "eos_token_id": None,
     "bos_token_id": None,
 }
+ORIGINAL, THETA = {"original_max_position_embeddings": 32}, {"rope_theta": 500.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+LATENT = {"kv_lora_rank": 24, "q_lora_rank": 40, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 20}
+DEEPSEEK = (
+    MOE | LATENT | {"num_key_value_heads": 4, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1}
+)
 CASES = {
     "llama": ("LlamaConfig", {}),
     "llama-tied-bias": (
@@ -29,10 +37,47 @@ CASES = {
         {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     ),
     "llama-one-head-group": ("LlamaConfig", {"num_key_value_heads": 4, "head_dim": 32, "rope_theta": 5e5}),
+    "llama-3.1": ("LlamaConfig", {"rope_parameters": LLAMA3 | ORIGINAL | THETA}),
+    "llama-linear": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "factor": 2.5} | THETA}),
+    "llama-yarn": ("LlamaConfig", {"rope_parameters": YARN | THETA}),
+    "llama-yarn-tuned": (
+        "LlamaConfig",
+        {"rope_parameters": YARN | THETA | {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3}},
+    ),
+    "mistral": ("MistralConfig", {"sliding_window": 11}),
+    "mistral-full": ("MistralConfig", {"sliding_window": None}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
     "qwen2": ("Qwen2Config", {}),
     "qwen2-tied": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen2-windows": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
     "qwen3-tied": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-yarn": ("Qwen3Config", {"head_dim": 32, "rope_parameters": YARN | THETA}),
+    "qwen3-moe": ("Qwen3MoeConfig", {"head_dim": 32, "num_experts": 6, "norm_topk_prob": True} | MOE),
+    "qwen3-moe-dense-layer": ("Qwen3MoeConfig", {"head_dim": 32, "num_experts": 6, "mlp_only_layers": [1]} | MOE),
+    "deepseek-v2": ("DeepseekV2Config", DEEPSEEK | {"routed_scaling_factor": 1.7}),
+    "deepseek-v2-lite": ("DeepseekV2Config", DEEPSEEK | {"q_lora_rank": None, "rms_norm_eps": 1e-4}),
+    "deepseek-v2-groups": (
+        "DeepseekV2Config",
+        DEEPSEEK | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    ),
+    "deepseek-v3": ("DeepseekV3Config", DEEPSEEK | {"n_group": 4, "topk_group": 2}),
+    "deepseek-v3-yarn": (
+        "DeepseekV3Config",
+        DEEPSEEK
+        | {"n_group": 1, "topk_group": 1, "attention_bias": True, "rope_interleave": False}
+        | {"rope_parameters": YARN | THETA | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+    ),
+    "glm": ("GlmConfig", {"head_dim": 16, "pad_token_id": 0, "attention_bias": True}),
+    "glm4": ("Glm4Config", {"head_dim": 16, "pad_token_id": 0}),
+    "glm4-moe": (
+        "Glm4MoeConfig",
+        MOE | {"head_dim": 16, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "use_qk_norm": True},
+    ),
+    "gpt-oss": (
+        "GptOssConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 9},
+    ),
 }
 
 
@@ -43,8 +88,11 @@ def theirs(request: pytest.FixtureRequest):
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**COMMON | extra))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
+            if "norm" in name or name.endswith(("bias", "sinks")):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.2)
     return model.eval()
 
 

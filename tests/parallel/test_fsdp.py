@@ -27,7 +27,7 @@ SETTINGS = TrainConfig(steps=6, warmup_steps=2, checkpoint_every=2, learning_rat
 
 def torchrun(folder: Path, config: ModelConfig, settings: TrainConfig) -> None:
     """Train as a user does."""
-    task = {"folder": str(folder), "settings": settings.model_dump(), "config": vars(config)}
+    task = {"folder": str(folder), "settings": settings.model_dump(), "config": config.to_dict()}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = ["-m", "tests.parallel.worker", json.dumps(task)]
     done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)

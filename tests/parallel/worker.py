@@ -10,8 +10,8 @@ import torch
 from liaoyuan.checkpoint import save_model
 from liaoyuan.data import Batch
 from liaoyuan.device import Device
-from liaoyuan.models import Decoder, ModelConfig, initialise
-from liaoyuan.parallel import World, full_weights, shard, start
+from liaoyuan.models import Decoder, ModelConfig, config_from_dict, initialise
+from liaoyuan.parallel import Layout, World, lay_out, start
 from liaoyuan.training import TrainConfig, train
 from tests.training.batches import invented_batches
 
@@ -25,11 +25,13 @@ def main(folder: Path, settings: TrainConfig, config: ModelConfig, world: World,
             os._exit(9)
         return whole(step)[world.rank :: world.size]
 
-    model = shard(initialise(Decoder(config), 0), world)
-    train(model, batches, settings, folder, world=world)
-    weights = dict(full_weights(model))
+    layout = Layout(fsdp=world.size)
+    world = world.arrange(layout)
+    program = lay_out(initialise(Decoder(config), 0), layout, world)
+    train(program, batches, settings, folder, world=world)
+    weights = dict(program.whole_tensors())
     if world.is_first:
-        save_model(model, folder / "model", state=weights)
+        save_model(config, folder / "model", state=weights)
     world.barrier()
 
 
@@ -40,7 +42,7 @@ if __name__ == "__main__":
     main(
         Path(task["folder"]),
         TrainConfig(**task["settings"]),
-        ModelConfig(**task["config"]),
+        config_from_dict(task["config"]),
         together,
         task.get("die_at"),
     )

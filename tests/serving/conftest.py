@@ -30,7 +30,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def model_folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random model, as training would have written it."""
-    config = ModelConfig("qwen3", tokenizer.vocab_size, 32, 64, 2, 4, 2, 8, max_position_embeddings=CONTEXT)
+    config = ModelConfig("qwen3", tokenizer.vocab_size, 32, 64, 2, 4, 2, 8, CONTEXT, qk_norm=True)
     tokenizer_folder, folder = (tmp_path_factory.mktemp(name) for name in ("tokenizer", "tiny"))
     tokenizer.save(tokenizer_folder)
     save_model(initialise(Decoder(config), 0), folder, tokenizer_folder)

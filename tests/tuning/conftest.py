@@ -34,6 +34,7 @@ def small_model(tokenizer: Tokenizer) -> Decoder:
         head_dim=16,
         max_position_embeddings=256,
         tie_word_embeddings=True,
+        qk_norm=True,
         eos_token_id=tokenizer.eos_ids[0],
     )
     return initialise(Decoder(config), seed=0).eval()

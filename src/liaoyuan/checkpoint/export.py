@@ -37,5 +37,5 @@ def _read(state: Path) -> tuple[int, Decoder]:
     with torch.device("meta"):
         model = Decoder(config_from_dict(manifest["model"], f"the checkpoint {state}"))
     model.to_empty(device="cpu")
-    read_tensors(state, manifest, {MODEL + name: weight.detach() for name, weight in model.named_parameters()})
+    read_tensors(state, manifest, {MODEL + name: tensor for name, tensor in model.state_dict().items()})
     return int(manifest["step"]), model

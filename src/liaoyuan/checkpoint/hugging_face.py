@@ -1,13 +1,12 @@
 """Hugging Face folders in and out: `config.json` and safetensors, nothing else is read and nothing is run.
 
-Our decoder merges projections that read the same input; `_Layout` says, for each of our tensors, which of
-theirs it is made of. Loading goes tensor by tensor, so no second copy of the weights is ever held.
+Our decoder merges projections that read the same input; each family's file says which of its tensors fill which of
+ours (`models/stored.py`). Loading goes tensor by tensor, so no second copy of the weights is ever held.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, ModelConfig, read_config, with_dtype
-from liaoyuan.models.config import MOE_FAMILY
+from liaoyuan.models.families import FAMILIES
 from liaoyuan.rundir import atomic_folder
 
 WEIGHTS = "model.safetensors"
@@ -29,15 +28,6 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "generation_config.json",
 )
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Their tensors that make up one of ours, and how: `join(theirs) -> ours`, `split(ours) -> theirs`."""
-
-    names: tuple[str, ...]
-    join: Callable[[list[Tensor]], Tensor]
-    split: Callable[[Tensor], list[Tensor]]
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
@@ -53,45 +43,56 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     with torch.device("meta"):
         model = Decoder(config)
     model.to_empty(device=device)
+    for buffer in model.buffers():
+        buffer.zero_()
     load_weights(model, folder)
     return model.eval()
 
 
 def load_weights(model: Decoder, folder: Path) -> None:
     """Copy the weights of `folder` into `model` (on any device, in any dtype); see `load_model`."""
-    with _Weights(folder) as weights:
-        _refuse_unknown(model.config, weights, folder)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                layout = _layout(name, model.config)
-                theirs = [weights.read(part) for part in layout.names]
-                ours = _joined(layout, theirs, name, folder)
-                if ours.shape != parameter.shape:
+    family = FAMILIES[model.config.model_type]
+    with _Weights(folder) as weights, torch.no_grad():
+        _refuse_unknown(model, weights, folder)
+        for name, ours in named_tensors(model):
+            for part in family.stored(name, ours, model.config):
+                theirs = weights.read(part.name)
+                if theirs.shape != part.shape:
                     raise LiaoyuanError(
-                        f"{folder}: {' + '.join(layout.names)} has shape {tuple(ours.shape)}, "
-                        f"but config.json asks for {tuple(parameter.shape)}."
+                        f"{folder}: {part.name} has shape {tuple(theirs.shape)}, "
+                        f"but config.json asks for {tuple(part.shape)}."
                     )
-                parameter.copy_(ours)
+                part.read(theirs)
+
+
+def named_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the tensor of all that a model folder holds: weights and persistent buffers."""
+    yield from model.state_dict().items()
 
 
 def save_model(
-    model: Decoder,
+    model: Decoder | ModelConfig,
     folder: Path,
     tokenizer_folder: Path | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the folder that `load_model` and transformers read, atomically: config, weights, tokenizer files.
 
-    `state` gives the whole weights by name where those of `model` are sharded.
+    `state` gives the whole weights and buffers by name where the model itself is not at hand.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, ours in state.items() if state is not None else model.named_parameters():
-        layout = _layout(name, model.config)
-        for part, value in zip(layout.names, layout.split(ours.detach().cpu()), strict=True):
-            tensors[part] = value.to(model.config.torch_dtype).contiguous()
+    config = model.config if isinstance(model, Decoder) else model
+    if state is None:
+        assert isinstance(model, Decoder)
+        state = dict(named_tensors(model))
+    family = FAMILIES[config.model_type]
+    stored = {
+        part.name: part.write().to(_stored_dtype(name, config)).contiguous()
+        for name, ours in state.items()
+        for part in family.stored(name, ours.detach().cpu(), config)
+    }
     with atomic_folder(folder) as target:
-        (target / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+        (target / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        save_file(stored, target / WEIGHTS, metadata={"format": "pt"})
         (target / WEIGHTS).chmod(0o644)
         for file in TOKENIZER_FILES if tokenizer_folder else ():
             if (tokenizer_folder / file).exists():  # type: ignore[operator]
@@ -145,20 +146,13 @@ def _open(path: Path):  # type: ignore[no-untyped-def]  # safe_open has no publi
         raise LiaoyuanError(f"The weight file {path} is truncated or corrupt ({error}); copy it again.") from error
 
 
-def _joined(layout: _Layout, theirs: list[Tensor], name: str, folder: Path) -> Tensor:
-    try:
-        return layout.join(theirs)
-    except RuntimeError as error:
-        shapes = ", ".join(f"{part} {tuple(x.shape)}" for part, x in zip(layout.names, theirs, strict=True))
-        raise LiaoyuanError(f"{folder}: the weights do not fit config.json at {name}: {shapes}.") from error
-
-
-def _refuse_unknown(config: ModelConfig, weights: _Weights, folder: Path) -> None:
-    with torch.device("meta"):
-        expected = {part for name, _ in Decoder(config).named_parameters() for part in _layout(name, config).names}
+def _refuse_unknown(model: Decoder, weights: _Weights, folder: Path) -> None:
+    config = model.config
+    family = FAMILIES[config.model_type]
+    expected = {part.name for name, ours in named_tensors(model) for part in family.stored(name, ours, config)}
     if config.tie_word_embeddings:
         expected.add("lm_head.weight")  # some writers repeat the tied table
-    unknown = [name for name in weights if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    unknown = [name for name in weights if name not in expected and not family.is_unused(name, config)]
     if unknown:
         raise LiaoyuanError(
             f"{folder}: the weights hold '{unknown[0]}'{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}, "
@@ -166,38 +160,6 @@ def _refuse_unknown(config: ModelConfig, weights: _Weights, folder: Path) -> Non
         )
 
 
-def _layout(name: str, config: ModelConfig) -> _Layout:
-    """Return where our tensor `name` lives in a Hugging Face folder."""
-    if name.startswith("lm_head."):
-        return _same(name)
-    theirs = f"model.{name}"
-    if ".qkv_proj." in name:
-        return _merged_attention(theirs, config)
-    if ".gate_up_proj" in name and config.model_type == MOE_FAMILY:
-        return _same(theirs)
-    if ".gate_up_proj." in name:
-        parts = tuple(theirs.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj"))
-        return _Layout(parts, lambda pair: torch.stack(pair, 1).flatten(0, 1), lambda x: [x[0::2], x[1::2]])
-    return _same(theirs)
-
-
-def _same(name: str) -> _Layout:
-    return _Layout((name,), lambda one: one[0], lambda x: [x])
-
-
-def _merged_attention(theirs: str, config: ModelConfig) -> _Layout:
-    heads, width = config.num_key_value_heads, config.head_dim
-    groups = config.num_attention_heads // heads
-    names = tuple(theirs.replace("qkv_proj", f"{part}_proj") for part in "qkv")
-
-    def join(parts: list[Tensor]) -> Tensor:
-        rest = parts[0].shape[1:]
-        sizes = (groups, 1, 1)
-        blocks = [x.reshape(heads, n * width, *rest) for x, n in zip(parts, sizes, strict=True)]
-        return torch.cat(blocks, 1).flatten(0, 1)
-
-    def split(x: Tensor) -> list[Tensor]:
-        blocks = x.unflatten(0, (heads, -1)).split([groups * width, width, width], 1)
-        return [block.flatten(0, 1) for block in blocks]
-
-    return _Layout(names, join, split)
+def _stored_dtype(name: str, config: ModelConfig) -> torch.dtype:
+    """Return the dtype of a tensor in a folder: a router's balancing bias stays fp32, as transformers keeps it."""
+    return torch.float32 if name.endswith("e_score_correction_bias") else config.torch_dtype

@@ -9,10 +9,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from liaoyuan.models import Decoder
-from liaoyuan.parallel import local
+from liaoyuan.parallel import Program, local
 
 MODEL, OPTIMISER = "model.", "optimiser."
 DTYPES = {  # as safetensors spells them
@@ -38,16 +39,32 @@ class Optimiser(Protocol):
     def load(self, state: Mapping[str, Tensor]) -> None: ...
 
 
-def local_tensors(model: Decoder, optimiser: Optimiser) -> dict[str, Tensor]:
-    """Return all that this process holds of the state, by name, without copies."""
-    tensors = {MODEL + name: local(parameter.detach()) for name, parameter in model.named_parameters()}
+def local_tensors(model: Decoder | Program, optimiser: Optimiser) -> dict[str, Tensor]:
+    """Return all that this process holds of the state, by name, without copies: weights, buffers, moments."""
+    _reshard(model)
+    tensors = {MODEL + name: local(tensor) for name, tensor in _named(model).items()}
     return tensors | {OPTIMISER + name: value for name, value in optimiser.state().items()}
 
 
-def whole_tensors(model: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def whole_tensors(model: Decoder | Program, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `tensors` (of `local_tensors`) with the sharded ones as DTensors, which know their place in the whole."""
-    parameters = dict(model.named_parameters())
-    return {name: _placed(value, parameters[parameter_of(name)]) for name, value in tensors.items()}
+    named = _named(model)
+    return {name: _placed(value, named[parameter_of(name)]) for name, value in tensors.items()}
+
+
+def _named(model: Decoder | Program) -> dict[str, Tensor]:
+    """Return weights and persistent buffers."""
+    return dict(model.named_tensors() if isinstance(model, Program) else model.state_dict())
+
+
+def _reshard(model: Decoder | Program) -> None:
+    """Put gathered weights back: FSDP leaves some whole after a forward pass that no backward pass follows."""
+    roots: list[nn.Module] = [model] if isinstance(model, Decoder) else [*model.models]
+    if isinstance(model, Program) and model.pipeline:
+        roots += model.pipeline.stages
+    for module in (module for root in roots for module in root.modules()):
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def parameter_of(name: str) -> str:
@@ -57,7 +74,7 @@ def parameter_of(name: str) -> str:
     return name.removeprefix(OPTIMISER).rpartition(".")[0]
 
 
-def _placed(value: Tensor, parameter: nn.Parameter) -> Tensor:
+def _placed(value: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor) or value.ndim == 0:
         return value
     return DTensor.from_local(

@@ -30,7 +30,7 @@ from liaoyuan.checkpoint.writer import TEMPORARY, Durable, state_name, states, s
 from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder
-from liaoyuan.parallel import World
+from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import Lock, disk_errors, sweep
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class CheckpointConfig(Config):
 def save_state(
     folder: Path,
     step: int,
-    model: Decoder,
+    model: Decoder | Program,
     optimiser: Optimiser,
     extra: dict[str, Any] | None = None,
     world: World | None = None,
@@ -67,7 +67,7 @@ def save_state(
 
 
 def load_state(
-    folder: Path, model: Decoder, optimiser: Optimiser, world: World | None = None
+    folder: Path, model: Decoder | Program, optimiser: Optimiser, world: World | None = None
 ) -> tuple[int, dict[str, Any]] | None:
     """Load the newest whole state; see `Checkpointer.load`."""
     return Checkpointer(folder, world, CheckpointConfig(asynchronous=False)).load(model, optimiser)
@@ -124,7 +124,7 @@ class Checkpointer:
         return self._way is not None and self._way.is_busy
 
     def after_step(
-        self, step: int, model: Decoder, optimiser: Optimiser, extra: dict[str, Any], durable: bool = False
+        self, step: int, model: Decoder | Program, optimiser: Optimiser, extra: dict[str, Any], durable: bool = False
     ) -> None:
         """Save what is due: a durable state if asked for, one of the local tier every `local_every` steps.
 
@@ -136,7 +136,9 @@ class Checkpointer:
         if durable or (local and not is_busy):
             self._save(step, model, optimiser, extra, durable, local)
 
-    def save(self, step: int, model: Decoder, optimiser: Optimiser, extra: dict[str, Any] | None = None) -> None:
+    def save(
+        self, step: int, model: Decoder | Program, optimiser: Optimiser, extra: dict[str, Any] | None = None
+    ) -> None:
         """Save a durable state; returns as soon as the state is copied if this is asynchronous.
 
         Raises:
@@ -149,7 +151,7 @@ class Checkpointer:
         if self._way:
             self._way.wait()
 
-    def load(self, model: Decoder, optimiser: Optimiser) -> tuple[int, dict[str, Any]] | None:
+    def load(self, model: Decoder | Program, optimiser: Optimiser) -> tuple[int, dict[str, Any]] | None:
         """Load the newest whole state of either tier; return its step and `extra`, or None if there is none.
 
         A damaged state is passed over with a warning; the one before it is taken.
@@ -176,7 +178,13 @@ class Checkpointer:
         return None
 
     def _save(
-        self, step: int, model: Decoder, optimiser: Optimiser, extra: dict[str, Any], durable: bool, local: bool
+        self,
+        step: int,
+        model: Decoder | Program,
+        optimiser: Optimiser,
+        extra: dict[str, Any],
+        durable: bool,
+        local: bool,
     ) -> None:
         start = time.perf_counter()
         tensors = local_tensors(model, optimiser)
@@ -195,7 +203,7 @@ class Checkpointer:
         )
         self.blocked_seconds += time.perf_counter() - start
 
-    def _prepared(self, model: Decoder, tensors: Mapping[str, Tensor]) -> Way:
+    def _prepared(self, model: Decoder | Program, tensors: Mapping[str, Tensor]) -> Way:
         """Return the way to the disk for `tensors`; it is made at the first save and when the state has changed."""
         plan = self._plan_for(model, tensors)
         if self._way is None:
@@ -204,7 +212,7 @@ class Checkpointer:
             self._way = Beside(plan, self._folder) if self._config.asynchronous else Direct(plan, self._world)
         return self._way
 
-    def _plan_for(self, model: Decoder, tensors: Mapping[str, Tensor]) -> PartPlan:
+    def _plan_for(self, model: Decoder | Program, tensors: Mapping[str, Tensor]) -> PartPlan:
         if self._plan is None or not self._plan.fits(tensors):
             if self._way:
                 self._way.wait()
@@ -237,7 +245,7 @@ class Checkpointer:
         return [(tier, step) for tier, step in json.loads(self._world.broadcast(json.dumps(found)))]
 
     def _load_durable(
-        self, step: int, model: Decoder, optimiser: Optimiser, tensors: dict[str, Tensor]
+        self, step: int, model: Decoder | Program, optimiser: Optimiser, tensors: dict[str, Tensor]
     ) -> dict[str, Any] | None:
         """Return the `extra` of a state and fill `tensors` from it, or None if it is damaged."""
         path = self._folder / state_name(step)
@@ -267,7 +275,7 @@ class Checkpointer:
         return not damaged
 
     def _load_local(
-        self, step: int, model: Decoder, optimiser: Optimiser, tensors: dict[str, Tensor]
+        self, step: int, model: Decoder | Program, optimiser: Optimiser, tensors: dict[str, Tensor]
     ) -> dict[str, Any] | None:
         """Return the `extra` of a state of the local tier, or None if any process lacks it or has another layout."""
         assert self._local
@@ -283,7 +291,7 @@ class Checkpointer:
         return about["extra"]
 
 
-def _identity(model: Decoder, optimiser: Optimiser) -> dict[str, Any]:
+def _identity(model: Decoder | Program, optimiser: Optimiser) -> dict[str, Any]:
     identity = {"model": model.config.to_dict(), "optimiser": optimiser.describe()}
     plain: dict[str, Any] = json.loads(json.dumps(identity))  # as it will be read back
     return plain

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from liaoyuan.models import ModelConfig
+from liaoyuan.models import ModelConfig, Pattern
 from liaoyuan.ops import paged_attention, write_cache
 
 
@@ -40,7 +41,10 @@ class BlockPool:
 
 
 class KeyValueCache:
-    """The memory: `keys[layer]` and `values[layer]` are [num_blocks, block_size, Hk, D] in the model's dtype."""
+    """The memory: `keys[layer]` and `values[layer]` are [num_blocks, block_size, Hk, D] in the model's dtype.
+
+    Values of fewer dimensions than keys (latent attention) are filled up with zeros.
+    """
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, device: torch.device) -> None:
         shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
@@ -69,7 +73,11 @@ class PagedContext:
     query_starts: Tensor
     lengths: Tensor
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
+        width = value.shape[2]
+        if width < key.shape[2]:
+            value = F.pad(value, (0, key.shape[2] - width))
         write_cache(key, value, keys, values, self.slots)
-        return paged_attention(query, keys, values, self.block_tables, self.query_starts, self.lengths, scale)
+        places = (self.block_tables, self.query_starts, self.lengths)
+        return paged_attention(query, keys, values, *places, pattern.scale, pattern.window, pattern.sinks)[..., :width]

@@ -1,10 +1,11 @@
 """One model code for training and inference; knows nothing of distribution.
 
 A `Decoder` is described by a Hugging Face `config.json` and takes flat batches with an attention context.
+`families/` knows how each family writes its config and weights.
 """
 
 from liaoyuan.models.config import ModelConfig, config_from_dict, read_config, with_dtype
-from liaoyuan.models.context import AttentionContext, PackedContext, packed_context
+from liaoyuan.models.context import AttentionContext, PackedContext, Pattern, packed_context
 from liaoyuan.models.decoder import Decoder, initialise
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Decoder",
     "ModelConfig",
     "PackedContext",
+    "Pattern",
     "config_from_dict",
     "initialise",
     "packed_context",

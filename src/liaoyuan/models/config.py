@@ -1,22 +1,73 @@
-"""The model's config is the Hugging Face `config.json`: read it, check it, write it."""
+"""What a decoder is made of. The model's config is the Hugging Face `config.json`; `families/` translates each
+family's own words to and from these, so that the decoder itself knows features and no families.
+"""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from liaoyuan.errors import LiaoyuanError, nearest
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.models.rotary import PLAIN_ROTARY, Rotary
 
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-MOE_FAMILY = "liaoyuan_moe"  # a Qwen3 decoder whose feed-forward layers are experts; ours until its family comes
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, sec. 2.1).
+
+    Keys and values come from a latent of `kv_lora_rank`, queries from one of `q_lora_rank` (None: directly). A head's
+    key has `qk_nope_head_dim` dimensions of its own and `qk_rope_head_dim` rotated ones that all heads share.
+    """
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    bias: bool = False  # of the projections to the latents
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the feed-forward layers, dropless.
+
+    scoring: "softmax" over all experts, or "sigmoid" of each with a balancing bias that only takes part in the choice
+    (DeepSeek-AI 2024, arXiv 2412.19437, sec. 2.1.2). With `n_group` > 1 the experts of the best `topk_group` groups
+    alone can be chosen; a group's score is the sum of its best `group_best` experts.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool = True
+    scoring: str = "softmax"
+    n_group: int = 1
+    topk_group: int = 1
+    group_best: int = 1
+    routed_scaling_factor: float = 1.0
+    shared_intermediate_size: int = 0  # of the expert that every token passes (0: none)
+    dense_layers: tuple[int, ...] = ()  # that have an ordinary feed-forward layer instead
+    bias: bool = False  # of router and experts
+    swiglu_limit: float = 0.0  # gpt-oss: clamp of the gate and its shifted SwiGLU (0: plain SwiGLU)
+    swiglu_alpha: float = 1.702
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What `config.json` says of a decoder, under Hugging Face's names; `dtype` is a key of `DTYPES`."""
+    """A decoder, under Hugging Face's names where they agree; `dtype` is a key of `DTYPES`.
+
+    `head_dim` is that of queries and keys. `model_type` says in which words it is written; all else is features.
+    """
 
     model_type: str
     vocab_size: int
@@ -28,70 +79,99 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    rotary: Rotary = PLAIN_ROTARY
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False  # a norm also after attention and feed-forward layer (GLM-4)
+    sliding_window: int | None = None  # tokens that a token of a sliding layer sees, itself included
+    full_layers: tuple[int, ...] = ()  # that see everything although there is a sliding window
+    attention_sinks: bool = False  # a learned score per head that takes part in the softmax (gpt-oss)
+    latent: Latent | None = None
+    experts: Experts | None = None
     initializer_range: float = 0.02
     dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_id: int | None = None
-    num_experts: int = 0
-    num_experts_per_tok: int = 0
-    moe_intermediate_size: int = 0
-    norm_topk_prob: bool = True
-
-    @property
-    def qk_norm(self) -> bool:
-        return self.model_type in ("qwen3", MOE_FAMILY)
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.attention_bias or self.model_type == "qwen2"
-
-    @property
-    def output_bias(self) -> bool:
-        return self.attention_bias and self.model_type != "qwen2"
+    pad_token_id: int | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
+    @property
+    def value_head_dim(self) -> int:
+        return self.latent.v_head_dim if self.latent else self.head_dim
+
+    def window(self, layer: int) -> int | None:
+        """Return how many tokens a token of this layer sees, itself included (None: all before it)."""
+        return None if layer in self.full_layers else self.sliding_window
+
+    def is_sparse(self, layer: int) -> bool:
+        """Return whether the layer's feed-forward part is a mixture of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
     def num_parameters(self, embedding: bool = True) -> int:
         """Return the number of weights (without the token embedding and head if `embedding` is False)."""
-        head_width = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
-        attention = self.hidden_size * (head_width + self.num_attention_heads * self.head_dim)
-        feed_forward = 3 * self.hidden_size * self.intermediate_size
-        if self.num_experts:
-            feed_forward = self.hidden_size * self.num_experts * (3 * self.moe_intermediate_size + 1)
-        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
-        biases = (head_width if self.qkv_bias else 0) + (self.hidden_size if self.output_bias else 0)
-        layers = self.num_hidden_layers * (attention + feed_forward + norms + biases) + self.hidden_size
+        layers = sum(self._attention() + self._feed_forward(n) + self._norms() for n in range(self.num_hidden_layers))
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return layers + (tables if embedding else 0)
+        return layers + self.hidden_size + (tables if embedding else 0)
 
     def flops_per_token(self, context: float) -> float:
         """Return the FLOPs of one token's forward pass that attends to `context` tokens on average.
 
-        Two per weight and product (embedding look-up is free), and 4 * context * Hq * D per layer of attention:
-        the usual model-FLOPs count (Chowdhery et al. 2022, arXiv 2204.02311, app. B). Training costs three times it.
+        Two per weight and product (embedding look-up is free), and 2 * context * Hq * (D of keys + D of values) per
+        layer of attention: the usual model-FLOPs count (Chowdhery et al. 2022, arXiv 2204.02311, app. B). Experts
+        that a token does not reach are not counted. Training costs three times it.
         """
+        layers = range(self.num_hidden_layers)
         weights = self.num_parameters(embedding=False) + self.vocab_size * self.hidden_size
-        if self.num_experts:
-            idle = self.num_experts - self.num_experts_per_tok
-            weights -= self.num_hidden_layers * idle * 3 * self.hidden_size * self.moe_intermediate_size
-        heads = self.num_attention_heads * self.head_dim
-        return 2.0 * weights + 4.0 * context * heads * self.num_hidden_layers
+        if self.experts:
+            idle = self.experts.num_experts - self.experts.num_experts_per_tok
+            weights -= sum(map(self.is_sparse, layers)) * idle * self._expert()
+        seen = sum(min(context, self.window(layer) or context) for layer in layers)
+        return 2.0 * weights + 2.0 * seen * self.num_attention_heads * (self.head_dim + self.value_head_dim)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of `config.json` that transformers reads."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        values["architectures"] = [FAMILIES.get(self.model_type, "LiaoyuanMoeForCausalLM")]
-        values["hidden_act"] = "silu"
-        if not self.num_experts:
-            for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"):
-                del values[name]
-        return values
+        from liaoyuan.models.families import FAMILIES  # they are built of what this file defines
+
+        return FAMILIES[self.model_type].write(self)
+
+    def _attention(self) -> int:
+        hidden, heads = self.hidden_size, self.num_attention_heads
+        output = hidden * (heads * self.value_head_dim + self.output_bias)
+        if self.latent:
+            return self._latent_attention(self.latent) + output
+        width = (heads + 2 * self.num_key_value_heads) * self.head_dim
+        extra = (2 * self.head_dim if self.qk_norm else 0) + (heads if self.attention_sinks else 0)
+        return width * (hidden + self.qkv_bias) + output + extra
+
+    def _latent_attention(self, latent: Latent) -> int:
+        heads, query, key = self.num_attention_heads, latent.q_lora_rank, latent.kv_lora_rank
+        count = (self.hidden_size + latent.bias) * (key + latent.qk_rope_head_dim) + key
+        count += key * heads * (latent.qk_nope_head_dim + latent.v_head_dim)
+        if query is None:
+            return count + self.hidden_size * heads * self.head_dim
+        return count + (self.hidden_size + latent.bias + 1) * query + query * heads * self.head_dim
+
+    def _feed_forward(self, layer: int) -> int:
+        if not self.is_sparse(layer) or self.experts is None:
+            width = self.intermediate_size
+            return 3 * self.hidden_size * width + (2 * width + self.hidden_size if self.mlp_bias else 0)
+        e = self.experts
+        router = e.num_experts * (self.hidden_size + e.bias)
+        return router + e.num_experts * self._expert() + 3 * self.hidden_size * e.shared_intermediate_size
+
+    def _expert(self) -> int:
+        assert self.experts is not None
+        width = self.experts.moe_intermediate_size
+        return 3 * self.hidden_size * width + (2 * width + self.hidden_size if self.experts.bias else 0)
+
+    def _norms(self) -> int:
+        return (4 if self.post_norms else 2) * self.hidden_size
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -110,55 +190,13 @@ def read_config(folder: Path) -> ModelConfig:
     return config_from_dict(values, str(path))
 
 
-def config_from_dict(values: dict[str, Any], where: str = "config.json") -> ModelConfig:
+def config_from_dict(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """Check the contents of a `config.json` and return them as a `ModelConfig`; see `read_config`."""
-    family = values.get("model_type")
-    known = [*FAMILIES, MOE_FAMILY]
-    if family not in known:
-        hint = nearest(str(family), known)
-        raise LiaoyuanError(f"{where}: model_type '{family}' is not supported ({', '.join(known)} are){hint}")
-    _refuse_unsupported(values, where)
-    rope = values.get("rope_parameters") or {}
-    chosen = {name: values[name] for name in ModelConfig.__dataclass_fields__ if values.get(name) is not None}
-    heads = values["num_attention_heads"]
-    chosen.setdefault("num_key_value_heads", heads)
-    chosen.setdefault("head_dim", values["hidden_size"] // heads)
-    chosen.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-    chosen.setdefault("dtype", values.get("torch_dtype") or "float32")
-    chosen["eos_token_id"] = _first(values.get("eos_token_id"))
-    chosen["bos_token_id"] = _first(values.get("bos_token_id"))
-    config = ModelConfig(**chosen)
-    if config.dtype not in DTYPES:
-        raise LiaoyuanError(f"{where}: dtype '{config.dtype}' is not one of {', '.join(DTYPES)}.")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise LiaoyuanError(f"{where}: num_key_value_heads must divide num_attention_heads.")
-    return config
+    from liaoyuan.models.families import family_of  # they are built of what this file defines
+
+    return family_of(values, where).read(values, where)
 
 
 def with_dtype(config: ModelConfig, dtype: torch.dtype) -> ModelConfig:
     """Return the config with another dtype of the weights."""
     return replace(config, dtype=next(name for name, value in DTYPES.items() if value == dtype))
-
-
-def _refuse_unsupported(values: dict[str, Any], where: str) -> None:
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    ):
-        if not isinstance(values.get(name), int) or values[name] < 1:
-            raise LiaoyuanError(f"{where}: '{name}' must be a whole number above 0 (it is {values.get(name)!r}).")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise LiaoyuanError(f"{where}: rotary scaling '{kind}' is not supported yet.")
-    if values.get("use_sliding_window"):
-        raise LiaoyuanError(f"{where}: sliding-window attention is not supported yet.")
-    if values.get("hidden_act", "silu") != "silu":
-        raise LiaoyuanError(f"{where}: hidden_act '{values['hidden_act']}' is not supported (silu is).")
-
-
-def _first(value: int | list[int] | None) -> int | None:
-    return value[0] if isinstance(value, list) else value

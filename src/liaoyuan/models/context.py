@@ -1,6 +1,7 @@
 """Which tokens see which: the model asks its attention context, and knows no other difference between uses.
 
-Training, scoring and prefill of whole prompts use `PackedContext`; the engine brings its own over a paged cache.
+Training, scoring and prefill of whole prompts use `PackedContext`; the engine brings its own over a paged cache,
+context parallelism its own over several processes.
 """
 
 from collections.abc import Sequence
@@ -13,11 +14,24 @@ from torch import Tensor
 from liaoyuan.ops import attention
 
 
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """How a layer attends, whatever the context.
+
+    scale: factor of the scores. window: a token sees so many tokens, itself included (None: all before it).
+    sinks: [Hq] scores of a token that everybody sees and that has no value, or None.
+    """
+
+    scale: float
+    window: int | None = None
+    sinks: Tensor | None = None
+
+
 class AttentionContext(Protocol):
     """What the attention layer of a decoder asks."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Return the attention output [N, Hq, D] of layer `layer`; query [N, Hq, D], key and value [N, Hk, D]."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
+        """Return a layer's attention output [N, Hq, Dv] for query [N, Hq, D], key [N, Hk, D] and value [N, Hk, Dv]."""
         ...
 
 
@@ -30,8 +44,8 @@ class PackedContext:
 
     boundaries: Tensor
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return attention(query, key, value, self.boundaries, scale)
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
+        return attention(query, key, value, self.boundaries, pattern.scale, pattern.window, pattern.sinks)
 
 
 def packed_context(lengths: Sequence[int], device: torch.device | None = None) -> tuple[Tensor, PackedContext]:

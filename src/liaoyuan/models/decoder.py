@@ -1,4 +1,4 @@
-"""The decoder: one model code for training, scoring, prefill and decode (Llama, Qwen2, Qwen3 and a mixture of experts).
+"""The decoder: one model code for training, scoring, prefill and decode, for every family.
 
 A batch is flat: `tokens[N]`, `positions[N]` and an attention context that says which tokens see which.
 Projections that read the same input are one matrix: `qkv_proj` holds for each key-value head its query heads,
@@ -7,83 +7,20 @@ shard of either.
 """
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from liaoyuan.models.attention import attention_layer
 from liaoyuan.models.config import ModelConfig
 from liaoyuan.models.context import AttentionContext
 from liaoyuan.models.experts import MixtureOfExperts
-from liaoyuan.ops import add_rms_norm, linear, rms_norm, split_rotary, swiglu, token_log_prob
+from liaoyuan.models.layers import FeedForward, Linear, RMSNorm
+from liaoyuan.models.rotary import rotary_angles
+from liaoyuan.ops import linear, token_log_prob
 
-
-class RMSNorm(nn.Module):
-    """The weight of a normalisation; the layers pass it to the operator that they need."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-    def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `(residual + x, norm(residual + x))`."""
-        return add_rms_norm(residual, x, self.weight, self.eps)
-
-
-class Linear(nn.Linear):
-    """A projection by the operator of this package."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with rotary embedding and optional QK-norm."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.layer, self.head_dim, self.eps = layer, config.head_dim, config.rms_norm_eps
-        self.num_key_value_heads = config.num_key_value_heads
-        self.scale = 1.0 / math.sqrt(config.head_dim)
-        heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        self.qkv_proj = Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
-        width = config.num_attention_heads * config.head_dim
-        self.o_proj = Linear(width, config.hidden_size, bias=config.output_bias)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.qk_norm = config.qk_norm
-
-    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, context: AttentionContext) -> Tensor:
-        """x [N, H], cosine and sine [N, D / 2] -> [N, H]."""
-        query_norm = self.q_norm.weight if self.qk_norm else None
-        key_norm = self.k_norm.weight if self.qk_norm else None
-        query, key, value = split_rotary(
-            self.qkv_proj(x),
-            cosine,
-            sine,
-            self.num_key_value_heads,
-            self.head_dim,
-            query_norm,
-            key_norm,
-            self.eps,
-        )
-        return self.o_proj(context.attend(self.layer, query, key, value, self.scale).flatten(1))
-
-
-class FeedForward(nn.Module):
-    """SwiGLU feed-forward layer."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, H] -> [N, H]."""
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [N, H], head [V, H], targets [N] -> fp32 [N]
 
 
 class Layer(nn.Module):
@@ -91,10 +28,17 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, index)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp: nn.Module = MixtureOfExperts(config) if config.num_experts else FeedForward(config)
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.self_attn = attention_layer(config, index)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.mlp: nn.Module = FeedForward(hidden, config.intermediate_size, config.mlp_bias)
+        if config.experts and config.is_sparse(index):
+            self.mlp = MixtureOfExperts(config, config.experts)
+        self.post_norms = config.post_norms
+        if config.post_norms:
+            self.post_self_attn_layernorm = RMSNorm(hidden, eps)
+            self.post_mlp_layernorm = RMSNorm(hidden, eps)
 
     def forward(
         self, residual: Tensor, x: Tensor | None, cosine: Tensor, sine: Tensor, context: AttentionContext
@@ -103,12 +47,17 @@ class Layer(nn.Module):
         norm = self.input_layernorm
         residual, x = norm.add(residual, x) if x is not None else (residual, norm(residual))
         x = self.self_attn(x, cosine, sine, context)
+        if self.post_norms:
+            x = self.post_self_attn_layernorm(x)
         residual, x = self.post_attention_layernorm.add(residual, x)
-        return residual, self.mlp(x)
+        x = self.mlp(x)
+        return residual, self.post_mlp_layernorm(x) if self.post_norms else x
 
 
 class Decoder(nn.Module):
-    """A decoder-only language model; weights are uninitialised until `initialise` or a load."""
+    """A decoder-only language model, or the `layers` of one stage of it; weights are uninitialised until
+    `initialise` or a load.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -118,7 +67,9 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.to(config.torch_dtype)
+        self.score: Score = token_log_prob  # tensor parallelism supplies another one
+        for parameter in self.parameters():  # not the buffers: routers count and balance in fp32
+            parameter.data = parameter.data.to(config.torch_dtype)
 
     @property
     def head_weight(self) -> Tensor:
@@ -141,24 +92,33 @@ class Decoder(nn.Module):
             targets: int64 [N], the token to score after each token; gives fp32 [N].
             rows: int64 [R], the rows whose logits are wanted (all if None); gives [R, V] in the model's dtype.
         """
-        cosine, sine = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        residual, x = self.embed_tokens(tokens), None
-        for layer in self.layers:
-            residual, x = layer(residual, x, cosine, sine, context)
-        assert x is not None
+        residual, x = self.run_layers(self.embed_tokens(tokens), positions, context)
         if targets is None and rows is not None:
             residual, x = residual[rows], x[rows]
         _, hidden = self.norm.add(residual, x)
         if targets is not None:
-            return token_log_prob(hidden, self.head_weight, targets)
+            return self.score(hidden, self.head_weight, targets)
         return linear(hidden, self.head_weight)
 
+    def run_layers(self, residual: Tensor, positions: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """Pass the layers of this stage: residual stream [N, H] -> the stream and the last addend to it."""
+        cosine, sine = self.angles(positions)
+        x = None
+        for layer in self.layers:
+            residual, x = layer(residual, x, cosine, sine, context)
+        assert x is not None
+        return residual, x
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine, fp32 [N, D / 2], of the rotary angles of positions [N]."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.float()[:, None] * (1.0 / theta**exponent)
-    return angles.cos(), angles.sin()
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine, fp32 [N, D / 2], of the rotated dimensions at these positions."""
+        latent = self.config.latent
+        return rotary_angles(positions, self.config.rotary, latent.qk_rope_head_dim if latent else self.config.head_dim)
+
+    def routers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the name and the router of each mixture of experts."""
+        for name, module in self.named_modules():
+            if isinstance(module, MixtureOfExperts):
+                yield f"{name}.gate", module.gate
 
 
 def initialise(model: Decoder, seed: int) -> Decoder:
@@ -173,10 +133,12 @@ def initialise(model: Decoder, seed: int) -> Decoder:
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "sinks")):
                 parameter.zero_()
             else:
                 scale = residual_scale if "o_proj" in name or "down_proj" in name else 1.0
                 noise = torch.randn(parameter.shape, generator=generator) * deviation * scale
                 parameter.copy_(noise)
+        for buffer in model.buffers():
+            buffer.zero_()
     return model

@@ -1,32 +1,31 @@
-"""The mixture-of-experts layer: softmax top-k router, dropless.
+"""The mixture-of-experts layer: router, experts, dropless dispatch.
 
-Shazeer et al. 2017 (arXiv 1701.06538); routing as in Qwen3-MoE: softmax over all experts, the k best, their
-weights renormalised if `norm_topk_prob`. Every token reaches all of its k experts (no capacity limit).
+Shazeer et al. 2017 (arXiv 1701.06538). Every token reaches all of its k experts (no capacity limit). Routing: softmax
+over all experts and the k best of them (Qwen3-MoE, Mixtral, gpt-oss), or DeepSeek's with sigmoid scores, groups and a
+balancing bias; see `Experts` in `config.py`.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from liaoyuan.models.config import ModelConfig
-from liaoyuan.ops import swiglu
+from liaoyuan.models.config import Experts, ModelConfig
+from liaoyuan.models.layers import FeedForward
+from liaoyuan.ops import swiglu, wide
 
-
-class ExpertWeights(Protocol):
-    """Computes one group of rows with one expert: rows [R, H], expert index -> [R, H]."""
-
-    def __call__(self, rows: Tensor, expert: int) -> Tensor: ...
+GroupedExperts = Callable[[Tensor, list[int]], Tensor]  # rows sorted by expert [R, H], rows of each -> [R, H]
 
 
 class Dispatch(Protocol):
     """Sends tokens to experts and brings the weighted results back; expert parallelism supplies another one."""
 
-    def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor, experts: ExpertWeights, count: int) -> Tensor: ...
+    def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor, experts: GroupedExperts, count: int) -> Tensor: ...
 
 
-def local_dispatch(x: Tensor, chosen: Tensor, weights: Tensor, experts: ExpertWeights, count: int) -> Tensor:
-    """Compute all experts in this process: x [N, H], chosen int64 [N, K], weights [N, K] -> [N, H].
+def local_dispatch(x: Tensor, chosen: Tensor, weights: Tensor, experts: GroupedExperts, count: int) -> Tensor:
+    """Compute all `count` experts in this process: x [N, H], chosen int64 [N, K], weights [N, K] -> [N, H].
 
     Rows are sorted by expert once, so each expert sees one contiguous group.
     """
@@ -34,31 +33,105 @@ def local_dispatch(x: Tensor, chosen: Tensor, weights: Tensor, experts: ExpertWe
     order = flat.argsort(stable=True)
     token = order // chosen.shape[1]
     sizes = torch.bincount(flat, minlength=count).tolist()
-    groups = x[token].split(sizes)
-    results = [experts(rows, expert) for expert, rows in enumerate(groups) if rows.shape[0]]
-    weighted = torch.cat(results) * weights.flatten()[order, None]
+    weighted = experts(x[token], sizes) * weights.flatten()[order, None]
     return torch.zeros_like(x).index_add(0, token, weighted.to(x.dtype))
 
 
-class MixtureOfExperts(nn.Module):
-    """Feed-forward layer of `num_experts` SwiGLU experts, `num_experts_per_tok` of them per token."""
+class Router(nn.Module):
+    """Chooses each token's experts.
 
-    def __init__(self, config: ModelConfig) -> None:
+    `load` counts, while training, how many tokens each expert got since it was last set to zero;
+    `e_score_correction_bias` [E] raises the choice, not the weight, of experts that get too few (sigmoid scores only).
+    """
+
+    load: Tensor
+    e_score_correction_bias: Tensor
+
+    def __init__(self, hidden_size: int, experts: Experts) -> None:
         super().__init__()
-        experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.top_k, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
-        self.router = nn.Linear(hidden, experts, bias=False)
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
-        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.experts, self.counts = experts, True  # counts: not while activations are computed again
+        self.weight = nn.Parameter(torch.empty(experts.num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(experts.num_experts)) if experts.bias else None
+        self.register_buffer("load", torch.zeros(experts.num_experts), persistent=False)
+        if experts.scoring == "sigmoid":
+            self.register_buffer("e_score_correction_bias", torch.zeros(experts.num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, H] -> weights fp32 [N, K] and chosen experts int64 [N, K]."""
+        e = self.experts
+        bias = None if self.bias is None else wide(self.bias)
+        logits = nn.functional.linear(wide(x), wide(self.weight), bias)
+        scores = logits.softmax(-1) if e.scoring == "softmax" else logits.sigmoid()
+        chosen = self._choose(scores.detach())
+        weights = scores.gather(1, chosen)
+        if e.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        if self.training and self.counts:
+            with torch.no_grad():
+                self.load += torch.bincount(chosen.flatten(), minlength=e.num_experts)
+        return weights * e.routed_scaling_factor, chosen
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        e = self.experts
+        if e.scoring == "sigmoid":
+            scores = scores + self.e_score_correction_bias
+        if e.n_group > 1:
+            groups = scores.unflatten(1, (e.n_group, -1))
+            best = groups.topk(e.group_best, -1).values.sum(-1).topk(e.topk_group, -1).indices
+            kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter(1, best, True)
+            scores = groups.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+        return scores.topk(e.num_experts_per_tok, -1).indices
+
+
+class ExpertWeights(nn.Module):
+    """The experts' SwiGLU layers as stacked matrices; rows of gate and up alternate."""
+
+    def __init__(self, hidden_size: int, experts: Experts) -> None:
+        super().__init__()
+        count, width = experts.num_experts, experts.moe_intermediate_size
+        self.limit, self.alpha = experts.swiglu_limit, experts.swiglu_alpha
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(count, hidden_size, width))
+        if experts.bias:
+            self.gate_up_proj_bias = nn.Parameter(torch.empty(count, 2 * width))
+            self.down_proj_bias = nn.Parameter(torch.empty(count, hidden_size))
+        self.has_bias = experts.bias
+
+    def forward(self, rows: Tensor, sizes: list[int]) -> Tensor:
+        """Pass rows [R, H], sorted by expert, `sizes[e]` of them for expert e -> [R, H]."""
+        groups = rows.split(sizes)
+        used = [e for e, size in enumerate(sizes) if size] or [0]  # none: still part of the graph
+        return torch.cat([self._expert(groups[e], e) for e in used])
+
+    def _expert(self, rows: Tensor, expert: int) -> Tensor:
+        gate_up = rows @ self.gate_up_proj[expert].t()
+        if self.has_bias:
+            gate_up = gate_up + self.gate_up_proj_bias[expert]
+        hidden = clamped_swiglu(gate_up, self.limit, self.alpha) if self.limit else swiglu(gate_up)
+        out = hidden @ self.down_proj[expert].t()
+        return out + self.down_proj_bias[expert] if self.has_bias else out
+
+
+class MixtureOfExperts(nn.Module):
+    """Feed-forward layer of experts, `num_experts_per_tok` of them per token, and perhaps one that all tokens pass."""
+
+    def __init__(self, config: ModelConfig, experts: Experts) -> None:
+        super().__init__()
+        self.gate = Router(config.hidden_size, experts)
+        self.experts = ExpertWeights(config.hidden_size, experts)
+        shared = experts.shared_intermediate_size
+        self.shared_experts = FeedForward(config.hidden_size, shared) if shared else None
         self.dispatch: Dispatch = local_dispatch
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, H] -> [N, H]."""
-        scores = self.router(x).float().softmax(-1)
-        weights, chosen = scores.topk(self.top_k, dim=-1)
-        if self.normalise:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return self.dispatch(x, chosen, weights.to(x.dtype), self._expert, self.router.out_features)
+        weights, chosen = self.gate(x)
+        out = self.dispatch(x, chosen, weights.to(x.dtype), self.experts, self.gate.experts.num_experts)
+        return out if self.shared_experts is None else out + self.shared_experts(x)
 
-    def _expert(self, rows: Tensor, expert: int) -> Tensor:
-        return swiglu(rows @ self.gate_up_proj[expert].t()) @ self.down_proj[expert].t()
+
+def clamped_swiglu(gate_up: Tensor, limit: float, alpha: float) -> Tensor:
+    """gpt-oss's gated unit, [R, 2 W] -> [R, W]: (up + 1) * gate * sigmoid(alpha * gate), both clamped by `limit`."""
+    gate, up = gate_up.unflatten(1, (-1, 2)).unbind(-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(alpha * gate)

@@ -8,9 +8,9 @@ from liaoyuan.ops.attention import attention
 from liaoyuan.ops.build import build
 from liaoyuan.ops.linear import linear
 from liaoyuan.ops.norm import add_rms_norm, rms_norm
-from liaoyuan.ops.operator import OperatorStatus, status
+from liaoyuan.ops.operator import OperatorStatus, status, wide
 from liaoyuan.ops.paged_attention import paged_attention, write_cache
-from liaoyuan.ops.rotary import split_rotary
+from liaoyuan.ops.rotary import rotate, split_rotary
 from liaoyuan.ops.swiglu import swiglu
 from liaoyuan.ops.token_log_prob import token_log_prob
 
@@ -22,9 +22,11 @@ __all__ = [
     "linear",
     "paged_attention",
     "rms_norm",
+    "rotate",
     "split_rotary",
     "status",
     "swiglu",
     "token_log_prob",
+    "wide",
     "write_cache",
 ]

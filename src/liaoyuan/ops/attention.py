@@ -10,44 +10,72 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liaoyuan.ops.operator import Gradient, Operator, pull_back, register
+from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, wide
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scale: float) -> Tensor:
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Return softmax(scale * q k^T) v where a token sees itself and what precedes it in its own document.
 
     Args:
-        query: [N, Hq, D]; key, value: [N, Hk, D], Hk divides Hq, query head h reads key head h // (Hq / Hk).
+        query: [N, Hq, D]; key: [N, Hk, D], Hk divides Hq, query head h reads key head h // (Hq / Hk).
+        value: [N, Hk, Dv], Dv at most D.
         boundaries: int32 [M + 1], rising from 0 to N: document m is rows boundaries[m] to boundaries[m + 1].
             Repeated entries at the end (empty documents) fill the tensor to its fixed size.
         scale: factor of the scores, 1 / sqrt(D) as a rule.
+        window: a token sees so many tokens, itself included (None: all). Not in the native kernel yet.
+        sinks: [Hq], for each head the score of a token without value that all see, or None. Likewise.
 
     Returns:
-        [N, Hq, D] in the dtype of query.
+        [N, Hq, Dv] in the dtype of query.
     """
-    if ATTENTION.is_native(query, key, value):
-        return ATTENTION.call(query, key, value, boundaries, scale)[0]
-    return _attention(query, key, value, boundaries, scale)
+    if window is None and sinks is None and ATTENTION.is_native(query, key, value):
+        padded = F.pad(value, (0, key.shape[2] - value.shape[2])) if value.shape[2] < key.shape[2] else value
+        return ATTENTION.call(query, key, padded, boundaries, scale)[0][..., : value.shape[2]]
+    return _attention(query, key, value, boundaries, scale, window, sinks)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scale: float) -> Tensor:
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    mask = _visible(query.shape[0], boundaries)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    return out[0].transpose(0, 1)
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    visible = _visible(query.shape[0], boundaries, window)
+    if sinks is None:
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
+        return out[0].transpose(0, 1)
+    groups = query.shape[1] // key.shape[1]
+    scores = torch.einsum("qhd,khd->hqk", wide(query), wide(key).repeat_interleave(groups, 1)) * scale
+    scores = scores.masked_fill(~visible, float("-inf"))
+    sink = wide(sinks)[:, None, None].expand(-1, len(query), 1)
+    weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1].to(value.dtype)
+    return torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(groups, 1))
 
 
-def _visible(tokens: int, boundaries: Tensor) -> Tensor:
+def _visible(tokens: int, boundaries: Tensor, window: int | None = None) -> Tensor:
     """Return bool [N, N]: whether the row's token sees the column's."""
     rows = torch.arange(tokens, device=boundaries.device)
     document = torch.searchsorted(boundaries[1:].long(), rows, right=True)
-    return (document[:, None] == document[None, :]) & (rows[:, None] >= rows[None, :])
+    visible = (document[:, None] == document[None, :]) & (rows[:, None] >= rows[None, :])
+    return visible if window is None else visible & (rows[:, None] - rows[None, :] < window)
 
 
 def _reference(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return what `attention` does, and the log of each softmax's denominator, fp32 [Hq, N]."""
     keys = key.detach().repeat_interleave(query.shape[1] // key.shape[1], 1)
-    scores = torch.einsum("qhd,khd->hqk", query.detach().float(), keys.float()) * scale
+    scores = torch.einsum("qhd,khd->hqk", wide(query.detach()), wide(keys)) * scale
     hidden = ~_visible(query.shape[0], boundaries)
     log_sum_exp = scores.masked_fill(hidden, float("-inf")).logsumexp(-1)
     return _attention(query, key, value, boundaries, scale).contiguous(), log_sum_exp

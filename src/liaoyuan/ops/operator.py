@@ -131,6 +131,11 @@ def status(measure: bool = False) -> list[OperatorStatus]:
     return [operator.status(measure) for operator in OPERATORS.values()]
 
 
+def wide(x: Tensor) -> Tensor:
+    """Return x in the precision in which references compute: fp32, or fp64 if it is that already."""
+    return x if x.dtype is torch.float64 else x.float()
+
+
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Save an operator's inputs for its backward side: tensors as tensors, the rest as they are."""
     ctx.set_materialize_grads(False)

@@ -20,6 +20,8 @@ def paged_attention(
     query_starts: Tensor,
     lengths: Tensor,
     scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return the attention of each sequence's newest tokens over all of its cached tokens.
 
@@ -29,15 +31,15 @@ def paged_attention(
         block_tables: int32 [S, max_blocks], the cache blocks of each sequence in order.
         query_starts: int32 [S + 1], sequence s owns query rows query_starts[s] to query_starts[s + 1].
         lengths: int32 [S], cached tokens of each sequence, the new ones included.
-        scale: factor of the scores.
+        scale, window, sinks: as those of `attention`; window and sinks are not in the native kernel yet.
 
     Returns:
         [N, Hq, D] in the dtype of query. Rows after query_starts[S] are zero.
     """
     arguments = (query, key_cache, value_cache, block_tables, query_starts, lengths, scale)
-    if PAGED_ATTENTION.is_native(query, key_cache, value_cache):
+    if window is None and sinks is None and PAGED_ATTENTION.is_native(query, key_cache, value_cache):
         return PAGED_ATTENTION.call(*arguments)
-    return _paged_attention(*arguments)
+    return _paged_attention(*arguments, window, sinks)
 
 
 def write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
@@ -61,6 +63,8 @@ def _paged_attention(
     query_starts: Tensor,
     lengths: Tensor,
     scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     out = torch.zeros_like(query)
     groups = query.shape[1] // key_cache.shape[2]
@@ -73,8 +77,12 @@ def _paged_attention(
         q = query[starts[s] : starts[s + 1]].float()
         scores = torch.einsum("qhd,khd->hqk", q, key) * scale
         position = torch.arange(total - q.shape[0], total, device=query.device)
-        hidden = torch.arange(total, device=query.device)[None, :] > position[:, None]
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        behind = position[:, None] - torch.arange(total, device=query.device)[None, :]
+        hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, len(q), 1)], -1)
+        weights = scores.softmax(-1)[..., :total]
         out[starts[s] : starts[s + 1]] = torch.einsum("hqk,khd->qhd", weights, value).to(query.dtype)
     return out
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs
+from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs, wide
 
 MAX_DIM = 512  # of a head in the native kernel
 
@@ -53,15 +53,16 @@ def _split_rotary(
     key, value = groups[:, :, -2], groups[:, :, -1].contiguous()
     if query_norm is not None and key_norm is not None:
         query, key = _normalise(query, query_norm, eps), _normalise(key, key_norm, eps)
-    return _rotate(query, cosine, sine), _rotate(key, cosine, sine), value
+    return rotate(query, cosine, sine), rotate(key, cosine, sine), value
 
 
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    y = wide(x)
+    return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Return x [N, H, D] turned by angles whose cosine and sine are [N, D / 2], fp32; pairs are (i, i + D / 2)."""
     cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)

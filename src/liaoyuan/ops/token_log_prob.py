@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liaoyuan.ops.operator import Gradient, Operator, pull_back, register
+from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, wide
 
 KEPT_LOGITS = 2**25  # elements of logits that are kept for the backward pass: 64 MiB in bf16
 
@@ -22,7 +22,7 @@ def token_log_prob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         hidden: [N, H]; weight: [V, H], same dtype; targets: int64 [N], each in 0 .. V - 1.
 
     Returns:
-        fp32 [N]; the softmax is computed in fp32.
+        fp32 [N]; the softmax is computed in fp32 (fp64 for hidden states in fp64).
     """
     if TOKEN_LOG_PROB.is_native(hidden, weight):
         keep = hidden.shape[0] * weight.shape[0] <= KEPT_LOGITS
@@ -31,7 +31,7 @@ def token_log_prob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _token_log_prob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = (hidden @ weight.t()).float()
+    logits = wide(hidden @ weight.t())
     chosen = logits.gather(-1, targets[:, None]).squeeze(-1)
     return chosen - torch.logsumexp(logits, -1)
 
@@ -40,7 +40,7 @@ def _reference(hidden: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> t
     """Return what `token_log_prob` does, the log of the softmax's denominator, and the logits if they are kept."""
     logits = hidden.detach() @ weight.detach().t()
     kept = logits if keep else logits.new_empty(0, weight.shape[0])
-    return _token_log_prob(hidden, weight, targets), logits.float().logsumexp(-1), kept
+    return _token_log_prob(hidden, weight, targets), wide(logits).logsumexp(-1), kept
 
 
 def _backward(grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:

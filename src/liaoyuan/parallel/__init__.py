@@ -1,6 +1,22 @@
-"""Distribution: the process group and FSDP. The model knows nothing of it; `World(0, 1)` is a single process."""
+"""Distribution: processes, their layout, and a model laid out over them. The model knows nothing of it.
 
-from liaoyuan.parallel.fsdp import full_weights, local, shard
+`World(0, 1)` is a single process; a `Program` is a model in its layout, which training asks for losses and gradients.
+"""
+
+from liaoyuan.parallel.fsdp import copies, full_weights, local
+from liaoyuan.parallel.layout import Layout, Shape, resolve
+from liaoyuan.parallel.program import Program, lay_out
 from liaoyuan.parallel.world import World, start
 
-__all__ = ["World", "full_weights", "local", "shard", "start"]
+__all__ = [
+    "Layout",
+    "Program",
+    "Shape",
+    "World",
+    "copies",
+    "full_weights",
+    "lay_out",
+    "local",
+    "resolve",
+    "start",
+]

@@ -2,34 +2,44 @@
 
 Every process keeps 1 / size of each weight, gradient and optimiser state; a layer's weights are gathered just
 before they are used. The embedding, the last norm and the head are the root's, gathered for the whole step, since
-a tied embedding is used at both ends of it.
+a tied embedding is used at both ends of it. Hybrid sharding keeps `dp` replicas of the sharded whole. Experts are
+sharded over the processes that hold the same ones. Gradients are added up, not averaged: the loss of a process is
+its own tokens' share of the global mean.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from liaoyuan.models import Decoder
-from liaoyuan.parallel.world import World
+from liaoyuan.parallel.expert import expert_weights
+from liaoyuan.parallel.mesh import Mesh
+
+POLICY = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+POLICY_FP64 = MixedPrecisionPolicy()
 
 
-def shard(model: Decoder, world: World) -> Decoder:
-    """Shard `model` (the same weights in every process) over the processes of `world`, in place; return it.
-
-    Gradients are averaged over the processes in fp32. One process: nothing is done.
-    """
-    if world.size == 1:
-        return model
-    mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("data",))
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    return model
+def apply_fsdp(stage: nn.Module, model: Decoder, mesh: Mesh) -> None:
+    """Shard the weights of `model`, which `stage` wraps (or is), in place."""
+    double = next(model.parameters()).dtype is torch.float64
+    policy = POLICY_FP64 if double else POLICY
+    dense = _replicated(mesh.dense, "dp", "shard")
+    units: list[tuple[nn.Module, DeviceMesh]] = [
+        (experts, _replicated(mesh.experts, "dp", "expert_shard")) for experts in expert_weights(model)
+    ]
+    units += [(layer, dense) for layer in model.layers]
+    # In a pipeline weights stay whole between microbatches. Schedules that split the backward pass need that: PyTorch
+    # looks for the weights in the graph before FSDP brings them back, and loses their gradients without a word.
+    reshard = mesh.layout.pp == 1
+    for module, over in [*units, (stage, dense)]:
+        fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=reshard)
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -37,8 +47,25 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_weights(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+def copies(tensor: Tensor) -> int:
+    """Return how many processes of its mesh hold the same part of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    pairs = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    count = 1
+    for size, placed in pairs:
+        count *= size if placed.is_replicate() else 1
+    return count
+
+
+def full_weights(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yield each weight's name and its whole tensor, one at a time; every process must go through all of them."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         weight = parameter.detach()
         yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def _replicated(mesh: DeviceMesh, replicas: str, shards: str) -> DeviceMesh:
+    """Return the mesh over which to shard: of two dimensions (hybrid) if there are replicas."""
+    names = (replicas, shards) if mesh[replicas].size() > 1 else (shards,)
+    return mesh[names]

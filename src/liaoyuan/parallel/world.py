@@ -5,13 +5,15 @@ torchrun the world is one process and every exchange is free.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from liaoyuan.device import Device
+from liaoyuan.parallel.layout import Layout
+from liaoyuan.parallel.mesh import Mesh, build_mesh
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -23,6 +25,25 @@ class World:
     rank: int = 0
     size: int = 1
     device: Device = field(default_factory=lambda: Device("cpu"))
+    mesh: Mesh | None = None  # how they are arranged; None: not yet, or alone
+
+    def arrange(self, layout: Layout) -> "World":
+        """Return the world in a layout that is resolved (`layout.resolve`); every process calls it."""
+        return replace(self, mesh=build_mesh(layout, self.device)) if self.size > 1 else self
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of a global batch this process works on, of `data_size`."""
+        return self.mesh.data_rank if self.mesh else self.rank
+
+    @property
+    def data_size(self) -> int:
+        return self.mesh.data_size if self.mesh else self.size
+
+    @property
+    def counts(self) -> bool:
+        """Whether, of the processes that work on the same part of a batch, this one counts what is in it."""
+        return self.mesh is None or self.mesh.is_first_of_its_data
 
     @property
     def is_first(self) -> bool:

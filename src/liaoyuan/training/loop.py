@@ -15,15 +15,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 
 from liaoyuan.checkpoint.training_state import CheckpointConfig, Checkpointer
 from liaoyuan.config import Config
 from liaoyuan.data import Batch
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.models import Decoder, PackedContext
-from liaoyuan.parallel import World
+from liaoyuan.models import Decoder
+from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import Metrics, Progress, Report, silent
 from liaoyuan.training.flops import training_flops
 from liaoyuan.training.muon import Muon
@@ -50,6 +49,7 @@ class TrainConfig(Config):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     optimiser: Literal["adamw", "muon"] = "adamw"
+    balance_rate: float = Field(1e-3, ge=0)  # step of the routers' balancing bias (sigmoid scores only)
     seed: int = 0
     checkpoint_every: int = Field(200, gt=0)
     evaluate_every: int = Field(0, ge=0)  # 0: at the end only
@@ -78,12 +78,12 @@ class Stopped(LiaoyuanError):  # noqa: N818  (not an error: it was asked for)
 
 
 def train(
-    model: Decoder,
+    model: Decoder | Program,
     batches: Callable[[int], Sequence[Batch]],
     config: TrainConfig,
     folder: Path,
     report: Report = silent,
-    evaluate: Callable[[Decoder], dict[str, float]] | None = None,
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
     world: World | None = None,
     checkpoint: CheckpointConfig | None = None,
 ) -> TrainResult:
@@ -91,8 +91,9 @@ def train(
 
     Args:
         batches: the microbatches of a step that are this process's; a function of the step alone.
-        evaluate: gives further values for the metrics of every `config.evaluate_every`-th and the last step.
-        world: the processes that train together; `model` is sharded over them (`parallel.shard`).
+        evaluate: gives further values for the metrics of every `config.evaluate_every`-th and the last step; it is
+            handed `model`.
+        world: the processes that train together; `model` is then a `Program`, laid out over them.
         checkpoint: how states are saved; not part of what the run computes, so it may change when a run goes on.
 
     Raises:
@@ -101,22 +102,23 @@ def train(
     """
     world = world or World()
     model.train()
-    optimiser = make_optimiser(model, config, world)
+    program = model if isinstance(model, Program) else Program([model])
+    optimiser = make_optimiser(program, config, world)
     lost = 0  # steps in a row whose gradient was not finite
     tell = _paced(report)
     with Checkpointer(folder / STATE, world, checkpoint) as states, _stop_asked() as stop_asked:
-        done = _resume(states, model, optimiser, config, folder)
+        done = _resume(states, program, optimiser, config, folder)
         metrics = Metrics(folder / METRICS, resume_from=done.steps) if world.is_first else None
         while done.steps < config.steps:
             step, start = done.steps, _Clock()
             rate = learning_rate_at(step, config.steps, config.learning_rate, config.warmup_steps, config.schedule)
-            outcome = take_step(model, optimiser, batches(step), rate, config.clip, world)
+            outcome = take_step(program, optimiser, batches(step), rate, config.clip, world)
             lost = 0 if math.isfinite(outcome.grad_norm) else lost + 1
             if lost >= LOST_LIMIT:
                 raise LiaoyuanError(_diverged(step, rate))
             done, speed = _add(done, outcome, start)
             last = done.steps == config.steps
-            values = _row(outcome, rate, speed, done)
+            values = _row(outcome, rate, speed, done) | program.balance(config.balance_rate)
             if evaluate and (last or _is_due(done.steps, config.evaluate_every)):
                 values |= evaluate(model.eval())
                 model.train()
@@ -124,7 +126,7 @@ def train(
                 metrics.write(step, **values)
             stop = bool(world.sum_numbers(float(stop_asked()))[0])
             due = last or stop or _is_due(done.steps, config.checkpoint_every)
-            states.after_step(done.steps, model, optimiser, _extra(done, config), durable=due)
+            states.after_step(done.steps, program, optimiser, _extra(done, config), durable=due)
             if last or stop:
                 states.wait()
             tell(Progress(done.steps, config.steps, "step", f"loss {outcome.loss:.3f}, {speed:,.0f} tokens/s"))
@@ -135,7 +137,7 @@ def train(
     return done
 
 
-def make_optimiser(model: Decoder, config: TrainConfig, world: World | None = None) -> Optimiser:
+def make_optimiser(model: Decoder | Program, config: TrainConfig, world: World | None = None) -> Optimiser:
     """Return the optimiser that `config` asks for, over all trained weights of `model`."""
     kind = Muon if config.optimiser == "muon" else AdamW
     betas = (config.beta1, config.beta2)
@@ -153,32 +155,22 @@ class Outcome:
 
 
 def take_step(
-    model: Decoder, optimiser: Optimiser, batches: Sequence[Batch], rate: float, clip: float, world: World
+    program: Program, optimiser: Optimiser, batches: Sequence[Batch], rate: float, clip: float, world: World
 ) -> Outcome:
     """Take one optimiser step: the mean loss over the weights of the global batch, whatever its cut."""
-    place = next(model.parameters()).device
+    counted = batches if world.counts else []
     weight, tokens, flops = world.sum_numbers(
-        sum(float(batch.weights.sum()) for batch in batches),
-        sum(len(batch.tokens) for batch in batches),
-        sum(training_flops(model.config, batch.boundaries) for batch in batches),
+        sum(float(batch.weights.sum()) for batch in counted),
+        sum(len(batch.tokens) for batch in counted),
+        sum(training_flops(program.config, batch.boundaries) for batch in counted),
     )
-    mean = 1.0 / max(weight, 1e-9)
-    total = torch.zeros((), device=place)
-    for batch in batches:
-        context = PackedContext(batch.boundaries.to(place))
-        tokens_, positions, targets = (x.to(place) for x in (batch.tokens, batch.positions, batch.targets))
-        log_probs = model(tokens_, positions, context, targets=targets)
-        loss = -(batch.weights.to(place) * log_probs).sum() * mean
-        (loss * world.size).backward()  # FSDP divides gradients by the number of processes
-        if len(batches) > 1:
-            optimiser.accumulate()
-        total += loss.detach()
+    total = program.backward(batches, 1.0 / max(weight, 1e-9), optimiser.accumulate)
     norm = optimiser.step(rate, clip)
     return Outcome(world.sum_numbers(float(total))[0], norm, int(tokens), flops)
 
 
 def _resume(
-    states: Checkpointer, model: Decoder, optimiser: Optimiser, config: TrainConfig, folder: Path
+    states: Checkpointer, model: Program, optimiser: Optimiser, config: TrainConfig, folder: Path
 ) -> TrainResult:
     """Load the newest state of `folder`; it must have been written under the same config."""
     found = states.load(model, optimiser)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.parallel import World, local
+from liaoyuan.parallel import World, copies, local
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,12 +160,21 @@ def gather_and_clip(weights: list[Weight], clip: float, world: World) -> float:
     """Gather the gradients, scale them so that their global norm is at most `clip`, return the norm before."""
     gather_gradients(weights)
     gradients = [weight.master.grad for weight in weights if weight.master.grad is not None]
-    square = torch.nn.utils.get_total_norm(gradients).square()
-    norm = float(world.sum(square).sqrt())
+    norm = float(world.sum(_square_sum(weights)).sqrt())
     if clip < norm < float("inf"):
         for gradient in gradients:
             gradient.mul_(clip / norm)
     return norm
+
+
+def _square_sum(weights: list[Weight]) -> Tensor:
+    """Return the sum of this process's squared gradients; what several processes hold alike counts once among them."""
+    held: dict[int, list[Tensor]] = {}
+    for weight in weights:
+        if weight.master.grad is not None:
+            held.setdefault(copies(weight.parameter), []).append(weight.master.grad)
+    sums = [torch.nn.utils.get_total_norm(gradients).square() / count for count, gradients in held.items()]
+    return torch.stack(sums).sum() if sums else torch.zeros(())
 
 
 def copy_masters(weights: Iterable[Weight]) -> None:

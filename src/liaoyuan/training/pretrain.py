@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 
 from liaoyuan.checkpoint import load_weights, save_model
@@ -19,14 +18,15 @@ from liaoyuan.config import Config, to_toml
 from liaoyuan.data import Corpus, TokenBatches, Tokenizer, load_corpus
 from liaoyuan.device import Device, select_device
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.models import Decoder, ModelConfig, PackedContext, config_from_dict, initialise, read_config
+from liaoyuan.models import Decoder, ModelConfig, config_from_dict, initialise, read_config
 from liaoyuan.models.config import DTYPES
-from liaoyuan.parallel import World, full_weights, shard
+from liaoyuan.parallel import Layout, Program, Shape, World, lay_out, resolve
 from liaoyuan.rundir import Report, silent, write_atomic
 from liaoyuan.training.loop import STATE, TrainConfig, TrainResult, train
 
 MODEL = "model"
 CONFIG = "config.toml"
+FREE = ("layout.", "checkpoint.")  # sections that may change when a run goes on: states know no layout
 
 
 class ShapeConfig(Config):
@@ -59,6 +59,7 @@ class PretrainConfig(Config):
     corpus: Path
     model: ShapeConfig = ShapeConfig()
     train: TrainConfig
+    layout: Layout = Layout()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sequence_length: int = Field(512, gt=0)
     held_out_tokens: int = Field(32768, gt=0)  # of the held-out split, for the loss shown beside the training loss
@@ -68,23 +69,25 @@ class PretrainConfig(Config):
 def pretrain(config: PretrainConfig, folder: Path, report: Report = silent, world: World | None = None) -> TrainResult:
     """Train a model on a corpus and export it to `folder/model`; the same call goes on after a kill.
 
-    `world`: the processes that train together, each of which makes this call (FSDP over all of them).
+    `world`: the processes that train together, each of which makes this call.
 
     Raises:
-        LiaoyuanError: no corpus, a shape that does not fit, a folder of another run, a full disk.
+        LiaoyuanError: no corpus, a shape or layout that does not fit, a folder of another run, a full disk.
     """
     world = world or World(device=select_device(config.device))
     corpus = load_corpus(config.corpus)
     shape = model_config(config.model, corpus.tokenizer(), world.device)
+    layout = resolve(config.layout, world.size, layout_shape(config, shape))
+    world = world.arrange(layout)
     if world.is_first:
         _remember(config, folder)
-    model = shard(_start(config, shape, world.device), world)
+    program = lay_out(_start(config, shape, world.device), layout, world)
     batches = _batches(corpus, config, world)
-    measure = held_out_loss(corpus, config)
-    result = train(model, batches, config.train, folder, report, measure, world, config.checkpoint)
-    weights = dict(full_weights(model))
+    measure = held_out_loss(corpus, config, world)
+    result = train(program, batches, config.train, folder, report, measure, world, config.checkpoint)
+    weights = dict(program.whole_tensors())
     if world.is_first:
-        save_model(model, folder / MODEL, corpus.tokenizer_folder, state=weights)
+        save_model(program.config, folder / MODEL, corpus.tokenizer_folder, weights)
     world.barrier()
     return result
 
@@ -107,23 +110,27 @@ def model_config(shape: ShapeConfig, tokenizer: Tokenizer, device: Device) -> Mo
     return config_from_dict(values, "the section [model]")
 
 
-def held_out_loss(corpus: Corpus, config: PretrainConfig) -> Callable[[Decoder], dict[str, float]]:
+def layout_shape(config: PretrainConfig, model: ModelConfig) -> Shape:
+    """Return what a layout of this run must fit."""
+    rows = config.train.batch_tokens // config.sequence_length
+    return Shape(model, config.sequence_length, rows, config.train.microbatches)
+
+
+def held_out_loss(
+    corpus: Corpus, config: PretrainConfig, world: World | None = None
+) -> Callable[[Decoder | Program], dict[str, float]]:
     """Return the function that measures the mean loss (nats per token) on a fixed part of the held-out text."""
+    here = world or World()
     length = config.sequence_length
     stream = corpus.stream("held_out")
     rows = max(1, min(config.held_out_tokens, len(stream.tokens) - 1 - length) // length)
     batches = TokenBatches(stream, 0, length, length)
 
-    @torch.inference_mode()
-    def measure(model: Decoder) -> dict[str, float]:
-        place = next(model.parameters()).device
-        total = 0.0
-        for row in range(rows):
-            batch = batches[row]
-            context = PackedContext(batch.boundaries.to(place))
-            tokens, positions, targets = (x.to(place) for x in (batch.tokens, batch.positions, batch.targets))
-            total -= float(model(tokens, positions, context, targets=targets).double().mean())
-        return {"held_out_loss": total / rows}
+    def measure(model: Decoder | Program) -> dict[str, float]:
+        # Every process takes part in every row; of those that work on the same one, one counts it.
+        program = model if isinstance(model, Program) else Program([model])
+        losses = [float(program.loss(batches[row], 1.0 / length)) for row in range(rows)]
+        return {"held_out_loss": here.sum_numbers(sum(losses))[0] / (rows * here.data_size)}
 
     return measure
 
@@ -134,7 +141,7 @@ def _remember(config: PretrainConfig, folder: Path) -> None:
     if (folder / STATE).exists() and path.exists():
         before, now = _flat(tomllib.loads(path.read_text(encoding="utf-8"))), _flat(tomllib.loads(text))
         for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key) and not key.startswith("checkpoint."):
+            if before.get(key) != now.get(key) and not key.startswith(FREE):
                 raise LiaoyuanError(
                     f"{folder} holds a run with {key} = {before.get(key)}, not {now.get(key)}: "
                     "give the same value to go on with it, or choose another folder."
@@ -164,6 +171,6 @@ def _batches(corpus: Corpus, config: PretrainConfig, world: World) -> TokenBatch
         settings.batch_tokens,
         config.sequence_length,
         settings.microbatches,
-        world.rank,
-        world.size,
+        world.data_rank,
+        world.data_size,
     )

@@ -15,7 +15,7 @@ from liaoyuan.data import Corpus, TokenBatches, load_corpus
 from liaoyuan.device import Device, select_device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, initialise
-from liaoyuan.parallel import World
+from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import Progress, Report, silent
 from liaoyuan.training.loop import TrainConfig, make_optimiser, take_step
 from liaoyuan.training.pretrain import PretrainConfig, ShapeConfig, model_config
@@ -122,7 +122,7 @@ def tokens_per_second(
     for step in range(FIRST_STEPS + TIMED_STEPS):
         device.synchronize()
         start = time.perf_counter()
-        take_step(model, optimiser, batches(step), 1e-4, 1.0, World())
+        take_step(Program([model]), optimiser, batches(step), 1e-4, 1.0, World())
         device.synchronize()
         seconds.append(time.perf_counter() - start)
     return batch_tokens / sorted(seconds[FIRST_STEPS:])[QUARTILE - 1]

@@ -2,22 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from liaoyuan.data import Record, RecordBatches, TokenisedRecord, Tokenizer, tokenise
 from liaoyuan.models import Decoder
-from liaoyuan.parallel import World
+from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import Report, silent
 from liaoyuan.tasks import Task, to_record
 from liaoyuan.training import TrainConfig, TrainResult, train
 
 
 def finetune(
-    model: Decoder,
+    model: Decoder | Program,
     records: Sequence[TokenisedRecord],
     config: TrainConfig,
     folder: Path,
     report: Report = silent,
-    evaluate: Callable[[Decoder], dict[str, float]] | None = None,
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
     world: World | None = None,
     sequence_length: int | None = None,
 ) -> TrainResult:
@@ -31,10 +32,10 @@ def finetune(
         records,
         config.seed,
         config.batch_tokens,
-        sequence_length or config.batch_tokens // (config.microbatches * here.size),
+        sequence_length or config.batch_tokens // (config.microbatches * here.data_size),
         config.microbatches,
-        here.rank,
-        here.size,
+        here.data_rank,
+        here.data_size,
     )
     return train(model, batches, config, folder, report, evaluate, world)
 

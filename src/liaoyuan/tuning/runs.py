@@ -11,7 +11,7 @@ from liaoyuan.checkpoint import load_model, save_model
 from liaoyuan.config import Config, to_toml
 from liaoyuan.data import Tokenizer, read_records, tokenise
 from liaoyuan.device import select_device
-from liaoyuan.parallel import World, full_weights, shard
+from liaoyuan.parallel import Layout, Shape, World, lay_out, resolve
 from liaoyuan.rundir import Report, atomic_folder, silent, write_atomic
 from liaoyuan.tasks import check_levels, find_task, spread
 from liaoyuan.training import TrainConfig
@@ -26,6 +26,7 @@ class SftConfig(Config):
     model: Path
     data: Path
     train: TrainConfig = TrainConfig(steps=300, batch_tokens=4096, learning_rate=5e-4, weight_decay=0.01)
+    layout: Layout = Layout()
     sequence_length: int = Field(512, gt=0)  # of the rows into which records are packed; no record may be longer
     device: str = "auto"
 
@@ -43,20 +44,25 @@ class RlConfig(Config):
 def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: World | None = None) -> dict[str, Any]:
     """Fine-tune and export `folder/model`; goes on from what is in `folder`.
 
-    `world`: the processes that train together, each of which makes this call (FSDP over all of them).
+    `world`: the processes that train together, each of which makes this call.
 
     Raises:
         LiaoyuanError: model or data are missing or wrong, or a record does not fit in a batch.
     """
     world = world or World(device=select_device(config.device))
     records = tokenise(Tokenizer.load(config.model), read_records(config.data))
-    model = shard(load_model(config.model, device=world.device.torch), world)
+    model = load_model(config.model, device=world.device.torch)
+    rows = config.train.batch_tokens // config.sequence_length
+    shape = Shape(model.config, config.sequence_length, rows, config.train.microbatches)
+    layout = resolve(config.layout, world.size, shape)
+    world = world.arrange(layout)
+    program = lay_out(model, layout, world)
     if world.is_first:
         write_atomic(folder / "config.toml", to_toml(config))
-    done = finetune(model, records, config.train, folder, report, None, world, config.sequence_length)
-    weights = dict(full_weights(model))
+    done = finetune(program, records, config.train, folder, report, None, world, config.sequence_length)
+    weights = dict(program.whole_tensors())
     if world.is_first:
-        save_model(model, folder / "model", config.model, state=weights)
+        save_model(program.config, folder / "model", config.model, weights)
     world.barrier()
     return asdict(done)
 

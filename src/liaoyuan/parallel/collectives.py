@@ -1,0 +1,101 @@
+"""Collectives through which gradients flow, each the transpose of its backward pass.
+
+Rows are the first dimension. In a tensor-parallel region every process of the group computes the same loss, so a sum
+over the group is undone by handing each its gradient unchanged; where tokens are spread over the processes, gathering
+rows is undone by adding up the gradients of all and keeping one's own.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def gather_rows(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the rows of all processes one after another, [N, ...] -> [size * N, ...]; backward: `scatter_sum`."""
+    out: Tensor = _GatherRows.apply(x, group)
+    return out
+
+
+def scatter_sum(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Add x up over the processes and return this one's rows, [size * N, ...] -> [N, ...]; backward: `gather_rows`."""
+    out: Tensor = _ScatterSum.apply(x, group)
+    return out
+
+
+def replicated_sum(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Add x up over the processes, which all go on with the sum alike; the gradient of the sum is that of each."""
+    out: Tensor = _ReplicatedSum.apply(x, group)
+    return out
+
+
+def exchange_rows(x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup) -> Tensor:
+    """Send `sent[p]` rows, in order, to each process p and return those received, ordered by sender."""
+    out: Tensor = _ExchangeRows.apply(x, list(sent), list(received), group)
+    return out
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _reduce_scatter(grads[0], ctx.group), None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _all_gather(grads[0], ctx.group), None
+
+
+class _ReplicatedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _all_to_all(x, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return _all_to_all(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def _reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
+    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
+    out = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+    return out

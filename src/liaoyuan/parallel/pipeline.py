@@ -1,0 +1,191 @@
+"""Pipeline parallelism: stages of layers on different processes, microbatches flowing through them.
+
+The schedules are PyTorch's: GPipe, 1F1B (Narayanan et al. 2021, arXiv 2104.04473), its interleaved form, ZBV (Qi et
+al. 2023, arXiv 2401.10241) and DualPipeV (DeepSeek-AI 2024, arXiv 2412.19437). In the last two a process holds one
+stage of each arm of a V.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+
+from liaoyuan.models import AttentionContext, Decoder, ModelConfig
+from liaoyuan.ops import wide
+from liaoyuan.parallel.layout import STAGES_PER_PROCESS, Layout, fewest_microbatches
+from liaoyuan.parallel.mesh import Mesh
+
+SINGLE: dict[str, type[PipelineScheduleSingle]] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+MULTI: dict[str, type[PipelineScheduleMulti]] = {
+    "interleaved": ScheduleInterleaved1F1B,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+
+
+def stage_numbers(layout: Layout, rank: int) -> list[int]:
+    """Return the numbers of the stages that process `rank` of the pipeline holds."""
+    if layout.schedule in ("zbv", "dualpipev"):
+        return [rank, 2 * layout.pp - 1 - rank]
+    return [rank + n * layout.pp for n in range(STAGES_PER_PROCESS[layout.schedule])]
+
+
+def process_of(layout: Layout, stage: int) -> int:
+    """Return which process of the pipeline holds a stage."""
+    return next(rank for rank in range(layout.pp) if stage in stage_numbers(layout, rank))
+
+
+def stage_with(name: str, layers: Sequence[range]) -> int:
+    """Return the number of the stage that holds the weight `name`."""
+    match = re.match(r"layers\.(\d+)\.", name)
+    if match:
+        return next(number for number, own in enumerate(layers) if int(match[1]) in own)
+    return 0 if name.startswith("embed_tokens.") else len(layers) - 1
+
+
+def cut_layers(config: ModelConfig, stages: int) -> list[range]:
+    """Return each stage's layers, contiguous, so that the most expensive stage is as cheap as can be.
+
+    Cost is that of matrix products per token, the last stage's head included.
+    """
+    costs = [_layer_cost(config, layer) for layer in range(config.num_hidden_layers)]
+    head = 2.0 * config.vocab_size * config.hidden_size
+    return _cut([*costs[:-1], costs[-1] + head], stages)
+
+
+def _cut(costs: Sequence[float], stages: int) -> list[range]:
+    """Split the costs into `stages` non-empty stretches with the smallest possible largest sum."""
+    count = len(costs)
+    sums = [0.0, *torch.tensor(costs, dtype=torch.float64).cumsum(0).tolist()]
+    best: dict[tuple[int, int], tuple[float, int]] = {(0, 0): (0.0, 0)}
+    for stage in range(1, stages + 1):
+        for end in range(stage, count - (stages - stage) + 1):
+            begins = [begin for begin in range(stage - 1, end) if (stage - 1, begin) in best]
+            options = [(max(best[stage - 1, begin][0], sums[end] - sums[begin]), begin) for begin in begins]
+            best[stage, end] = min(options)
+    cuts, end = [], count
+    for stage in range(stages, 0, -1):
+        begin = best[stage, end][1]
+        cuts.append(range(begin, end))
+        end = begin
+    return cuts[::-1]
+
+
+def _layer_cost(config: ModelConfig, layer: int) -> float:
+    """Return the FLOPs of one token in one layer, without the scores of attention."""
+    active = config._attention() + config._feed_forward(layer)
+    if config.experts and config.is_sparse(layer):
+        active -= (config.experts.num_experts - config.experts.num_experts_per_tok) * config._expert()
+    return 2.0 * active
+
+
+def stage_of(model: Decoder, number: int, layers: Sequence[range]) -> Decoder:
+    """Return a decoder with what of `model` is in stage `number` alone, under the same names and in the same memory."""
+    stage = copy.copy(model)
+    absent = {"embed_tokens"} if number > 0 else set()
+    absent |= {"norm", "lm_head"} if number < len(layers) - 1 else set()
+    stage._modules = {name: part for name, part in model._modules.items() if name not in absent}
+    stage.layers = copy.copy(model.layers)
+    stage.layers._modules = {str(index): model.layers[index] for index in layers[number]}
+    return stage
+
+
+class Stage(nn.Module):
+    """One stage as PyTorch's schedules call it: the first takes tokens, the last gives log-probabilities."""
+
+    def __init__(self, decoder: Decoder, context: Callable[[Tensor], AttentionContext]) -> None:
+        super().__init__()
+        self.decoder, self.context = decoder, context
+        self.is_first, self.is_last = hasattr(decoder, "embed_tokens"), hasattr(decoder, "norm")
+
+    def forward(self, x: Tensor, positions: Tensor, targets: Tensor, boundaries: Tensor) -> Tensor:
+        """x: int64 [1, n] tokens or [n, H] residual stream; positions, targets: int64 [1, n]; boundaries [1, M + 1]."""
+        model = self.decoder
+        residual = model.embed_tokens(x[0]) if self.is_first else x
+        residual, addend = model.run_layers(residual, positions[0], self.context(boundaries[0]))
+        if not self.is_last:
+            return residual + addend
+        _, hidden = model.norm.add(residual, addend)
+        return model.score(hidden, model.head_weight, targets[0])
+
+
+class Pipeline:
+    """The stages of this process and their schedule, made anew when the shape of a microbatch changes."""
+
+    def __init__(self, stages: Sequence[Stage], mesh: Mesh) -> None:
+        self.stages, self.mesh = list(stages), mesh
+        self._schedules: dict[tuple[int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
+
+    def run(self, inputs: dict[str, Tensor], weights: Tensor, learn: bool) -> list[Tensor]:
+        """Pass microbatches through all stages, and back if `learn`.
+
+        Args:
+            inputs: tokens, positions, targets int64 [M, n] and boundaries [M, K] of this process's rows.
+            weights: [M, n] of the loss, scaled as the gradient shall be.
+
+        Returns:
+            The loss of each microbatch, where this process has the last stage; else nothing.
+        """
+        schedule = self._schedule(*inputs["tokens"].shape)
+        rest = {name: x for name, x in inputs.items() if name != "tokens"}
+        losses: list[Tensor] = []
+        first = [inputs["tokens"]] if any(stage.is_first for stage in self.stages) else []
+        wanted: dict[str, Any] = {"target": weights, "losses": losses} if self.has_loss else {}
+        step: Any = schedule.step if learn else schedule.eval
+        step(*first, **rest, **wanted)
+        return [loss.detach() for loss in losses]
+
+    @property
+    def fewest(self) -> int:
+        """How few microbatches the schedule can do with."""
+        return fewest_microbatches(self.mesh.layout)
+
+    @property
+    def has_loss(self) -> bool:
+        return any(stage.is_last for stage in self.stages)
+
+    def _schedule(self, microbatches: int, rows: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
+        if (microbatches, rows) not in self._schedules:
+            layout = self.mesh.layout
+            numbers = stage_numbers(layout, self.mesh.place("pp"))
+            parts = [self._stage(stage, n, rows) for n, stage in zip(numbers, self.stages, strict=True)]
+            settings: dict[str, Any] = {"loss_fn": _loss, "scale_grads": False}
+            if layout.schedule in SINGLE:
+                made: Any = SINGLE[layout.schedule](parts[0], microbatches, **settings)
+            else:
+                made = MULTI[layout.schedule]([*parts], microbatches, **settings)
+            self._schedules[microbatches, rows] = made
+        return self._schedules[microbatches, rows]
+
+    def _stage(self, stage: Stage, number: int, rows: int) -> PipelineStage:
+        weight = next(stage.parameters())
+        config, layout = stage.decoder.config, self.mesh.layout
+        stream = torch.empty(rows // layout.tp, config.hidden_size, dtype=weight.dtype, device="meta")
+        tokens = torch.empty(1, rows, dtype=torch.int64, device="meta")
+        scores = torch.empty(rows, dtype=wide(weight[:0]).dtype, device="meta")
+        return PipelineStage(
+            stage,
+            number,
+            layout.stages,
+            weight.device,
+            input_args=tokens if stage.is_first else stream.requires_grad_(),
+            output_args=(scores if stage.is_last else stream).requires_grad_(),
+            group=self.mesh.group("pp"),
+        )
+
+
+def _loss(log_probs: Tensor, weights: Tensor) -> Tensor:
+    return -(weights[0] * log_probs).sum()

@@ -1,0 +1,209 @@
+"""A model laid out over processes: what training asks of it, whatever the layout.
+
+The order in which a layout is applied is fixed: stages are cut first, then tensor parallel, then expert parallel, then
+recomputation, and FSDP last, over what the others left.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from liaoyuan.data import Batch
+from liaoyuan.models import AttentionContext, Decoder, ModelConfig, PackedContext
+from liaoyuan.models.experts import Router
+from liaoyuan.parallel.context import SharedContext, own_rows
+from liaoyuan.parallel.expert import apply_expert_parallel, balance, expert_weights
+from liaoyuan.parallel.fsdp import apply_fsdp, full_weights
+from liaoyuan.parallel.layout import Layout
+from liaoyuan.parallel.mesh import Mesh
+from liaoyuan.parallel.pipeline import Pipeline, Stage, cut_layers, process_of, stage_numbers, stage_of, stage_with
+from liaoyuan.parallel.recompute import apply_recompute
+from liaoyuan.parallel.tensor import apply_tensor_parallel, compute_locally
+from liaoyuan.parallel.world import World
+
+
+class Program:
+    """A model over the processes of a mesh (None: whole, in this process).
+
+    models: the stages of this process, as a rule one. Their weights are DTensors; names are those of the whole model.
+    """
+
+    def __init__(self, models: Sequence[Decoder], mesh: Mesh | None = None, pipeline: Pipeline | None = None) -> None:
+        self.models, self.mesh, self.pipeline = list(models), mesh, pipeline
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.models[0].config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.models[0].parameters()).device
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield this process's weights with their names in the whole model."""
+        for model in self.models:
+            yield from model.named_parameters()
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield weights and persistent buffers: all that a model folder holds."""
+        for model in self.models:
+            yield from model.state_dict().items()
+
+    def whole_tensors(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield each weight and persistent buffer whole, in every process; all must go through all of them.
+
+        `tensors` are others of the same names and shapes, such as gradients.
+        """
+        own = dict(self.named_tensors()) if tensors is None else tensors
+        if not self.pipeline:
+            yield from full_weights(own.items())
+            return
+        layers = cut_layers(self.config, self.pipeline.mesh.layout.stages)
+        with torch.device("meta"):
+            whole = Decoder(self.config)
+        buffers = {name for name, _ in whole.named_buffers()}
+        dtype = next(self.models[0].parameters()).dtype
+        for name, like in whole.state_dict().items():
+            found = next(iter(full_weights([(name, own[name])])))[1] if name in own else None
+            like = like.to(torch.float32 if name in buffers else dtype)
+            yield name, self._from_stage(stage_with(name, layers), found, like)
+
+    def _from_stage(self, stage: int, found: Tensor | None, like: Tensor) -> Tensor:
+        """Return in every process of the pipeline the tensor that the one with `stage` has found, of this form."""
+        assert self.mesh
+        group = self.mesh.group("pp")
+        whole = torch.empty_like(like, device=self.device) if found is None else found.to(like.dtype).contiguous()
+        dist.broadcast(whole, dist.get_global_rank(group, process_of(self.mesh.layout, stage)), group=group)
+        return whole
+
+    def routers(self) -> list[Router]:
+        """Return the routers of this process's mixtures of experts."""
+        return [module for model in self.models for module in model.modules() if isinstance(module, Router)]
+
+    def balance(self, rate: float) -> dict[str, float]:
+        """Balance the load of this process's experts and return how uneven it was; see `expert.balance`."""
+        return balance(self.routers(), rate, self._sum_of_stage)
+
+    def _sum_of_stage(self, x: Tensor) -> Tensor:
+        if self.mesh:
+            dist.all_reduce(x, group=self.mesh.stage)
+        return x
+
+    def train(self, mode: bool = True) -> "Program":
+        """Switch between training and evaluation, as `nn.Module.train` does."""
+        for model in self.models:
+            model.train(mode)
+        return self
+
+    def eval(self) -> "Program":
+        """Switch to evaluation."""
+        return self.train(False)
+
+    def backward(self, batches: Sequence[Batch], scale: float, after_each: Callable[[], None]) -> Tensor:
+        """Add to the gradients those of the microbatches' summed loss times `scale`; return that loss, this process's
+        share of it. `after_each` is called after each microbatch if there are several (not in pipelines).
+        """
+        if self.pipeline:
+            return self._pass(batches, scale, learn=True)
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss = self._loss(batch, scale)
+            loss.backward()
+            total = total + self._counted(loss.detach())
+            if len(batches) > 1:
+                after_each()
+        return total
+
+    @torch.no_grad()
+    def loss(self, batch: Batch, scale: float = 1.0) -> Tensor:
+        """Return this process's share of the microbatch's summed loss times `scale`."""
+        return self._pass([batch], scale, learn=False) if self.pipeline else self._counted(self._loss(batch, scale))
+
+    def _loss(self, batch: Batch, scale: float) -> Tensor:
+        (model,) = self.models
+        x = self._own(batch)
+        log_probs = model(x["tokens"], x["positions"], self.context(batch.boundaries, len(batch.tokens)), x["targets"])
+        return -(x["weights"] * scale * log_probs).sum()
+
+    def _pass(self, batches: Sequence[Batch], scale: float, learn: bool) -> Tensor:
+        assert self.pipeline
+        if not learn:  # a schedule wants its number of microbatches: the others weigh nothing
+            batches = [*batches] * self.pipeline.fewest
+        own = [self._own(batch) for batch in batches]
+        inputs = {name: torch.stack([x[name] for x in own]) for name in ("tokens", "positions", "targets")}
+        inputs["boundaries"] = torch.stack([batch.boundaries for batch in batches])
+        weights = torch.stack([x["weights"] for x in own]) * scale
+        losses = self.pipeline.run(inputs, weights, learn)
+        total = torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+        return self._counted(total if learn else total / len(batches))
+
+    def _own(self, batch: Batch) -> dict[str, Tensor]:
+        """Return this process's rows of a microbatch, on its device."""
+        names = ("tokens", "positions", "targets", "weights")
+        values = {name: getattr(batch, name) for name in names}
+        if self.mesh and self.mesh.layout.context > 1:
+            rows = own_rows(len(batch.tokens), self.mesh)
+            values = {name: x[rows] for name, x in values.items()}
+        return {name: x.to(self.device) for name, x in values.items()}
+
+    def context(self, boundaries: Tensor, tokens: int) -> AttentionContext:
+        """Return the attention context of a microbatch."""
+        if self.mesh and self.mesh.layout.context > 1:
+            return SharedContext(boundaries, tokens, self.mesh)
+        return PackedContext(boundaries.to(self.device))
+
+    def _counted(self, loss: Tensor) -> Tensor:
+        """Return the loss if this process is the one of those with the same rows that counts it, else zero."""
+        return loss * float(self.mesh is None or self.mesh.place("tp") == 0)
+
+
+def lay_out(model: Decoder, layout: Layout, world: World) -> Program:
+    """Lay out `model` (the same weights in every process) over the processes of `world`; it is taken apart.
+
+    `world` must know the layout (`World.arrange`). One process: nothing but recomputation is done.
+    """
+    if world.mesh is None:
+        apply_recompute(model, layout)
+        return Program([model])
+    mesh = world.mesh
+    if layout.pp == 1:
+        program = Program([model], mesh)
+        _apply(model, model, mesh)
+        return program
+    return _lay_out_stages(model, mesh)
+
+
+def _lay_out_stages(model: Decoder, mesh: Mesh) -> Program:
+    layers = cut_layers(model.config, mesh.layout.stages)
+    numbers = stage_numbers(mesh.layout, mesh.place("pp"))
+    models = [stage_of(model, number, layers) for number in numbers]
+    program = Program(models, mesh)
+    stages = [Stage(part, lambda boundaries: program.context(boundaries, int(boundaries[-1]))) for part in models]
+    for stage, part in zip(stages, models, strict=True):
+        _apply(stage, part, mesh)
+    program.pipeline = Pipeline(stages, mesh)
+    return program
+
+
+def _apply(stage: nn.Module, model: Decoder, mesh: Mesh) -> None:
+    layout = mesh.layout
+    if layout.tp > 1:
+        apply_tensor_parallel(model, mesh)
+    if layout.ep > 1:
+        apply_expert_parallel(model, mesh)
+    if layout.tp > 1 or layout.ep > 1:
+        _compute_locally(stage, model)
+    apply_recompute(model, layout)
+    apply_fsdp(stage, model, mesh)
+
+
+def _compute_locally(stage: nn.Module, model: Decoder) -> None:
+    experts = expert_weights(model)
+    for module in experts:
+        compute_locally(module, "experts.")
+    for number, layer in model.layers._modules.items():
+        assert layer is not None
+        compute_locally(layer, f"layers.{number}.", tuple(experts))
+    compute_locally(stage, "", tuple(model.layers))

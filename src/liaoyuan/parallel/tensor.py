@@ -1,0 +1,143 @@
+"""Tensor and sequence parallelism (Shoeybi et al. 2019, arXiv 1909.08053; Korthikanti et al. 2022, arXiv 2205.05198).
+
+Within a layer, projections are cut by heads or by columns; between layers, tokens are spread over the same processes.
+`TABLE` says how each weight is cut; the rest is a gather before, and a sum after, each attention and feed-forward
+layer, hung on the model from outside. Weights are DTensors; a layer computes with their local parts.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+
+from liaoyuan.models import Decoder
+from liaoyuan.models.experts import MixtureOfExperts
+from liaoyuan.ops import linear, wide
+from liaoyuan.parallel.collectives import gather_rows, replicated_sum, scatter_sum
+from liaoyuan.parallel.mesh import Mesh
+
+ROWS, COLUMNS = Shard(0), Shard(1)
+TABLE: tuple[tuple[str, Placement], ...] = (
+    (r"(embed_tokens|lm_head)\.weight$", ROWS),
+    (r"self_attn\.(qkv_proj|q_proj|q_b_proj|kv_b_proj)\.(weight|bias)$", ROWS),
+    (r"self_attn\.sinks$", ROWS),
+    (r"self_attn\.o_proj\.weight$", COLUMNS),
+    (r"layers\.\d+\.mlp\.gate_up_proj\.(weight|bias)$", ROWS),
+    (r"layers\.\d+\.mlp\.down_proj\.weight$", COLUMNS),
+    (r"", Replicate()),
+)
+ADDED_ONCE = re.compile(r"layers\.\d+\.(self_attn\.o_proj|mlp\.down_proj)\.bias$")  # though the products are summed
+
+
+def placement(name: str) -> Placement:
+    """Return how tensor parallelism cuts the weight `name`."""
+    return next(placed for pattern, placed in TABLE if re.search(pattern, name))
+
+
+def apply_tensor_parallel(model: Decoder, mesh: Mesh) -> None:
+    """Cut the weights of `model` over the axis tp and put the exchanges around its layers, in place."""
+    tp, group = mesh.dense["tp"], mesh.group("tp")
+    for module, key, name in weights_of(model):
+        if ".experts." not in name:
+            weight = module._parameters[key]
+            assert weight is not None
+            cut = distribute_tensor(weight.detach(), tp, [placement(name)], src_data_rank=None)
+            module._parameters[key] = nn.Parameter(cut, requires_grad=weight.requires_grad)
+    for layer in model.layers:
+        _surround(layer.self_attn, group)
+        if not isinstance(layer.mlp, MixtureOfExperts):  # experts take their tokens where they are
+            _surround(layer.mlp, group)
+    if hasattr(model, "embed_tokens"):
+        _cut_vocabulary(model.embed_tokens, group)
+    model.score = _cut_score(group)
+
+
+def weights_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Yield the module of each weight, its key in it, and its whole name."""
+    for path, module in model.named_modules():
+        for key in module._parameters:
+            if module._parameters[key] is not None:
+                yield module, key, f"{path}.{key}" if path else key
+
+
+def _surround(module: Any, group: ProcessGroup) -> None:
+    """Let `module` see all tokens and hand back its own part of the sum of all outputs."""
+
+    def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return gather_rows(inputs[0], group), *inputs[1:]
+
+    def after(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        return scatter_sum(out, group)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
+def _cut_vocabulary(embedding: nn.Module, group: ProcessGroup) -> None:
+    """Look tokens up where their row is, and spread the sum over the processes."""
+
+    def forward(tokens: Tensor) -> Tensor:
+        table = embedding.weight
+        assert isinstance(table, Tensor)
+        local = tokens - _first_row(len(table), group)
+        here = (local >= 0) & (local < len(table))
+        rows = nn.functional.embedding(local.where(here, torch.zeros_like(local)), table)
+        return scatter_sum(rows * here[:, None].to(rows.dtype), group)
+
+    embedding.forward = forward
+
+
+def _cut_score(group: ProcessGroup) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return `token_log_prob` for a head whose rows are spread over the processes."""
+
+    def score(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        logits = wide(linear(gather_rows(hidden, group), head))
+        highest = logits.detach().amax(-1)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+        total = replicated_sum((logits - highest[:, None]).exp().sum(-1), group)
+        local = targets - _first_row(len(head), group)
+        here = (local >= 0) & (local < len(head))
+        found = logits.gather(1, local.where(here, torch.zeros_like(local))[:, None])[:, 0]
+        chosen = replicated_sum(found.where(here, torch.zeros_like(found)), group)
+        return chosen - highest - total.log()
+
+    return score
+
+
+def _first_row(rows: int, group: ProcessGroup) -> int:
+    return rows * group.rank()
+
+
+def compute_locally(module: nn.Module, root: str, inner: tuple[nn.Module, ...] = ()) -> None:
+    """Let `module.forward` and all within it, except `inner`, see the local part of each weight that is a DTensor.
+
+    A replicated weight sees only this process's tokens or heads, so that its gradient is a summand of the whole.
+    """
+    apart = {id(part) for whole in inner for part in whole.modules()}
+    weights = [(owner, key, f"{root}{name}") for owner, key, name in weights_of(module) if id(owner) not in apart]
+    original = module.forward
+
+    def forward(*inputs: Any, **options: Any) -> Any:
+        for owner, key, name in weights:
+            owner.__dict__[key] = _local(owner._parameters[key], name)  # hides the parameter of the same name
+        try:
+            return original(*inputs, **options)
+        finally:
+            for owner, key, _ in weights:
+                owner.__dict__.pop(key, None)
+
+    module.forward = forward
+
+
+def _local(weight: nn.Parameter | None, name: str) -> Tensor | None:
+    if not isinstance(weight, DTensor):
+        return weight
+    replicated = weight.placements[0].is_replicate()
+    grads = [Partial()] if replicated else list(weight.placements)
+    local: Tensor = weight.to_local(grad_placements=grads)
+    return local / weight.device_mesh.size() if ADDED_ONCE.search(name) else local

@@ -1,0 +1,118 @@
+"""Every layout gives the loss and the gradients of one process. Computed in fp64, on gloo processes."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from liaoyuan.parallel import Layout, World
+from tests.parallel.layouts import Outcome, step
+from tests.parallel.processes import Pool, pool
+
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-10, 1e-9  # relative, fp64
+
+
+def axes(processes: int, microbatches: int = 1, **layout: object) -> tuple[int, int, Layout]:
+    """Return a row of the table: processes, microbatches, layout (`ulysses` and `ring` are those of cp)."""
+    cp = {name: layout.pop(name) for name in ("ulysses", "ring") if name in layout}
+    return processes, microbatches, Layout.model_validate({**layout, "cp": cp})
+
+
+ROWS = {
+    "fsdp 2": axes(2),
+    "fsdp 4, 2 microbatches": axes(4, 2),
+    "hsdp 2 x 2": axes(4, dp=2),
+    "tp 2": axes(2, tp=2),
+    "tp 4": axes(4, tp=4),
+    "gpipe": axes(2, 4, pp=2, schedule="gpipe"),
+    "1f1b": axes(2, 4, pp=2),
+    "1f1b 4": axes(4, 4, pp=4),
+    "interleaved": axes(2, 4, pp=2, schedule="interleaved"),
+    "zbv": axes(2, 4, pp=2, schedule="zbv"),
+    "dualpipev": axes(2, 4, pp=2, schedule="dualpipev"),
+    "ulysses 2": axes(2, ulysses=2),
+    "ulysses 8, fewer key heads": axes(8, ulysses=8),
+    "ring 2": axes(2, ring=2),
+    "ring 4": axes(4, ring=4),
+    "hybrid 2 x 2": axes(4, ulysses=2, ring=2),
+    "hybrid 2 x 4": axes(8, ulysses=2, ring=4),
+    "recompute fully": axes(2, recompute="full"),
+    "recompute every other, selectively": axes(2, tp=2, recompute="selective", recompute_every=2),
+    "fsdp 2 x tp 2": axes(4, tp=2),
+    "dp 2 x fsdp 2 x tp 2": axes(8, dp=2, tp=2),
+    "fsdp 2 x ring 2 x tp 2": axes(8, ring=2, tp=2),
+    "fsdp 2 x ulysses 2 x tp 2": axes(8, ulysses=2, tp=2),
+    "pp 2 x fsdp 2 x tp 2": axes(8, 2, pp=2, tp=2),
+    "zbv 2 x fsdp 2 x tp 2": axes(8, 4, pp=2, tp=2, schedule="zbv"),
+    "pp 2 x ring 2 x ulysses 2": axes(8, 2, pp=2, ring=2, ulysses=2),
+    "ring 2 x tp 4, recomputed": axes(8, ring=2, tp=4, recompute="full"),
+    "dualpipev 2 x ulysses 2 x fsdp 2": axes(8, 4, pp=2, ulysses=2, schedule="dualpipev"),
+}
+EXPERT_ROWS = {
+    "fsdp 2": axes(2),
+    "tp 2": axes(2, tp=2),
+    "ep 2": axes(2, ep=2),
+    "ep 4": axes(4, ep=4),
+    "ep 2 of fsdp 4": axes(4, 2, ep=2),
+    "ep 2, dp 2": axes(4, dp=2, ep=2),
+    "ep 2 of tp 2": axes(2, tp=2, ep=2),
+    "ep 2 of ring 2": axes(2, ring=2, ep=2),
+    "ring 2 x ulysses 2": axes(4, ring=2, ulysses=2),
+    "1f1b": axes(2, 4, pp=2),
+    "ep 4 of fsdp 2 x tp 2, recomputed": axes(4, tp=2, ep=4, recompute="full"),
+    "ep 2, pp 2 x fsdp 2 x tp 2": axes(8, 2, pp=2, tp=2, ep=2),
+    "ep 4, zbv 2 x fsdp 2 x ulysses 2": axes(8, 4, pp=2, ulysses=2, ep=4, schedule="zbv"),
+    "ep 8 of fsdp 2 x ring 2 x tp 2": axes(8, ring=2, tp=2, ep=8),
+}
+TABLE = {
+    **{("dense", name): row for name, row in ROWS.items()},
+    **{("tied", name): ROWS[name] for name in ("fsdp 2", "tp 4", "fsdp 2 x ring 2 x tp 2")},
+    **{(kind, name): row for kind in ("experts", "latent") for name, row in EXPERT_ROWS.items()},
+    **{
+        ("sinks", name): EXPERT_ROWS[name]
+        for name in ("tp 2", "ep 2", "ring 2 x ulysses 2", "ep 8 of fsdp 2 x ring 2 x tp 2")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Pool]:
+    with pool(8) as ready:
+        yield ready
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, Outcome]:
+    kinds = {kind for kind, _ in TABLE}
+    return {kind: step(World(), kind, torch.float64, Layout(), 1) for kind in kinds}
+
+
+def differences(found: Outcome, expected: Outcome) -> tuple[float, float]:
+    """Return the relative difference of the loss, and the largest one of any weight's gradient."""
+    worst = 0.0
+    for name, reference in expected.gradients.items():
+        if reference.any():
+            worst = max(worst, float((found.gradients[name] - reference).norm() / reference.norm()))
+    return abs(found.loss - expected.loss) / abs(expected.loss), worst
+
+
+@pytest.mark.parametrize(("kind", "name"), TABLE, ids=[f"{kind}: {name}" for kind, name in TABLE])
+def test_a_layout_gives_the_loss_and_gradients_of_one_process(
+    kind: str, name: str, processes: Pool, references: dict[str, Outcome], record_property
+) -> None:
+    size, microbatches, layout = TABLE[kind, name]
+    expected = references[kind]
+    for found in processes.run(size, step, kind, torch.float64, layout, microbatches):
+        assert found.gradients.keys() == expected.gradients.keys()
+        assert all(torch.equal(found.loads[router], load) for router, load in expected.loads.items())
+        loss, gradient = differences(found, expected)
+        assert loss <= LOSS_TOLERANCE and gradient <= GRADIENT_TOLERANCE, (loss, gradient)
+        record_property("loss", loss)
+        record_property("gradient", gradient)
+
+
+def test_no_gradient_of_the_reference_is_zero(references: dict[str, Outcome]) -> None:
+    for kind, reference in references.items():
+        norms = {name: float(x.norm()) for name, x in reference.gradients.items() if "correction" not in name}
+        least = min(norms, key=norms.__getitem__)
+        assert norms[least] > 1e-6, (kind, least, norms[least])
