@@ -1,13 +1,11 @@
 """Every layout gives the loss and the gradients of one process. Computed in fp64, on gloo processes."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from liaoyuan.parallel import Layout, World
 from tests.parallel.layouts import Outcome, step
-from tests.parallel.processes import Pool, pool
+from tests.parallel.processes import run
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-10, 1e-9  # relative, fp64
 
@@ -76,12 +74,6 @@ TABLE = {
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[Pool]:
-    with pool(8) as ready:
-        yield ready
-
-
-@pytest.fixture(scope="module")
 def references() -> dict[str, Outcome]:
     kinds = {kind for kind, _ in TABLE}
     return {kind: step(World(), kind, torch.float64, Layout(), 1) for kind in kinds}
@@ -98,11 +90,11 @@ def differences(found: Outcome, expected: Outcome) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("kind", "name"), TABLE, ids=[f"{kind}: {name}" for kind, name in TABLE])
 def test_a_layout_gives_the_loss_and_gradients_of_one_process(
-    kind: str, name: str, processes: Pool, references: dict[str, Outcome], record_property
+    kind: str, name: str, references: dict[str, Outcome], record_property
 ) -> None:
     size, microbatches, layout = TABLE[kind, name]
     expected = references[kind]
-    for found in processes.run(size, step, kind, torch.float64, layout, microbatches):
+    for found in run(size, step, kind, torch.float64, layout, microbatches):
         assert found.gradients.keys() == expected.gradients.keys()
         assert all(torch.equal(found.loads[router], load) for router, load in expected.loads.items())
         loss, gradient = differences(found, expected)
