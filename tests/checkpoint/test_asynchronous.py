@@ -254,6 +254,17 @@ def test_a_part_that_could_not_be_written_leaves_nothing(tmp_path: Path, monkeyp
     assert names(tmp_path / "part") == []
 
 
+def test_a_part_that_comes_while_its_writer_ends_is_not_missed(tmp_path: Path) -> None:
+    def last_look() -> bool:
+        writer.write_part(part / writer.part_name(1), [], [], {})
+        return False  # the other writer is gone: nothing more will come
+
+    part = tmp_path / "part"
+    writer.write_part(part / writer.part_name(0), [], [], {})
+    writer.publish(part, tmp_path / "step-000001", 2, {"step": 1}, last_look)
+    assert names(tmp_path / "step-000001") == ["rank-0000.safetensors", "rank-0001.safetensors", "state.json"]
+
+
 def hold(folder: Path, held: Any) -> None:
     with Checkpointer(folder / "state"):
         held.set()

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from liaoyuan.models import Decoder
@@ -41,7 +40,6 @@ class Optimiser(Protocol):
 
 def local_tensors(model: Decoder | Program, optimiser: Optimiser) -> dict[str, Tensor]:
     """Return all that this process holds of the state, by name, without copies: weights, buffers, moments."""
-    _reshard(model)
     tensors = {MODEL + name: local(tensor) for name, tensor in _named(model).items()}
     return tensors | {OPTIMISER + name: value for name, value in optimiser.state().items()}
 
@@ -53,18 +51,8 @@ def whole_tensors(model: Decoder | Program, tensors: Mapping[str, Tensor]) -> di
 
 
 def _named(model: Decoder | Program) -> dict[str, Tensor]:
-    """Return weights and persistent buffers."""
+    """Return weights and persistent buffers. `state_dict` first cuts what FSDP has left whole after a forward pass."""
     return dict(model.named_tensors() if isinstance(model, Program) else model.state_dict())
-
-
-def _reshard(model: Decoder | Program) -> None:
-    """Put gathered weights back: FSDP leaves some whole after a forward pass that no backward pass follows."""
-    roots: list[nn.Module] = [model] if isinstance(model, Decoder) else [*model.models]
-    if isinstance(model, Program) and model.pipeline:
-        roots += model.pipeline.stages
-    for module in (module for root in roots for module in root.modules()):
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def parameter_of(name: str) -> str:

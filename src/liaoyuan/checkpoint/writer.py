@@ -98,9 +98,9 @@ def publish(part: Path, target: Path, processes: int, manifest: dict[str, Any], 
         OSError: the disk is full, or another process could not write its part.
     """
     names = [part_name(rank) for rank in range(processes)]
-    while missing := [name for name in names if not (part / name).exists()]:
+    while missing := _missing(part, names):
         failed = next((name for name in missing if (part / (name + FAILED)).exists()), None)
-        if failed or not wait():
+        if failed or (not wait() and _missing(part, names)):  # the last one may have come just now
             shutil.rmtree(part, ignore_errors=True)
             raise InterruptedError(f"the part {failed or missing[0]} of {target} was not written")
     _write_manifest(part / MANIFEST, {**manifest, **_table(part, names)})
@@ -193,6 +193,10 @@ def _table(part: Path, names: Sequence[str]) -> dict[str, Any]:
             entry = tensors.setdefault(piece.name, {"dtype": piece.dtype, "size": piece.size, "pieces": []})
             entry["pieces"].append([number, piece.offsets, piece.shape, checksum])
     return {"format": FORMAT, "files": list(names), "tensors": tensors}
+
+
+def _missing(part: Path, names: Sequence[str]) -> list[str]:
+    return [name for name in names if not (part / name).exists()]
 
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
