@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from liaoyuan.checkpoint.training_state import load_state, save_state
+from liaoyuan.checkpoint.training_state import CheckpointConfig, Checkpointer
 from liaoyuan.config import Config
 from liaoyuan.data import Batch
 from liaoyuan.errors import LiaoyuanError
@@ -85,6 +85,7 @@ def train(
     report: Report = silent,
     evaluate: Callable[[Decoder], dict[str, float]] | None = None,
     world: World | None = None,
+    checkpoint: CheckpointConfig | None = None,
 ) -> TrainResult:
     """Train `model` in place for `config.steps` steps, going on from `folder` if it holds a state.
 
@@ -92,19 +93,20 @@ def train(
         batches: the microbatches of a step that are this process's; a function of the step alone.
         evaluate: gives further values for the metrics of every `config.evaluate_every`-th and the last step.
         world: the processes that train together; `model` is sharded over them (`parallel.shard`).
+        checkpoint: how states are saved; not part of what the run computes, so it may change when a run goes on.
 
     Raises:
         Stopped: Ctrl-C or SIGTERM came; the state is saved.
-        LiaoyuanError: the loss stays not finite, the folder is another run's, or the disk is full.
+        LiaoyuanError: the loss stays not finite, the folder is another run's or in use, or the disk is full.
     """
     world = world or World()
     model.train()
     optimiser = make_optimiser(model, config, world)
-    done = _resume(model, optimiser, config, folder, world)
-    metrics = Metrics(folder / METRICS, resume_from=done.steps) if world.is_first else None
     lost = 0  # steps in a row whose gradient was not finite
     tell = _paced(report)
-    with _stop_asked() as stop_asked:
+    with Checkpointer(folder / STATE, world, checkpoint) as states, _stop_asked() as stop_asked:
+        done = _resume(states, model, optimiser, config, folder)
+        metrics = Metrics(folder / METRICS, resume_from=done.steps) if world.is_first else None
         while done.steps < config.steps:
             step, start = done.steps, _Clock()
             rate = learning_rate_at(step, config.steps, config.learning_rate, config.warmup_steps, config.schedule)
@@ -121,8 +123,10 @@ def train(
             if metrics:
                 metrics.write(step, **values)
             stop = bool(world.sum_numbers(float(stop_asked()))[0])
-            if last or stop or _is_due(done.steps, config.checkpoint_every):
-                save_state(folder / STATE, done.steps, model, optimiser, _extra(done, config), world)
+            due = last or stop or _is_due(done.steps, config.checkpoint_every)
+            states.after_step(done.steps, model, optimiser, _extra(done, config), durable=due)
+            if last or stop:
+                states.wait()
             tell(Progress(done.steps, config.steps, "step", f"loss {outcome.loss:.3f}, {speed:,.0f} tokens/s"))
             if stop and not last:
                 raise Stopped(
@@ -173,9 +177,11 @@ def take_step(
     return Outcome(world.sum_numbers(float(total))[0], norm, int(tokens), flops)
 
 
-def _resume(model: Decoder, optimiser: Optimiser, config: TrainConfig, folder: Path, world: World) -> TrainResult:
+def _resume(
+    states: Checkpointer, model: Decoder, optimiser: Optimiser, config: TrainConfig, folder: Path
+) -> TrainResult:
     """Load the newest state of `folder`; it must have been written under the same config."""
-    found = load_state(folder / STATE, model, optimiser, world)
+    found = states.load(model, optimiser)
     if found is None:
         return TrainResult()
     _, extra = found

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 
 from liaoyuan.checkpoint import load_weights, save_model
+from liaoyuan.checkpoint.training_state import CheckpointConfig
 from liaoyuan.config import Config, to_toml
 from liaoyuan.data import Corpus, TokenBatches, Tokenizer, load_corpus
 from liaoyuan.device import Device, select_device
@@ -58,6 +59,7 @@ class PretrainConfig(Config):
     corpus: Path
     model: ShapeConfig = ShapeConfig()
     train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
     sequence_length: int = Field(512, gt=0)
     held_out_tokens: int = Field(32768, gt=0)  # of the held-out split, for the loss shown beside the training loss
     device: str = "auto"
@@ -78,7 +80,8 @@ def pretrain(config: PretrainConfig, folder: Path, report: Report = silent, worl
         _remember(config, folder)
     model = shard(_start(config, shape, world.device), world)
     batches = _batches(corpus, config, world)
-    result = train(model, batches, config.train, folder, report, held_out_loss(corpus, config), world)
+    measure = held_out_loss(corpus, config)
+    result = train(model, batches, config.train, folder, report, measure, world, config.checkpoint)
     weights = dict(full_weights(model))
     if world.is_first:
         save_model(model, folder / MODEL, corpus.tokenizer_folder, state=weights)
@@ -131,7 +134,7 @@ def _remember(config: PretrainConfig, folder: Path) -> None:
     if (folder / STATE).exists() and path.exists():
         before, now = _flat(tomllib.loads(path.read_text(encoding="utf-8"))), _flat(tomllib.loads(text))
         for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key):
+            if before.get(key) != now.get(key) and not key.startswith("checkpoint."):
                 raise LiaoyuanError(
                     f"{folder} holds a run with {key} = {before.get(key)}, not {now.get(key)}: "
                     "give the same value to go on with it, or choose another folder."
