@@ -1,6 +1,7 @@
 """What cannot work is refused at the door, in one sentence, before any process is started."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ def launch(*words: str) -> None:
         (["--nproc", "0", "train"], "--nproc 0 is wrong: give a number above 0, or a range such as 2:4"),
         (["--nproc", "4:2", "train"], "--nproc 4:2 is wrong"),
         (["--nnodes", "many", "train"], "--nnodes many is wrong"),
-        (["--slurm", "job.sh", "train"], "A job file needs a number: --nproc"),
+        (["--rendezvous", "host:29400", "train"], "--rendezvous host:29400 is a host and port; give a folder"),
     ],
 )
 def test_a_wrong_command_line(words: list[str], sentence: str) -> None:
@@ -71,14 +72,14 @@ def test_hosts_that_do_not_come(run_file: Path, tmp_path: Path) -> None:
 
 
 def test_an_address_of_another_host(run_file: Path, tmp_path: Path) -> None:
+    options = ["--nnodes", "2", "--nproc", "1", "--address", "192.0.2.1"]
     with pytest.raises(LiaoyuanError, match=r"cannot listen on 192\.0\.2\.1: .* Give --address"):
-        launch_listening_on("192.0.2.1")
+        launch(*options, "train", str(run_file), "--out", str(tmp_path))
 
 
-def launch_listening_on(address: str) -> None:
-    from liaoyuan.compute.network import listen
-
-    listen(address)
+def test_a_job_file_needs_a_number_of_processes(run_file: Path) -> None:
+    with pytest.raises(LiaoyuanError, match="A job file needs a number: --nproc"):
+        launch("--slurm", "job.sh", "train", str(run_file))
 
 
 def test_what_the_workers_refuse_is_not_tried_again(run_file: Path, tmp_path: Path) -> None:
@@ -93,4 +94,5 @@ def test_mistakes_do_not_wait_for_torch() -> None:
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
     command = [sys.executable, "-m", "liaoyuan", "launch", "trian"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "| torch\n" not in done.stderr
+    assert done.returncode == 2 and "typer" in done.stderr
+    assert not re.search(r"(?m)\|\s+torch$", done.stderr)

@@ -45,8 +45,11 @@ def launch(
     from liaoyuan.compute import LaunchConfig
     from liaoyuan.compute import launch as run
 
-    hosts, processes = parse_range("--nnodes", nnodes), _processes(nproc, planned=bool(slurm or kubernetes))
+    _refuse_endpoint(rendezvous)
+    hosts = parse_range("--nnodes", nnodes)
+    given = None if nproc == "auto" else parse_range("--nproc", nproc)
     verb = resolve(arguments)
+    processes = given or _automatic(planned=bool(slurm or kubernetes))
     _refuse_illegal(verb.legal, hosts, processes)
     if slurm or kubernetes:
         _write_jobs(context, verb, arguments, processes[1], hosts[1])
@@ -151,6 +154,14 @@ def _refuse_illegal(legal: Callable[[int], bool], hosts: tuple[int, int], proces
     choose([processes[1]] * hosts[1], hosts[0] * processes[0], legal)
 
 
+def _refuse_endpoint(rendezvous: Path | None) -> None:
+    if rendezvous and re.fullmatch(r"[\w.-]+:\d+", str(rendezvous)):
+        raise LiaoyuanError(
+            f"--rendezvous {rendezvous} is a host and port; give a folder that all hosts share, since a host can be "
+            "lost (the default is the run folder)."
+        )
+
+
 def parse_range(option: str, text: str) -> tuple[int, int]:
     """Return (fewest, most) of "4" or "2:4"; raises LiaoyuanError for anything else."""
     first, colon, last = text.partition(":")
@@ -160,10 +171,8 @@ def parse_range(option: str, text: str) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-def _processes(text: str, planned: bool) -> tuple[int, int]:
-    """Return the range of processes; "auto" is one for each accelerator of this host, else one for each core."""
-    if text != "auto":
-        return parse_range("--nproc", text)
+def _automatic(planned: bool) -> tuple[int, int]:
+    """Return one process for each accelerator of this host, else one for each core."""
     if planned:
         raise LiaoyuanError("A job file needs a number: --nproc with the processes of each host.")
     from liaoyuan.device import find_accelerator

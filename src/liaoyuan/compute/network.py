@@ -17,8 +17,14 @@ SIOCGIFADDR = 0x8915  # from linux/sockios.h: the address of an interface
 
 
 def this_host(slots: int, address: str | None = None) -> Member:
-    """Return this host as a member. `address`: where other hosts reach it (default: what its name resolves to)."""
+    """Return this host as a member. `address`: where other hosts reach it (default: what its name resolves to).
+
+    Raises:
+        LiaoyuanError: the address is not this host's.
+    """
     host = socket.gethostname()
+    if address:
+        listen(address).close()  # a mistake is told before the others are kept waiting
     return Member(
         id=f"{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}",
         host=host,
