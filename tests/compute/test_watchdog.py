@@ -11,7 +11,7 @@ import pytest
 from liaoyuan.compute.heartbeat import LOST_PEER, lost_peer, read_beat
 from liaoyuan.compute.launch import History, how_it_ended
 from liaoyuan.compute.report import first_failure, last_lines, worker_sentence
-from liaoyuan.compute.watchdog import Orders, Watch, state_of
+from liaoyuan.compute.watchdog import GRACE, Orders, Watch, state_of
 from tests.compute.job import PATIENCE
 from tests.conftest import ROOT
 
@@ -102,6 +102,35 @@ def test_where_all_wait_other_hosts_get_time_first(started: list[Workers], tmp_p
     workers.pass_minutes(1.1)
     assert workers.watch.hung.keys() == {0, 1}
     assert workers.exit_codes() == [-signal.SIGKILL, -signal.SIGKILL]
+
+
+def test_workers_are_asked_to_save_once_and_killed_when_told_so(started: list[Workers], tmp_path: Path) -> None:
+    workers = Workers(tmp_path, [COLLECTIVE, COLLECTIVE])
+    started.append(workers)
+    orders = Orders(stop=True)
+    watch = Watch(workers.pids, tmp_path, lambda: orders, 60.0, workers.said.append)
+    workers.processes[0].send_signal(signal.SIGSTOP)  # it will not even hear of it
+    watch.look()
+    assert workers.processes[1].wait(PATIENCE) == -signal.SIGTERM
+    assert workers.processes[0].poll() is None
+    orders = Orders(stop=True, kill=True)
+    watch.look()
+    assert workers.processes[0].wait(PATIENCE) == -signal.SIGKILL
+    assert watch.ended == {0}
+
+
+def test_workers_that_wait_for_one_that_died_are_ended(started: list[Workers], tmp_path: Path) -> None:
+    workers = Workers(tmp_path, [COLLECTIVE, COLLECTIVE])
+    started.append(workers)
+    workers.processes[1].kill()
+    while state_of(workers.processes[1].pid) != "Z":
+        pass
+    workers.watch.look()
+    assert workers.processes[0].poll() is None
+    workers.now += GRACE + 1
+    workers.watch.look()
+    assert workers.processes[0].wait(PATIENCE) == -signal.SIGKILL
+    assert workers.watch.ended == {0} and workers.watch.hung == {}
 
 
 def test_the_first_to_fail_is_not_the_one_that_lost_it() -> None:

@@ -158,8 +158,9 @@ def _sum_up(succeeded: bool, failures: Mapping[int, int], watch: Watch, meeting:
         return RoundEnd(True, watch.steps)
     rank = first_failure(failures, watch.hung, watch.ended)
     if rank is None or rank in watch.ended or failures[rank] in (LOST_PEER, STOPPED, -signal.SIGTERM):
-        reason = meeting.verdict.reason if meeting.verdict else "the workers lost each other"
         code = failures[rank] if rank is not None else 0
+        found = "the workers were asked to stop" if code == STOPPED else "the workers have lost some of the others"
+        reason = meeting.verdict.reason if meeting.verdict else found
         return RoundEnd(False, watch.steps, rank, code, reason)
     reason = f"rank {rank} on {meeting.host} {watch.hung.get(rank) or how_it_ended(failures[rank])}"
     return RoundEnd(False, watch.steps, rank, failures[rank], reason, last_lines(logs, rank))
@@ -181,9 +182,10 @@ def _next_try(ended: RoundEnd, history: History, config: LaunchConfig, meeting: 
         tell(f"{ended.reason}; all hosts meet again.")
         return
     vain = history.note(ended.steps)
-    tell(f"{ended.reason} after step {history.best}." + (f"\n{ended.output}" if ended.output else ""))
     if history.is_hopeless:
         raise LiaoyuanError(_given_up(ended, history, config.logs))
+    output = f"\n{ended.output}" if ended.output else ""
+    tell(f"{ended.reason} after step {ended.steps}; the work goes on from the newest checkpoint.{output}")
     if vain > 1 and ended.is_mine and meeting.slots > config.processes[0]:
         meeting.offer(meeting.slots - 1)  # a card or core may be bad: do with one less
         tell(f"this host offers {meeting.slots} processes from now on.")
