@@ -70,6 +70,8 @@ def _planner(tensors: Mapping[str, Tensor], world: World) -> DefaultSavePlanner:
 
 def _own_names(items: list[WriteItem], planner: DefaultSavePlanner, world: World) -> set[str]:
     """Return the names of the tensors whose block this process writes."""
+    if world.size == 1:
+        return {item.index.fqn for item in items}
     told = _gather(json.dumps([_to_json(item) for item in items]), world)
     answers = None
     if told is not None:
@@ -120,8 +122,6 @@ def _block(item: WriteItem) -> ChunkStorageMetadata:
 
 def _gather(text: str, world: World) -> list[str] | None:
     """Return the texts of all processes, in the first one; None in the others."""
-    if world.size == 1:
-        return [text]
     raw = text.encode()
     lengths = torch.zeros(world.size, dtype=torch.int64, device=world.device.torch)
     lengths[world.rank] = len(raw)
@@ -136,8 +136,6 @@ def _gather(text: str, world: World) -> list[str] | None:
 
 def _scatter(texts: list[str] | None, world: World) -> str:
     """Return this process's own of the `texts`, which the first process has."""
-    if texts is not None and world.size == 1:
-        return texts[0]
     lengths = torch.zeros(world.size, dtype=torch.int64, device=world.device.torch)
     raws = [text.encode() for text in texts or ()]
     if texts is not None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -129,7 +129,7 @@ class Beside:
         with torch.no_grad():
             torch._foreach_copy_(list(self._views.values()), [tensors[name] for name in self._views])
         self._busy = job
-        self._tell({key: value and asdict(value) for key, value in vars(job).items()})
+        self._tell({key: value and vars(value) for key, value in vars(job).items()})
 
     def wait(self) -> None:
         """Wait until the job in flight is on the disk. Raises LiaoyuanError if it failed."""
@@ -157,7 +157,7 @@ class Beside:
             start_new_session=True,  # neither Ctrl-C nor the end of the trainer's group ends a save in flight
         )
         self._process = process
-        pieces = {"own": [asdict(p) for p in self._plan.own], "spare": [asdict(p) for p in self._plan.spare]}
+        pieces = {"own": [vars(p) for p in self._plan.own], "spare": [vars(p) for p in self._plan.spare]}
         lock = str(self._folder / LOCK)
         self._tell({**pieces, "buffer": handle, "nbytes": self._plan.nbytes, "lock": lock})
         return process

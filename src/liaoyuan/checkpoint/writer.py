@@ -19,7 +19,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Piece:
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> "Piece":
-        """Return the piece that JSON made of `asdict`."""
+        """Return the piece that JSON made of `vars`."""
         tuples: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
         return cls(**tuples)
 
@@ -69,7 +69,6 @@ def write_part(path: Path, pieces: Sequence[Piece], views: Sequence[memoryview],
                 _write(file.fileno(), view)
             os.fsync(file.fileno())
         temporary.rename(path)
-        fsync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -168,7 +167,7 @@ def fsync_folder(path: Path) -> None:
 
 
 def _header(pieces: Sequence[Piece], checksums: list[str], about: dict[str, Any]) -> bytes:
-    part = {"pieces": [asdict(piece) for piece in pieces], "checksums": checksums, "about": about}
+    part = {"pieces": [vars(piece) for piece in pieces], "checksums": checksums, "about": about}
     header: dict[str, Any] = {"__metadata__": {"part": json.dumps(part)}}
     end = 0
     for piece in pieces:
