@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from liaoyuan.compute import meeting as module
-from liaoyuan.compute.board import Board, Member, Verdict
+from liaoyuan.compute.board import Board, Member, Round, Seat, Verdict
 from liaoyuan.compute.meeting import Meeting, Place, Rules
 from liaoyuan.compute.pulse import Pulse
 
@@ -148,6 +148,16 @@ def test_what_dead_launchers_left_behind_holds_nobody_up(tmp_path: Path) -> None
     assert new[0].shares(1) == new[1].shares(1) == [("c", 2), ("d", 2)]
     for host in new:
         host.lost.set()
+
+
+def test_a_round_and_its_end_are_what_the_first_said(tmp_path: Path) -> None:
+    board = Board(tmp_path)
+    mine, other = (Round(1, (Seat(name, name, 2),), "127.0.0.1", 1) for name in "ab")
+    assert board.propose(mine) and not board.propose(other)
+    board.end(1, Verdict("again", "first"))
+    board.end(1, Verdict("done"))
+    assert board.latest() == mine and board.verdict(1) == Verdict("again", "first")
+    assert {path.name for path in tmp_path.iterdir()} == {"round-000001.json", "verdict-000001.json"}
 
 
 def test_a_pulse_is_a_change_and_nothing_else() -> None:

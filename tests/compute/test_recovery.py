@@ -105,8 +105,9 @@ def test_a_full_disk_is_waited_for(run_file: Path, uninterrupted: Path, small_di
 
 
 def test_workers_do_not_outlive_their_launcher(run_file: Path, tmp_path: Path) -> None:
-    job = Job(run_file, tmp_path, "--nproc", "2")
+    job = Job(run_file, tmp_path, "--nproc", "2", settings=("train.steps=1000000",))
     job.wait_for_step(5)
+    assert job.workers().keys() == {0, 1}
     job.process.kill()
     job.process.wait()
     end = time.monotonic() + 5

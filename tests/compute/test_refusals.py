@@ -53,6 +53,8 @@ def test_ranges() -> None:
 def test_a_number_of_processes_that_does_not_divide_the_batch_names_the_nearest(run_file: Path) -> None:
     with pytest.raises(LiaoyuanError, match=r"cannot be divided over 3 processes; 2 or 4 would do"):
         launch("--nproc", "3", "train", str(run_file))
+    with pytest.raises(LiaoyuanError, match=r"cannot be divided over 6 processes; 4 would do"):  # no host is waited for
+        launch("--nproc", "3", "--nnodes", "2", "--join-timeout", "1", "train", str(run_file))
 
 
 def test_a_rendezvous_that_cannot_be_reached(run_file: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from liaoyuan.compute.heartbeat import LOST_PEER, lost_peer, read_beat
-from liaoyuan.compute.launch import History, how_it_ended
+from liaoyuan.compute.launcher import History, how_it_ended
 from liaoyuan.compute.report import first_failure, last_lines, worker_sentence
 from liaoyuan.compute.watchdog import GRACE, Orders, Watch, state_of
 from tests.compute.job import PATIENCE

@@ -4,7 +4,7 @@ torch elastic starts the processes of a host; what the hosts agree on lies in a 
 """
 
 from liaoyuan.compute.kubernetes import kubernetes_manifest
-from liaoyuan.compute.launch import LaunchConfig, launch
+from liaoyuan.compute.launcher import LaunchConfig, launch
 from liaoyuan.compute.scheduler import JobRequest
 from liaoyuan.compute.slurm import slurm_script
 

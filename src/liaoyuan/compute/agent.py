@@ -1,6 +1,6 @@
 """One round on this host, by the elastic agent of torch: start the workers, wait for their end, say how it came.
 
-Rounds, their store and restarts are ours (`meeting`, `launch`). torch's own rendezvous compares the clocks of hosts,
+Rounds, their store and restarts are ours (`meeting`, `launcher`). torch's own rendezvous compares the clocks of hosts,
 lives on one of them, and hands a store with the keys of the last attempt to the next (docs/launch.md has the figures);
 here each round has a store of its own, opened by its first host on a port that the kernel chose.
 """

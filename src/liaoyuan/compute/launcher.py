@@ -79,7 +79,7 @@ def launch(command: Command, config: LaunchConfig, tell: Tell) -> None:
                 if ended.succeeded and meeting.finish(lambda: stop.count > 0):
                     break
                 _raise_if_stopped(stop)
-                _next_try(ended, history, config, meeting, tell)
+                next_try(ended, history, config, meeting, tell)
             _raise_if_stopped(stop)
 
 
@@ -171,7 +171,7 @@ def how_it_ended(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _next_try(ended: RoundEnd, history: History, config: LaunchConfig, meeting: Meeting, tell: Tell) -> None:
+def next_try(ended: RoundEnd, history: History, config: LaunchConfig, meeting: Meeting, tell: Tell) -> None:
     """Say why the round ended, and prepare the next one; raises LiaoyuanError if that would be of no use."""
     if ended.succeeded:
         return
