@@ -21,8 +21,7 @@ from pathlib import Path
 from liaoyuan.compute.heartbeat import Heartbeat
 from liaoyuan.rundir import Progress
 beat = Heartbeat(Path(sys.argv[1]), int(sys.argv[2]))
-beat(Progress(3, 10))
-exec(compile("def work():\\n time.sleep(600)", sys.argv[3], "exec"))
+exec(compile("def work():\\n beat(Progress(3, 10))\\n time.sleep(600)", sys.argv[3], "exec"))
 work()
 """
 COLLECTIVE = "site-packages/torch/distributed/distributed_c10d.py"
@@ -42,6 +41,8 @@ class Workers:
         for rank, process in enumerate(self.processes):
             while not ((beat := read_beat(folder, rank)) and beat.done):
                 assert process.poll() is None
+            while state_of(process.pid) != "S":  # it has not gone to sleep yet
+                pass
         self.watch = Watch(self.pids, folder, Orders, 60.0, self.said.append, clock=lambda: self.now)
 
     def pids(self) -> dict[int, int]:
@@ -52,6 +53,12 @@ class Workers:
         self.watch.look()
         self.now += 60 * minutes
         self.watch.look()
+
+    def stop(self, rank: int) -> None:
+        """Stop a worker, and wait until it has stopped."""
+        self.processes[rank].send_signal(signal.SIGSTOP)
+        while state_of(self.processes[rank].pid) != "T":
+            pass
 
     def exit_codes(self) -> list[int | None]:
         for rank in self.watch.hung:
@@ -78,7 +85,7 @@ def test_the_worker_outside_the_collective_is_to_blame(started: list[Workers], t
     workers.pass_minutes(0.9)
     assert workers.said == []
     workers.pass_minutes(0.2)
-    assert workers.watch.hung == {1: "is in work (data/reading.py:2) while others wait for it"}
+    assert workers.watch.hung == {1: "is in work (data/reading.py:3) while others wait for it"}
     assert workers.exit_codes() == [None, -signal.SIGKILL, None]
     assert "rank 1 (process" in workers.said[0] and "no step for 60 s, so it is killed" in workers.said[0]
 
@@ -86,9 +93,7 @@ def test_the_worker_outside_the_collective_is_to_blame(started: list[Workers], t
 def test_a_worker_that_is_stopped_is_to_blame(started: list[Workers], tmp_path: Path) -> None:
     workers = Workers(tmp_path, [COLLECTIVE, COLLECTIVE])
     started.append(workers)
-    workers.processes[0].send_signal(signal.SIGSTOP)
-    while state_of(workers.processes[0].pid) != "T":
-        pass
+    workers.stop(0)
     workers.pass_minutes(1.1)
     assert workers.watch.hung == {0: "is stopped (SIGSTOP)"}
     assert workers.exit_codes() == [-signal.SIGKILL, None]
@@ -109,7 +114,7 @@ def test_workers_are_asked_to_save_once_and_killed_when_told_so(started: list[Wo
     started.append(workers)
     orders = Orders(stop=True)
     watch = Watch(workers.pids, tmp_path, lambda: orders, 60.0, workers.said.append)
-    workers.processes[0].send_signal(signal.SIGSTOP)  # it will not even hear of it
+    workers.stop(0)  # it will not even hear of it
     watch.look()
     assert workers.processes[1].wait(PATIENCE) == -signal.SIGTERM
     assert workers.processes[0].poll() is None

@@ -163,7 +163,8 @@ def _sum_up(succeeded: bool, failures: Mapping[int, int], watch: Watch, meeting:
         reason = meeting.verdict.reason if meeting.verdict else found
         return RoundEnd(False, watch.steps, rank, code, reason)
     reason = f"rank {rank} on {meeting.host} {watch.hung.get(rank) or how_it_ended(failures[rank])}"
-    return RoundEnd(False, watch.steps, rank, failures[rank], reason, last_lines(logs, rank))
+    output = "" if failures[rank] == -signal.SIGKILL else last_lines(logs, rank)  # that one had no last words
+    return RoundEnd(False, watch.steps, rank, failures[rank], reason, output)
 
 
 def how_it_ended(code: int) -> str:

@@ -20,7 +20,7 @@ from liaoyuan.compute.pulse import Clock, Pulse
 
 POLL = 0.2  # seconds
 STARTING = 10  # so many times the limit may pass before the first and after the last step: loading, export
-ANSWER = 2.0  # seconds in which a worker that can answer has written its stacks
+ANSWER = 10.0  # seconds in which a worker that can answer has written its stacks, on a busy host too
 GRACE = 5.0  # seconds for workers to end by themselves once one of them has failed
 GONE = ("Z", "X", "")  # states of a process that has ended
 COLLECTIVES = "torch/distributed"  # a worker whose innermost code is here waits for others
@@ -140,15 +140,11 @@ class Watch:
 
     def _blame(self, pids: Mapping[int, int], beats: Mapping[int, Beat]) -> dict[int, str]:
         """Return the workers that hold the others up, and what is wrong with each."""
-        stacks = self._ask_for_stacks({rank: pids[rank] for rank in beats})
-        faults = {}
-        for rank, pid in pids.items():
-            state = state_of(pid)
-            if state in STATES:
-                faults[rank] = STATES[state]
-            elif rank in beats and not stacks[rank] and state not in GONE:
-                faults[rank] = "answers no signal"
-        places = {rank: innermost(text) for rank, text in stacks.items() if rank not in faults}
+        faults = {rank: STATES[state] for rank, pid in pids.items() if (state := state_of(pid)) in STATES}
+        stacks = self._ask_for_stacks({rank: pids[rank] for rank in beats if rank not in faults})
+        silent = [rank for rank, text in stacks.items() if not text and state_of(pids[rank]) not in GONE]
+        faults |= dict.fromkeys(silent, "answers no signal")
+        places = {rank: innermost(text) for rank, text in stacks.items() if text}
         busy = {rank: place for rank, place in places.items() if COLLECTIVES not in place}
         if not faults and len(busy) < len(places):  # some wait for others, and these do something else
             faults = {rank: f"is in {place} while others wait for it" for rank, place in busy.items()}
@@ -160,7 +156,11 @@ class Watch:
         before = {rank: file.stat().st_size for rank, file in files.items()}
         for pid in pids.values():
             send(pid, ASK_FOR_STACKS)
-        self._over.wait(ANSWER)
+        end = time.monotonic() + ANSWER
+        while any(file.stat().st_size == before[rank] for rank, file in files.items()):
+            if time.monotonic() > end or self._over.wait(POLL):
+                break
+        self._over.wait(POLL)  # what has begun to be written is whole then
         return {rank: file.read_bytes()[before[rank] :].decode("utf-8", "replace") for rank, file in files.items()}
 
 
