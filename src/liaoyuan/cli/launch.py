@@ -130,21 +130,29 @@ CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {"train": _train, "tune sf
 
 
 def _divides(config: Any) -> Callable[[int], bool]:
-    """Return whether the batches of this config can be divided over a number of processes; one must do."""
+    """Return whether the layout and the batches of this config can be divided over a number of processes.
+
+    What depends on the model as well (heads, layers) is refused by the workers, before they begin.
+    """
     from liaoyuan.data.batches import Division
 
+    layout, settings = config.layout, config.train
+    alike = layout.pp * layout.context * layout.tp  # processes that work on the same part of a batch
+    fewest = alike * layout.dp * (layout.fsdp or 1)
+
     def divide(processes: int) -> None:
-        settings = config.train
-        Division(settings.batch_tokens, config.sequence_length, settings.microbatches, 0, processes)
+        Division(settings.batch_tokens, config.sequence_length, settings.microbatches, 0, processes // alike)
 
     def legal(processes: int) -> bool:
+        if processes % fewest or (layout.fsdp and processes != fewest):
+            return False
         try:
             divide(processes)
         except LiaoyuanError:
             return False
         return True
 
-    divide(1)
+    divide(fewest)
     return legal
 
 

@@ -85,13 +85,13 @@ class _ExchangeRows(torch.autograd.Function):
 
 def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    dist.all_gather_single(out, x.contiguous(), group=group)
     return out
 
 
 def _reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    dist.reduce_scatter_single(out, x.contiguous(), group=group)
     return out
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
@@ -106,12 +107,18 @@ def _share_out(parameters: Sequence[Tensor]) -> list[_Shared]:
         first = parameters[numbers[0]]
         assert isinstance(first, DTensor)
         mesh = first.device_mesh
-        names = [(mesh.mesh_dim_names or ())[d] for d in dims]
-        group = (mesh[tuple(names)]._flatten() if len(names) > 1 else mesh[names[0]]).get_group()
+        group = mesh.get_group(dims[0]) if len(dims) == 1 else _across(mesh, dims)
         blocks = [[_block(parameters[n], dims, process) for n in numbers] for process in range(group.size())]
         owners = _even_owners([parameters[n].shape for n in numbers], group.size())
         shared.append(_Shared(group, numbers, owners, blocks))
     return shared
+
+
+def _across(mesh: DeviceMesh, dims: tuple[int, ...]) -> ProcessGroup:
+    """Return the group of this process along several dimensions, the last one fastest."""
+    names = mesh.mesh_dim_names
+    assert names, "a mesh of several dimensions must name them"
+    return mesh[tuple(names[d] for d in dims)]._flatten().get_group()
 
 
 def _block(parameter: Tensor, dims: tuple[int, ...], process: int) -> Block:
