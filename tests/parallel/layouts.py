@@ -1,5 +1,6 @@
 """What the layouts are compared on: models, a batch of packed documents, and the loss and gradients of one step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"first_k_dense_replace": 1},
     "sinks": COMMON | {"model_type": "gpt_oss", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 7},
 }
-ROWS, LENGTH = 8, 32
+ROWS, LENGTH = 8, 48
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,16 @@ def batches_of(config: ModelConfig, microbatches: int, rank: int, size: int) -> 
     return batches
 
 
-def step(world: World, kind: str, dtype: torch.dtype, layout: Layout, microbatches: int) -> Outcome:
-    """Compute one step's loss and gradients in a layout."""
+def step(
+    world: World,
+    kind: str,
+    dtype: torch.dtype,
+    layout: Layout,
+    microbatches: int,
+    plant: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Compute one step's loss and gradients in a layout, with a bug if one is planted in this process."""
+    plant()
     config = config_from_dict(MODELS[kind])
     layout = resolve(layout, world.size, Shape(config, LENGTH, ROWS, microbatches))
     world = world.arrange(layout)

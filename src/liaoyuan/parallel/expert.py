@@ -60,12 +60,12 @@ def _sort_by_expert(arriving: Tensor) -> tuple[Tensor, list[int]]:
     return expert.repeat_interleave(arriving.flatten()).argsort(stable=True), arriving.sum(0).tolist()
 
 
-def balance(routers: Iterable[Router], rate: float, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
+def balance(routers: Iterable[Router], rate: float, add_up: Callable[[Tensor], Tensor]) -> float:
     """Move each sigmoid router's bias towards experts that got too few tokens, and return how uneven the load was.
 
     Auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664): a step of `rate` against the sign of the
-    excess. `add_up` sums a tensor over all processes. Returns "expert_load_max", the fullest expert's load over the
-    mean, worst layer; empty without experts. Loads are set to zero.
+    excess. `add_up` sums a tensor over all processes. Returns the fullest expert's load over the mean in the worst
+    layer (0 without experts). Loads are set to zero.
     """
     worst = 0.0
     for router in routers:
@@ -75,7 +75,7 @@ def balance(routers: Iterable[Router], rate: float, add_up: Callable[[Tensor], T
         if rate and router.experts.scoring == "sigmoid":
             router.e_score_correction_bias += rate * (mean - load).sign()
         router.load.zero_()
-    return {"expert_load_max": worst} if worst else {}
+    return worst
 
 
 def expert_weights(model: Decoder) -> list[ExpertWeights]:
