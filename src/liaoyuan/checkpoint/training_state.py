@@ -189,8 +189,9 @@ class Checkpointer:
         start = time.perf_counter()
         tensors = local_tensors(model, optimiser)
         way = self._prepared(model, tensors)
+        ready = time.perf_counter()
         way.wait()
-        waited = time.perf_counter() - start
+        waited = time.perf_counter() - ready
         if waited > LONG_WAIT and self._world.is_first:
             log.warning("A save waited %.1f s for the one before it: save less often, or to a faster disk.", waited)
         about = {"step": step, **_identity(model, optimiser), "extra": extra}
