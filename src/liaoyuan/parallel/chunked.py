@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from liaoyuan.ops import linear
 
-CHUNKS = 4
+CHUNKS = 2
 
 
 def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from liaoyuan.device import Device
 from liaoyuan.parallel import Owners, World
 from liaoyuan.training.optimiser import (
+    INFINITE,
     AdamW,
     Weight,
     copy_masters,
@@ -59,10 +60,10 @@ class Muon:
         """See `AdamW.accumulate`."""
         gather_gradients(self._all())
 
-    def step(self, learning_rate: float, clip: float = 1.0) -> float:
+    def step(self, learning_rate: float, clip: float = 1.0, limit: float = INFINITE) -> float:
         """See `AdamW.step`."""
         norm = gather_and_clip(self._all(), clip, self._world)
-        if norm < float("inf"):
+        if norm <= limit and norm < INFINITE:
             self._rest.update(learning_rate)
             self._update(learning_rate)
         drop_gradients(self._all())
