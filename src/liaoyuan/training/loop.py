@@ -220,9 +220,7 @@ def _roll_back(
         return None
     step, extra = found
     passed_over = done.passed_over + done.steps + 1 - step
-    log.warning(
-        "Spikes in a row at step %d: back to step %d, %d steps of data left out.", done.steps, step, passed_over
-    )
+    log.warning("Spikes in a row: back from step %d to %d, past %d steps of data.", done.steps, step, passed_over)
     return replace(TrainResult(**extra["done"]), passed_over=passed_over), SpikeGuard(config.spikes, **extra["guard"])
 
 
