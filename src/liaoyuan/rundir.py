@@ -1,19 +1,23 @@
 """A run is a folder. Whatever is written in it is whole or absent, and a killed command goes on from it.
 
 `write_atomic` and `atomic_folder` write under a temporary name, fsync and rename. `Metrics` is a JSON-lines
-file that a resumed run cuts back to the step it resumes from, so that no step is in it twice.
+file that a resumed run cuts back to the step it resumes from, so that no step is in it twice. `Lock` keeps two jobs
+from writing in one folder.
 """
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from liaoyuan.errors import LiaoyuanError
 
@@ -36,6 +40,8 @@ def silent(progress: Progress) -> None:
 
 
 TEMPORARY = ".part-"  # what starts so is a torn write of a killed process and may be deleted
+LOCK_PATIENCE = 10.0  # seconds in which a holder that was told to stop, or whose parent died, ends
+LOCK_POLL = 0.1
 OLD = TEMPORARY + "old-"  # before a folder's name: the folder that a new one is just taking the place of
 
 
@@ -46,7 +52,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         LiaoyuanError: the disk is full or the folder cannot be written.
     """
     raw = data.encode("utf-8") if isinstance(data, str) else data
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
         try:
@@ -68,12 +74,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     An older folder at `path` is replaced. Raises LiaoyuanError if the disk is full.
     """
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=TEMPORARY))
         temporary.chmod(0o777 & ~_umask())
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             yield temporary
             for file in temporary.rglob("*"):
                 _fsync(file)
@@ -117,6 +123,69 @@ def sweep(folder: Path) -> None:
             item.unlink(missing_ok=True)
 
 
+class Lock:
+    """A folder that one process at a time may write in; the kernel opens the lock when its holder dies, even by -9.
+
+    Locks of the POSIX kind, which a forked child does not inherit, and which network file systems know.
+    """
+
+    def __init__(self, folder: Path, name: str = ".lock", patience: float | None = None) -> None:
+        self._folder, self._path = folder, folder / name
+        self._patience = LOCK_PATIENCE if patience is None else patience
+        self._file: IO[str] | None = None
+
+    def take(self) -> None:
+        """Take the lock, and wait a little for a holder that is about to end.
+
+        Raises:
+            LiaoyuanError: another process has it; the message names it.
+        """
+        with disk_errors(self._path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a+", encoding="utf-8")
+        end = time.monotonic() + self._patience
+        while not self._try():
+            if time.monotonic() > end:
+                holder = self._holder()
+                self.release()
+                raise LiaoyuanError(
+                    f"{self._folder} is in use by {holder}: stop it, wait for it, or choose another folder."
+                )
+            _pause()
+        self._file.truncate(0)
+        self._file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
+        self._file.flush()
+
+    def pass_through(self) -> None:
+        """Wait until nobody has the lock."""
+        if self._path.exists():
+            self.take()
+            self.release()
+
+    def release(self) -> None:
+        """Let go of the lock, if this process has it."""
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def _try(self) -> bool:
+        assert self._file
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in (errno.EACCES, errno.EAGAIN)  # else: this file system knows no locks
+        return True
+
+    def _holder(self) -> str:
+        assert self._file
+        self._file.seek(0)
+        try:
+            told = json.loads(self._file.read())
+            return f"process {told['process']} on {told['host']}"
+        except (ValueError, KeyError, TypeError):
+            return "another process"
+
+
 class Metrics:
     """`metrics.jsonl`: one JSON object a step, each with the key `step`."""
 
@@ -152,7 +221,8 @@ UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIS
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a disk may refuse into a LiaoyuanError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -161,6 +231,10 @@ def _disk_errors(path: Path) -> Iterator[None]:
         if error.errno in UNWRITABLE:
             raise LiaoyuanError(f"{path} cannot be written: {error.strerror}.") from error
         raise
+
+
+def _pause() -> None:
+    time.sleep(LOCK_POLL)
 
 
 def _umask() -> int:

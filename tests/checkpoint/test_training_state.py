@@ -2,13 +2,15 @@
 
 import json
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
-from liaoyuan.checkpoint import training_state
+from liaoyuan.checkpoint import writer
 from liaoyuan.checkpoint.training_state import load_state, save_state
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, ModelConfig, initialise
@@ -72,11 +74,17 @@ def tear_the_manifest(state: Path) -> None:
     (state / "state.json").write_text('{"step": 1')
 
 
+def change_the_manifest(state: Path) -> None:
+    text = (state / "state.json").read_text()
+    assert '"tokens": 200' in text
+    (state / "state.json").write_text(text.replace('"tokens": 200', '"tokens": 201'))
+
+
 def lose_the_shard(state: Path) -> None:
     (state / "rank-0000.safetensors").unlink()
 
 
-DAMAGES = [truncate, flip_a_bit, tear_the_manifest, lose_the_shard]
+DAMAGES = [truncate, flip_a_bit, tear_the_manifest, change_the_manifest, lose_the_shard]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -115,33 +123,62 @@ def test_the_state_of_another_run_is_refused_and_says_why(tiny_config: ModelConf
         load_state(tmp_path, model, AdamW(model.named_parameters(), weight_decay=0.2))
 
 
-def test_a_state_of_more_processes_is_refused(tiny_config: ModelConfig, tmp_path: Path) -> None:
+def test_a_state_of_an_older_format_is_refused(tiny_config: ModelConfig, tmp_path: Path) -> None:
     save(tmp_path, 1, pair(tiny_config))
-    manifest = tmp_path / "step-000001" / "state.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "processes": 2}))
-    with pytest.raises(LiaoyuanError, match="processes is 2, here it is 1"):
+    (tmp_path / "step-000001" / "state.json").write_text('{"step": 1, "processes": 1}')
+    with pytest.raises(LiaoyuanError, match="another version of this program"):
         load_state(tmp_path, *pair(tiny_config))
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), SafetensorError("IoError: No space left on device (os error 28)")]
-)
+def rewrite(state: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the table of tensors of a state, whose checksum then is right again."""
+    manifest = json.loads((state / "state.json").read_text())
+    change(manifest["tensors"])
+    (state / "state.json").write_text(writer.sealed(manifest))
+
+
+MOMENT = "optimiser.norm.weight.exp_avg"
+LOSSES: dict[str, Callable[[dict[str, Any]], object]] = {
+    f"lacks '{MOMENT}'": lambda tensors: tensors.pop(MOMENT),
+    f"lacks a part of '{MOMENT}'": lambda tensors: tensors[MOMENT]["pieces"].clear(),
+    f"has '{MOMENT}' of shape": lambda tensors: tensors[MOMENT].update(size=[16, 2]),
+    "holds 'optimiser.other.exp_avg', which": lambda tensors: tensors.setdefault(
+        "optimiser.other.exp_avg", tensors[MOMENT]
+    ),
+}
+
+
+@pytest.mark.parametrize("words", LOSSES)
+def test_a_moment_that_got_lost_is_named(words: str, tiny_config: ModelConfig, tmp_path: Path) -> None:
+    save(tmp_path, 1, pair(tiny_config))
+    rewrite(tmp_path / "step-000001", LOSSES[words])
+    with pytest.raises(LiaoyuanError, match=words):
+        load_state(tmp_path, *pair(tiny_config))
+
+
 def test_a_full_disk_leaves_the_older_state_and_nothing_half_written(
-    error: Exception, tiny_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1, pair(tiny_config))
 
-    def fill_up(_: object, path: Path, **__: object) -> None:
-        path.write_bytes(b"half")
-        raise error
+    def fill_up(handle: int, data: memoryview) -> None:
+        os.write(handle, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_state, "save_file", fill_up)
+        patch.setattr(writer, "_write", fill_up)
         with pytest.raises(LiaoyuanError, match="The disk is full"):
             save(tmp_path, 2, pair(tiny_config))
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
     found = load_state(tmp_path, *pair(tiny_config))
     assert found is not None and found[0] == 1
+
+
+def test_states_that_were_passed_over_do_not_push_out_a_new_one(tiny_config: ModelConfig, tmp_path: Path) -> None:
+    for step in (2, 8, 9):
+        save_state(tmp_path, step, *pair(tiny_config), extra={"tokens": 100 * step})
+    save(tmp_path, 3, pair(tiny_config))  # after a damage of 8 and 9 that made the run go on from 2
+    assert (tmp_path / "step-000003").exists()
 
 
 def test_what_a_kill_left_half_written_is_swept(tiny_config: ModelConfig, tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from liaoyuan.checkpoint import load_model
+from liaoyuan.checkpoint.staging import LOCK
 from liaoyuan.device import Device
 from liaoyuan.models import ModelConfig
 from liaoyuan.parallel import World, start
-from liaoyuan.rundir import read_metrics
+from liaoyuan.rundir import Lock, read_metrics
 from liaoyuan.training import TrainConfig
 from tests.conftest import ROOT
 from tests.parallel import worker
@@ -88,6 +89,7 @@ def test_two_processes_give_the_losses_and_the_model_of_one(
 def test_a_run_whose_process_died_goes_on_bit_for_bit(tiny_config: ModelConfig, tmp_path: Path) -> None:
     assert fork_two(tmp_path / "whole", tiny_config, SETTINGS) == [0, 0]
     assert 0 not in fork_two(tmp_path / "broken", tiny_config, SETTINGS, die_at=3)
+    Lock(tmp_path / "broken" / "state", LOCK, patience=60).pass_through()  # what was being saved is finished
     assert sorted(path.name for path in (tmp_path / "broken" / "state").glob("step-*")) == ["step-000002"]
     assert fork_two(tmp_path / "broken", tiny_config, SETTINGS) == [0, 0]
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from liaoyuan.checkpoint.training_state import load_state, save_state
+from liaoyuan.checkpoint.training_state import CheckpointConfig, Checkpointer
 from liaoyuan.config import Config
 from liaoyuan.data import Batch
 from liaoyuan.errors import LiaoyuanError
@@ -85,6 +85,7 @@ def train(
     report: Report = silent,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     world: World | None = None,
+    checkpoint: CheckpointConfig | None = None,
 ) -> TrainResult:
     """Train `model` in place for `config.steps` steps, going on from `folder` if it holds a state.
 
@@ -93,20 +94,21 @@ def train(
         evaluate: gives further values for the metrics of every `config.evaluate_every`-th and the last step; it is
             handed `model`.
         world: the processes that train together; `model` is then a `Program`, laid out over them.
+        checkpoint: how states are saved; not part of what the run computes, so it may change when a run goes on.
 
     Raises:
         Stopped: Ctrl-C or SIGTERM came; the state is saved.
-        LiaoyuanError: the loss stays not finite, the folder is another run's, or the disk is full.
+        LiaoyuanError: the loss stays not finite, the folder is another run's or in use, or the disk is full.
     """
     world = world or World()
     model.train()
     program = model if isinstance(model, Program) else Program([model])
     optimiser = make_optimiser(program, config, world)
-    done = _resume(program, optimiser, config, folder, world)
-    metrics = Metrics(folder / METRICS, resume_from=done.steps) if world.is_first else None
     lost = 0  # steps in a row whose gradient was not finite
     tell = _paced(report)
-    with _stop_asked() as stop_asked:
+    with Checkpointer(folder / STATE, world, checkpoint) as states, _stop_asked() as stop_asked:
+        done = _resume(states, program, optimiser, config, folder)
+        metrics = Metrics(folder / METRICS, resume_from=done.steps) if world.is_first else None
         while done.steps < config.steps:
             step, start = done.steps, _Clock()
             rate = learning_rate_at(step, config.steps, config.learning_rate, config.warmup_steps, config.schedule)
@@ -123,8 +125,10 @@ def train(
             if metrics:
                 metrics.write(step, **values)
             stop = bool(world.sum_numbers(float(stop_asked()))[0])
-            if last or stop or _is_due(done.steps, config.checkpoint_every):
-                save_state(folder / STATE, done.steps, program, optimiser, _extra(done, config), world)
+            due = last or stop or _is_due(done.steps, config.checkpoint_every)
+            states.after_step(done.steps, program, optimiser, _extra(done, config), durable=due)
+            if last or stop:
+                states.wait()
             tell(Progress(done.steps, config.steps, "step", f"loss {outcome.loss:.3f}, {speed:,.0f} tokens/s"))
             if stop and not last:
                 raise Stopped(
@@ -165,9 +169,11 @@ def take_step(
     return Outcome(world.sum_numbers(float(total))[0], norm, int(tokens), flops)
 
 
-def _resume(model: Program, optimiser: Optimiser, config: TrainConfig, folder: Path, world: World) -> TrainResult:
+def _resume(
+    states: Checkpointer, model: Program, optimiser: Optimiser, config: TrainConfig, folder: Path
+) -> TrainResult:
     """Load the newest state of `folder`; it must have been written under the same config."""
-    found = load_state(folder / STATE, model, optimiser, world)
+    found = states.load(model, optimiser)
     if found is None:
         return TrainResult()
     _, extra = found

@@ -105,26 +105,30 @@ class AdamW:
         return {"optimiser": "adamw", **self._settings}
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that a resumed run needs beside the weights: masters that are copies, moments, counts."""
+        """Return all that a resumed run needs beside the weights: masters that are copies, moments, counts.
+
+        It is complete from the start: what has not been updated yet has moments of zero.
+        """
         tensors = master_copies(self.weights)
         for weight in self.weights:
-            for key, value in self._inner.state.get(weight.master, {}).items():
+            for key, value in (self._inner.state.get(weight.master) or self._fresh(weight)).items():
                 tensors[f"{weight.name}.{key}"] = value
         return tensors
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over the tensors of `state()`. The weights themselves must have been loaded before."""
         load_masters(self.weights, state)
-        fused = bool(self._inner.defaults["fused"])
         for weight in self.weights:
-            if f"{weight.name}.step" in state:
-                shape, place = weight.master.shape, weight.master.device
-                step = fitting(state, f"{weight.name}.step", torch.Size([]))
-                self._inner.state[weight.master] = {
-                    "step": step.to(place) if fused else step,  # torch keeps the count beside a fused update
-                    "exp_avg": fitting(state, f"{weight.name}.exp_avg", shape).to(place),
-                    "exp_avg_sq": fitting(state, f"{weight.name}.exp_avg_sq", shape).to(place),
-                }
+            self._inner.state[weight.master] = {
+                key: fitting(state, f"{weight.name}.{key}", fresh.shape).to(fresh.device)
+                for key, fresh in self._fresh(weight).items()
+            }
+
+    def _fresh(self, weight: Weight) -> dict[str, Tensor]:
+        """Return the state of a weight before its first update."""
+        place = weight.master.device if self._inner.defaults["fused"] else "cpu"  # where torch keeps the count
+        moments = {key: torch.zeros_like(weight.master) for key in ("exp_avg", "exp_avg_sq")}
+        return {"step": torch.zeros((), device=place), **moments}
 
 
 def trained_weights(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Weight]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from liaoyuan.checkpoint import load_weights, save_model
+from liaoyuan.checkpoint.training_state import CheckpointConfig
 from liaoyuan.config import Config, to_toml
 from liaoyuan.data import Corpus, TokenBatches, Tokenizer, load_corpus
 from liaoyuan.device import Device, select_device
@@ -25,6 +26,7 @@ from liaoyuan.training.loop import STATE, TrainConfig, TrainResult, train
 
 MODEL = "model"
 CONFIG = "config.toml"
+FREE = ("layout.", "checkpoint.")  # sections that may change when a run goes on: states know no layout
 
 
 class ShapeConfig(Config):
@@ -58,6 +60,7 @@ class PretrainConfig(Config):
     model: ShapeConfig = ShapeConfig()
     train: TrainConfig
     layout: Layout = Layout()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     sequence_length: int = Field(512, gt=0)
     held_out_tokens: int = Field(32768, gt=0)  # of the held-out split, for the loss shown beside the training loss
     device: str = "auto"
@@ -80,7 +83,8 @@ def pretrain(config: PretrainConfig, folder: Path, report: Report = silent, worl
         _remember(config, folder)
     program = lay_out(_start(config, shape, world.device), layout, world)
     batches = _batches(corpus, config, world)
-    result = train(program, batches, config.train, folder, report, held_out_loss(corpus, config, world), world)
+    measure = held_out_loss(corpus, config, world)
+    result = train(program, batches, config.train, folder, report, measure, world, config.checkpoint)
     weights = dict(program.whole_tensors())
     if world.is_first:
         save_model(program.config, folder / MODEL, corpus.tokenizer_folder, weights)
@@ -137,7 +141,7 @@ def _remember(config: PretrainConfig, folder: Path) -> None:
     if (folder / STATE).exists() and path.exists():
         before, now = _flat(tomllib.loads(path.read_text(encoding="utf-8"))), _flat(tomllib.loads(text))
         for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key):
+            if before.get(key) != now.get(key) and not key.startswith(FREE):
                 raise LiaoyuanError(
                     f"{folder} holds a run with {key} = {before.get(key)}, not {now.get(key)}: "
                     "give the same value to go on with it, or choose another folder."

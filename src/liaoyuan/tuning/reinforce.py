@@ -22,7 +22,7 @@ from liaoyuan.config import Config
 from liaoyuan.data import Tokenizer
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder
-from liaoyuan.rundir import Metrics, Progress, Report, silent
+from liaoyuan.rundir import Lock, Metrics, Progress, Report, silent
 from liaoyuan.tasks import Problem, Task
 from liaoyuan.training import TrainConfig, make_optimiser
 from liaoyuan.training.optimiser import Optimiser
@@ -96,10 +96,12 @@ def reinforce(
     """Train `model` in place for `config.steps` steps (or only up to step `until`), going on from `folder`.
 
     Raises:
-        LiaoyuanError: the state in `folder` is of a run with another config.
+        LiaoyuanError: the state in `folder` is of a run with another config, or another process writes there.
     """
     settings = TrainConfig(steps=config.steps, optimiser=config.optimiser, weight_decay=0.0)
     optimiser = make_optimiser(model, settings)
+    lock = Lock(folder)
+    lock.take()
     done = _resume(model, optimiser, config, folder)
     metrics = Metrics(folder / METRICS, resume_from=done.steps)
     engine = tuning_engine(model.eval(), config.max_tokens)
@@ -123,6 +125,7 @@ def reinforce(
             save_state(folder / STATE, done.steps, model, optimiser, _extra(done, config))
         report(Progress(done.steps, config.steps, "step", f"reward {values['reward']:.3f}"))
     metrics.close()
+    lock.release()
     return done
 
 
