@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage
 
 from liaoyuan.parallel import context, expert, pipeline, tensor
 from liaoyuan.parallel.program import Program
