@@ -3,7 +3,11 @@
 A random model of about `--gigabytes` in bf16 is written once, of each kind: a Llama-like dense one and a Qwen3-MoE.
 Every measurement is a process of its own, so that peak memory is its own and none inherits warm memory; sides take
 turns, with the file in the page cache for all (or, with `--cold`, dropped from it before each). "read" is the plain
-sequential read of the weight files into memory of that size, by the same Python and torch.
+sequential read of the weight files into fresh memory of that size, by the same Python and torch. transformers maps
+what it can and reads it when it is first used: "touched" is a load after which every page of the weights was looked at.
+
+The allocator is left as it is: with `--huge-pages`, as the command line sets it, all sides are faster where the machine
+has such pages at hand, and the times of all scatter more widely where a virtual machine must first get them.
 
     python benchmarks/load_speed.py --rounds 5 --json load_speed.json
 """
@@ -12,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,17 +27,19 @@ from typing import Any
 
 from liaoyuan.cli.process import tune_process
 
-SETTINGS = tune_process()
+if "--huge-pages" in sys.argv:
+    tune_process()
 
-import torch  # noqa: E402  (after the allocator's settings, which hold for every side)
+import torch
 
-from liaoyuan.checkpoint import load_model, save_model  # noqa: E402
-from liaoyuan.device import cpu_name  # noqa: E402
-from liaoyuan.models import Decoder, ModelConfig  # noqa: E402
-from liaoyuan.models.config import Experts  # noqa: E402
+from liaoyuan.checkpoint import load_model, save_model
+from liaoyuan.device import cpu_name
+from liaoyuan.models import Decoder, ModelConfig
+from liaoyuan.models.config import Experts
 
-SIDES = ("read", "liaoyuan", "transformers")
+SIDES = ("read", "liaoyuan", "transformers", "transformers, touched")
 MEGABYTE = 10**6
+PAGE = 4096  # bytes
 
 
 def main() -> None:
@@ -54,7 +59,7 @@ def main() -> None:
     if options.json:
         machine = {"python": platform.python_version(), "torch": torch.__version__, "cpu": cpu_name()}
         settings = {name: value for name, value in vars(options).items() if name not in ("side", "folder")}
-        result = {"rows": rows, "settings": settings, "process": vars(SETTINGS), "machine": machine}
+        result = {"rows": rows, "settings": settings, "machine": machine}
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
@@ -65,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cold", action="store_true", help="drop the file from the page cache before each measurement")
+    parser.add_argument("--huge-pages", action="store_true", help="the allocator's settings of the command line")
     parser.add_argument("--only-ours", action="store_true", help="leave transformers out")
     parser.add_argument("--scratch", help="folder in which the models are written (default: that of temporary files)")
     parser.add_argument("--json", help="where to write the figures")
@@ -119,13 +125,13 @@ def write_model(config: ModelConfig, folder: Path) -> None:
 
 def compare(kind: str, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one row for each side."""
-    sides = [side for side in SIDES if not (options.only_ours and side == "transformers")]
+    sides = [side for side in SIDES if not (options.only_ours and side.startswith("transformers"))]
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(options.rounds + 1):
         for side in sides:
             if options.cold:
                 forget(folder)
-            result = in_own_process(side, folder, options.threads)
+            result = in_own_process(side, folder, options)
             if number:  # the first round warms the cache, for all
                 found[side].append(result)
     read = found["read"]
@@ -148,9 +154,10 @@ def compare(kind: str, folder: Path, options: argparse.Namespace) -> list[dict[s
     return rows
 
 
-def in_own_process(side: str, folder: Path, threads: int) -> dict[str, float]:
+def in_own_process(side: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command += ["--huge-pages"] if options.huge_pages else []
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -159,23 +166,39 @@ def in_own_process(side: str, folder: Path, threads: int) -> dict[str, float]:
 def measure(side: str, folder: Path) -> dict[str, float]:
     """Return seconds, growth of the peak of resident memory, and bytes of the weights, of one load."""
     work = prepared(side, folder)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory(afresh=True)
     start = time.perf_counter()
     kept = work()
     seconds = time.perf_counter() - start
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    grown = peak_memory() - before
     del kept
     return {"seconds": seconds, "grown": grown, "bytes": sum(path.stat().st_size for path in weight_files(folder))}
 
 
+def peak_memory(afresh: bool = False) -> int:
+    """Return the peak of resident memory in bytes, since the start or (`afresh`) from now on."""
+    if afresh:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def prepared(side: str, folder: Path) -> Callable[[], object]:
     """Return what is measured, with all that it imports loaded."""
-    if side == "transformers":
+    if side.startswith("transformers"):
         import transformers
         from transformers.models import llama, qwen3_moe  # noqa: F401  (which `from_pretrained` would import)
 
         transformers.utils.logging.disable_progress_bar()
-        return lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        touch = side.endswith("touched")
+
+        def load() -> object:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+            for weight in model.parameters() if touch else ():
+                weight.detach().view(-1).view(torch.uint8)[::PAGE].sum()
+            return model
+
+        return load
     if side == "liaoyuan":
         return lambda: load_model(folder)
     return lambda: [read_whole(path) for path in weight_files(folder)]
@@ -206,7 +229,7 @@ def forget(folder: Path) -> None:
 def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         print(
-            f"{row['model']:10} {row['megabytes']:6,.0f} MB  {row['side']:13} {row['seconds']:6.3f} s  "
+            f"{row['model']:10} {row['megabytes']:6,.0f} MB  {row['side']:21} {row['seconds']:6.3f} s  "
             f"best {row['best_seconds']:6.3f}  time {row['time_ratio']:5.2f} x read (best {row['best_ratio']:5.2f})  "
             f"peak memory {row['memory_ratio']:5.3f} x weights",
             flush=True,

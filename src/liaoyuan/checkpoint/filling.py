@@ -122,7 +122,7 @@ class Filler:
         if nbytes > len(self._buffer):
             self._buffer = torch.empty(nbytes, dtype=torch.uint8)
         buffer = self._buffer[:nbytes]
-        stored.read([memoryview(buffer.numpy())], piece.start * dtype.itemsize)
+        stored.read([memoryview(buffer.numpy())], piece.start * dtype.itemsize)  # type: ignore[arg-type]
         return buffer.view(dtype).view(piece.sizes)
 
 

@@ -20,7 +20,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, ModelConfig, read_config, with_dtype
 from liaoyuan.models.families import FAMILIES
 from liaoyuan.models.stored import Part
-from liaoyuan.parallel import Program, local, own_block
+from liaoyuan.parallel import Program, World, local, own_block
 from liaoyuan.rundir import Progress, Report, atomic_folder, silent
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own default, 5 GB
@@ -161,6 +161,20 @@ def save_model(
             copy_files(tokenizer_folder, target, TOKENIZER_FILES)
 
 
+def save_program(program: Program, folder: Path, tokenizer_folder: Path | None, world: World) -> None:
+    """Write a model that is laid out over processes as `save_model` does. Every process makes the call and holds one
+    whole tensor at a time; the first one writes.
+    """
+    weights = program.whole_tensors()
+    try:
+        if world.is_first:
+            save_model(program.config, folder, tokenizer_folder, weights)
+    finally:
+        for _ in weights:  # the others gather too, and do not wait for ever if the first one could not write
+            pass
+    world.barrier()
+
+
 def write_weights(
     target: Path,
     config: ModelConfig,
@@ -171,13 +185,13 @@ def write_weights(
     """Write the weight files of a model into an existing folder, in the dtype of `config`; see `save_model`."""
     family = FAMILIES[config.model_type]
     slots = [
-        Slot(part.name, _stored_dtype(name, config), tuple(part.shape))
+        Slot(part.name, stored_dtype(name, config), tuple(part.shape))
         for name, ours in whole_tensors(config)
         for part in family.stored(name, ours, config)
     ]
     with ShardWriter(target, plan_shards(slots, max_shard_bytes), report) as writer:
         for name, ours in state:
-            dtype = _stored_dtype(name, config)
+            dtype = stored_dtype(name, config)
             for part in family.stored(name, ours.detach().cpu(), config):
                 writer.write(part.name, part.write().to(dtype).contiguous())
         if writer.missing:
@@ -205,6 +219,6 @@ def _refuse_unknown(files: WeightFiles, expected: set[str], config: ModelConfig)
         )
 
 
-def _stored_dtype(name: str, config: ModelConfig) -> torch.dtype:
+def stored_dtype(name: str, config: ModelConfig) -> torch.dtype:
     """Return the dtype of a tensor in a folder: a router's balancing bias stays fp32, as transformers keeps it."""
     return torch.float32 if name.endswith("e_score_correction_bias") else config.torch_dtype

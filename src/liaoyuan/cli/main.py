@@ -8,6 +8,7 @@ import sys
 import typer
 
 from liaoyuan.cli.chat import chat
+from liaoyuan.cli.convert import convert
 from liaoyuan.cli.data import data
 from liaoyuan.cli.doctor import doctor
 from liaoyuan.cli.eval import evaluate
@@ -35,6 +36,7 @@ app.command("eval")(evaluate)
 app.command()(score)
 app.command()(serve)
 app.command()(chat)
+app.command()(convert)
 app.command()(doctor)
 
 INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
