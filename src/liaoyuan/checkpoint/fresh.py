@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from liaoyuan.checkpoint.convert import refuse_without_room
+from liaoyuan.checkpoint.counting import Count
 from liaoyuan.checkpoint.reading import Damaged
 from liaoyuan.checkpoint.sources import Source, damaged
 from liaoyuan.checkpoint.tensors import DTYPES, MODEL, OPTIMISER, TORCH_DTYPES, Optimiser
 from liaoyuan.checkpoint.training_state import identity_of
 from liaoyuan.checkpoint.writer import TEMPORARY, Piece, part_name, publish, state_name, write_part
 from liaoyuan.models import Decoder
-from liaoyuan.rundir import Progress, Report, disk_errors, silent
-
-MEGABYTE = 10**6
+from liaoyuan.rundir import Report, disk_errors, silent
 
 
 def write_fresh_state(
@@ -82,7 +81,7 @@ class _Values(Sequence[memoryview]):
 
     def __init__(self, pieces: list[Piece], read: Callable[[Piece], Tensor], report: Report) -> None:
         self._pieces, self._read, self._report = pieces, read, report
-        self._done, self._total = 0, 2 * sum(piece.nbytes for piece in pieces)
+        self._count = Count(2 * sum(piece.nbytes for piece in pieces), report)
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -102,5 +101,4 @@ class _Values(Sequence[memoryview]):
     def __iter__(self) -> Iterator[memoryview]:
         for index, piece in enumerate(self._pieces):
             yield self[index]
-            self._done += piece.nbytes
-            self._report(Progress(self._done // MEGABYTE, self._total // MEGABYTE, "MB"))
+            self._count.add(piece.nbytes)

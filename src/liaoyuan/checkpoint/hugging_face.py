@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from liaoyuan.checkpoint.counting import Count
 from liaoyuan.checkpoint.filling import READABLE, Block, Filler
-from liaoyuan.checkpoint.shards import MEGABYTE, ShardWriter, Slot, plan_shards
+from liaoyuan.checkpoint.shards import ShardWriter, Slot, plan_shards
 from liaoyuan.checkpoint.weight_files import StoredTensor, WeightFiles
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, ModelConfig, read_config, with_dtype
 from liaoyuan.models.families import FAMILIES
 from liaoyuan.models.stored import Part
 from liaoyuan.parallel import Program, World, local, own_block
-from liaoyuan.rundir import Progress, Report, atomic_folder, silent
+from liaoyuan.rundir import Report, atomic_folder, silent
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own default, 5 GB
 TOKENIZER_FILES = (
@@ -98,18 +99,17 @@ def find_parts(files: WeightFiles, config: ModelConfig) -> Stored:
 def whole_tensors(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the form (on the meta device) of all that a model of this config holds, in its order."""
     with torch.device("meta"):
-        yield from Decoder(config).state_dict().items()
+        model = Decoder(config)
+    yield from model.state_dict().items()  # outside: whoever iterates goes on on the device of his own
 
 
 def fill_tensors(own: Mapping[str, Tensor], stored: Stored, report: Report = silent) -> None:
     """Read the tensors `own` (whole, or DTensors) from their parts, in the order in which those lie in the files."""
     filler = Filler()
-    total = sum(tensor.nbytes for tensor in own.values())
-    done = 0
+    count = Count(sum(local(tensor).nbytes for tensor in own.values()), report)
     for name, parts in sorted(stored.items(), key=lambda item: _place(item[1])):
         fill_tensor(own[name], parts, filler)
-        done += own[name].nbytes
-        report(Progress(done // MEGABYTE, total // MEGABYTE, "MB"))
+        count.add(local(own[name]).nbytes)
 
 
 def fill_tensor(tensor: Tensor, parts: list[tuple[Part, StoredTensor]], filler: Filler) -> None:

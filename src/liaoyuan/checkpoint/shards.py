@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from liaoyuan.checkpoint.counting import Count
 from liaoyuan.checkpoint.weight_files import INDEX, WEIGHTS
-from liaoyuan.rundir import Progress, Report, silent
+from liaoyuan.rundir import Report, silent
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-MEGABYTE = 10**6
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,11 @@ class ShardWriter:
     """Writes the tensors of a plan into `folder`, in any order. A context; ends with the index, if there are shards."""
 
     def __init__(self, folder: Path, slots: list[Slot], report: Report = silent) -> None:
-        self._folder, self._report = folder, report
+        self._folder = folder
         self._slots = {slot.name: slot for slot in slots}
         self._missing = dict.fromkeys(self._slots)
-        self._done, self._total = 0, sum(slot.nbytes for slot in slots)
+        self._total = sum(slot.nbytes for slot in slots)
+        self._count = Count(self._total, report)
         self._files: dict[str, tuple[int, int]] = {}  # handle, length of the header
         self._opened = ExitStack()
 
@@ -105,8 +106,7 @@ class ShardWriter:
         handle, header = self._files[slot.file]
         _write(handle, memoryview(tensor.view(-1).view(torch.uint8).numpy()), header + slot.start)  # type: ignore[arg-type]
         self._missing.pop(name, None)
-        self._done += slot.nbytes
-        self._report(Progress(self._done // MEGABYTE, self._total // MEGABYTE, "MB"))
+        self._count.add(slot.nbytes)
 
 
 def _header(slots: Iterable[Slot]) -> bytes:

@@ -1,7 +1,9 @@
 """`liaoyuan convert`: weights from one folder to another: dtype, shards, training checkpoint to model folder."""
 
+import contextlib
 import json as json_format
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -54,17 +56,33 @@ def convert(
         raise LiaoyuanError(
             "With --to state the run file says dtype and tokenizer, and nothing is replaced by --force."
         )
+    if to is Kind.state and run_file is None:
+        raise LiaoyuanError("--to state needs --run-file: the training that will go on, with its corpus and optimiser.")
     if to is Kind.folder and (run_file or set_):
         raise LiaoyuanError("--run-file and --set are for --to state.")
-    with open_source(source, step) as opened:
+    with _stoppable(), open_source(source, step) as opened:
         if to is Kind.state:
-            result: dict[str, Any] = _to_state(opened, source, target, run_file, set_ or [])
+            result: dict[str, Any] = _to_state(opened, target, run_file, set_ or [])
             text = _state_summary(opened, result)
         else:
             done = _to_folder(opened, source, target, dtype.value if dtype else None, limit, tokenizer, force)
             result, text = asdict(done), _summary(opened, target, done)
         result = {"source": str(opened), "target": str(target), **result}
     print(json_format.dumps(result, indent=2) if json else text)
+
+
+class Stopped(LiaoyuanError):  # noqa: N818  (not an error: it was asked for)
+    """Ctrl-C came."""
+
+    exit_code = 130
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped("Stopped; nothing was written. The same command begins again.") from None
 
 
 def shard_bytes(text: str) -> int:
@@ -87,11 +105,8 @@ def _to_folder(
         return convert_to_folder(opened, target, dtype, limit, tokenizer, report)
 
 
-def _to_state(
-    opened: "Source", source: Path, target: Path, run_file: Path | None, overrides: list[str]
-) -> dict[str, Any]:
+def _to_state(opened: "Source", target: Path, run_file: Path | None, overrides: list[str]) -> dict[str, Any]:
     from liaoyuan import config as configuration
-    from liaoyuan.checkpoint.convert import refuse_target
     from liaoyuan.checkpoint.fresh import write_fresh_state
     from liaoyuan.cli.progress import bar
     from liaoyuan.training.loop import STATE
@@ -99,7 +114,8 @@ def _to_state(
 
     config = configuration.load(PretrainConfig, run_file, overrides)
     model, optimiser, extra = first_state(config, opened.config)
-    refuse_target(target / STATE, source, force=False, mark="")
+    if (target / STATE).exists() and any((target / STATE).iterdir()):
+        raise LiaoyuanError(f"{target} already holds a run's checkpoints: choose another folder.")
     with bar("Convert") as report:
         size = write_fresh_state(opened, target / STATE, model, optimiser, extra, report)
     return {"state": str(target / STATE), "dtype": model.config.dtype, "bytes": size, "left_out": opened.left_out}
@@ -113,9 +129,7 @@ def _summary(opened: "Source", target: Path, done: "Converted") -> str:
     else:
         lines.append("  no tokenizer was found: name its folder with --tokenizer, or copy tokenizer.json there.")
     if done.left_out:
-        lines.append(
-            f"  left out: {len(done.left_out)} tensors that the decoder does not use ({done.left_out[0]}, ...)"
-        )
+        lines.append(f"  left out: {len(done.left_out)} tensors that the decoder does not need: {done.left_out[0]} ...")
     return "\n".join(lines)
 
 
