@@ -146,6 +146,8 @@ def open_source(path: Path, step: int | None = None) -> Source:
     """
     if not path.exists():
         raise LiaoyuanError(f"{path} does not exist.")
+    if path.is_file():
+        raise LiaoyuanError(f"{path} is a file: name the folder of a model or a run.")
     found = states(path) or states(path / STATE)
     if (path / MANIFEST).exists() or path.name.startswith("step-"):
         return _open_state(path)
