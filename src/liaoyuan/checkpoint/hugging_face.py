@@ -194,6 +194,7 @@ def write_weights(
             dtype = stored_dtype(name, config)
             for part in family.stored(name, ours.detach().cpu(), config):
                 writer.write(part.name, part.write().to(dtype).contiguous())
+            del ours, part  # before the next one is made: two may not fit
         if writer.missing:
             raise LiaoyuanError(f"The weights to write lack '{writer.missing[0]}': nothing was written.")
 

@@ -134,6 +134,7 @@ def read_all(source: Source, config: ModelConfig) -> Iterator[tuple[str, Tensor]
                 f"'{name}' has values beyond 65,504, which float16 cannot hold: choose bfloat16 or float32."
             )
         yield name, tensor
+        del tensor  # before the next one is made
 
 
 def open_source(path: Path, step: int | None = None) -> Source:
