@@ -31,15 +31,14 @@ def main() -> None:
         allocator, threads = options.measure
         print(json.dumps(measure(allocator, int(threads), options)))
         return
-    rows = [
-        in_a_process(allocator, threads)
-        for threads in dict.fromkeys((1, os.cpu_count() or 1))
-        for allocator in options.allocators
-    ]
-    for row in rows:
-        show(row)
+    rows = []
+    for threads in options.threads:
+        for allocator in options.allocators:
+            rows.append(in_a_process(allocator, threads))
+            show(rows[-1])
     if options.json:
-        result = {"rows": rows, "settings": vars(options), "machine": machine()}
+        settings = {**vars(options), "folder": str(options.folder)}
+        result = {"rows": rows, "settings": settings, "machine": machine()}
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
@@ -49,6 +48,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12, help="steps of a window, at least")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a step")
     parser.add_argument("--allocators", nargs="+", default=list(ALLOCATORS), choices=ALLOCATORS)
+    threads = [*dict.fromkeys((1, os.cpu_count() or 1))]
+    parser.add_argument("--threads", type=int, nargs="+", default=threads, help="of the training, a row each")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="a disk to write to")
     parser.add_argument("--json", help="where to write the figures")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)

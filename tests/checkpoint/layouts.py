@@ -96,19 +96,19 @@ def _rows(whole: Tensor, parts: int, number: int, dim: int = 0) -> Tensor:
 
 
 def _fsdp(world: World) -> Any:
-    mesh = init_device_mesh("cpu", (world.size,))
+    mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("shard",))
     return lambda _, whole: (mesh, [Shard(0)], _rows(whole, world.size, world.rank))
 
 
 def _hsdp(world: World) -> Any:
-    mesh = init_device_mesh("cpu", (2, world.size // 2))
+    mesh = init_device_mesh("cpu", (2, world.size // 2), mesh_dim_names=("outer", "inner"))
     column = mesh.get_local_rank(1)
     return lambda _, whole: (mesh, [Replicate(), Shard(0)], _rows(whole, world.size // 2, column))
 
 
 def _fsdp_tp(world: World) -> Any:
     """FSDP of the first dimension over columns (the same dimension) and rows (the other) of tensor parallelism."""
-    mesh = init_device_mesh("cpu", (2, world.size // 2))
+    mesh = init_device_mesh("cpu", (2, world.size // 2), mesh_dim_names=("outer", "inner"))
     data, tensor, ways = mesh.get_local_rank(0), mesh.get_local_rank(1), world.size // 2
 
     def place(name: str, whole: Tensor) -> tuple[DeviceMesh, list[Placement], Tensor]:
@@ -125,7 +125,7 @@ def _fsdp_tp(world: World) -> Any:
 def _two_meshes(world: World) -> Any:
     """The first layer's weights are shared out over one half of the mesh only, as experts are."""
     mesh = init_device_mesh("cpu", (2, world.size // 2), mesh_dim_names=("replica", "expert"))
-    experts, flat = mesh["expert"], init_device_mesh("cpu", (world.size,))
+    experts, flat = mesh["expert"], init_device_mesh("cpu", (world.size,), mesh_dim_names=("shard",))
     column = mesh.get_local_rank(1)
 
     def place(name: str, whole: Tensor) -> tuple[DeviceMesh, list[Placement], Tensor]:

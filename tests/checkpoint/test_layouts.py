@@ -10,7 +10,7 @@ from torch import Tensor
 from liaoyuan.checkpoint.tensors import local_tensors
 from liaoyuan.checkpoint.training_state import load_state, save_state
 from liaoyuan.models import config_from_dict
-from liaoyuan.parallel import Layout, Program, Shape, World, lay_out, resolve
+from liaoyuan.parallel import Layout, Program, Shape, World, lay_out, local, resolve
 from liaoyuan.training import AdamW
 from tests.checkpoint.processes import together
 from tests.parallel.layouts import LENGTH, MODELS, ROWS, batches_of, model_of
@@ -61,13 +61,14 @@ def save(world: World, folder: Path, kind: str, axes: dict[str, Any]) -> None:
 
 def load(world: World, folder: Path, kind: str, axes: dict[str, Any]) -> None:
     program, optimiser, world = laid_out(world, kind, axes)
-    expected = {name: value.clone() for name, value in local_tensors(program, optimiser).items()}
-    with torch.no_grad():
-        for name, value in local_tensors(program, optimiser).items():
-            value.add_(1) if name.startswith("model.") else None
+    held = {f"model.{name}": local(tensor) for name, tensor in program.named_tensors()}
+    expected = {name: value.clone() for name, value in held.items()}
+    for value in held.values():
+        value.add_(1)
     assert load_state(folder, program, optimiser, world) == (1, {})
-    expected |= {f"optimiser.{name}": value for name, value in moments_of(expected).items()}
-    found = local_tensors(program, optimiser)
+    moments = moments_of(expected | {f"optimiser.{name}": value for name, value in optimiser.state().items()})
+    expected |= {f"optimiser.{name}": value for name, value in moments.items()}
+    found = held | {f"optimiser.{name}": value for name, value in optimiser.state().items()}
     assert found.keys() == expected.keys()
     for name, value in found.items():
         assert torch.equal(value, expected[name]), name

@@ -154,11 +154,15 @@ class Checkpointer:
     def load(self, model: Decoder | Program, optimiser: Optimiser) -> tuple[int, dict[str, Any]] | None:
         """Load the newest whole state of either tier; return its step and `extra`, or None if there is none.
 
-        A damaged state is passed over with a warning; the one before it is taken.
+        A damaged state is passed over with a warning; the one before it is taken. A save in flight is waited for.
 
         Raises:
             LiaoyuanError: every state is damaged, or the state is of another model or optimiser, or lacks a tensor.
         """
+        if self._way:  # a run that goes back: its own writers first
+            self._way.wait()
+            self._way.close()
+            self._way = None
         self._settle()
         tensors = {
             name: torch.empty_like(value) if name.startswith(OPTIMISER) else value
@@ -189,8 +193,9 @@ class Checkpointer:
         start = time.perf_counter()
         tensors = local_tensors(model, optimiser)
         way = self._prepared(model, tensors)
+        ready = time.perf_counter()
         way.wait()
-        waited = time.perf_counter() - start
+        waited = time.perf_counter() - ready
         if waited > LONG_WAIT and self._world.is_first:
             log.warning("A save waited %.1f s for the one before it: save less often, or to a faster disk.", waited)
         about = {"step": step, **identity_of(model, optimiser), "extra": extra}

@@ -12,6 +12,7 @@ from liaoyuan.cli.convert import convert
 from liaoyuan.cli.data import data
 from liaoyuan.cli.doctor import doctor
 from liaoyuan.cli.eval import evaluate
+from liaoyuan.cli.launch import launch
 from liaoyuan.cli.process import tune_process
 from liaoyuan.cli.quickstart import quickstart
 from liaoyuan.cli.score import score
@@ -37,6 +38,7 @@ app.command()(score)
 app.command()(serve)
 app.command()(chat)
 app.command()(convert)
+app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.command()(doctor)
 
 INTERRUPTED = 130  # exit code of a process that Ctrl-C ended

@@ -7,21 +7,36 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
-from liaoyuan.rundir import Progress, Report
+from liaoyuan.rundir import Progress, Report, silent
 
 LOG_EVERY = 5.0  # seconds between two lines where there is no terminal
+
+heartbeat: ContextVar[Report] = ContextVar("heartbeat", default=silent)  # also told: a worker's launcher listens
 
 
 @contextlib.contextmanager
 def bar(title: str, quiet: bool = False) -> Iterator[Report]:
-    """Yield a `Report` that draws what it is told under this title."""
+    """Yield a `Report` that draws what it is told under this title, and passes it on to the heartbeat."""
+    beat = heartbeat.get()
+    with _drawn(title, quiet) as draw:
+
+        def report(progress: Progress) -> None:
+            beat(progress)
+            draw(progress)
+
+        yield report
+
+
+@contextlib.contextmanager
+def _drawn(title: str, quiet: bool) -> Iterator[Report]:
     if quiet:
-        yield lambda progress: None
+        yield silent
     elif sys.stderr.isatty():
         with _live(title) as report:
             yield report

@@ -1,4 +1,4 @@
-"""`liaoyuan train`: a corpus becomes a model. Also under torchrun: `torchrun -m liaoyuan train run.toml`."""
+"""`liaoyuan train`: a corpus becomes a model. On several processes: `liaoyuan launch --nproc 2 train run.toml`."""
 
 import json as json_format
 from dataclasses import asdict
@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from liaoyuan.models import ModelConfig
     from liaoyuan.training import TrainResult
+    from liaoyuan.training.pretrain import PretrainConfig
 
 
 def train(
@@ -22,15 +23,13 @@ def train(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Pretrain a model on a corpus, or go on from its weights. Run again to go on after a stop."""
-    from liaoyuan import config as configuration
     from liaoyuan.cli.progress import bar
     from liaoyuan.device import select_device
     from liaoyuan.models import read_config
     from liaoyuan.parallel import start
-    from liaoyuan.training.pretrain import MODEL, PretrainConfig, pretrain
+    from liaoyuan.training.pretrain import MODEL, pretrain
 
-    overrides = [*(set_ or []), *([f"corpus={corpus}"] if corpus else [])]
-    config = configuration.load(PretrainConfig, run_file, overrides)
+    config = train_config(run_file, set_, corpus)
     world = start(select_device(config.device))
     try:
         with bar("Train", quiet=not world.is_first) as report:
@@ -40,6 +39,15 @@ def train(
             print(json_format.dumps(asdict(result), indent=2) if json else _summary(result, shape, out / MODEL))
     finally:
         world.close()
+
+
+def train_config(run_file: Path | None, set_: list[str] | None, corpus: Path | None) -> "PretrainConfig":
+    """Return the resolved config of the verb's arguments."""
+    from liaoyuan import config as configuration
+    from liaoyuan.training.pretrain import PretrainConfig
+
+    overrides = [*(set_ or []), *([f"corpus={corpus}"] if corpus else [])]
+    return configuration.load(PretrainConfig, run_file, overrides)
 
 
 def _summary(result: "TrainResult", shape: "ModelConfig", model: Path) -> str:

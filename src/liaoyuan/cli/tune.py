@@ -2,9 +2,12 @@
 
 import json as json_format
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from liaoyuan.tuning.runs import SftConfig
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Teach a model: sft (examples), rl (checked answers)."
@@ -30,9 +33,9 @@ def sft(
     from liaoyuan.cli.progress import bar
     from liaoyuan.device import select_device
     from liaoyuan.parallel import start
-    from liaoyuan.tuning.runs import SftConfig, run_sft
+    from liaoyuan.tuning.runs import run_sft
 
-    config = _config(SftConfig, run_file, set_, {"model": model, "data": data})
+    config = sft_config(run_file, set_, model, data)
     world = start(select_device(config.device))
     try:
         with bar("SFT", quiet=not world.is_first) as report:
@@ -60,6 +63,14 @@ def rl(
     with bar("RL") as report:
         result = run_rl(config, out, report)
     _show(result, out, json)
+
+
+def sft_config(run_file: Path | None, set_: list[str] | None, model: Path | None, data: Path | None) -> "SftConfig":
+    """Return the resolved config of the verb's arguments."""
+    from liaoyuan.tuning.runs import SftConfig
+
+    config: SftConfig = _config(SftConfig, run_file, set_, {"model": model, "data": data})
+    return config
 
 
 def _config(schema: Any, run_file: Path | None, overrides: list[str] | None, shortcuts: dict[str, Any]) -> Any:

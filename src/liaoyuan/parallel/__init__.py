@@ -5,11 +5,13 @@
 
 from liaoyuan.parallel.fsdp import copies, full_weights, local, own_block
 from liaoyuan.parallel.layout import Layout, Shape, resolve
+from liaoyuan.parallel.owners import Owners
 from liaoyuan.parallel.program import Program, lay_out
 from liaoyuan.parallel.world import World, start
 
 __all__ = [
     "Layout",
+    "Owners",
     "Program",
     "Shape",
     "World",

@@ -38,6 +38,75 @@ def exchange_rows(x: Tensor, sent: Sequence[int], received: Sequence[int], group
     return out
 
 
+class Exchange:
+    """An exchange of rows under way, forward or backward: what it sends and what arrives."""
+
+    def __init__(self, sent: Sequence[int], received: Sequence[int], group: ProcessGroup) -> None:
+        self.sent, self.received, self.group = list(sent), list(received), group
+        self._work: Any = None
+        self._leaving: Tensor | None = None
+        self.arriving: Tensor | None = None
+
+    def begin(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send rows and return the tensor into which others come."""
+        self._leaving = x.contiguous()
+        self.arriving = x.new_empty(sum(received), *x.shape[1:])
+        self._work = dist.all_to_all_single(
+            self.arriving, self._leaving, received, sent, group=self.group, async_op=True
+        )
+        return self.arriving
+
+    def end(self) -> None:
+        """Wait for it."""
+        self._work.wait()
+        self._work = self._leaving = None
+
+
+def start_exchange(
+    x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup
+) -> tuple[Tensor, Exchange]:
+    """Begin what `exchange_rows` does; the rows may be read after `finish_exchange`.
+
+    In the backward pass the gradients set out where the rows arrived, and are waited for where they were sent, so that
+    whatever lies between the two is computed meanwhile.
+    """
+    exchange = Exchange(sent, received, group)
+    out: Tensor = _StartExchange.apply(x, exchange)
+    return out, exchange
+
+
+def finish_exchange(rows: Tensor, exchange: Exchange) -> Tensor:
+    """Wait for the rows of `start_exchange` and return them."""
+    out: Tensor = _FinishExchange.apply(rows, exchange)
+    return out
+
+
+class _StartExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.begin(x, exchange.sent, exchange.received)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        ctx.exchange.end()
+        return ctx.exchange.arriving, None  # not the gradient that came, which stands in for it
+
+
+class _FinishExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.end()
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        exchange = ctx.exchange
+        exchange.begin(grads[0], exchange.received, exchange.sent)
+        return grads[0], None
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
@@ -85,13 +154,13 @@ class _ExchangeRows(torch.autograd.Function):
 
 def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    dist.all_gather_single(out, x.contiguous(), group=group)
     return out
 
 
 def _reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    dist.reduce_scatter_single(out, x.contiguous(), group=group)
     return out
 
 

@@ -146,7 +146,10 @@ class Ring:
         arriving = tuple(torch.empty_like(x) for x in sent)
         operations = [dist.P2POp(dist.isend, x, after, group) for x in sent]
         operations += [dist.P2POp(dist.irecv, x, before, group) for x in arriving]
-        return Hop(arriving, dist.batch_isend_irecv(operations), sent)
+        hop = Hop(arriving, dist.batch_isend_irecv(operations), sent)
+        if not self.mesh.layout.overlap:
+            hop.finish()
+        return hop
 
 
 @dataclass(frozen=True)
@@ -159,8 +162,8 @@ class Hop:
 
     def finish(self) -> tuple[Tensor, ...]:
         """Wait for it, and return what arrived."""
-        for work in self.works:
-            work.wait()
+        while self.works:
+            self.works.pop().wait()
         return self.arriving
 
 

@@ -3,6 +3,7 @@ arXiv 2006.16668), dropless: every process sends as many rows as its tokens chos
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,8 +13,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from liaoyuan.models import Decoder
 from liaoyuan.models.experts import Dispatch, ExpertWeights, GroupedExperts, MixtureOfExperts, Router
-from liaoyuan.parallel.collectives import exchange_rows
+from liaoyuan.parallel.collectives import finish_exchange, start_exchange
 from liaoyuan.parallel.mesh import Mesh
+
+CHUNKS = 2  # of a microbatch's tokens
 
 
 def expert_layers(model: Decoder) -> Iterable[tuple[str, MixtureOfExperts]]:
@@ -26,32 +29,72 @@ def expert_layers(model: Decoder) -> Iterable[tuple[str, MixtureOfExperts]]:
 def apply_expert_parallel(model: Decoder, mesh: Mesh) -> None:
     """Spread the experts of `model` over the axis ep, in place."""
     group = mesh.group("ep")
+    # Experts that are sharded as well would be gathered once for each chunk.
+    chunks = CHUNKS if mesh.layout.overlap and mesh.experts["expert_shard"].size() == 1 else 1
     for _, layer in expert_layers(model):
         for key, weight in list(layer.experts.named_parameters(recurse=False)):
             cut = distribute_tensor(weight.detach(), mesh.experts["ep"], [Shard(0)], src_data_rank=None)
             layer.experts._parameters[key] = nn.Parameter(cut, requires_grad=weight.requires_grad)
-        layer.dispatch = all_to_all_dispatch(group)
+        layer.dispatch = all_to_all_dispatch(group, chunks)
 
 
-def all_to_all_dispatch(group: ProcessGroup) -> Dispatch:
-    """Return a dispatch over processes each of which holds an equal, contiguous share of the experts."""
+def all_to_all_dispatch(group: ProcessGroup, chunks: int = 1) -> Dispatch:
+    """Return a dispatch over processes each of which holds an equal, contiguous share of the experts.
+
+    With several chunks of tokens, one chunk's rows travel while another's experts compute, both ways.
+    """
 
     def dispatch(x: Tensor, chosen: Tensor, weights: Tensor, experts: GroupedExperts, count: int) -> Tensor:
+        pieces = zip(x.chunk(chunks), chosen.chunk(chunks), weights.chunk(chunks), strict=True)
+        trips = [Trip.start(*piece, count, group) for piece in pieces]
+        for trip in trips:
+            trip.compute(experts)
+        return torch.cat([trip.combine() for trip in trips])
+
+    return dispatch
+
+
+class Trip:
+    """The way of some tokens' rows to their experts and back."""
+
+    def __init__(self, x: Tensor, weights: Tensor, order: Tensor, arriving: Tensor, counts: "Counts") -> None:
+        self._x, self._weights, self._order, self._counts = x, weights, order, counts
+        self._token = order // weights.shape[1]
+        self._by_expert, self._sizes = _sort_by_expert(arriving)
+        self._rows, self._exchange = start_exchange(x[self._token], counts.sent, counts.received, counts.group)
+
+    @staticmethod
+    def start(x: Tensor, chosen: Tensor, weights: Tensor, count: int, group: ProcessGroup) -> "Trip":
+        """Send the rows of tokens x [N, H] to the experts `chosen` [N, K] of `count`."""
         flat = chosen.flatten()
-        order = flat.argsort(stable=True)
-        token = order // chosen.shape[1]
         sizes = torch.bincount(flat, minlength=count)
         arriving = torch.empty_like(sizes)  # [sender, own expert]
         dist.all_to_all_single(arriving, sizes, group=group)
         sent, received = (n.view(group.size(), -1).sum(1).tolist() for n in (sizes, arriving))
-        rows = exchange_rows(x[token], sent, received, group)
-        by_expert, own_sizes = _sort_by_expert(arriving.view(group.size(), -1))
-        out = experts(rows[by_expert], own_sizes)
-        back = exchange_rows(out[by_expert.argsort()], received, sent, group)
-        weighted = back * weights.flatten()[order, None]
-        return torch.zeros_like(x).index_add(0, token, weighted.to(x.dtype))
+        order = flat.argsort(stable=True)
+        return Trip(x, weights, order, arriving.view(group.size(), -1), Counts(sent, received, group))
 
-    return dispatch
+    def compute(self, experts: GroupedExperts) -> None:
+        """Let the experts compute the rows that have arrived, and send the results back."""
+        rows = finish_exchange(self._rows, self._exchange)
+        out = experts(rows[self._by_expert], self._sizes)[self._by_expert.argsort()]
+        counts = self._counts
+        self._rows, self._exchange = start_exchange(out, counts.received, counts.sent, counts.group)
+
+    def combine(self) -> Tensor:
+        """Return the weighted sum of each token's results, [N, H]."""
+        back = finish_exchange(self._rows, self._exchange)
+        weighted = back * self._weights.flatten()[self._order, None]
+        return torch.zeros_like(self._x).index_add(0, self._token, weighted.to(self._x.dtype))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many rows go to and come from each process of a group."""
+
+    sent: list[int]
+    received: list[int]
+    group: ProcessGroup
 
 
 def _sort_by_expert(arriving: Tensor) -> tuple[Tensor, list[int]]:
@@ -60,12 +103,12 @@ def _sort_by_expert(arriving: Tensor) -> tuple[Tensor, list[int]]:
     return expert.repeat_interleave(arriving.flatten()).argsort(stable=True), arriving.sum(0).tolist()
 
 
-def balance(routers: Iterable[Router], rate: float, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
+def balance(routers: Iterable[Router], rate: float, add_up: Callable[[Tensor], Tensor]) -> float:
     """Move each sigmoid router's bias towards experts that got too few tokens, and return how uneven the load was.
 
     Auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664): a step of `rate` against the sign of the
-    excess. `add_up` sums a tensor over all processes. Returns "expert_load_max", the fullest expert's load over the
-    mean, worst layer; empty without experts. Loads are set to zero.
+    excess. `add_up` sums a tensor over all processes. Returns the fullest expert's load over the mean in the worst
+    layer (0 without experts). Loads are set to zero.
     """
     worst = 0.0
     for router in routers:
@@ -75,7 +118,7 @@ def balance(routers: Iterable[Router], rate: float, add_up: Callable[[Tensor], T
         if rate and router.experts.scoring == "sigmoid":
             router.e_score_correction_bias += rate * (mean - load).sign()
         router.load.zero_()
-    return {"expert_load_max": worst} if worst else {}
+    return worst
 
 
 def expert_weights(model: Decoder) -> list[ExpertWeights]:

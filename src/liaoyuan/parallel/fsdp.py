@@ -8,6 +8,7 @@ its own tokens' share of the global mean.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,24 @@ def apply_fsdp(stage: nn.Module, model: Decoder, mesh: Mesh) -> None:
     # In a pipeline weights stay whole between microbatches. Schedules that split the backward pass need that: PyTorch
     # looks for the weights in the graph before FSDP brings them back, and loses their gradients without a word.
     reshard = mesh.layout.pp == 1
-    for module, over in [*units, (stage, dense)]:
+    units.append((stage, dense))
+    for module, over in units:
         fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=reshard)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+        module._set_unshard_async_op(mesh.layout.overlap)  # devices without streams need it to overlap at all
+    if mesh.layout.overlap:
+        _fetch_ahead(model)
+
+
+def _fetch_ahead(model: Decoder) -> None:
+    """Let each layer ask for the next one's weights before it computes; in the backward pass FSDP does so itself."""
+    layers = list(model.layers)
+    for layer, following in pairwise(layers):
+        parts: list[FSDPModule] = [part for part in following.modules() if isinstance(part, FSDPModule)]
+        assert isinstance(layer, FSDPModule)
+        layer.set_modules_to_forward_prefetch(parts)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Layout(Config):
     pp: int = Field(1, gt=0)  # pipeline stages, or pairs of them
     schedule: Schedule = "1f1b"
     ep: int = Field(1, gt=0)  # processes over which experts are spread; they are those of fsdp, cp and tp
+    overlap: bool = True  # compute while weights, tokens and rows of experts travel
     recompute: Literal["none", "selective", "full"] = "none"  # activations that the backward pass computes again
     recompute_every: int = Field(1, gt=0)  # of the layers, which ones
 

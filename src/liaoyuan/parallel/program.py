@@ -97,7 +97,12 @@ class Program:
 
     def balance(self, rate: float) -> dict[str, float]:
         """Balance the load of this process's experts and return how uneven it was; see `expert.balance`."""
-        return balance(self.routers(), rate, self._sum_of_stage)
+        worst = balance(self.routers(), rate, self._sum_of_stage)
+        if self.pipeline and self.config.experts:  # the worst of all stages
+            value = torch.tensor(worst, device=self.device)
+            dist.all_reduce(value, dist.ReduceOp.MAX, group=self.pipeline.mesh.group("pp"))
+            worst = float(value)
+        return {"expert_load_max": worst} if self.config.experts else {}
 
     def _sum_of_stage(self, x: Tensor) -> Tensor:
         if self.mesh:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from liaoyuan.models import Decoder
 from liaoyuan.models.experts import MixtureOfExperts
 from liaoyuan.ops import linear, wide
+from liaoyuan.parallel.chunked import gather_linear, linear_scatter
 from liaoyuan.parallel.collectives import gather_rows, replicated_sum, scatter_sum
 from liaoyuan.parallel.mesh import Mesh
 
@@ -48,10 +49,11 @@ def apply_tensor_parallel(model: Decoder, mesh: Mesh) -> None:
             assert weight is not None
             cut = distribute_tensor(weight.detach(), tp, [placement(name)], src_data_rank=None)
             module._parameters[key] = nn.Parameter(cut, requires_grad=weight.requires_grad)
+    exchange = _chunked if mesh.layout.overlap else _surround
     for layer in model.layers:
-        _surround(layer.self_attn, group)
+        exchange(layer.self_attn, group)
         if not isinstance(layer.mlp, MixtureOfExperts):  # experts take their tokens where they are
-            _surround(layer.mlp, group)
+            exchange(layer.mlp, group)
     if hasattr(model, "embed_tokens"):
         _cut_vocabulary(model.embed_tokens, group)
     model.score = _cut_score(group)
@@ -76,6 +78,20 @@ def _surround(module: Any, group: ProcessGroup) -> None:
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
+
+
+def _chunked(module: Any, group: ProcessGroup) -> None:
+    """Do what `_surround` does within the first and last projection, which compute while chunks of tokens travel.
+
+    Where several projections read the input (latent attention), it is gathered as a whole.
+    """
+    first = getattr(module, "qkv_proj", None) or getattr(module, "gate_up_proj", None)
+    last = getattr(module, "o_proj", None) or module.down_proj
+    if first is not None:
+        first.forward = lambda x: gather_linear(x, first.weight, first.bias, group)
+    else:
+        module.register_forward_pre_hook(lambda _, inputs: (gather_rows(inputs[0], group), *inputs[1:]))
+    last.forward = lambda x: linear_scatter(x, last.weight, last.bias, group)
 
 
 def _cut_vocabulary(embedding: nn.Module, group: ProcessGroup) -> None:

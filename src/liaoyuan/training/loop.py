@@ -5,13 +5,14 @@ a kill at any moment, it ends with the same weights bit for bit (same processes 
 function of i alone and the learning rate a function of the step.
 """
 
+import logging
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from liaoyuan.models import Decoder
 from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import Metrics, Progress, Report, silent
 from liaoyuan.training.flops import training_flops
+from liaoyuan.training.guard import SpikeConfig, SpikeGuard
 from liaoyuan.training.muon import Muon
 from liaoyuan.training.optimiser import AdamW, Optimiser
 from liaoyuan.training.schedule import Shape, learning_rate_at
@@ -32,6 +34,7 @@ from liaoyuan.training.schedule import Shape, learning_rate_at
 METRICS = "metrics.jsonl"
 STATE = "state"
 LOST_LIMIT = 5  # steps in a row whose gradient is not finite, after which a run gives up; fewer are dropped
+log = logging.getLogger(__name__)
 REPORT_SECONDS = 0.5  # at most so often is progress told
 
 
@@ -50,6 +53,7 @@ class TrainConfig(Config):
     beta2: float = Field(0.95, ge=0, lt=1)
     optimiser: Literal["adamw", "muon"] = "adamw"
     balance_rate: float = Field(1e-3, ge=0)  # step of the routers' balancing bias (sigmoid scores only)
+    spikes: SpikeConfig = SpikeConfig()
     seed: int = 0
     checkpoint_every: int = Field(200, gt=0)
     evaluate_every: int = Field(0, ge=0)  # 0: at the end only
@@ -65,6 +69,7 @@ class TrainResult:
     seconds: float = 0.0
     cpu_seconds: float = 0.0  # of this process
     loss: float = math.nan  # of the last step
+    passed_over: int = 0  # steps whose data were left out after rolling back
 
     @property
     def tokens_per_second(self) -> float:
@@ -107,12 +112,19 @@ def train(
     lost = 0  # steps in a row whose gradient was not finite
     tell = _paced(report)
     with Checkpointer(folder / STATE, world, checkpoint) as states, _stop_asked() as stop_asked:
-        done = _resume(states, program, optimiser, config, folder)
+        done, guard = _resume(states, program, optimiser, config, folder)
         metrics = Metrics(folder / METRICS, resume_from=done.steps) if world.is_first else None
         while done.steps < config.steps:
             step, start = done.steps, _Clock()
             rate = learning_rate_at(step, config.steps, config.learning_rate, config.warmup_steps, config.schedule)
-            outcome = take_step(program, optimiser, batches(step), rate, config.clip, world)
+            outcome = take_step(
+                program, optimiser, batches(step + done.passed_over), rate, config.clip, world, guard.limits
+            )
+            guard.note(outcome.loss, outcome.grad_norm, outcome.dropped)
+            if guard.wants_to_roll_back and (back := _roll_back(states, program, optimiser, config, done)):
+                done, guard = back
+                metrics = Metrics(folder / METRICS, resume_from=done.steps) if world.is_first else None
+                continue
             lost = 0 if math.isfinite(outcome.grad_norm) else lost + 1
             if lost >= LOST_LIMIT:
                 raise LiaoyuanError(_diverged(step, rate))
@@ -126,7 +138,7 @@ def train(
                 metrics.write(step, **values)
             stop = bool(world.sum_numbers(float(stop_asked()))[0])
             due = last or stop or _is_due(done.steps, config.checkpoint_every)
-            states.after_step(done.steps, program, optimiser, extra_of(done, config), durable=due)
+            states.after_step(done.steps, program, optimiser, extra_of(done, config, guard), durable=due)
             if last or stop:
                 states.wait()
             tell(Progress(done.steps, config.steps, "step", f"loss {outcome.loss:.3f}, {speed:,.0f} tokens/s"))
@@ -152,12 +164,22 @@ class Outcome:
     grad_norm: float
     tokens: int
     flops: float
+    dropped: bool  # a spike, which changed nothing
 
 
 def take_step(
-    program: Program, optimiser: Optimiser, batches: Sequence[Batch], rate: float, clip: float, world: World
+    program: Program,
+    optimiser: Optimiser,
+    batches: Sequence[Batch],
+    rate: float,
+    clip: float,
+    world: World,
+    limits: tuple[float, float] = (math.inf, math.inf),
 ) -> Outcome:
-    """Take one optimiser step: the mean loss over the weights of the global batch, whatever its cut."""
+    """Take one optimiser step: the mean loss over the weights of the global batch, whatever its cut.
+
+    A step whose loss or gradient norm is above `limits` changes nothing.
+    """
     counted = batches if world.counts else []
     weight, tokens, flops = world.sum_numbers(
         sum(float(batch.weights.sum()) for batch in counted),
@@ -165,17 +187,18 @@ def take_step(
         sum(training_flops(program.config, batch.boundaries) for batch in counted),
     )
     total = program.backward(batches, 1.0 / max(weight, 1e-9), optimiser.accumulate)
-    norm = optimiser.step(rate, clip)
-    return Outcome(world.sum_numbers(float(total))[0], norm, int(tokens), flops)
+    loss = world.sum_numbers(float(total))[0]
+    norm = optimiser.step(rate, clip, limits[1] if loss <= limits[0] else -1.0)
+    return Outcome(loss, norm, int(tokens), flops, loss > limits[0] or norm > limits[1])
 
 
 def _resume(
     states: Checkpointer, model: Program, optimiser: Optimiser, config: TrainConfig, folder: Path
-) -> TrainResult:
+) -> tuple[TrainResult, SpikeGuard]:
     """Load the newest state of `folder`; it must have been written under the same config."""
     found = states.load(model, optimiser)
     if found is None:
-        return TrainResult()
+        return TrainResult(), SpikeGuard(config.spikes)
     _, extra = found
     settings, wanted = extra["config"], config.model_dump(mode="json")
     for key in wanted:
@@ -184,12 +207,26 @@ def _resume(
                 f"{folder} holds a run with {key} = {settings.get(key)}, not {wanted[key]}: "
                 "give the same value to go on with it, or choose another folder."
             )
-    return TrainResult(**extra["done"])
+    return TrainResult(**extra["done"]), SpikeGuard(config.spikes, **extra["guard"])
 
 
-def extra_of(done: TrainResult, config: TrainConfig) -> dict[str, Any]:
+def _roll_back(
+    states: Checkpointer, model: Program, optimiser: Optimiser, config: TrainConfig, done: TrainResult
+) -> tuple[TrainResult, SpikeGuard] | None:
+    """Go back to the newest state and pass over the data since; None if there is no state yet."""
+    states.wait()
+    found = states.load(model, optimiser)
+    if found is None:
+        return None
+    step, extra = found
+    passed_over = done.passed_over + done.steps + 1 - step
+    log.warning("Spikes in a row: back from step %d to %d, past %d steps of data.", done.steps, step, passed_over)
+    return replace(TrainResult(**extra["done"]), passed_over=passed_over), SpikeGuard(config.spikes, **extra["guard"])
+
+
+def extra_of(done: TrainResult, config: TrainConfig, guard: SpikeGuard) -> dict[str, Any]:
     """Return what a state of the run holds beside its tensors."""
-    return {"done": asdict(done), "config": config.model_dump(mode="json")}
+    return {"done": asdict(done), "config": config.model_dump(mode="json"), "guard": guard.state()}
 
 
 def _add(done: TrainResult, outcome: Outcome, start: "_Clock") -> tuple[TrainResult, float]:
@@ -203,6 +240,7 @@ def _add(done: TrainResult, outcome: Outcome, start: "_Clock") -> tuple[TrainRes
         done.seconds + seconds,
         done.cpu_seconds + now.cpu_seconds - start.cpu_seconds,
         outcome.loss,
+        done.passed_over,
     )
     return total, outcome.tokens / seconds
 
@@ -216,6 +254,7 @@ def _row(outcome: Outcome, rate: float, speed: float, done: TrainResult) -> dict
         "tokens_per_second": round(speed, 1),
         "cpu_seconds": round(done.cpu_seconds, 3),
         "flops": done.flops,
+        **({"dropped": 1} if outcome.dropped else {}),
     }
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from liaoyuan.device import Device
-from liaoyuan.parallel import World
+from liaoyuan.parallel import Owners, World
 from liaoyuan.training.optimiser import (
+    INFINITE,
     AdamW,
     Weight,
     copy_masters,
@@ -35,7 +35,7 @@ class Muon:
     """Muon for the layers' matrices and AdamW for the rest, with the interface of `AdamW`.
 
     Merged projections are orthogonalised part by part: gate and up each alone, and the joint query-key-value
-    matrix whole. Under FSDP every process gathers the matrix and keeps its own rows of the result.
+    matrix whole. A sharded matrix is put together at its owner, one of the processes, and cut up again there.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Muon:
         named = list(parameters)
         self._weights = trained_weights((n, p) for n, p in named if _is_matrix(n, p))
         self._rest = AdamW(((n, p) for n, p in named if not _is_matrix(n, p)), betas, eps, weight_decay)
+        self._owners = Owners([weight.parameter for weight in self._weights])
         self._momentum = {weight.name: torch.zeros_like(weight.master) for weight in self._weights}
         self._decay, self._mass = weight_decay, momentum
 
@@ -59,10 +60,10 @@ class Muon:
         """See `AdamW.accumulate`."""
         gather_gradients(self._all())
 
-    def step(self, learning_rate: float, clip: float = 1.0) -> float:
+    def step(self, learning_rate: float, clip: float = 1.0, limit: float = INFINITE) -> float:
         """See `AdamW.step`."""
         norm = gather_and_clip(self._all(), clip, self._world)
-        if norm < float("inf"):
+        if norm <= limit and norm < INFINITE:
             self._rest.update(learning_rate)
             self._update(learning_rate)
         drop_gradients(self._all())
@@ -88,17 +89,20 @@ class Muon:
         return [*self._weights, *self._rest.weights]
 
     def _update(self, learning_rate: float) -> None:
-        trained = [weight for weight in self._weights if weight.master.grad is not None]
         directions = []
-        for weight in trained:
+        for weight in self._weights:
             gradient, momentum = weight.master.grad, self._momentum[weight.name]
-            assert gradient is not None
+            gradient = torch.zeros_like(weight.master) if gradient is None else gradient
             momentum.lerp_(gradient, 1 - self._mass)
-            directions.append(_whole(weight, gradient.lerp(momentum, self._mass)))  # Nesterov's look-ahead
-        for weight, update in zip(trained, _orthogonalised(trained, directions), strict=True):
+            directions.append(gradient.lerp(momentum, self._mass))  # Nesterov's look-ahead
+        own = self._owners.gather(directions)
+        updates = _orthogonalised([self._weights[n].name for n in own], [*own.values()])
+        for weight, update in zip(
+            self._weights, self._owners.scatter(dict(zip(own, updates, strict=True)), directions), strict=True
+        ):
             weight.master.mul_(1 - learning_rate * self._decay)
-            weight.master.sub_(_own_rows(weight, update), alpha=learning_rate)
-        copy_masters(trained)
+            weight.master.sub_(update, alpha=learning_rate)
+        copy_masters(self._weights)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -111,7 +115,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices
     dtype = Device(matrices.device.type).default_dtype
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype).reshape(-1, *x.shape[-2:])
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype).reshape(x.shape[:-2].numel(), *x.shape[-2:])
     for _ in range(ITERATIONS):
         square = x @ x.mT
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
@@ -119,15 +123,15 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return (x.mT if is_tall else x).float().reshape(matrices.shape)
 
 
-def _orthogonalised(weights: list[Weight], directions: list[Tensor]) -> list[Tensor]:
+def _orthogonalised(names: list[str], directions: list[Tensor]) -> list[Tensor]:
     """Return the scaled update of every direction; matrices of one shape go through together."""
-    parts = [_split(weight, direction) for weight, direction in zip(weights, directions, strict=True)]
+    parts = [_split(name, direction) for name, direction in zip(names, directions, strict=True)]
     updates: list[Tensor] = [torch.empty(0)] * len(parts)
     for shape in sorted({part.shape for part in parts}):
         group = [index for index, part in enumerate(parts) if part.shape == shape]
         scale = UPDATE_SCALE * max(shape[-2:]) ** 0.5
         for index, update in zip(group, orthogonalise(torch.stack([parts[i] for i in group])), strict=True):
-            updates[index] = _join(weights[index], update * scale)
+            updates[index] = _join(names[index], update * scale)
     return updates
 
 
@@ -135,28 +139,10 @@ def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.endswith(("embed_tokens.weight", "lm_head.weight"))
 
 
-def _split(weight: Weight, whole: Tensor) -> Tensor:
+def _split(name: str, whole: Tensor) -> Tensor:
     """Return the stack of matrices in `whole`: gate and up alternate in its rows."""
-    return whole.unflatten(-2, (-1, 2)).transpose(-3, -2) if "gate_up_proj" in weight.name else whole
+    return whole.unflatten(-2, (-1, 2)).transpose(-3, -2) if "gate_up_proj" in name else whole
 
 
-def _join(weight: Weight, parts: Tensor) -> Tensor:
-    return parts.transpose(-3, -2).flatten(-3, -2) if "gate_up_proj" in weight.name else parts
-
-
-def _whole(weight: Weight, part: Tensor) -> Tensor:
-    """Return the whole tensor of which `part` is this process's shard."""
-    like = weight.parameter
-    if not isinstance(like, DTensor):
-        return part
-    shards = DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-    return shards.full_tensor()
-
-
-def _own_rows(weight: Weight, whole: Tensor) -> Tensor:
-    like = weight.parameter
-    if not isinstance(like, DTensor):
-        return whole
-    chunks = whole.chunk(like.device_mesh.size())  # as `fully_shard` cuts the first dimension
-    rank = like.device_mesh.get_local_rank()
-    return chunks[rank] if rank < len(chunks) else whole[:0]
+def _join(name: str, parts: Tensor) -> Tensor:
+    return parts.transpose(-3, -2).flatten(-3, -2) if "gate_up_proj" in name else parts

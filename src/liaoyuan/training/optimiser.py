@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.parallel import World, copies, local
 
+INFINITE = float("inf")
+
 
 @dataclass(frozen=True, eq=False)
 class Weight:
@@ -42,7 +44,7 @@ class Optimiser(Protocol):
 
     def accumulate(self) -> None: ...
 
-    def step(self, learning_rate: float, clip: float = 1.0) -> float: ...
+    def step(self, learning_rate: float, clip: float = 1.0, limit: float = INFINITE) -> float: ...
 
     def describe(self) -> dict[str, Any]: ...
 
@@ -82,13 +84,13 @@ class AdamW:
         """Gather the gradients of a backward pass in fp32; needed only between microbatches."""
         gather_gradients(self.weights)
 
-    def step(self, learning_rate: float, clip: float = 1.0) -> float:
+    def step(self, learning_rate: float, clip: float = 1.0, limit: float = INFINITE) -> float:
         """Update the weights and drop the gradients; return the gradient's global norm before clipping.
 
-        A gradient whose norm is not finite is dropped and changes nothing.
+        A gradient whose norm is above `limit`, or not finite, is dropped and changes nothing.
         """
         norm = gather_and_clip(self.weights, clip, self._world)
-        if norm < float("inf"):
+        if norm <= limit and norm < INFINITE:
             self.update(learning_rate)
         drop_gradients(self.weights)
         return norm

@@ -23,6 +23,7 @@ from liaoyuan.models import Decoder, ModelConfig, config_from_dict, read_config
 from liaoyuan.models.config import DTYPES
 from liaoyuan.parallel import Layout, Program, Shape, World, lay_out, resolve
 from liaoyuan.rundir import Report, silent, write_atomic
+from liaoyuan.training.guard import SpikeGuard
 from liaoyuan.training.loop import STATE, TrainConfig, TrainResult, extra_of, make_optimiser, train
 from liaoyuan.training.optimiser import Optimiser
 
@@ -134,7 +135,8 @@ def first_state(config: PretrainConfig, given: ModelConfig) -> tuple[Decoder, Op
             )
     with torch.device("meta"):
         model = Decoder(shape)
-    return model, make_optimiser(model, config.train), extra_of(TrainResult(), config.train)
+    extra = extra_of(TrainResult(), config.train, SpikeGuard(config.train.spikes))
+    return model, make_optimiser(model, config.train), extra
 
 
 def held_out_loss(
