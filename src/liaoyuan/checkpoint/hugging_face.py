@@ -1,26 +1,30 @@
 """Hugging Face folders in and out: `config.json` and safetensors, nothing else is read and nothing is run.
 
 Our decoder merges projections that read the same input; each family's file says which of its tensors fill which of
-ours (`models/stored.py`). Loading goes tensor by tensor, so no second copy of the weights is ever held.
+ours (`models/stored.py`). All is checked before the first byte of a weight is read. Loading reads straight into the
+weights, and of a sharded model each process its own part; saving goes tensor by tensor.
 """
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from liaoyuan.checkpoint.counting import Count
+from liaoyuan.checkpoint.filling import READABLE, Block, Filler
+from liaoyuan.checkpoint.shards import ShardWriter, Slot, plan_shards
+from liaoyuan.checkpoint.weight_files import StoredTensor, WeightFiles
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, ModelConfig, read_config, with_dtype
 from liaoyuan.models.families import FAMILIES
-from liaoyuan.rundir import atomic_folder
+from liaoyuan.models.stored import Part
+from liaoyuan.parallel import Program, World, local, own_block
+from liaoyuan.rundir import Report, atomic_folder, silent
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9  # transformers' own default, 5 GB
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,8 +33,12 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
+Stored = dict[str, list[tuple[Part, StoredTensor]]]  # of each of our tensors
 
-def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
+
+def load_model(
+    folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", report: Report = silent
+) -> Decoder:
     """Return the decoder of a Hugging Face folder, in `dtype` (the one that its config names if None).
 
     Raises:
@@ -45,121 +53,173 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
-    load_weights(model, folder)
+    load_weights(model, folder, report)
     return model.eval()
 
 
-def load_weights(model: Decoder, folder: Path) -> None:
-    """Copy the weights of `folder` into `model` (on any device, in any dtype); see `load_model`."""
-    family = FAMILIES[model.config.model_type]
-    with _Weights(folder) as weights, torch.no_grad():
-        _refuse_unknown(model, weights, folder)
-        for name, ours in named_tensors(model):
-            for part in family.stored(name, ours, model.config):
-                theirs = weights.read(part.name)
-                if theirs.shape != part.shape:
-                    raise LiaoyuanError(
-                        f"{folder}: {part.name} has shape {tuple(theirs.shape)}, "
-                        f"but config.json asks for {tuple(part.shape)}."
-                    )
-                part.read(theirs)
+def load_weights(model: Decoder | Program, folder: Path, report: Report = silent) -> None:
+    """Read the weights of `folder` into `model` (on any device, in any dtype); see `load_model`.
+
+    Of a model that is laid out over processes each reads what it holds itself. No exchange takes place.
+    """
+    own = dict(named_tensors(model))
+    with WeightFiles(folder) as files, torch.no_grad():
+        stored = {name: parts for name, parts in find_parts(files, model.config).items() if name in own}
+        fill_tensors(own, stored, report)
 
 
-def named_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(model: Decoder | Program) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the tensor of all that a model folder holds: weights and persistent buffers."""
-    yield from model.state_dict().items()
+    yield from model.named_tensors() if isinstance(model, Program) else model.state_dict().items()
+
+
+def find_parts(files: WeightFiles, config: ModelConfig) -> Stored:
+    """Return where in the files the parts of each of our tensors are, and check that they are what `config` asks for.
+
+    Raises:
+        LiaoyuanError: a tensor is missing, unknown, of another shape, or of a dtype that is not read.
+    """
+    family = FAMILIES[config.model_type]
+    stored: Stored = {}
+    for name, ours in whole_tensors(config):
+        stored[name] = [(part, files[part.name]) for part in family.stored(name, ours, config)]
+    for part, theirs in (pair for pairs in stored.values() for pair in pairs):
+        if theirs.shape != tuple(part.shape):
+            raise LiaoyuanError(
+                f"{files.folder}: {part.name} has shape {theirs.shape}, but config.json asks for {tuple(part.shape)}."
+            )
+        if theirs.dtype not in READABLE:
+            raise LiaoyuanError(
+                f"{files.folder}: {part.name} is stored as {theirs.dtype}; weights are read from {', '.join(READABLE)}."
+            )
+    _refuse_unknown(files, {part.name for pairs in stored.values() for part, _ in pairs}, config)
+    return stored
+
+
+def whole_tensors(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the form (on the meta device) of all that a model of this config holds, in its order."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    yield from model.state_dict().items()  # outside: whoever iterates goes on on the device of his own
+
+
+def fill_tensors(own: Mapping[str, Tensor], stored: Stored, report: Report = silent) -> None:
+    """Read the tensors `own` (whole, or DTensors) from their parts, in the order in which those lie in the files."""
+    filler = Filler()
+    count = Count(sum(local(tensor).nbytes for tensor in own.values()), report)
+    for name, parts in sorted(stored.items(), key=lambda item: _place(item[1])):
+        fill_tensor(own[name], parts, filler)
+        count.add(local(own[name]).nbytes)
+
+
+def fill_tensor(tensor: Tensor, parts: list[tuple[Part, StoredTensor]], filler: Filler) -> None:
+    """Read one tensor from its parts; of a DTensor only what this process holds of it."""
+    offsets, sizes = own_block(tensor)
+    mine = local(tensor.detach())
+    if not mine.numel():
+        return
+    row = tensor.shape[1:].numel()
+    is_direct = sizes[1:] == tuple(tensor.shape[1:]) and mine.is_contiguous()
+    rows = mine if is_direct else torch.empty(sizes[0], *tensor.shape[1:], dtype=mine.dtype)
+    block = Block(rows.view(-1), offsets[0] * row if offsets else 0)
+    for part, theirs in parts:
+        filler.fill(block, part, theirs)
+    if not is_direct:
+        for dim, (start, size) in enumerate(zip(offsets[1:], sizes[1:], strict=True), 1):
+            rows = rows.narrow(dim, start, size)
+        mine.copy_(rows)
+
+
+def _place(parts: list[tuple[Part, StoredTensor]]) -> tuple[Path, int]:
+    return min((stored.path, stored.start) for _, stored in parts)
 
 
 def save_model(
     model: Decoder | ModelConfig,
     folder: Path,
     tokenizer_folder: Path | None = None,
-    state: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the folder that `load_model` and transformers read, atomically: config, weights, tokenizer files.
 
-    `state` gives the whole weights and buffers by name where the model itself is not at hand.
+    `state` gives the whole weights and buffers by name where the model itself is not at hand. As an iterator it is
+    written as it comes, in any order, so that one tensor at a time need be in memory. Weights of more than
+    `max_shard_bytes` are spread over several files with an index.
+
+    Raises:
+        LiaoyuanError: the disk is full, or `state` lacks a tensor; the folder is as it was.
     """
     config = model.config if isinstance(model, Decoder) else model
     if state is None:
         assert isinstance(model, Decoder)
-        state = dict(named_tensors(model))
-    family = FAMILIES[config.model_type]
-    stored = {
-        part.name: part.write().to(_stored_dtype(name, config)).contiguous()
-        for name, ours in state.items()
-        for part in family.stored(name, ours.detach().cpu(), config)
-    }
+        state = named_tensors(model)
     with atomic_folder(folder) as target:
         (target / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        save_file(stored, target / WEIGHTS, metadata={"format": "pt"})
-        (target / WEIGHTS).chmod(0o644)
-        for file in TOKENIZER_FILES if tokenizer_folder else ():
-            if (tokenizer_folder / file).exists():  # type: ignore[operator]
-                shutil.copyfile(tokenizer_folder / file, target / file)  # type: ignore[operator]
+        write_weights(target, config, state.items() if isinstance(state, Mapping) else state, max_shard_bytes)
+        if tokenizer_folder:
+            copy_files(tokenizer_folder, target, TOKENIZER_FILES)
 
 
-class _Weights:
-    """The tensors of a folder by name, from one safetensors file or from the shards of an index."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files = {file: _open(folder / file) for file in _shard_names(folder)}
-        self._where = {name: file for file, opened in self._files.items() for name in opened.keys()}  # noqa: SIM118
-
-    def __enter__(self) -> "_Weights":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._files.clear()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def read(self, name: str) -> Tensor:
-        if name not in self._where:
-            raise LiaoyuanError(f"{self._folder}: the weights lack '{name}', which config.json asks for.")
-        return self._files[self._where[name]].get_tensor(name)
-
-
-def _shard_names(folder: Path) -> list[str]:
-    if (folder / WEIGHTS).exists():
-        return [WEIGHTS]
-    if not (folder / INDEX).exists():
-        raise LiaoyuanError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} is there.")
+def save_program(program: Program, folder: Path, tokenizer_folder: Path | None, world: World) -> None:
+    """Write a model that is laid out over processes as `save_model` does. Every process makes the call and holds one
+    whole tensor at a time; the first one writes.
+    """
+    weights = program.whole_tensors()
     try:
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise LiaoyuanError(f"{folder / INDEX} is not a valid weight index.") from error
-    for name in names:
-        if Path(name).name != name:
-            raise LiaoyuanError(f"{folder / INDEX} points outside its folder ('{name}').")
-    return names
+        if world.is_first:
+            save_model(program.config, folder, tokenizer_folder, weights)
+    finally:
+        for _ in weights:  # the others gather too, and do not wait for ever if the first one could not write
+            pass
+    world.barrier()
 
 
-def _open(path: Path):  # type: ignore[no-untyped-def]  # safe_open has no public type
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise LiaoyuanError(f"The weight file {path} is missing.") from None
-    except (SafetensorError, OSError) as error:
-        raise LiaoyuanError(f"The weight file {path} is truncated or corrupt ({error}); copy it again.") from error
-
-
-def _refuse_unknown(model: Decoder, weights: _Weights, folder: Path) -> None:
-    config = model.config
+def write_weights(
+    target: Path,
+    config: ModelConfig,
+    state: Iterable[tuple[str, Tensor]],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    report: Report = silent,
+) -> None:
+    """Write the weight files of a model into an existing folder, in the dtype of `config`; see `save_model`."""
     family = FAMILIES[config.model_type]
-    expected = {part.name for name, ours in named_tensors(model) for part in family.stored(name, ours, config)}
+    slots = [
+        Slot(part.name, stored_dtype(name, config), tuple(part.shape))
+        for name, ours in whole_tensors(config)
+        for part in family.stored(name, ours, config)
+    ]
+    with ShardWriter(target, plan_shards(slots, max_shard_bytes), report) as writer:
+        for name, ours in state:
+            dtype = stored_dtype(name, config)
+            for part in family.stored(name, ours.detach().cpu(), config):
+                writer.write(part.name, part.write().to(dtype).contiguous())
+            del ours, part  # before the next one is made: two may not fit
+        if writer.missing:
+            raise LiaoyuanError(f"The weights to write lack '{writer.missing[0]}': nothing was written.")
+
+
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> list[str]:
+    """Copy the files of these names that are in `source`; return which they are."""
+    found = [name for name in names if (source / name).is_file()]
+    for name in found:
+        shutil.copyfile(source / name, target / name)
+    return found
+
+
+def _refuse_unknown(files: WeightFiles, expected: set[str], config: ModelConfig) -> None:
+    family = FAMILIES[config.model_type]
     if config.tie_word_embeddings:
-        expected.add("lm_head.weight")  # some writers repeat the tied table
-    unknown = [name for name in weights if name not in expected and not family.is_unused(name, config)]
+        expected = expected | {"lm_head.weight"}  # some writers repeat the tied table
+    unknown = [name for name in files if name not in expected and not family.is_unused(name, config)]
     if unknown:
         raise LiaoyuanError(
-            f"{folder}: the weights hold '{unknown[0]}'{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}, "
+            f"{files.folder}: the weights hold '{unknown[0]}'"
+            f"{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}, "
             f"which a {config.model_type} model of this config.json does not have."
         )
 
 
-def _stored_dtype(name: str, config: ModelConfig) -> torch.dtype:
+def stored_dtype(name: str, config: ModelConfig) -> torch.dtype:
     """Return the dtype of a tensor in a folder: a router's balancing bias stays fp32, as transformers keeps it."""
     return torch.float32 if name.endswith("e_score_correction_bias") else config.torch_dtype

@@ -64,7 +64,7 @@ def refuse_incomplete(manifest: Mapping[str, Any], wanted: Mapping[str, Tensor],
     """
     saved = manifest["tensors"]
     lacking = next((f"lacks '{name}'" for name in sorted(wanted) if name not in saved), "")
-    lacking = lacking or next((f"lacks a part of '{name}'" for name in sorted(saved) if not _is_whole(saved[name])), "")
+    lacking = lacking or next((f"lacks a part of '{name}'" for name in sorted(saved) if not is_whole(saved[name])), "")
     lacking = lacking or _of_another_shape(saved, wanted)
     names = sorted(saved)
     asked = world.sum(torch.tensor([float(name in wanted) for name in names], device=world.device.torch))
@@ -144,7 +144,8 @@ def _storage(entry: Mapping[str, Any]) -> TensorStorageMetadata:
     return TensorStorageMetadata(properties, torch.Size(entry["size"]), chunks)
 
 
-def _is_whole(entry: Mapping[str, Any]) -> bool:
+def is_whole(entry: Mapping[str, Any]) -> bool:
+    """Return whether the blocks of a saved tensor make up the whole of it."""
     return sum(math.prod(shape) for _, _, shape, _ in entry["pieces"]) == math.prod(entry["size"])
 
 

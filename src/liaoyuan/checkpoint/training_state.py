@@ -198,7 +198,7 @@ class Checkpointer:
         waited = time.perf_counter() - ready
         if waited > LONG_WAIT and self._world.is_first:
             log.warning("A save waited %.1f s for the one before it: save less often, or to a faster disk.", waited)
-        about = {"step": step, **_identity(model, optimiser), "extra": extra}
+        about = {"step": step, **identity_of(model, optimiser), "extra": extra}
         way.write(
             tensors,
             Job(
@@ -261,7 +261,7 @@ class Checkpointer:
             log.info("%s", error)
         if not self._everywhere(bool(manifest), path):
             return None
-        _refuse_another(manifest, _identity(model, optimiser), path)
+        _refuse_another(manifest, identity_of(model, optimiser), path)
         wanted = whole_tensors(model, tensors)
         refuse_incomplete(manifest, wanted, path, self._world)
         whole = False
@@ -285,7 +285,7 @@ class Checkpointer:
         """Return the `extra` of a state of the local tier, or None if any process lacks it or has another layout."""
         assert self._local
         about, blocks = self._local.read(step, self._plan_for(model, tensors)) or ({}, {})
-        identity = _identity(model, optimiser)
+        identity = identity_of(model, optimiser)
         is_ours = all(about.get(part) == ours for part, ours in identity.items())
         (lacking,) = self._world.sum_numbers(float(not is_ours))
         if lacking:
@@ -296,7 +296,8 @@ class Checkpointer:
         return about["extra"]
 
 
-def _identity(model: Decoder | Program, optimiser: Optimiser) -> dict[str, Any]:
+def identity_of(model: Decoder | Program, optimiser: Optimiser) -> dict[str, Any]:
+    """Return what a state must agree with: the model and the optimiser, as a manifest holds them."""
     identity = {"model": model.config.to_dict(), "optimiser": optimiser.describe()}
     plain: dict[str, Any] = json.loads(json.dumps(identity))  # as it will be read back
     return plain

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from liaoyuan.cli.chat import chat
+from liaoyuan.cli.convert import convert
 from liaoyuan.cli.data import data
 from liaoyuan.cli.doctor import doctor
 from liaoyuan.cli.eval import evaluate
@@ -36,6 +37,7 @@ app.command("eval")(evaluate)
 app.command()(score)
 app.command()(serve)
 app.command()(chat)
+app.command()(convert)
 app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.command()(doctor)
 

@@ -6,7 +6,7 @@ A `Decoder` is described by a Hugging Face `config.json` and takes flat batches 
 
 from liaoyuan.models.config import ModelConfig, config_from_dict, read_config, with_dtype
 from liaoyuan.models.context import AttentionContext, PackedContext, Pattern, packed_context
-from liaoyuan.models.decoder import Decoder, initialise
+from liaoyuan.models.decoder import Decoder, initial_weights, initialise
 
 __all__ = [
     "AttentionContext",
@@ -15,6 +15,7 @@ __all__ = [
     "PackedContext",
     "Pattern",
     "config_from_dict",
+    "initial_weights",
     "initialise",
     "packed_context",
     "read_config",

@@ -122,23 +122,30 @@ class Decoder(nn.Module):
 
 
 def initialise(model: Decoder, seed: int) -> Decoder:
-    """Fill the weights: normal with `initializer_range`, smaller by 1 / sqrt(2 L) where a layer writes to the
-    residual stream (Radford et al. 2019, sec. 2.3); norms one, biases zero. Drawn in fp32 on the CPU, so any device
-    gets the same.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    deviation = model.config.initializer_range
-    residual_scale = 1.0 / math.sqrt(2 * model.config.num_hidden_layers)
+    """Fill the weights of `model` with `initial_weights`, and its buffers with zeros."""
+    weights = dict(model.named_parameters())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith(("bias", "sinks")):
-                parameter.zero_()
-            else:
-                scale = residual_scale if "o_proj" in name or "down_proj" in name else 1.0
-                noise = torch.randn(parameter.shape, generator=generator) * deviation * scale
-                parameter.copy_(noise)
+        for name, value in initial_weights(model.config, seed):
+            weights[name].copy_(value)
         for buffer in model.buffers():
             buffer.zero_()
     return model
+
+
+def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the first value of each weight, fp32 on the CPU: normal with `initializer_range`, smaller by
+    1 / sqrt(2 L) where a layer writes to the residual stream (Radford et al. 2019, sec. 2.3); norms one, biases zero.
+    Drawn one after the other whatever the device and layout, so that all get the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    residual_scale = 1.0 / math.sqrt(2 * config.num_hidden_layers)
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in Decoder(config).named_parameters()}
+    for name, shape in shapes.items():
+        if name.endswith("norm.weight"):
+            yield name, torch.ones(shape)
+        elif name.endswith(("bias", "sinks")):
+            yield name, torch.zeros(shape)
+        else:
+            scale = residual_scale if "o_proj" in name or "down_proj" in name else 1.0
+            yield name, torch.randn(shape, generator=generator) * config.initializer_range * scale

@@ -1,7 +1,8 @@
 """Where our tensors lie in a Hugging Face folder.
 
 The decoder merges projections that read the same input and stacks experts. `parts` of one of our tensors are their
-tensors, each with the view of ours that it fills: reading copies into the views, writing copies out of them.
+tensors, each with the view of ours that it fills: reading fills the views (`checkpoint/filling.py`), writing copies out
+of them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,13 +27,6 @@ class Part:
     shape: torch.Size
     order: Sequence[int] | None = None
     dim: int = 0
-
-    def read(self, theirs: Tensor) -> None:
-        """Copy the file's tensor into ours."""
-        theirs = theirs.reshape(self.view.shape)
-        if self.order is not None:
-            theirs = theirs.index_select(self.dim, torch.tensor(self.order))
-        self.view.copy_(theirs)
 
     def write(self) -> Tensor:
         """Return the file's tensor."""

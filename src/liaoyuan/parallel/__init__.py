@@ -3,7 +3,7 @@
 `World(0, 1)` is a single process; a `Program` is a model in its layout, which training asks for losses and gradients.
 """
 
-from liaoyuan.parallel.fsdp import copies, full_weights, local
+from liaoyuan.parallel.fsdp import copies, full_weights, local, own_block
 from liaoyuan.parallel.layout import Layout, Shape, resolve
 from liaoyuan.parallel.owners import Owners
 from liaoyuan.parallel.program import Program, lay_out
@@ -19,6 +19,7 @@ __all__ = [
     "full_weights",
     "lay_out",
     "local",
+    "own_block",
     "resolve",
     "start",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from liaoyuan.models import Decoder
 from liaoyuan.parallel.expert import expert_weights
@@ -59,6 +60,14 @@ def _fetch_ahead(model: Decoder) -> None:
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a sharded tensor (same storage), or the tensor itself if it is whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_block(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return where this process's part of a tensor begins in the whole, and its shape: a rectangular block."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.ndim, tuple(tensor.shape)
+    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(offsets), tuple(shape)
 
 
 def copies(tensor: Tensor) -> int:

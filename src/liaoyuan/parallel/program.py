@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from liaoyuan.data import Batch
-from liaoyuan.models import AttentionContext, Decoder, ModelConfig, PackedContext
+from liaoyuan.models import AttentionContext, Decoder, ModelConfig, PackedContext, initial_weights
 from liaoyuan.models.experts import Router
 from liaoyuan.parallel.context import SharedContext, own_rows
 from liaoyuan.parallel.expert import apply_expert_parallel, balance, expert_weights
-from liaoyuan.parallel.fsdp import apply_fsdp, full_weights
+from liaoyuan.parallel.fsdp import apply_fsdp, full_weights, local, own_block
 from liaoyuan.parallel.layout import Layout
 from liaoyuan.parallel.mesh import Mesh
 from liaoyuan.parallel.pipeline import Pipeline, Stage, cut_layers, process_of, stage_numbers, stage_of, stage_with
@@ -50,6 +50,19 @@ class Program:
         """Yield weights and persistent buffers: all that a model folder holds."""
         for model in self.models:
             yield from model.state_dict().items()
+
+    def initialise(self, seed: int) -> "Program":
+        """Fill the weights as `models.initialise` does, drawing whole tensors one by one and keeping one's own part."""
+        own = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, value in initial_weights(self.config, seed):
+                if name in own:
+                    for dim, (start, size) in enumerate(zip(*own_block(own[name]), strict=True)):
+                        value = value.narrow(dim, start, size)
+                    local(own[name].detach()).copy_(value)
+            for buffer in (buffer for model in self.models for buffer in model.buffers()):
+                buffer.zero_()
+        return self
 
     def whole_tensors(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield each weight and persistent buffer whole, in every process; all must go through all of them.
@@ -167,17 +180,31 @@ class Program:
 def lay_out(model: Decoder, layout: Layout, world: World) -> Program:
     """Lay out `model` (the same weights in every process) over the processes of `world`; it is taken apart.
 
+    A model on the meta device gets memory on the world's device for this process's part alone: its weights hold
+    nothing yet, to be filled by `Program.initialise` or `checkpoint.load_weights`.
+
     `world` must know the layout (`World.arrange`). One process: nothing but recomputation is done.
     """
+    is_meta = next(model.parameters()).is_meta
     if world.mesh is None:
         apply_recompute(model, layout)
-        return Program([model])
-    mesh = world.mesh
-    if layout.pp == 1:
-        program = Program([model], mesh)
-        _apply(model, model, mesh)
-        return program
-    return _lay_out_stages(model, mesh)
+        program = Program([model])
+    elif layout.pp == 1:
+        program = Program([model], world.mesh)
+        _apply(model, model, world.mesh)
+    else:
+        program = _lay_out_stages(model, world.mesh)
+    if is_meta:
+        _give_memory(program, world.device.torch)
+    return program
+
+
+def _give_memory(program: Program, device: torch.device) -> None:
+    roots: list[nn.Module] = [*program.pipeline.stages] if program.pipeline else [*program.models]
+    for root in roots:
+        root.to_empty(device=device)
+        for buffer in root.buffers():
+            buffer.zero_()
 
 
 def _lay_out_stages(model: Decoder, mesh: Mesh) -> Program:

@@ -138,7 +138,7 @@ def train(
                 metrics.write(step, **values)
             stop = bool(world.sum_numbers(float(stop_asked()))[0])
             due = last or stop or _is_due(done.steps, config.checkpoint_every)
-            states.after_step(done.steps, program, optimiser, _extra(done, config, guard), durable=due)
+            states.after_step(done.steps, program, optimiser, extra_of(done, config, guard), durable=due)
             if last or stop:
                 states.wait()
             tell(Progress(done.steps, config.steps, "step", f"loss {outcome.loss:.3f}, {speed:,.0f} tokens/s"))
@@ -224,7 +224,8 @@ def _roll_back(
     return replace(TrainResult(**extra["done"]), passed_over=passed_over), SpikeGuard(config.spikes, **extra["guard"])
 
 
-def _extra(done: TrainResult, config: TrainConfig, guard: SpikeGuard) -> dict[str, Any]:
+def extra_of(done: TrainResult, config: TrainConfig, guard: SpikeGuard) -> dict[str, Any]:
+    """Return what a state of the run holds beside its tensors."""
     return {"done": asdict(done), "config": config.model_dump(mode="json"), "guard": guard.state()}
 
 

@@ -10,23 +10,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
-from liaoyuan.checkpoint import load_weights, save_model
+from liaoyuan.checkpoint import load_weights, save_program
 from liaoyuan.checkpoint.training_state import CheckpointConfig
 from liaoyuan.config import Config, to_toml
 from liaoyuan.data import Corpus, TokenBatches, Tokenizer, load_corpus
 from liaoyuan.device import Device, select_device
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.models import Decoder, ModelConfig, config_from_dict, initialise, read_config
+from liaoyuan.models import Decoder, ModelConfig, config_from_dict, read_config
 from liaoyuan.models.config import DTYPES
 from liaoyuan.parallel import Layout, Program, Shape, World, lay_out, resolve
 from liaoyuan.rundir import Report, silent, write_atomic
-from liaoyuan.training.loop import STATE, TrainConfig, TrainResult, train
+from liaoyuan.training.guard import SpikeGuard
+from liaoyuan.training.loop import STATE, TrainConfig, TrainResult, extra_of, make_optimiser, train
+from liaoyuan.training.optimiser import Optimiser
 
 MODEL = "model"
 CONFIG = "config.toml"
 FREE = ("layout.", "checkpoint.")  # sections that may change when a run goes on: states know no layout
+
+
+FREE_WORDS = ("dtype", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 
 
 class ShapeConfig(Config):
@@ -81,14 +87,11 @@ def pretrain(config: PretrainConfig, folder: Path, report: Report = silent, worl
     world = world.arrange(layout)
     if world.is_first:
         _remember(config, folder)
-    program = lay_out(_start(config, shape, world.device), layout, world)
+    program = _start(config, shape, layout, world)
     batches = _batches(corpus, config, world)
     measure = held_out_loss(corpus, config, world)
     result = train(program, batches, config.train, folder, report, measure, world, config.checkpoint)
-    weights = dict(program.whole_tensors())
-    if world.is_first:
-        save_model(program.config, folder / MODEL, corpus.tokenizer_folder, weights)
-    world.barrier()
+    save_program(program, folder / MODEL, corpus.tokenizer_folder, world)
     return result
 
 
@@ -114,6 +117,26 @@ def layout_shape(config: PretrainConfig, model: ModelConfig) -> Shape:
     """Return what a layout of this run must fit."""
     rows = config.train.batch_tokens // config.sequence_length
     return Shape(model, config.sequence_length, rows, config.train.microbatches)
+
+
+def first_state(config: PretrainConfig, given: ModelConfig) -> tuple[Decoder, Optimiser, dict[str, Any]]:
+    """Return the model (on the meta device), the optimiser and the further values of a run's state before step 1.
+
+    Raises:
+        LiaoyuanError: the run is one of another model than `given`, which has the weights to begin with.
+    """
+    tokenizer = load_corpus(config.corpus).tokenizer()
+    shape = model_config(config.model, tokenizer, select_device(config.device))
+    ours, theirs = shape.to_dict(), given.to_dict()
+    for key in (key for key in ours if key not in FREE_WORDS):
+        if ours[key] != theirs.get(key):
+            raise LiaoyuanError(
+                f"The run file asks for {key} = {ours[key]!r}, but the weights have {theirs.get(key)!r}."
+            )
+    with torch.device("meta"):
+        model = Decoder(shape)
+    extra = extra_of(TrainResult(), config.train, SpikeGuard(config.train.spikes))
+    return model, make_optimiser(model, config.train), extra
 
 
 def held_out_loss(
@@ -156,11 +179,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _start(config: PretrainConfig, shape: ModelConfig, device: Device) -> Decoder:
-    model = initialise(Decoder(shape), config.train.seed)
+def _start(config: PretrainConfig, shape: ModelConfig, layout: Layout, world: World) -> Program:
+    """Return the model laid out, with its first weights; no process ever holds more than its own part."""
+    with torch.device("meta"):
+        model = Decoder(shape)
+    program = lay_out(model, layout, world)
     if config.model.weights:
-        load_weights(model, config.model.weights)
-    return model.to(device.torch)
+        load_weights(program, config.model.weights)
+        return program
+    return program.initialise(config.train.seed)
 
 
 def _batches(corpus: Corpus, config: PretrainConfig, world: World) -> TokenBatches:

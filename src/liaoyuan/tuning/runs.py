@@ -5,12 +5,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
-from liaoyuan.checkpoint import load_model, save_model
+from liaoyuan.checkpoint import load_model, load_weights, save_program
 from liaoyuan.config import Config, to_toml
 from liaoyuan.data import Tokenizer, read_records, tokenise
 from liaoyuan.device import select_device
+from liaoyuan.models import Decoder, read_config
 from liaoyuan.parallel import Layout, Shape, World, lay_out, resolve
 from liaoyuan.rundir import Report, atomic_folder, silent, write_atomic
 from liaoyuan.tasks import check_levels, find_task, spread
@@ -51,19 +53,18 @@ def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: Wor
     """
     world = world or World(device=select_device(config.device))
     records = tokenise(Tokenizer.load(config.model), read_records(config.data))
-    model = load_model(config.model, device=world.device.torch)
+    with torch.device("meta"):
+        model = Decoder(read_config(config.model))
     rows = config.train.batch_tokens // config.sequence_length
     shape = Shape(model.config, config.sequence_length, rows, config.train.microbatches)
     layout = resolve(config.layout, world.size, shape)
     world = world.arrange(layout)
     program = lay_out(model, layout, world)
+    load_weights(program, config.model)
     if world.is_first:
         write_atomic(folder / "config.toml", to_toml(config))
     done = finetune(program, records, config.train, folder, report, None, world, config.sequence_length)
-    weights = dict(program.whole_tensors())
-    if world.is_first:
-        save_model(program.config, folder / "model", config.model, weights)
-    world.barrier()
+    save_program(program, folder / "model", config.model, world)
     return asdict(done)
 
 
