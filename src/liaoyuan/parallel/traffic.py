@@ -53,7 +53,6 @@ USERS = {
     "broadcast": ("pp",),
 }
 GATHERERS = {True: ("shard", "expert_shard"), False: ("tp",)}  # FSDP's buffers are flat, ours have rows
-ALIKE = (("shard", "expert_shard"), ("ulysses", "ep"))  # the same collectives: one name if they are one group
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,15 @@ def sent_bytes(collective: str, given: int, size: int) -> int:
 
 
 def common_name(layout: Layout, axis: str) -> str:
-    """Return the name under which an axis is counted: with another one if both are the group of all processes."""
-    shard = layout.fsdp * layout.context
-    sizes = {"ulysses": layout.cp.ulysses, "ep": layout.ep, "shard": shard}
-    sizes["expert_shard"] = shard * layout.tp // layout.ep
-    everybody = layout.pp * layout.dp * shard * layout.tp
-    for pair in ALIKE:
-        if axis in pair and all(sizes[one] == everybody for one in pair):
-            return "/".join(pair)
-    return axis
+    """Return the name under which an axis is counted.
+
+    With ep = tp (both 1, as a rule) the axes shard and expert_shard are the same processes: "shard". Ulysses and ep
+    exchange rows in the same way: where both have all processes, and so one group, they are "ulysses/ep".
+    """
+    everybody = layout.pp * layout.dp * layout.fsdp * layout.context * layout.tp
+    if axis == "expert_shard" and layout.ep == layout.tp:
+        return "shard"
+    return "ulysses/ep" if axis in ("ulysses", "ep") and layout.ep == layout.cp.ulysses == everybody else axis
 
 
 @contextmanager
@@ -99,7 +98,7 @@ def record_traffic(mesh: Mesh | None) -> Iterator[Traffic]:
     """Record what this process sends while the context lasts, by axis of the layout and collective.
 
     Axes are those of `Mesh`, and "world" for groups that are of none. Where one group serves several axes (an axis has
-    all processes), the collective tells them apart; those that it cannot are counted as one, e.g. "shard/expert_shard".
+    all processes), the collective tells them apart; those that it cannot are counted as one (`common_name`).
     Groups of one process do not count.
     """
     recorder = _Recorder(mesh)
