@@ -172,15 +172,15 @@ def _ulysses(count: _Count, again: bool) -> None:
 
 
 def _ring(count: _Count, again: bool) -> None:
-    """Keys and values make R - 1 hops in each pass; their gradients, wide, R hops until they are home."""
+    """Keys and values make R - 1 hops in each pass; their gradients, wide, as many until they are home."""
     layout, config = count.layout, count.config
     size = layout.cp.ring
     heads = math.lcm(count.heads[1], layout.cp.ulysses) // layout.cp.ulysses
-    hops, home = count.microbatches * (size - 1) * (2 + again), count.microbatches * size
+    hops = count.microbatches * (size - 1)
     for dim in (config.head_dim, config.value_head_dim):
         elements = count.tokens // size * heads * dim
-        count.add("ring", size, "send", hops, elements * count.element)
-        count.add("ring", size, "send", home, elements * count.wide)
+        count.add("ring", size, "send", (2 + again) * hops, elements * count.element)
+        count.add("ring", size, "send", hops, elements * count.wide)
 
 
 def _experts(count: _Count, layer: int, again: bool) -> None:
