@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from liaoyuan.models import config_from_dict
 from liaoyuan.models.experts import Router
@@ -76,6 +77,19 @@ def test_a_process_sends_what_the_formula_says(name: str) -> None:
     size, microbatches, layout = DENSE[name]
     for measured, expected in run(size, traffic_of_a_step, "dense", torch.bfloat16, layout, microbatches, lambda: None):
         assert measured == expected and sum(sent.bytes for sent in measured.values()) > 0
+
+
+@pytest.mark.parametrize("layout", [Layout(fsdp=2), Layout(pp=2, fsdp=2)], ids=["fsdp", "pp x fsdp"])
+def test_evaluation_leaves_no_weight_whole(layout: Layout) -> None:
+    for parts in run(layout.pp * 2, _parts_after_evaluation, layout):
+        assert parts and all(parts)
+
+
+def _parts_after_evaluation(world: World, layout: Layout) -> list[bool]:
+    world = world.arrange(layout)
+    program = lay_out(model_of("dense", torch.float32), layout, world).eval()
+    program.loss(batches_of(program.config, 4, world.data_rank, world.data_size)[0])
+    return [isinstance(weight, DTensor) for _, weight in program.named_parameters()]
 
 
 @pytest.mark.parametrize("kind", ["experts", "latent", "sinks"])

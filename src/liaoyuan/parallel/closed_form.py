@@ -106,10 +106,10 @@ class _Count:
 
 
 def _weights(count: _Count) -> None:
-    """FSDP: each unit is gathered for the forward and for the backward pass of each microbatch, and its gradient
-    reduced; replicas then add their shards up. In a pipeline a step does all this once, whatever its microbatches.
-    Tensor parallelism adds up the gradients of weights that it does not cut, one by one (in a pipeline, where
-    microbatches' gradients were added up wide before).
+    """FSDP: each unit is gathered for the forward and for the backward pass of each microbatch, the root once for
+    both, and its gradient reduced; replicas then add their shards up. In a pipeline a step does all this once,
+    whatever its microbatches. Tensor parallelism adds up the gradients of weights that it does not cut, one by one
+    (in a pipeline, where microbatches' gradients were added up wide before).
     """
     layout = count.layout
     piped = layout.pp > 1
@@ -118,7 +118,8 @@ def _weights(count: _Count) -> None:
         axis = "expert_shard" if unit.endswith("experts") else "shard"
         size = count.shard * layout.tp // layout.ep if axis == "expert_shard" else count.shard
         part = sum(math.ceil(shape[0] / size) * math.prod(shape[1:]) for _, shape in shapes)  # padded
-        count.add(axis, size, "all-gather", times if piped else 2 * times, part * count.element)
+        gathers = times if piped or unit.startswith("root") else 2 * times
+        count.add(axis, size, "all-gather", gathers, part * count.element)
         count.add(axis, size, "reduce-scatter", times, part * size * count.wide)
         count.add("dp", layout.dp, "all-reduce", times, part * count.wide)
         for name, shape in shapes:
