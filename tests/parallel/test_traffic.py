@@ -23,6 +23,7 @@ DENSE = {
     "tp 2": axes(2, tp=2),
     "ulysses 2": axes(2, 8, ulysses=2),
     "ring 2": axes(2, 8, ring=2),
+    "ring 3, shards padded": axes(3, 8, ring=3),
     "ring 4": axes(4, 8, ring=4),
     "hybrid 2 x 2, recomputed": axes(4, 8, ulysses=2, ring=2, recompute="full"),
     "1f1b": axes(2, 4, pp=2),

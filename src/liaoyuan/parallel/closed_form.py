@@ -100,9 +100,8 @@ class _Count:
 
     @property
     def heads(self) -> tuple[int, int]:
-        """Query heads and key-value heads, of one process of tp; latent attention expands its keys to all heads."""
-        query = self.config.num_attention_heads // self.layout.tp
-        return query, query if self.config.latent else self.config.num_key_value_heads // self.layout.tp
+        """Query heads and key-value heads, of one process of tp."""
+        return self.config.num_attention_heads // self.layout.tp, self.config.num_key_value_heads // self.layout.tp
 
 
 def _weights(count: _Count) -> None:
