@@ -101,15 +101,21 @@ class ExpertWeights(nn.Module):
         """Pass rows [R, H], sorted by expert, `sizes[e]` of them for expert e -> [R, H]."""
         groups = rows.split(sizes)
         used = [e for e, size in enumerate(sizes) if size] or [0]  # none: still part of the graph
-        return torch.cat([self._expert(groups[e], e) for e in used])
+        # Unbound, not indexed one by one: the gradient of each index would be a tensor as large as all experts.
+        stacks = [stack.unbind() for stack in self._stacks()]
+        return torch.cat([self._expert(groups[e], *(stack[e] for stack in stacks)) for e in used])
 
-    def _expert(self, rows: Tensor, expert: int) -> Tensor:
-        gate_up = rows @ self.gate_up_proj[expert].t()
-        if self.has_bias:
-            gate_up = gate_up + self.gate_up_proj_bias[expert]
+    def _stacks(self) -> tuple[Tensor, ...]:
+        weights = self.gate_up_proj, self.down_proj
+        return (*weights, self.gate_up_proj_bias, self.down_proj_bias) if self.has_bias else weights
+
+    def _expert(self, rows: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *biases: Tensor) -> Tensor:
+        gate_up = rows @ gate_up_proj.t()
+        if biases:
+            gate_up = gate_up + biases[0]
         hidden = clamped_swiglu(gate_up, self.limit, self.alpha) if self.limit else swiglu(gate_up)
-        out = hidden @ self.down_proj[expert].t()
-        return out + self.down_proj_bias[expert] if self.has_bias else out
+        out = hidden @ down_proj.t()
+        return out + biases[1] if biases else out
 
 
 class MixtureOfExperts(nn.Module):

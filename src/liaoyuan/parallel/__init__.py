@@ -3,23 +3,29 @@
 `World(0, 1)` is a single process; a `Program` is a model in its layout, which training asks for losses and gradients.
 """
 
+from liaoyuan.parallel.closed_form import closed_form
 from liaoyuan.parallel.fsdp import copies, full_weights, local, own_block
 from liaoyuan.parallel.layout import Layout, Shape, resolve
 from liaoyuan.parallel.owners import Owners
 from liaoyuan.parallel.program import Program, lay_out
+from liaoyuan.parallel.traffic import Sent, Traffic, record_traffic
 from liaoyuan.parallel.world import World, start
 
 __all__ = [
     "Layout",
     "Owners",
     "Program",
+    "Sent",
     "Shape",
+    "Traffic",
     "World",
+    "closed_form",
     "copies",
     "full_weights",
     "lay_out",
     "local",
     "own_block",
+    "record_traffic",
     "resolve",
     "start",
 ]

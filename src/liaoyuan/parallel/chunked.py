@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from liaoyuan.ops import linear
 
-CHUNKS = 2
+CHUNKS = 4
 
 
 def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup) -> Tensor:

@@ -176,7 +176,7 @@ class _RingAttention(torch.autograd.Function):
     """query [n, Hq, D], key [n, Hk, D], value [n, Hk, Dv] -> output and log of the softmax's denominator, both wide.
 
     The next keys travel while the present ones are attended to. In the backward pass keys go round once more, and
-    their gradients with them until they are home.
+    their gradients with them until they are home; what their own process adds waits for them there.
     """
 
     @staticmethod
@@ -214,6 +214,10 @@ class _RingAttention(torch.autograd.Function):
                 )
                 for total, part, rows in zip((grad_query, *sums), parts, (own, theirs, theirs), strict=True):
                     total[rows] += part
-            sums = ring.start_hop(*sums).finish()
+            if step == 0:
+                home, sums = sums, tuple(torch.zeros_like(x) for x in sums)
+            else:
+                sums = ring.start_hop(*sums).finish()
             held = hop.finish() if hop else held
-        return grad_query.to(query.dtype), sums[0].to(key.dtype), sums[1].to(value.dtype), None
+        grad_key, grad_value = (own + x for own, x in zip(home, sums, strict=True))
+        return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), None

@@ -36,10 +36,11 @@ def apply_fsdp(stage: nn.Module, model: Decoder, mesh: Mesh) -> None:
     units += [(layer, dense) for layer in model.layers]
     # In a pipeline weights stay whole between microbatches. Schedules that split the backward pass need that: PyTorch
     # looks for the weights in the graph before FSDP brings them back, and loses their gradients without a word.
-    reshard = mesh.layout.pp == 1
+    between = mesh.layout.pp == 1
     units.append((stage, dense))
     for module, over in units:
-        fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=reshard)
+        # The root is whole until its own backward pass, which comes next: to cut it between would gather it twice.
+        fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=between and module is not stage)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -55,6 +56,14 @@ def _fetch_ahead(model: Decoder) -> None:
         parts: list[FSDPModule] = [part for part in following.modules() if isinstance(part, FSDPModule)]
         assert isinstance(layer, FSDPModule)
         layer.set_modules_to_forward_prefetch(parts)
+
+
+def reshard(stages: Iterable[nn.Module]) -> None:
+    """Cut up again what a forward pass without a backward pass left whole."""
+    for stage in stages:
+        for module in stage.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

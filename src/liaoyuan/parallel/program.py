@@ -15,7 +15,7 @@ from liaoyuan.models import AttentionContext, Decoder, ModelConfig, PackedContex
 from liaoyuan.models.experts import Router
 from liaoyuan.parallel.context import SharedContext, own_rows
 from liaoyuan.parallel.expert import apply_expert_parallel, balance, expert_weights
-from liaoyuan.parallel.fsdp import apply_fsdp, full_weights, local, own_block
+from liaoyuan.parallel.fsdp import apply_fsdp, full_weights, local, own_block, reshard
 from liaoyuan.parallel.layout import Layout
 from liaoyuan.parallel.mesh import Mesh
 from liaoyuan.parallel.pipeline import Pipeline, Stage, cut_layers, process_of, stage_numbers, stage_of, stage_with
@@ -137,7 +137,11 @@ class Program:
     @torch.no_grad()
     def loss(self, batch: Batch, scale: float = 1.0) -> Tensor:
         """Return this process's share of the microbatch's summed loss times `scale`."""
-        return self._pass([batch], scale, learn=False) if self.pipeline else self._counted(self._loss(batch, scale))
+        if self.pipeline:
+            return self._pass([batch], scale, learn=False)
+        loss = self._counted(self._loss(batch, scale))
+        reshard(self.models)
+        return loss
 
     def _loss(self, batch: Batch, scale: float) -> Tensor:
         (model,) = self.models
