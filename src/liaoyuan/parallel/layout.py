@@ -38,6 +38,7 @@ class Layout(Config):
     overlap: bool = True  # compute while weights, tokens and rows of experts travel
     recompute: Literal["none", "selective", "full"] = "none"  # activations that the backward pass computes again
     recompute_every: int = Field(1, gt=0)  # of the layers, which ones
+    compile: bool = False  # torch.compile of each layer (not with tp, cp or ep, nor with experts)
 
     @property
     def context(self) -> int:
@@ -140,6 +141,10 @@ def _objection(layout: Layout, processes: int, shape: Shape) -> str | None:
         (
             layout.pp > 1 and model.tie_word_embeddings,
             "embedding and head are one tensor (tie_word_embeddings), but lie on different pipeline stages",
+        ),
+        (
+            layout.compile and (layout.tp * layout.context * layout.ep > 1 or model.experts is not None),
+            "compile works for whole dense layers: without experts, tp, cp and ep",
         ),
         *_expert_checks(layout, model),
     ]

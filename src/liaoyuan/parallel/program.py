@@ -1,7 +1,7 @@
 """A model laid out over processes: what training asks of it, whatever the layout.
 
 The order in which a layout is applied is fixed: stages are cut first, then tensor parallel, then expert parallel, then
-recomputation, and FSDP last, over what the others left.
+recomputation, compiling, and FSDP last, over what the others left.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -187,11 +187,12 @@ def lay_out(model: Decoder, layout: Layout, world: World) -> Program:
     A model on the meta device gets memory on the world's device for this process's part alone: its weights hold
     nothing yet, to be filled by `Program.initialise` or `checkpoint.load_weights`.
 
-    `world` must know the layout (`World.arrange`). One process: nothing but recomputation is done.
+    `world` must know the layout (`World.arrange`). One process: nothing but recomputation and compiling is done.
     """
     is_meta = next(model.parameters()).is_meta
     if world.mesh is None:
         apply_recompute(model, layout)
+        _compile(model, layout)
         program = Program([model])
     elif layout.pp == 1:
         program = Program([model], world.mesh)
@@ -232,7 +233,15 @@ def _apply(stage: nn.Module, model: Decoder, mesh: Mesh) -> None:
     if layout.tp > 1 or layout.ep > 1:
         _compute_locally(stage, model)
     apply_recompute(model, layout)
+    _compile(model, layout)
     apply_fsdp(stage, model, mesh)
+
+
+def _compile(model: Decoder, layout: Layout) -> None:
+    """Let `torch.compile` fuse what a layer does, if the layout says so; the first steps take the longer for it."""
+    if layout.compile:
+        for layer in model.layers:
+            layer.forward = torch.compile(layer.forward)
 
 
 def _compute_locally(stage: nn.Module, model: Decoder) -> None:

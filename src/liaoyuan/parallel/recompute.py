@@ -35,8 +35,15 @@ def apply_recompute(model: Decoder, layout: Layout) -> None:
         return
     for number, layer in enumerate(model.layers):
         if number % layout.recompute_every == 0:
-            contexts = functools.partial(_contexts, layer, layout.recompute == "selective")
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
+            options = _options(layer, layout.recompute == "selective")
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **options)
+
+
+def _options(layer: nn.Module, selective: bool) -> dict[str, Any]:
+    """Return what checkpointing of this layer needs; torch.compile knows no contexts but those of selection."""
+    if any(isinstance(module, Router) for module in layer.modules()):
+        return {"context_fn": functools.partial(_contexts, layer, selective)}
+    return {"context_fn": functools.partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
 
 
 def _contexts(layer: nn.Module, selective: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
