@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from liaoyuan.models import Decoder, ModelConfig, initialise
 
 torch.set_num_threads(1)
+settings.register_profile("suite", deadline=None)  # a busy machine is no failure
+settings.load_profile("suite")
 
 ROOT = Path(__file__).parents[1]
 
