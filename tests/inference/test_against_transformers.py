@@ -24,7 +24,16 @@ COMMON = {
     "bos_token_id": None,
     "pad_token_id": 0,
 }
-FAMILIES = {"LlamaConfig": {}, "Qwen2Config": {}, "Qwen3Config": {"head_dim": 32, "tie_word_embeddings": True}}
+FAMILIES = {
+    "LlamaConfig": {},
+    "Qwen2Config": {},
+    "Qwen3Config": {"head_dim": 32, "tie_word_embeddings": True},
+    "MistralConfig": {"sliding_window": 21},
+    "GptOssConfig": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 9},
+    "DeepseekV3Config": {"num_key_value_heads": 4, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
+    | {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    | {"kv_lora_rank": 24, "q_lora_rank": 40, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 20},
+}
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
