@@ -111,10 +111,7 @@ def test_a_layout_gives_the_loss_and_gradients_of_one_process(
 def test_a_planted_bug_shows(name: str, references: dict[str, Outcome]) -> None:
     kind, row, plant = FAULTS[name]
     size, microbatches, layout = TABLE[kind, row]
-    try:
-        found = run(size, step, kind, torch.float64, layout, microbatches, plant)[0]
-    except AssertionError:
-        return  # it does not even run
+    found = run(size, step, kind, torch.float64, layout, microbatches, plant)[0]
     loss, gradient = differences(found, references[kind])
     assert loss > LOSS_TOLERANCE or gradient > 1e-3, (loss, gradient)
 

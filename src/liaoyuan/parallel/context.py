@@ -7,7 +7,7 @@ triangle. What a token sees is a range of the sequence, so document masks and sl
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class SharedContext:
     boundaries: Tensor
     tokens: int
     mesh: Mesh
+    _rings: dict[tuple[int | None, float], "Ring"] = field(default_factory=dict)  # layers that attend alike share one
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
         """See `AttentionContext`; the tensors hold this process's rows."""
@@ -56,11 +57,17 @@ class SharedContext:
         if self.mesh.layout.cp.ring == 1:
             boundaries = self.boundaries.to(query.device)
             return attention(query, key, value, boundaries, pattern.scale, pattern.window, pattern.sinks)
-        ring = Ring(self.mesh, self.tokens, _first_seen(self.boundaries, self.tokens, pattern.window), pattern.scale)
+        ring = self._ring(pattern.window, pattern.scale)
         out, log_sum_exp = _RingAttention.apply(query, key, value, ring)
         if pattern.sinks is not None:  # the sink takes its share of each softmax
             out = out * torch.sigmoid(log_sum_exp - wide(pattern.sinks))[..., None]
         return out.to(query.dtype)
+
+    def _ring(self, window: int | None, scale: float) -> "Ring":
+        if (window, scale) not in self._rings:
+            first = _first_seen(self.boundaries, self.tokens, window)
+            self._rings[window, scale] = Ring(self.mesh, self.tokens, first, scale)
+        return self._rings[window, scale]
 
 
 def _first_seen(boundaries: Tensor, tokens: int, window: int | None) -> Tensor:
@@ -114,6 +121,7 @@ class Ring:
     tokens: int
     first: Tensor
     scale: float
+    _blocks: dict[int, list[tuple[slice, slice, Tensor, Tensor]]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -127,6 +135,11 @@ class Ring:
         """Return the blocks that see anything of the keys held after `step` hops: rows of ours, rows of the keys,
         and for each of ours the range of keys, counted within the block.
         """
+        if step not in self._blocks:
+            self._blocks[step] = self._find_blocks(step)
+        return self._blocks[step]
+
+    def _find_blocks(self, step: int) -> list[tuple[slice, slice, Tensor, Tensor]]:
         found = []
         for own, mine in _slices(_pieces(self.tokens, self.mesh, self.rank)):
             for theirs, keys in _slices(_pieces(self.tokens, self.mesh, (self.rank - step) % self.size)):

@@ -4,7 +4,9 @@ Processes are numbered with pipeline stages outermost and tensor parallelism inn
 are nearest: [pp, dp, fsdp, ring, ulysses, tp]. Experts see the same processes as [pp, dp, rest, ep].
 """
 
-import itertools
+import functools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -173,18 +175,31 @@ def fewest_microbatches(layout: Layout) -> int:
 
 def _nearest(layout: Layout, processes: int, shape: Shape) -> Layout | None:
     """Return the legal layout that differs in the fewest axes, and in those the least."""
-    sizes = [n for n in range(1, processes + 1) if processes % n == 0]
-    candidates = []
-    for tp, ulysses, ring, pp, dp, ep in itertools.product(sizes, sizes, sizes, sizes, sizes, sizes):
-        rest = tp * ulysses * ring * pp * dp
-        if processes % rest:
-            continue
-        cp = ContextParallel(ulysses=ulysses, ring=ring)
-        update = {"tp": tp, "cp": cp, "pp": pp, "dp": dp, "ep": ep, "fsdp": processes // rest}
-        candidate = layout.model_copy(update=update)
-        if _objection(candidate, processes, shape) is None:
-            candidates.append(candidate)
-    return min(candidates, key=lambda one: _distance(one, layout), default=None)
+    best, least = None, (math.inf, math.inf)
+    for tp, ulysses, ring, pp, dp, fsdp in _factorisations(processes, 6):
+        for ep in _divisors(fsdp * ulysses * ring * tp) if shape.model.experts else [1]:
+            cp = ContextParallel.model_construct(ulysses=ulysses, ring=ring)
+            update = {"tp": tp, "cp": cp, "pp": pp, "dp": dp, "ep": ep, "fsdp": fsdp}
+            candidate = layout.model_copy(update=update)
+            distance = _distance(candidate, layout)
+            if distance < least and _objection(candidate, processes, shape) is None:
+                best, least = candidate, distance
+    return best
+
+
+def _factorisations(number: int, factors: int) -> Iterator[tuple[int, ...]]:
+    """Yield all ways to write `number` as a product of so many factors in order."""
+    if factors == 1:
+        yield (number,)
+        return
+    for first in _divisors(number):
+        for rest in _factorisations(number // first, factors - 1):
+            yield first, *rest
+
+
+@functools.cache
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _distance(one: Layout, other: Layout) -> tuple[int, float]:

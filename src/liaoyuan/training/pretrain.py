@@ -106,6 +106,11 @@ def model_config(shape: ShapeConfig, tokenizer: Tokenizer, device: Device) -> Mo
             )
         return config if shape.dtype == "auto" else replace(config, dtype=shape.dtype)
     values: dict[str, Any] = shape.model_dump(exclude={"weights", "dtype"})
+    if shape.num_experts and shape.model_type != "qwen3_moe":
+        raise LiaoyuanError(
+            f"model.num_experts is set, but a model of model_type '{shape.model_type}' has no experts here: "
+            'set model.model_type = "qwen3_moe".'
+        )
     values["vocab_size"] = tokenizer.vocab_size
     values["eos_token_id"] = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
