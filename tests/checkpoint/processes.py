@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from liaoyuan.device import Device
 from liaoyuan.parallel import start
+from tests.parallel.processes import free_port
 
 
 def together(size: int, work: Callable[..., None], *arguments: Any) -> None:
@@ -46,9 +46,3 @@ def _run(rank: int, size: int, port: int, work: Callable[..., None], arguments: 
         traceback.print_exc()
         os._exit(1)  # not in a collective that the others have left
     world.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

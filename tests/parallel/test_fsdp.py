@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +20,7 @@ from liaoyuan.rundir import Lock, read_metrics
 from liaoyuan.training import TrainConfig
 from tests.conftest import ROOT
 from tests.parallel import worker
+from tests.parallel.processes import free_port
 
 SETTINGS = TrainConfig(steps=6, warmup_steps=2, checkpoint_every=2, learning_rate=0.01)
 
@@ -55,12 +55,6 @@ def run_rank(
     world = start(Device("cpu"))
     worker.main(folder, settings, config, world, die_at)
     world.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def losses(folder: Path) -> list[float]:

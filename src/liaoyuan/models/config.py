@@ -134,6 +134,13 @@ class ModelConfig:
         seen = sum(min(context, self.window(layer) or context) for layer in layers)
         return 2.0 * weights + 2.0 * seen * self.num_attention_heads * (self.head_dim + self.value_head_dim)
 
+    def layer_products(self, layer: int) -> float:
+        """Return the FLOPs of one token's matrix products in one layer, without the scores of attention."""
+        active = self._attention() + self._feed_forward(layer)
+        if self.experts and self.is_sparse(layer):
+            active -= (self.experts.num_experts - self.experts.num_experts_per_tok) * self._expert()
+        return 2.0 * active
+
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of `config.json` that transformers reads."""
         from liaoyuan.models.families import FAMILIES  # they are built of what this file defines

@@ -61,7 +61,7 @@ def cut_layers(config: ModelConfig, stages: int) -> list[range]:
 
     Cost is that of matrix products per token, the last stage's head included.
     """
-    costs = [_layer_cost(config, layer) for layer in range(config.num_hidden_layers)]
+    costs = [config.layer_products(layer) for layer in range(config.num_hidden_layers)]
     head = 2.0 * config.vocab_size * config.hidden_size
     return _cut([*costs[:-1], costs[-1] + head], stages)
 
@@ -82,14 +82,6 @@ def _cut(costs: Sequence[float], stages: int) -> list[range]:
         cuts.append(range(begin, end))
         end = begin
     return cuts[::-1]
-
-
-def _layer_cost(config: ModelConfig, layer: int) -> float:
-    """Return the FLOPs of one token in one layer, without the scores of attention."""
-    active = config._attention() + config._feed_forward(layer)
-    if config.experts and config.is_sparse(layer):
-        active -= (config.experts.num_experts - config.experts.num_experts_per_tok) * config._expert()
-    return 2.0 * active
 
 
 def stage_of(model: Decoder, number: int, layers: Sequence[range]) -> Decoder:
