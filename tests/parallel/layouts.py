@@ -88,7 +88,7 @@ def step(
     program = lay_out(model_of(kind, dtype), layout, world)
     batches = batches_of(config, microbatches, world.data_rank, world.data_size)
     weight = world.sum_numbers(sum(float(b.weights.sum()) for b in batches) * world.counts)[0]
-    loss = world.sum_numbers(float(program.backward(batches, 1.0 / weight, lambda: None)))[0]
+    loss = world.sum_numbers(float(program.backward(batches, 1.0 / weight)))[0]
     return Outcome(loss, _gradients(program), _loads(program, world))
 
 

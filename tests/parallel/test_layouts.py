@@ -1,11 +1,15 @@
-"""Every layout gives the loss and the gradients of one process. Computed in fp64, on gloo processes."""
+"""Every layout gives the loss and the gradients of one process. In fp64, on gloo processes and on simulated ranks."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from liaoyuan.parallel import Layout, World
+from liaoyuan.parallel import Layout, World, lay_out
+from liaoyuan.parallel.layout import Schedule
+from liaoyuan.parallel.simulated import simulate
 from tests.parallel.faults import FAULTS
-from tests.parallel.layouts import Outcome, step
+from tests.parallel.layouts import Outcome, batches_of, model_of, step
 from tests.parallel.processes import run
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-10, 1e-9  # relative, fp64
@@ -66,15 +70,31 @@ EXPERT_ROWS = {
     "ep 4, zbv 2 x fsdp 2 x ulysses 2": axes(8, 4, pp=2, ulysses=2, ep=4, schedule="zbv"),
     "ep 8 of fsdp 2 x ring 2 x tp 2": axes(8, 4, ring=2, tp=2, ep=8),
 }
+TIED_ROWS = (
+    *("fsdp 2", "tp 4", "fsdp 2 x ring 2 x tp 2"),
+    *("1f1b 4", "interleaved", "dualpipev", "pp 2 x fsdp 2 x tp 2", "zbv 2 x fsdp 2 x tp 2"),  # ends far and near
+)
 TABLE = {
     **{("dense", name): row for name, row in ROWS.items()},
-    **{("tied", name): ROWS[name] for name in ("fsdp 2", "tp 4", "fsdp 2 x ring 2 x tp 2")},
+    **{("tied", name): ROWS[name] for name in TIED_ROWS},
     **{(kind, name): row for kind in ("experts", "latent") for name, row in EXPERT_ROWS.items()},
     **{
         ("sinks", name): EXPERT_ROWS[name]
         for name in ("tp 2", "ep 2", "ring 2 x ulysses 2", "ep 8 of fsdp 2 x ring 2 x tp 2")
     },
 }
+LARGE = {  # more axes at once, on simulated ranks
+    ("dense", "pp 2 x dp 2 x fsdp 2 x tp 2"): axes(16, 2, pp=2, dp=2, tp=2),
+    ("tied", "zbv 2 x dp 2 x ring 2 x ulysses 2 x tp 2"): axes(
+        32, 4, pp=2, dp=2, ring=2, ulysses=2, tp=2, schedule="zbv"
+    ),
+    ("experts", "pp 2 x fsdp 2 x ring 2 x tp 2, ep 4"): axes(16, 4, pp=2, ring=2, tp=2, ep=4),
+    ("latent", "dualpipev 2 x dp 2 x ring 2 x ulysses 2 x tp 2, ep 8"): axes(
+        32, 4, pp=2, dp=2, ring=2, ulysses=2, tp=2, ep=8, schedule="dualpipev"
+    ),
+    ("sinks", "dp 2 x fsdp 2 x ring 2 x ulysses 2 x tp 2, ep 4"): axes(32, 2, dp=2, ring=2, ulysses=2, tp=2, ep=4),
+}
+Ranks = Callable[..., list[Outcome]]
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +112,23 @@ def differences(found: Outcome, expected: Outcome) -> tuple[float, float]:
     return abs(found.loss - expected.loss) / abs(expected.loss), worst
 
 
+@pytest.mark.parametrize("ranks", [run, simulate], ids=["gloo", "simulated"])
 @pytest.mark.parametrize(("kind", "name"), TABLE, ids=[f"{kind}: {name}" for kind, name in TABLE])
 def test_a_layout_gives_the_loss_and_gradients_of_one_process(
-    kind: str, name: str, references: dict[str, Outcome], record_property
+    kind: str, name: str, ranks: Ranks, references: dict[str, Outcome], record_property
 ) -> None:
     size, microbatches, layout = TABLE[kind, name]
-    expected = references[kind]
-    for found in run(size, step, kind, torch.float64, layout, microbatches):
+    _compare(ranks(size, step, kind, torch.float64, layout, microbatches), references[kind], record_property)
+
+
+@pytest.mark.parametrize(("kind", "name"), LARGE, ids=[f"{kind}: {name}" for kind, name in LARGE])
+def test_worlds_too_large_for_processes(kind: str, name: str, references: dict[str, Outcome], record_property) -> None:
+    size, microbatches, layout = LARGE[kind, name]
+    _compare(simulate(size, step, kind, torch.float64, layout, microbatches), references[kind], record_property)
+
+
+def _compare(outcomes: list[Outcome], expected: Outcome, record_property: Callable[[str, object], None]) -> None:
+    for found in outcomes:
         assert found.gradients.keys() == expected.gradients.keys()
         assert all(torch.equal(found.loads[router], load) for router, load in expected.loads.items())
         loss, gradient = differences(found, expected)
@@ -128,6 +158,25 @@ def test_in_lower_precision_too(kind: str, dtype: torch.dtype, tolerance: float)
         assert abs(found.loss - expected.loss) / expected.loss < tolerance, row
         if dtype is torch.float32:
             assert differences(found, expected)[1] < tolerance, row
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv", "dualpipev"])
+def test_a_pipeline_evaluates_before_and_after_it_learns(schedule: Schedule) -> None:
+    (expected, _) = _losses(World(), Layout())
+    for losses in simulate(2, _losses, Layout(pp=2, fsdp=1, schedule=schedule)):
+        assert losses == pytest.approx([expected] * 2, rel=LOSS_TOLERANCE)
+
+
+def _losses(world: World, layout: Layout) -> list[float]:
+    """Return the loss of a batch as evaluation gives it, before gradients are computed and after."""
+    world = world.arrange(layout)
+    program = lay_out(model_of("tied", torch.float64), layout, world)
+    batches = batches_of(program.config, 4, world.data_rank, world.data_size)
+    losses = []
+    for _ in range(2):
+        losses.append(world.sum_numbers(float(program.loss(batches[0])))[0])
+        program.backward(batches, 1.0)
+    return losses
 
 
 def test_no_gradient_of_the_reference_is_zero(references: dict[str, Outcome]) -> None:

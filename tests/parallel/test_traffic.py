@@ -62,9 +62,15 @@ def traffic_of_a_step(
     world = world.arrange(layout)
     program = lay_out(model_of(kind, dtype), layout, world)
     batches = batches_of(config, microbatches, world.data_rank, world.data_size)
-    program.backward(batches, 1.0, lambda: None)  # a pipeline's neighbours greet each other
+
+    def take() -> None:
+        for _, weight in program.named_parameters():
+            weight.grad = None
+
+    program.backward(batches, 1.0, take)  # a pipeline's neighbours greet each other
+    take()
     with record_traffic(world.mesh) as traffic:
-        program.backward(batches, 1.0, lambda: None)
+        program.backward(batches, 1.0, take)
     assert world.mesh
     tokens = len(batches[0].tokens)
     return traffic, closed_form(layout, config, tokens, microbatches, dtype.itemsize, world.mesh.place("pp"))

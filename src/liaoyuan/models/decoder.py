@@ -73,8 +73,8 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output head [V, H] (the embedding itself if the two are tied)."""
-        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        """The output head [V, H] (the embedding itself if the two are tied and both are here)."""
+        return self.lm_head.weight if "lm_head" in self._modules else self.embed_tokens.weight
 
     def forward(
         self,

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import torch
 
 from liaoyuan.models import Decoder, ModelConfig
+from liaoyuan.parallel.fsdp import reduces_by_exchange
 from liaoyuan.parallel.layout import Layout
-from liaoyuan.parallel.pipeline import cut_layers, process_of, stage_numbers, stage_with
-from liaoyuan.parallel.tensor import COLUMNS, ROWS, placement
+from liaoyuan.parallel.pipeline import HEAD, cut_layers, process_of, stage_numbers, stage_with
+from liaoyuan.parallel.tensor import COLUMNS, ROWS, is_uncut, placement
 from liaoyuan.parallel.traffic import COUNTS, Sent, Traffic, common_name, sent_bytes
 
 COUNT_BYTES = 8  # of a number of rows, int64
@@ -22,7 +23,13 @@ WIDE_BYTES = 4  # sums are made in fp32 at least
 
 
 def closed_form(
-    layout: Layout, config: ModelConfig, tokens: int, microbatches: int, element: int, place: int = 0
+    layout: Layout,
+    config: ModelConfig,
+    tokens: int,
+    microbatches: int,
+    element: int,
+    place: int = 0,
+    device: str = "cpu",
 ) -> Traffic:
     """Return what a process sends in one step, by axis and collective; without the optimiser's few numbers.
 
@@ -32,11 +39,13 @@ def closed_form(
         microbatches: of a step, at one data rank.
         element: bytes of an element of weights and activations.
         place: the process's number along pp.
+        device: its kind, which decides how FSDP reduces gradients.
 
     Returns:
         Expert rows are those of a router that loads all experts equally; all else is exact.
     """
-    count = _Count(layout, config, tokens, microbatches, element, place)
+    exchanges = reduces_by_exchange(layout, device)
+    count = _Count(layout, config, tokens, microbatches, element, place, exchanges)
     _weights(count)
     for layer, again in count.layers():
         _tensor_parallel(count, layer, again)
@@ -58,6 +67,7 @@ class _Count:
     microbatches: int
     element: int
     place: int
+    exchanges: bool
     traffic: Traffic = field(default_factory=dict)
 
     def add(self, axis: str, size: int, collective: str, calls: int, given: int) -> None:
@@ -107,26 +117,29 @@ class _Count:
 
 def _weights(count: _Count) -> None:
     """FSDP: each unit is gathered for the forward and for the backward pass of each microbatch, the root once for
-    both, and its gradient reduced; replicas then add their shards up. In a pipeline a step does all this once,
-    whatever its microbatches. Tensor parallelism adds up the gradients of weights that it does not cut, one by one
-    (in a pipeline, where microbatches' gradients were added up wide before).
+    both, and its gradient reduced, wide, or exchanged as it is (reduction.py); replicas then add their shards up. In a
+    pipeline a step does all this once, whatever its microbatches. Tensor parallelism adds up the shards of gradients
+    of weights that it does not cut, wide and all at once.
     """
     layout = count.layout
     piped = layout.pp > 1
     times = 1 if piped else count.microbatches
+    uncut = 0
     for unit, shapes in _units(count).items():
         axis = "expert_shard" if unit.endswith("experts") else "shard"
         size = count.shard * layout.tp // layout.ep if axis == "expert_shard" else count.shard
         part = sum(math.ceil(shape[0] / size) * math.prod(shape[1:]) for _, shape in shapes)  # padded
         gathers = times if piped or unit.startswith("root") else 2 * times
         count.add(axis, size, "all-gather", gathers, part * count.element)
-        count.add(axis, size, "reduce-scatter", times, part * size * count.wide)
+        if count.exchanges:
+            count.add(axis, size, "all-to-all", times, part * size * count.element)
+        else:
+            count.add(axis, size, "reduce-scatter", times, part * size * count.wide)
         count.add("dp", layout.dp, "all-reduce", times, part * count.wide)
         for name, shape in shapes:
-            if axis == "shard" and placement(name).is_replicate():
-                count.add(
-                    "tp", layout.tp, "all-reduce", times, math.prod(shape) * (count.wide if piped else count.element)
-                )
+            if axis == "shard" and is_uncut(name):
+                uncut += math.ceil(shape[0] / size) * math.prod(shape[1:])
+    count.add("tp", layout.tp, "all-reduce", times, uncut * count.wide)
 
 
 def _units(count: _Count) -> dict[str, list[tuple[str, Sequence[int]]]]:
@@ -134,6 +147,8 @@ def _units(count: _Count) -> dict[str, list[tuple[str, Sequence[int]]]]:
     layout, cut = count.layout, count.cut
     with torch.device("meta"):
         weights = [(name, list(weight.shape)) for name, weight in Decoder(count.config).named_parameters()]
+    if layout.pp > 1 and count.config.tie_word_embeddings:
+        weights.append((HEAD, [count.config.vocab_size, count.config.hidden_size]))
     units: dict[str, list[tuple[str, Sequence[int]]]] = {}
     for name, shape in weights:
         stage = stage_with(name, cut)
@@ -209,10 +224,16 @@ def _ends(count: _Count) -> None:
 
 
 def _pipeline(count: _Count) -> None:
-    """Each stage hands the residual stream on, and its gradient back, unless the other stage is here as well."""
+    """Each stage hands the residual stream on, and its gradient back, unless the other stage is here as well. The
+    first sends a tied embedding to the last once a step, and the last its gradient back.
+    """
     layout = count.layout
     stream = count.rows // layout.tp * count.config.hidden_size * count.element
     for stage in count.stages:
         for other in (stage - 1, stage + 1):
             if 0 <= other < layout.stages and process_of(layout, other) != count.place:
                 count.add("pp", layout.pp, "send", count.microbatches, stream)
+    ends = process_of(layout, 0), process_of(layout, layout.stages - 1)
+    if count.config.tie_word_embeddings and ends[0] != ends[1] and count.place in ends:
+        rows = math.ceil(count.config.vocab_size // layout.tp / count.shard)
+        count.add("pp", layout.pp, "send", 1, rows * count.config.hidden_size * count.element)

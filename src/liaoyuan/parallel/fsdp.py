@@ -19,16 +19,20 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from liaoyuan.models import Decoder
 from liaoyuan.parallel.expert import expert_weights
+from liaoyuan.parallel.layout import Layout
 from liaoyuan.parallel.mesh import Mesh
-
-POLICY = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-POLICY_FP64 = MixedPrecisionPolicy()
+from liaoyuan.parallel.reduction import Reduction
 
 
-def apply_fsdp(stage: nn.Module, model: Decoder, mesh: Mesh) -> None:
-    """Shard the weights of `model`, which `stage` wraps (or is), in place."""
+def apply_fsdp(stage: nn.Module, model: Decoder, mesh: Mesh) -> Reduction | None:
+    """Shard the weights of `model`, which `stage` wraps (or is), in place.
+
+    Returns what must be finished after each backward pass, where gradients are not reduced by a stream of the device.
+    """
     double = next(model.parameters()).dtype is torch.float64
-    policy = POLICY_FP64 if double else POLICY
+    # Replicas add up what was reduced at once: it must be there, and wide.
+    reduction = Reduction(mesh.layout.overlap) if reduces_by_exchange(mesh.layout, mesh.dense.device_type) else None
+    policy = MixedPrecisionPolicy(reduce_dtype=None if double or reduction else torch.float32)
     dense = _replicated(mesh.dense, "dp", "shard")
     units: list[tuple[nn.Module, DeviceMesh]] = [
         (experts, _replicated(mesh.experts, "dp", "expert_shard")) for experts in expert_weights(model)
@@ -44,9 +48,17 @@ def apply_fsdp(stage: nn.Module, model: Decoder, mesh: Mesh) -> None:
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+        if reduction:
+            module.set_custom_reduce_scatter(reduction)
         module._set_unshard_async_op(mesh.layout.overlap)  # devices without streams need it to overlap at all
     if mesh.layout.overlap:
         _fetch_ahead(model)
+    return reduction
+
+
+def reduces_by_exchange(layout: Layout, device: str) -> bool:
+    """Return whether FSDP's gradients are reduced by `Reduction`: on the CPU, unless replicas add up the sums."""
+    return device == "cpu" and layout.dp == 1
 
 
 def _fetch_ahead(model: Decoder) -> None:

@@ -141,10 +141,6 @@ def _objection(layout: Layout, processes: int, shape: Shape) -> str | None:
             f"the schedule interleaved needs a number of microbatches that pp = {layout.pp} divides",
         ),
         (
-            layout.pp > 1 and model.tie_word_embeddings,
-            "embedding and head are one tensor (tie_word_embeddings), but lie on different pipeline stages",
-        ),
-        (
             layout.compile and (layout.tp * layout.context * layout.ep > 1 or model.experts is not None),
             "compile works for whole dense layers: without experts, tp, cp and ep",
         ),

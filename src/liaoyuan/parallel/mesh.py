@@ -3,6 +3,7 @@
 All three number the same processes; see `layout.py` for the order.
 """
 
+import logging
 from dataclasses import dataclass
 
 from torch.distributed import ProcessGroup
@@ -49,6 +50,7 @@ class Mesh:
 
 def build_mesh(layout: Layout, device: Device) -> Mesh:
     """Return the meshes of a resolved layout; every process calls it."""
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # it minds gathering in steps
     kind = device.torch.type
     shard = layout.fsdp * layout.context
     dense = init_device_mesh(kind, (layout.pp, layout.dp, shard, layout.tp), mesh_dim_names=("pp", "dp", "shard", "tp"))

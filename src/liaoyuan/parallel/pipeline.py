@@ -7,7 +7,8 @@ stage of each arm of a V.
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from liaoyuan.models import AttentionContext, Decoder, ModelConfig
+from liaoyuan.models.layers import Linear
 from liaoyuan.ops import wide
 from liaoyuan.parallel.layout import STAGES_PER_PROCESS, Layout, fewest_microbatches
 from liaoyuan.parallel.mesh import Mesh
 
 SINGLE: dict[str, type[PipelineScheduleSingle]] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+HEAD = "lm_head.weight"  # a tied model has it in its last stage only, as a copy: see tied.py
 MULTI: dict[str, type[PipelineScheduleMulti]] = {
     "interleaved": ScheduleInterleaved1F1B,
     "zbv": ScheduleZBVZeroBubble,
@@ -85,11 +88,17 @@ def _cut(costs: Sequence[float], stages: int) -> list[range]:
 
 
 def stage_of(model: Decoder, number: int, layers: Sequence[range]) -> Decoder:
-    """Return a decoder with what of `model` is in stage `number` alone, under the same names and in the same memory."""
+    """Return a decoder with what of `model` is in stage `number` alone, under the same names and in the same memory.
+
+    The head of a tied model is a copy of its embedding.
+    """
     stage = copy.copy(model)
     absent = {"embed_tokens"} if number > 0 else set()
     absent |= {"norm", "lm_head"} if number < len(layers) - 1 else set()
     stage._modules = {name: part for name, part in model._modules.items() if name not in absent}
+    if number == len(layers) - 1 and model.config.tie_word_embeddings:
+        stage.lm_head = Linear(model.config.hidden_size, model.config.vocab_size, bias=False, device="meta")
+        stage.lm_head.weight = copy.deepcopy(model.embed_tokens.weight)
     stage.layers = copy.copy(model.layers)
     stage.layers._modules = {str(index): model.layers[index] for index in layers[number]}
     return stage
@@ -131,13 +140,16 @@ class Pipeline:
         Returns:
             The loss of each microbatch, where this process has the last stage; else nothing.
         """
-        schedule = self._schedule(*inputs["tokens"].shape)
+        schedule: Any = self._schedule(*inputs["tokens"].shape)
         rest = {name: x for name, x in inputs.items() if name != "tokens"}
         losses: list[Tensor] = []
         first = [inputs["tokens"]] if any(stage.is_first for stage in self.stages) else []
         wanted: dict[str, Any] = {"target": weights, "losses": losses} if self.has_loss else {}
-        step: Any = schedule.step if learn else schedule.eval
-        step(*first, **rest, **wanted)
+        if learn:
+            schedule.step(*first, **rest, **wanted)
+        else:
+            with _forward_alone(schedule):
+                schedule.eval(*first, **rest, **wanted)
         return [loss.detach() for loss in losses]
 
     @property
@@ -177,6 +189,24 @@ class Pipeline:
             output_args=(scores if stage.is_last else stream).requires_grad_(),
             group=self.mesh.group("pp"),
         )
+
+
+@contextmanager
+def _forward_alone(schedule: Any) -> Iterator[None]:
+    """Take what belongs to the backward pass out of a schedule; PyTorch leaves it in when it evaluates."""
+    orders = getattr(schedule, "pipeline_order_with_comms", None)
+    if orders is None:
+        yield
+        return
+    kinds = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
+    schedule.pipeline_order_with_comms = {
+        rank: [part for action in order for part in action.sub_actions or (action,) if part.computation_type in kinds]
+        for rank, order in orders.items()
+    }
+    try:
+        yield
+    finally:
+        schedule.pipeline_order_with_comms = orders
 
 
 def _loss(log_probs: Tensor, weights: Tensor) -> Tensor:

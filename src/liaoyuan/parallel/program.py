@@ -4,7 +4,8 @@ The order in which a layout is applied is fixed: stages are cut first, then tens
 recomputation, compiling, and FSDP last, over what the others left.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,20 @@ from liaoyuan.parallel.expert import apply_expert_parallel, balance, expert_weig
 from liaoyuan.parallel.fsdp import apply_fsdp, full_weights, local, own_block, reshard
 from liaoyuan.parallel.layout import Layout
 from liaoyuan.parallel.mesh import Mesh
-from liaoyuan.parallel.pipeline import Pipeline, Stage, cut_layers, process_of, stage_numbers, stage_of, stage_with
+from liaoyuan.parallel.pipeline import (
+    HEAD,
+    Pipeline,
+    Stage,
+    cut_layers,
+    process_of,
+    stage_numbers,
+    stage_of,
+    stage_with,
+)
 from liaoyuan.parallel.recompute import apply_recompute
-from liaoyuan.parallel.tensor import apply_tensor_parallel, compute_locally
+from liaoyuan.parallel.reduction import Reduction
+from liaoyuan.parallel.tensor import apply_tensor_parallel, compute_locally, sum_uncut
+from liaoyuan.parallel.tied import TiedEnds
 from liaoyuan.parallel.world import World
 
 
@@ -32,6 +44,7 @@ class Program:
 
     def __init__(self, models: Sequence[Decoder], mesh: Mesh | None = None, pipeline: Pipeline | None = None) -> None:
         self.models, self.mesh, self.pipeline = list(models), mesh, pipeline
+        self.reductions: list[Reduction] = []  # one for each stage, on devices that need them
 
     @property
     def config(self) -> ModelConfig:
@@ -44,12 +57,16 @@ class Program:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield this process's weights with their names in the whole model."""
         for model in self.models:
-            yield from model.named_parameters()
+            yield from self._known(model.named_parameters())
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield weights and persistent buffers: all that a model folder holds."""
         for model in self.models:
-            yield from model.state_dict().items()
+            yield from self._known(model.state_dict().items())
+
+    def _known(self, named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        """Leave out the copy of a tied embedding that the last stage of a pipeline computes with."""
+        return ((name, value) for name, value in named if not (name == HEAD and self.config.tie_word_embeddings))
 
     def initialise(self, seed: int) -> "Program":
         """Fill the weights as `models.initialise` does, drawing whole tensors one by one and keeping one's own part."""
@@ -119,20 +136,32 @@ class Program:
         """Switch to evaluation."""
         return self.train(False)
 
-    def backward(self, batches: Sequence[Batch], scale: float, after_each: Callable[[], None]) -> Tensor:
-        """Add to the gradients those of the microbatches' summed loss times `scale`; return that loss, this process's
-        share of it. `after_each` is called after each microbatch if there are several (not in pipelines).
+    def backward(self, batches: Sequence[Batch], scale: float, take: Callable[[], None] | None = None) -> Tensor:
+        """Compute the gradients of the microbatches' summed loss times `scale`; return that loss, this process's
+        share of it. The weights have no gradients when it is called.
+
+        `take` takes the gradients away after each microbatch if there are several, to add them up elsewhere, in
+        another precision. Without it they add up in place, and so they do in a pipeline.
         """
         if self.pipeline:
             return self._pass(batches, scale, learn=True)
-        total = torch.zeros((), device=self.device)
+        total, sums = torch.zeros((), device=self.device), GradientSums(self.named_parameters())
         for batch in batches:
             loss = self._loss(batch, scale)
             loss.backward()
             total = total + self._counted(loss.detach())
+            self._finish_gradients()
             if len(batches) > 1:
-                after_each()
+                (take or sums.take)()
+        sums.give_back()
         return total
+
+    def _finish_gradients(self) -> None:
+        """Wait for what is still under way after a backward pass, and add up what tensor parallelism left apart."""
+        for reduction in self.reductions:
+            reduction.finish()
+        if self.mesh and self.mesh.layout.tp > 1:
+            sum_uncut(self.named_parameters(), self.mesh.group("tp"))
 
     @torch.no_grad()
     def loss(self, batch: Batch, scale: float = 1.0) -> Tensor:
@@ -157,7 +186,14 @@ class Program:
         inputs = {name: torch.stack([x[name] for x in own]) for name in ("tokens", "positions", "targets")}
         inputs["boundaries"] = torch.stack([batch.boundaries for batch in batches])
         weights = torch.stack([x["weights"] for x in own]) * scale
+        ends = TiedEnds(self.models, self.pipeline.mesh) if self.config.tie_word_embeddings else None
+        if ends:
+            ends.bring()
         losses = self.pipeline.run(inputs, weights, learn)
+        if learn:
+            self._finish_gradients()
+        if ends and learn:
+            ends.take_back()
         total = torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
         return self._counted(total if learn else total / len(batches))
 
@@ -181,6 +217,26 @@ class Program:
         return loss * float(self.mesh is None or self.mesh.place("tp") == 0)
 
 
+class GradientSums:
+    """Gradients of several microbatches, added up in their own precision."""
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self._weights = [weight for _, weight in parameters]
+        self._sums: dict[nn.Parameter, Tensor] = {}
+
+    def take(self) -> None:
+        """Take the gradients away from the weights."""
+        for weight in self._weights:
+            if weight.grad is not None:
+                self._sums[weight] = self._sums[weight] + weight.grad if weight in self._sums else weight.grad
+                weight.grad = None
+
+    def give_back(self) -> None:
+        """Give each weight its sum, if there is one."""
+        for weight, total in self._sums.items():
+            weight.grad = total
+
+
 def lay_out(model: Decoder, layout: Layout, world: World) -> Program:
     """Lay out `model` (the same weights in every process) over the processes of `world`; it is taken apart.
 
@@ -196,7 +252,7 @@ def lay_out(model: Decoder, layout: Layout, world: World) -> Program:
         program = Program([model])
     elif layout.pp == 1:
         program = Program([model], world.mesh)
-        _apply(model, model, world.mesh)
+        _apply(program, model, model, world.mesh)
     else:
         program = _lay_out_stages(model, world.mesh)
     if is_meta:
@@ -219,12 +275,12 @@ def _lay_out_stages(model: Decoder, mesh: Mesh) -> Program:
     program = Program(models, mesh)
     stages = [Stage(part, lambda boundaries: program.context(boundaries, int(boundaries[-1]))) for part in models]
     for stage, part in zip(stages, models, strict=True):
-        _apply(stage, part, mesh)
+        _apply(program, stage, part, mesh)
     program.pipeline = Pipeline(stages, mesh)
     return program
 
 
-def _apply(stage: nn.Module, model: Decoder, mesh: Mesh) -> None:
+def _apply(program: Program, stage: nn.Module, model: Decoder, mesh: Mesh) -> None:
     layout = mesh.layout
     if layout.tp > 1:
         apply_tensor_parallel(model, mesh)
@@ -234,7 +290,8 @@ def _apply(stage: nn.Module, model: Decoder, mesh: Mesh) -> None:
         _compute_locally(stage, model)
     apply_recompute(model, layout)
     _compile(model, layout)
-    apply_fsdp(stage, model, mesh)
+    reduction = apply_fsdp(stage, model, mesh)
+    program.reductions += [reduction] if reduction else []
 
 
 def _compile(model: Decoder, layout: Layout) -> None:

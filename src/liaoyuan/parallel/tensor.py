@@ -6,14 +6,14 @@ layer, hung on the model from outside. Weights are DTensors; a layer computes wi
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from liaoyuan.models import Decoder
 from liaoyuan.models.experts import MixtureOfExperts
@@ -132,7 +132,7 @@ def _first_row(rows: int, group: ProcessGroup) -> int:
 def compute_locally(module: nn.Module, root: str, inner: tuple[nn.Module, ...] = ()) -> None:
     """Let `module.forward` and all within it, except `inner`, see the local part of each weight that is a DTensor.
 
-    A replicated weight sees only this process's tokens or heads, so that its gradient is a summand of the whole.
+    A weight that is not cut sees only this process's tokens or heads: its gradient is a summand until `sum_uncut`.
     """
     apart = {id(part) for whole in inner for part in whole.modules()}
     weights = [(owner, key, f"{root}{name}") for owner, key, name in weights_of(module) if id(owner) not in apart]
@@ -150,10 +150,25 @@ def compute_locally(module: nn.Module, root: str, inner: tuple[nn.Module, ...] =
     module.forward = forward
 
 
+def is_uncut(name: str) -> bool:
+    """Return whether all processes of tp hold the weight `name` alike."""
+    return placement(name).is_replicate() and ".experts." not in name
+
+
+def sum_uncut(named: Iterable[tuple[str, nn.Parameter]], group: ProcessGroup) -> None:
+    """Add up over the processes of tp the gradients of weights that it does not cut, all at once, after a backward
+    pass; in fp32 at least.
+    """
+    whole = [weight.grad for name, weight in named if weight.grad is not None and is_uncut(name)]
+    grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in whole]
+    total = torch.cat([wide(grad).flatten() for grad in grads])
+    dist.all_reduce(total, group=group)
+    for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
+
+
 def _local(weight: nn.Parameter | None, name: str) -> Tensor | None:
     if not isinstance(weight, DTensor):
         return weight
-    replicated = weight.placements[0].is_replicate()
-    grads = [Partial()] if replicated else list(weight.placements)
-    local: Tensor = weight.to_local(grad_placements=grads)
+    local: Tensor = weight.to_local(grad_placements=weight.placements)
     return local / weight.device_mesh.size() if ADDED_ONCE.search(name) else local

@@ -48,7 +48,7 @@ SILENT = {"recv_", "recv_any_source_", "barrier", "monitored_barrier_", "wait_te
 # Who uses a group that is that of several axes, which happens where an axis has all processes there are.
 USERS = {
     "all-reduce": ("tp", "dp"),
-    "all-to-all": ("ulysses", "ep", "shard"),
+    "all-to-all": ("ulysses", "ep"),
     "send": ("pp", "ring"),
     "broadcast": ("pp",),
 }
@@ -126,13 +126,15 @@ class _Recorder(TorchDispatchMode):
             collective, place = COLLECTIVES[name]
             given = _tensors(args[place])
             sent = _sent(collective, given, group, args)
-            axis = self._axis(group, collective, flat=given[0].ndim == 1)
-            key = axis, COUNTS if collective == "all-to-all" and given[0].dtype is torch.int64 else collective
+            counts = collective == "all-to-all" and given[0].dtype is torch.int64
+            axis = self._axis(group, collective, flat=given[0].ndim == 1 and not counts)
+            key = axis, COUNTS if counts else collective
             self.traffic[key] = self.traffic.get(key, Sent()) + Sent(1, sent)
 
     def _axis(self, group: ProcessGroup, collective: str, flat: bool) -> str:
         axes = self.axes.get(group.group_name, [])
-        users = GATHERERS[flat] if collective in ("all-gather", "reduce-scatter") else USERS[collective]
+        by_form = collective in ("all-gather", "reduce-scatter") or (collective == "all-to-all" and flat)
+        users = GATHERERS[flat] if by_form else USERS[collective]
         others = [] if group is dist.group.WORLD else axes
         found = next((axis for axis in (*users, *others) if axis in axes), "world")
         return common_name(self.mesh.layout, found) if self.mesh else found

@@ -4,7 +4,6 @@
 torchrun the world is one process and every exchange is free.
 """
 
-import logging
 import os
 from dataclasses import dataclass, field, replace
 
@@ -99,7 +98,6 @@ def start(device: Device) -> World:
     if os.environ.get("MASTER_ADDR") in LOOPBACK:
         # Processes of one machine have no reason to listen to the network.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # it minds gathering in steps
     if not dist.is_initialized():
         dist.init_process_group(device.collective_backend)
     return World(dist.get_rank(), dist.get_world_size(), device)
