@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from liaoyuan import ops
-from liaoyuan.ops import operator as room
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.ops import choice
 from liaoyuan.ops.operator import OPERATORS
 from tests.ops.cases import boundaries_of, random
 
@@ -31,7 +32,7 @@ def native_only():
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_are_known_to_tracing(name):
     operator = OPERATORS[name]
-    operator.status()  # the choice is made
+    ops.status()  # the choice is made
     torch.library.opcheck(operator.call, tuple(leaves(operator, next(iter(operator.samples(torch.float32))))))
 
 
@@ -46,7 +47,7 @@ def test_the_registered_reference_is_known_to_tracing_too(name, native_only):
     switch(operator, False)
     try:
         torch.library.opcheck(operator.call, tuple(leaves(operator, next(iter(operator.samples(torch.float32))))))
-        assert room.self_test(operator) is None
+        assert choice.self_test(operator, operator.kernels[0], "cpu") is None
     finally:
         switch(operator, True)
 
@@ -66,38 +67,60 @@ def test_the_references_gradients_are_right(name):
 
 
 def test_all_kernels_are_in_use_on_this_machine(native_only):
-    for status in ops.status(measure=True):
+    for status in ops.measure("cpu", torch.float32, matrix_rate=1e11, memory_rate=1e10):
         assert status.kernel == "native"
-        assert status.speed_up is not None
-        assert status.speed_up > 0
+        assert status.speed_up is not None and status.limit_share is not None
+        assert status.speed_up > 0 and status.limit_share > 0
 
 
-def test_a_kernel_that_fails_its_self_test_is_not_used(native_only, monkeypatch, caplog):
+@pytest.fixture
+def afresh():
+    """Kernels are chosen anew in the test and after it."""
+    choice.forget()
+    yield
+    ops.configure({})
+
+
+def test_a_kernel_that_fails_its_self_test_is_not_used(native_only, afresh, monkeypatch, caplog):
     operator = OPERATORS["swiglu"]
     wrong = type("Wrong", (), {})()
     wrong.__dict__.update(vars(operator))
     wrong.reference = lambda gate_up: operator.reference(gate_up) * 1.1
     monkeypatch.setitem(OPERATORS, "swiglu", wrong)
-    room._choose.cache_clear()
-    try:
-        gate_up = random(4, 32)
-        assert not operator.is_native(gate_up)
-        assert "off by" in room._choose("swiglu")
-        assert "swiglu" in caplog.text
-        assert torch.equal(ops.swiglu(gate_up), operator.reference(gate_up))
-    finally:
-        monkeypatch.undo()
-        room._choose.cache_clear()
-    assert operator.is_native(gate_up)
+    gate_up = random(4, 32)
+    assert not choice.takes(operator, gate_up)
+    (status,) = [row for row in ops.status() if row.operator == "swiglu"]
+    assert status.kernel == "reference" and "off by" in status.reason and "swiglu" in caplog.text
+    assert torch.equal(ops.swiglu(gate_up), operator.reference(gate_up))
+    monkeypatch.undo()
+    choice.forget()
+    assert choice.takes(operator, gate_up)
 
 
-def test_the_choice_may_fall_in_inference_mode_or_under_fake_tensors(native_only):
-    room._choose.cache_clear()
+def test_the_choice_may_fall_in_inference_mode_or_under_fake_tensors(native_only, afresh):
     with torch.inference_mode():
-        assert OPERATORS["swiglu"].is_native(random(2, 4))
-    room._choose.cache_clear()
+        assert choice.takes(OPERATORS["swiglu"], random(2, 4))
+    choice.forget()
     with FakeTensorMode():
         assert ops.swiglu(torch.empty(3, 8)).shape == (3, 4)
+
+
+def test_the_configuration_overrides_the_choice(native_only, afresh):
+    ops.configure({"swiglu": "reference", "rms_norm": "native"})
+    kernels = {row.operator: (row.kernel, row.reason) for row in ops.status()}
+    assert kernels["swiglu"] == ("reference", "chosen in the configuration")
+    assert kernels["rms_norm"] == ("native", "chosen in the configuration")
+    assert kernels["linear"] == ("native", "passed its self-test")
+    assert not choice.takes(OPERATORS["swiglu"], random(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("kernels", "said"),
+    [({"swish": "native"}, "no operator 'swish'"), ({"swiglu": "cuda"}, "no kernel 'cuda'. It has: reference, native")],
+)
+def test_a_kernel_that_does_not_exist_is_refused(kernels, said):
+    with pytest.raises(LiaoyuanError, match=said):
+        ops.configure(kernels)
 
 
 def test_a_compiled_function_and_its_gradients_equal_the_eager_ones():
@@ -128,6 +151,7 @@ SCRIPT = """
 import logging, sys, torch
 logging.basicConfig(stream=sys.stdout, format="LOG %(message)s")
 from liaoyuan import ops
+from liaoyuan.errors import LiaoyuanError
 x = torch.randn(4, 8).requires_grad_()
 ops.swiglu(x).sum().backward()
 ops.rms_norm(x, torch.ones(8), 1e-6)

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,15 +18,25 @@ import typer
 
 VERSIONS = ("liaoyuan", "torch", "numpy", "tokenizers", "safetensors")
 DTYPES = ("bfloat16", "float32")
-KERNEL_FACTS = ("operator", "kernel", "reason", "exact", "speed_up")
+KERNEL_FACTS = ("operator", "device", "kernel", "reason", "exact", "speed_up", "limit_share")
 SECONDS = 0.5  # spent on each measured rate
+
+
+class Part(StrEnum):
+    """What of the diagnosis is asked for."""
+
+    OPS = "ops"
 
 
 def doctor(
     context: typer.Context,
+    part: Annotated[Part | None, typer.Argument(help="ops: the operators' kernels, with their speeds.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
 ) -> None:
     """Show devices, kernels, threads, measured rates, and what is missing."""
+    if part is Part.OPS:
+        show_operators(measured_kernels(), json)
+        return
     found = diagnose(context.obj)
     if json:
         print(json_text.dumps(found, indent=2))
@@ -111,6 +122,19 @@ def kernels() -> list[dict[str, Any]]:
     return [{name: getattr(row, name) for name in KERNEL_FACTS} for row in ops.status()]
 
 
+def measured_kernels() -> list[dict[str, Any]]:
+    """Return `kernels` of the CPU and of the accelerator, with speeds against the reference and the device's limit."""
+    from liaoyuan import ops
+    from liaoyuan.device import Device, find_accelerator, measure_gemm_rate, measure_memory_rate
+
+    rows = []
+    for device in filter(None, ("cpu", find_accelerator())):
+        dtype = Device(device).default_dtype
+        matrix_rate = measure_gemm_rate(dtype, SECONDS, device)
+        rows += ops.measure(device, dtype, matrix_rate, measure_memory_rate(seconds=SECONDS, device=device))
+    return [{name: getattr(row, name) for name in KERNEL_FACTS} for row in rows]
+
+
 def cache_folder() -> Path:
     """Return where compiled kernels are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "liaoyuan"
@@ -189,11 +213,29 @@ def _rate_text(teraflops: float) -> str:
     return f"{teraflops:.2f} TFLOP/s" if teraflops >= 0.995 else f"{1000 * teraflops:.0f} GFLOP/s"
 
 
-def _kernels_table(rows: list[dict[str, Any]]) -> Any:
-    table = _grid("\nOperators", "operator", "kernel", "why")
+def show_operators(rows: list[dict[str, Any]], json: bool) -> None:
+    """Print each operator's kernel and its speed, for people or for machines."""
+    from rich.console import Console
+
+    if json:
+        print(json_text.dumps(rows, indent=2))
+        return
+    table = _grid("", "operator", "device", "kernel", "speed", "of limit", "exact", "")
     for row in rows:
-        gain = f" ({row['speed_up']:.1f}x the reference)" if row["speed_up"] else ""
-        table.add_row(row["operator"], row["kernel"], f"{row['reason']}{gain}")
+        gain = f"{row['speed_up']:.1f}x" if row["speed_up"] else "-"
+        exact = {True: "yes", False: "no", None: "-"}[row["exact"]]
+        share = f"{row['limit_share']:.0%}"
+        why = row["reason"] if row["kernel"] == "reference" else ""
+        table.add_row(row["operator"], row["device"], row["kernel"], gain, share, exact, why)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("speed: against the reference. limit: the best rates of matrix products and copies measured now.")
+
+
+def _kernels_table(rows: list[dict[str, Any]]) -> Any:
+    table = _grid("\nOperators (speeds: liaoyuan doctor ops)", "operator", "kernel", "why")
+    for row in rows:
+        table.add_row(row["operator"], row["kernel"], row["reason"])
     return table
 
 

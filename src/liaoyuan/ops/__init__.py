@@ -1,14 +1,16 @@
 """Operators: for each, a reference that is its specification, and faster kernels per device.
 
-A kernel is used only if its self-test passes on this machine; `status()` says which kernels are in use and why.
+A kernel is used only if its self-test passes on this machine; `status()` says which kernels are in use and why, and
+`configure()` overrides the choice.
 `build()` compiles the CPU kernels ahead; otherwise it happens on first use.
 """
 
 from liaoyuan.ops.attention import attention
 from liaoyuan.ops.build import build
+from liaoyuan.ops.choice import OperatorStatus, configure, measure, status
 from liaoyuan.ops.linear import linear
 from liaoyuan.ops.norm import add_rms_norm, rms_norm
-from liaoyuan.ops.operator import OperatorStatus, status, wide
+from liaoyuan.ops.operator import wide
 from liaoyuan.ops.paged_attention import paged_attention, write_cache
 from liaoyuan.ops.rotary import rotate, split_rotary
 from liaoyuan.ops.swiglu import swiglu
@@ -19,7 +21,9 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "build",
+    "configure",
     "linear",
+    "measure",
     "paged_attention",
     "rms_norm",
     "rotate",

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from liaoyuan.ops.choice import takes
+from liaoyuan.ops.kernels import NATIVE
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, wide
 
 
@@ -36,7 +38,7 @@ def attention(
     Returns:
         [N, Hq, Dv] in the dtype of query.
     """
-    if window is None and sinks is None and ATTENTION.is_native(query, key, value):
+    if window is None and sinks is None and takes(ATTENTION, query, key, value):
         padded = F.pad(value, (0, key.shape[2] - value.shape[2])) if value.shape[2] < key.shape[2] else value
         return ATTENTION.call(query, key, padded, boundaries, scale)[0][..., : value.shape[2]]
     return _attention(query, key, value, boundaries, scale, window, sinks)
@@ -125,13 +127,20 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield query, key, value, boundaries, dim**-0.5
 
 
+def _workload(dtype: torch.dtype) -> tuple[Any, ...]:
+    query, key, value = (torch.randn(2048, heads, 64).to(dtype) for heads in (8, 2, 2))
+    return query, key, value, torch.tensor([0, 2048], dtype=torch.int32), 0.125
+
+
 ATTENTION = register(
     Operator(
         name="attention",
+        kernels=(NATIVE,),
         schema="(Tensor query, Tensor key, Tensor value, Tensor boundaries, float scale) -> (Tensor, Tensor)",
         reference=_reference,
         fake=_fake,
         samples=_samples,
+        workload=_workload,
         flops=_flops,
         traffic=lambda query, key, *_: 2 * (query.numel() + key.numel()) * query.element_size(),
         gradient=Gradient(

@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from liaoyuan.ops.choice import takes
+from liaoyuan.ops.kernels import NATIVE_INEXACT
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x @ weight^T + bias: x [N, K], weight [O, K], bias [O] or None -> [N, O]."""
-    if x.dim() == 2 and LINEAR.is_native(x, weight, bias):
+    if x.dim() == 2 and takes(LINEAR, x, weight, bias):
         return LINEAR.call(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -42,11 +44,13 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 LINEAR = register(
     Operator(
         name="linear",
+        kernels=(NATIVE_INEXACT,),  # for many rows torch's own product, whose bits depend on their number
         schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
         reference=F.linear,
         fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
         samples=_samples,
         flops=lambda x, weight, bias: 2 * x.numel() * weight.shape[0],
+        workload=lambda dtype: (torch.randn(2048, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype), None),
         traffic=lambda x, weight, bias: (x.numel() + weight.numel() + len(x) * len(weight)) * x.element_size(),
         gradient=Gradient(
             inputs=(0, 1, 2),
@@ -57,6 +61,5 @@ LINEAR = register(
             apply=_apply,
             flops=lambda grad, x, weight, with_bias: 4 * x.numel() * weight.shape[0],
         ),
-        exact=False,  # for many rows it is torch's own product, whose bits depend on their number
     )
 )

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liaoyuan.ops.choice import takes
+from liaoyuan.ops.kernels import NATIVE
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs, wide
 
 
@@ -14,14 +16,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Shapes: x [..., H], weight [H] -> [..., H].
     """
-    if RMS_NORM.is_native(x, weight):
+    if takes(RMS_NORM, x, weight):
         return RMS_NORM.call(x, weight, eps)
     return _rms_norm(x, weight, eps)
 
 
 def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return `(residual + x, rms_norm(residual + x))`: [N, H], [N, H] -> ([N, H], [N, H])."""
-    if ADD_RMS_NORM.is_native(x, residual, weight) and residual.shape == x.shape:
+    if takes(ADD_RMS_NORM, x, residual, weight) and residual.shape == x.shape:
         return ADD_RMS_NORM.call(residual, x, weight, eps)
     return _add_rms_norm(residual, x, weight, eps)
 
@@ -87,11 +89,13 @@ def _samples_add(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 RMS_NORM = register(
     Operator(
         name="rms_norm",
+        kernels=(NATIVE,),
         schema="(Tensor x, Tensor weight, float eps) -> Tensor",
         reference=_rms_norm,
         fake=_like,
         samples=_samples,
         flops=lambda x, weight, eps: 0,
+        workload=lambda dtype: (torch.randn(2048, 1024, dtype=dtype), torch.ones(1024, dtype=dtype), 1e-6),
         traffic=lambda x, weight, eps: 2 * x.numel() * x.element_size(),
         gradient=Gradient(
             inputs=(0, 1),
@@ -107,11 +111,17 @@ RMS_NORM = register(
 ADD_RMS_NORM = register(
     Operator(
         name="add_rms_norm",
+        kernels=(NATIVE,),
         schema="(Tensor residual, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
         reference=_add_rms_norm,
         fake=_like_two,
         samples=_samples_add,
         flops=lambda residual, x, weight, eps: 0,
+        workload=lambda dtype: (
+            *(torch.randn(2048, 1024, dtype=dtype) for _ in range(2)),
+            torch.ones(1024, dtype=dtype),
+            1e-6,
+        ),
         traffic=lambda residual, x, weight, eps: 4 * x.numel() * x.element_size(),
         gradient=Gradient(
             inputs=(0, 1, 2),

@@ -1,33 +1,44 @@
-"""What an operator is: a reference that is its specification, rules for tracing, and a native kernel.
+"""What an operator is: a reference that is its specification, rules for tracing, and kernels.
 
 Each file of this room has one operator (or a pair). Its reference is plain PyTorch and works on any device. It is
 registered through `torch.library` as `liaoyuan::name`, so that autograd, fake tensors and `torch.compile` see it.
-The native kernel takes part only if it passes its self-test on this machine, against the reference, forward and
-backward; this is decided once per process, when the operator is first used. Nothing fails without a compiler:
-the reference is used, and a warning says so once.
+Which kernel computes it on a device is decided in `choice.py`.
 """
 
-import functools
-import logging
-import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from liaoyuan.errors import LiaoyuanError
-from liaoyuan.ops.build import find_library
-
 LIBRARY = torch.library.Library("liaoyuan", "DEF")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # of the largest element, against the reference in fp32
+TOLERANCE = {
+    torch.float32: 2e-5,
+    torch.bfloat16: 2e-2,
+    torch.float16: 5e-3,
+}  # of the largest element, against the reference in fp32
 
-_lock = threading.RLock()
-_log = logging.getLogger("liaoyuan.ops")
+
+@dataclass(frozen=True)
+class Kernel:
+    """A faster way to compute an operator on some kinds of device.
+
+    name: what the configuration and `doctor ops` call it: "native", "triton", "npu".
+    devices: kinds of device as torch names them.
+    load: (operator's name, kind of device) makes the kernel ready and returns `use(on)`, which puts it behind the
+        registered operator, forward and backward, or takes it away. Raises LiaoyuanError with the reason if it cannot.
+    dtypes: those it takes; all tensors of floats have one, as a rule.
+    exact: whether a row's bits are independent of the other rows that it computes with it.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    load: Callable[[str, str], Callable[[bool], None]]
+    dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,10 @@ class Operator:
         samples: inputs of the self-test in a given dtype.
         flops, traffic: FLOPs of the matrix products (element-wise work does not count, as in PyTorch's own counter),
             and bytes read and written, of a forward call with these arguments.
-        exact: whether a row's bits are independent of the other rows that the kernel computes with it.
+        kernels: faster ways, the first that passes its self-test on a device is used there.
+        tolerance: of the self-test, by dtype: the largest difference from the reference in fp32, as a share of the
+            largest element.
+        workload: inputs of a size that work has, by dtype, on which speed is measured (None: the last of `samples`).
     """
 
     name: str
@@ -73,7 +87,10 @@ class Operator:
     flops: Callable[..., int]
     traffic: Callable[..., int]
     gradient: Gradient | None = None
-    exact: bool = True
+    kernels: tuple[Kernel, ...] = ()
+    tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
+    workload: Callable[[torch.dtype], tuple[Any, ...]] | None = None
+    call: Any = None  # the registered operator; set below
 
     def __post_init__(self) -> None:
         LIBRARY.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -88,47 +105,14 @@ class Operator:
         _count_flops(self.name, self.flops)
         object.__setattr__(self, "call", getattr(torch.ops.liaoyuan, self.name).default)
 
-    def is_native(self, first: Tensor, *others: Tensor | None) -> bool:
-        """Return whether the native kernel takes these tensors: on the CPU, of one dtype that it knows."""
-        dtype = first.dtype
-        if not first.is_cpu or dtype not in KERNEL_DTYPES:
-            return False
-        return all(other is None or other.dtype is dtype for other in others) and _kernel_in_use(self.name)
-
-    call: Any = None  # the registered operator; set above
-
-    def status(self, measure: bool = False) -> "OperatorStatus":
-        """Choose the kernel if that has not been done, and return the choice."""
-        reason = _choose(self.name)
-        if reason is not None:
-            return OperatorStatus(self.name, "reference", reason, True, None)
-        speed_up = _in_clean_thread(lambda: _speed_up(self)) if measure else None
-        return OperatorStatus(self.name, "native", "passed its self-test", self.exact, speed_up)
-
-
-@dataclass(frozen=True)
-class OperatorStatus:
-    """Which kernel an operator uses on this machine, and why; speed_up is against the reference."""
-
-    operator: str
-    kernel: str
-    reason: str
-    exact: bool
-    speed_up: float | None
-
 
 OPERATORS: dict[str, Operator] = {}
 
 
 def register(operator: Operator) -> Operator:
-    """Enter the operator in the list that `status` and the choice of kernels read."""
+    """Enter the operator in the list from which kernels are chosen."""
     OPERATORS[operator.name] = operator
     return operator
-
-
-def status(measure: bool = False) -> list[OperatorStatus]:
-    """Return every operator's kernel in use and the reason; `measure` adds the speed against the reference."""
-    return [operator.status(measure) for operator in OPERATORS.values()]
 
 
 def wide(x: Tensor) -> Tensor:
@@ -173,90 +157,12 @@ def _count_flops(name: str, flops: Callable[..., int]) -> None:
     register_flop_formula(packet, get_raw=True)(lambda *inputs, out_val=None, **_: flops(*inputs))
 
 
-@torch.compiler.assume_constant_result
-def _kernel_in_use(name: str) -> bool:
-    return _choose(name) is None
-
-
-@functools.cache
-def _choose(name: str) -> str | None:
-    """Put the native kernel of operator `name` in use if it passes; return why it does not, or None."""
-    with _lock:
-        return _in_clean_thread(lambda: _reason_against(OPERATORS[name]))
-
-
-def _reason_against(operator: Operator) -> str | None:
-    reason = _load()
-    if reason is None:
-        torch.ops.liaoyuan_native.use(operator.name, True)
-        try:
-            reason = self_test(operator)
-        except Exception as error:  # a kernel that raises is a kernel that fails
-            reason = f"its self-test raised {type(error).__name__}: {error}"
-        if reason is not None:
-            torch.ops.liaoyuan_native.use(operator.name, False)
-            _log.warning("The native kernel of %s is not used: %s.", operator.name, reason)
-    return reason
-
-
-@functools.cache
-def _load() -> str | None:
-    """Load the native library; return why it cannot be, or None."""
-    try:
-        torch.ops.load_library(find_library())
-    except (LiaoyuanError, OSError) as error:
-        _log.warning("%s", error)
-        return str(error)
-    return None
-
-
-def _in_clean_thread(work: Callable[[], Any]) -> Any:
-    """Run `work` where no mode of the caller (inference, fake tensors, tracing) is in force: modes are of a thread."""
-    result: list[Any] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(work())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=run, name="liaoyuan-ops")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return result[0]
-
-
-def self_test(operator: Operator) -> str | None:
-    """Compare the registered operator with its reference in fp32; return what differs, or None."""
-    for dtype in KERNEL_DTYPES:
-        for sample in operator.samples(dtype):
-            expected = _outputs_and_gradients(operator, operator.reference, _as(sample, torch.float32))
-            actual = _outputs_and_gradients(operator, operator.call, sample)
-            for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
-                difference = relative_difference(a, b)
-                if not difference <= TOLERANCE[dtype]:
-                    return f"result {index} in {str(dtype)[6:]} is off by {difference:.1e} of the largest element"
-    return None
-
-
-def relative_difference(actual: Tensor, expected: Tensor) -> float:
-    """Return max |actual - expected| / max |expected|, in fp32; nan if shapes differ or values are not finite."""
-    if actual.shape != expected.shape:
-        return float("nan")
-    if not expected.numel():
-        return 0.0
-    difference = (actual.float() - expected.float()).abs().max()
-    return float(difference / expected.float().abs().max().clamp_min(1e-30)) if difference else 0.0
-
-
-def _as(sample: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+def cast(sample: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return the sample with its tensors of floats in this dtype."""
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in sample)
 
 
-def _outputs_and_gradients(operator: Operator, function: Callable[..., Any], sample: tuple[Any, ...]) -> list[Tensor]:
+def outputs_and_gradients(operator: Operator, function: Callable[..., Any], sample: tuple[Any, ...]) -> list[Tensor]:
     """Return what `function` gives (or changes in place), and for a differentiable operator the inputs' gradients."""
     if operator.gradient is None:
         inputs = [x.clone() if isinstance(x, Tensor) else x for x in sample]
@@ -274,19 +180,3 @@ def _outputs_and_gradients(operator: Operator, function: Callable[..., Any], sam
     sources = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
     found = torch.autograd.grad(compared, sources, grads, allow_unused=True)
     return [out.detach() for out in compared] + [g for g in found if g is not None]
-
-
-def _speed_up(operator: Operator) -> float:
-    """Return the reference's time over the kernel's, on the largest sample: forward, and backward if there is one."""
-    sample = list(operator.samples(torch.float32))[-1]
-
-    def seconds(function: Callable[..., Any]) -> float:
-        _outputs_and_gradients(operator, function, sample)
-        times = []
-        for _ in range(5):
-            start = time.thread_time()
-            _outputs_and_gradients(operator, function, sample)
-            times.append(time.thread_time() - start)
-        return min(times)
-
-    return seconds(operator.reference) / max(seconds(operator.call), 1e-9)

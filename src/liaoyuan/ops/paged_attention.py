@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liaoyuan.ops.choice import takes
+from liaoyuan.ops.kernels import NATIVE
 from liaoyuan.ops.operator import Operator, register
 
 
@@ -37,7 +39,7 @@ def paged_attention(
         [N, Hq, D] in the dtype of query. Rows after query_starts[S] are zero.
     """
     arguments = (query, key_cache, value_cache, block_tables, query_starts, lengths, scale)
-    if window is None and sinks is None and PAGED_ATTENTION.is_native(query, key_cache, value_cache):
+    if window is None and sinks is None and takes(PAGED_ATTENTION, query, key_cache, value_cache):
         return PAGED_ATTENTION.call(*arguments)
     return _paged_attention(*arguments, window, sinks)
 
@@ -49,7 +51,7 @@ def write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tens
         key, value: [N, Hk, D]; key_cache, value_cache: [B, block_size, Hk, D], same dtype.
         slots: int64 [N], each row's place block * block_size + offset; a negative one is skipped.
     """
-    if WRITE_CACHE.is_native(key, value, key_cache, value_cache):
+    if takes(WRITE_CACHE, key, value, key_cache, value_cache):
         WRITE_CACHE.call(key, value, key_cache, value_cache, slots)
     else:
         _write_cache(key, value, key_cache, value_cache, slots)
@@ -119,14 +121,30 @@ def _write_samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     yield key, value, *caches, torch.tensor([11, -1, 0, 5, 4])
 
 
+def _workload(dtype: torch.dtype) -> tuple[Any, ...]:
+    """16 sequences of 1024 tokens that each ask for one more."""
+    query, tables = torch.randn(16, 8, 64).to(dtype), torch.randperm(1024).view(16, 64).to(torch.int32)
+    caches = [torch.randn(1024, 16, 2, 64).to(dtype) for _ in range(2)]
+    return (
+        query,
+        *caches,
+        tables,
+        torch.arange(17, dtype=torch.int32),
+        torch.full((16,), 1024, dtype=torch.int32),
+        0.125,
+    )
+
+
 PAGED_ATTENTION = register(
     Operator(
         name="paged_attention",
+        kernels=(NATIVE,),
         schema="(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor query_starts, "
         "Tensor lengths, float scale) -> Tensor",
         reference=_paged_attention,
         fake=lambda query, *_: query.new_empty(query.shape),
         samples=_samples,
+        workload=_workload,
         # as if every sequence had one query and a full table: the lengths are not known when tracing
         flops=lambda query, cache, _, tables, *__: 4 * query.numel() * tables.shape[1] * cache.shape[1],
         traffic=lambda query, cache, _, tables, *__: 2 * tables.numel() * cache[0].numel() * cache.element_size(),
@@ -136,6 +154,7 @@ PAGED_ATTENTION = register(
 WRITE_CACHE = register(
     Operator(
         name="write_cache",
+        kernels=(NATIVE,),
         schema="(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> ()",
         reference=_write_cache,
         fake=lambda *_: None,

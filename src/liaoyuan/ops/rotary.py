@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liaoyuan.ops.choice import takes
+from liaoyuan.ops.kernels import NATIVE
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs, wide
 
 MAX_DIM = 512  # of a head in the native kernel
@@ -33,7 +35,7 @@ def split_rotary(
         query_norm, key_norm: [D] weights of QK-norm, or None.
     """
     arguments = (qkv, cosine, sine, num_key_value_heads, head_dim, query_norm, key_norm, eps)
-    if head_dim <= MAX_DIM and cosine.dtype is torch.float32 and SPLIT_ROTARY.is_native(qkv, query_norm, key_norm):
+    if head_dim <= MAX_DIM and cosine.dtype is torch.float32 and takes(SPLIT_ROTARY, qkv, query_norm, key_norm):
         return SPLIT_ROTARY.call(*arguments)
     return _split_rotary(*arguments)
 
@@ -112,14 +114,21 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield qkv, *angles, heads, dim, *norms, 1e-6
 
 
+def _workload(dtype: torch.dtype) -> tuple[Any, ...]:
+    angle, norm = torch.randn(2048, 32), torch.ones(64, dtype=dtype)
+    return torch.randn(2048, 4 * 4 * 64).to(dtype), angle.cos(), angle.sin(), 4, 64, norm, norm, 1e-6
+
+
 SPLIT_ROTARY = register(
     Operator(
         name="split_rotary",
+        kernels=(NATIVE,),
         schema="(Tensor qkv, Tensor cosine, Tensor sine, int heads, int dim, Tensor? query_norm, Tensor? key_norm, "
         "float eps) -> (Tensor, Tensor, Tensor)",
         reference=_split_rotary,
         fake=_fake,
         samples=_samples,
+        workload=_workload,
         flops=lambda qkv, *_: 0,
         traffic=lambda qkv, *_: 2 * qkv.numel() * qkv.element_size(),
         gradient=Gradient(

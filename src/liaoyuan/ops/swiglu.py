@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from liaoyuan.ops.choice import takes
+from liaoyuan.ops.kernels import NATIVE
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up: [N, 2 * I] -> [N, I]; gate and up alternate (gate 0, up 0, gate 1, ...)."""
-    if gate_up.dim() == 2 and SWIGLU.is_native(gate_up):
+    if gate_up.dim() == 2 and takes(SWIGLU, gate_up):
         return SWIGLU.call(gate_up)
     return _swiglu(gate_up)
 
@@ -39,11 +41,13 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 SWIGLU = register(
     Operator(
         name="swiglu",
+        kernels=(NATIVE,),
         schema="(Tensor gate_up) -> Tensor",
         reference=_swiglu,
         fake=lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
         samples=_samples,
         flops=lambda gate_up: 0,
+        workload=lambda dtype: (torch.randn(2048, 4096, dtype=dtype),),
         traffic=lambda gate_up: gate_up.numel() * gate_up.element_size() * 3 // 2,
         gradient=Gradient(
             inputs=(0,),

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liaoyuan.ops.choice import takes
+from liaoyuan.ops.kernels import NATIVE_INEXACT
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, wide
 
 KEPT_LOGITS = 2**25  # elements of logits that are kept for the backward pass: 64 MiB in bf16
@@ -24,7 +26,7 @@ def token_log_prob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Returns:
         fp32 [N]; the softmax is computed in fp32 (fp64 for hidden states in fp64).
     """
-    if TOKEN_LOG_PROB.is_native(hidden, weight):
+    if takes(TOKEN_LOG_PROB, hidden, weight):
         keep = hidden.shape[0] * weight.shape[0] <= KEPT_LOGITS
         return TOKEN_LOG_PROB.call(hidden, weight, targets, keep)[0]
     return _token_log_prob(hidden, weight, targets)
@@ -75,13 +77,20 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield hidden, weight, torch.randint(vocabulary, (rows,), generator=generator), keep
 
 
+def _workload(dtype: torch.dtype) -> tuple[Any, ...]:
+    weight = (torch.randn(32768, 512) * 0.05).to(dtype)
+    return torch.randn(1024, 512).to(dtype), weight, torch.randint(len(weight), (1024,)), False
+
+
 TOKEN_LOG_PROB = register(
     Operator(
         name="token_log_prob",
+        kernels=(NATIVE_INEXACT,),  # the matrix product of torch depends on the number of rows
         schema="(Tensor hidden, Tensor weight, Tensor targets, bool keep) -> (Tensor, Tensor, Tensor)",
         reference=_reference,
         fake=_fake,
         samples=_samples,
+        workload=_workload,
         flops=lambda hidden, weight, targets, keep: 2 * hidden.numel() * weight.shape[0],
         traffic=lambda hidden, weight, targets, keep: (hidden.numel() + weight.numel()) * hidden.element_size(),
         gradient=Gradient(
@@ -94,6 +103,5 @@ TOKEN_LOG_PROB = register(
             apply=_apply,
             flops=lambda grad, hidden, weight, *_: 4 * hidden.numel() * weight.shape[0],
         ),
-        exact=False,  # the matrix product of torch depends on the number of rows
     )
 )

@@ -21,6 +21,7 @@ from liaoyuan.device import Device, select_device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, ModelConfig, config_from_dict, read_config
 from liaoyuan.models.config import DTYPES
+from liaoyuan.ops import configure
 from liaoyuan.parallel import Layout, Program, Shape, World, lay_out, resolve
 from liaoyuan.rundir import Report, silent, write_atomic
 from liaoyuan.training.guard import SpikeGuard
@@ -70,6 +71,7 @@ class PretrainConfig(Config):
     sequence_length: int = Field(512, gt=0)
     held_out_tokens: int = Field(32768, gt=0)  # of the held-out split, for the loss shown beside the training loss
     device: str = "auto"
+    ops: dict[str, str] = Field(default_factory=dict)  # kernels, where not those chosen: {attention = "reference"}
 
 
 def pretrain(config: PretrainConfig, folder: Path, report: Report = silent, world: World | None = None) -> TrainResult:
@@ -80,6 +82,7 @@ def pretrain(config: PretrainConfig, folder: Path, report: Report = silent, worl
     Raises:
         LiaoyuanError: no corpus, a shape or layout that does not fit, a folder of another run, a full disk.
     """
+    configure(config.ops)
     world = world or World(device=select_device(config.device))
     corpus = load_corpus(config.corpus)
     shape = model_config(config.model, corpus.tokenizer(), world.device)

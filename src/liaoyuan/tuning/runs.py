@@ -13,6 +13,7 @@ from liaoyuan.config import Config, to_toml
 from liaoyuan.data import Tokenizer, read_records, tokenise
 from liaoyuan.device import select_device
 from liaoyuan.models import Decoder, read_config
+from liaoyuan.ops import configure
 from liaoyuan.parallel import Layout, Shape, World, lay_out, resolve
 from liaoyuan.rundir import Report, atomic_folder, silent, write_atomic
 from liaoyuan.tasks import check_levels, find_task, spread
@@ -31,6 +32,7 @@ class SftConfig(Config):
     layout: Layout = Layout()
     sequence_length: int = Field(512, gt=0)  # of the rows into which records are packed; no record may be longer
     device: str = "auto"
+    ops: dict[str, str] = Field(default_factory=dict)  # kernels, where not those chosen
 
 
 class RlConfig(Config):
@@ -41,6 +43,7 @@ class RlConfig(Config):
     rl: ReinforceConfig = ReinforceConfig()
     validation_problems: int = Field(200, gt=0)
     device: str = "auto"
+    ops: dict[str, str] = Field(default_factory=dict)  # as in SftConfig
 
 
 def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: World | None = None) -> dict[str, Any]:
@@ -51,6 +54,7 @@ def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: Wor
     Raises:
         LiaoyuanError: model or data are missing or wrong, or a record does not fit in a batch.
     """
+    configure(config.ops)
     world = world or World(device=select_device(config.device))
     records = tokenise(Tokenizer.load(config.model), read_records(config.data))
     with torch.device("meta"):
@@ -74,6 +78,7 @@ def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str,
     Raises:
         LiaoyuanError: the model is missing or wrong, or the task is unknown or lacks a level.
     """
+    configure(config.ops)
     task, tokenizer = find_task(config.task), Tokenizer.load(config.model)
     check_levels(task, config.rl.levels, "rl.levels")
     write_atomic(folder / "config.toml", to_toml(config))

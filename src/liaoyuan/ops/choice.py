@@ -1,0 +1,224 @@
+"""Which kernel computes an operator on a device: the first that can be had here and passes its self-test.
+
+The choice is made once per process, when the operator is first used on a kind of device, and is what `status` says.
+The self-test compares with the reference in fp32, forward and backward. Nothing fails for want of a kernel: the
+reference is used, and a warning says so once. `configure` overrides the choice.
+"""
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.ops.operator import OPERATORS, Kernel, Operator, cast, outputs_and_gradients
+
+REFERENCE = "reference"
+
+_lock = threading.RLock()
+_log = logging.getLogger("liaoyuan.ops")
+_wanted: dict[str, str] = {}  # operator -> kernel, from the configuration
+_in_use: dict[tuple[str, str], Callable[[bool], None]] = {}  # operator, kind of device -> what takes its kernel away
+
+
+def takes(operator: Operator, first: Tensor, *others: Tensor | None) -> bool:
+    """Return whether a kernel is in use for these tensors: all of one dtype that it knows, on the device of the first.
+
+    If so `operator.call` computes with it, else its reference is as good, and may know other dtypes.
+    """
+    dtype = first.dtype
+    if any(other is not None and other.dtype is not dtype for other in others):
+        return False
+    return dtype in _dtypes(operator.name, first.device.type)
+
+
+def configure(kernels: Mapping[str, str]) -> None:
+    """Use these kernels ("reference" among them) for these operators; others are chosen as ever.
+
+    Raises:
+        LiaoyuanError: there is no such operator, or it has no such kernel.
+    """
+    for name, kernel in kernels.items():
+        if name not in OPERATORS:
+            raise LiaoyuanError(f"There is no operator '{name}'. There are: {', '.join(sorted(OPERATORS))}.")
+        known = [REFERENCE, *(one.name for one in OPERATORS[name].kernels)]
+        if kernel not in known:
+            raise LiaoyuanError(f"The operator {name} has no kernel '{kernel}'. It has: {', '.join(known)}.")
+    with _lock:
+        if dict(kernels) == _wanted:
+            return
+        forget()
+        _wanted.clear()
+        _wanted.update(kernels)
+
+
+def forget() -> None:
+    """Take all kernels away; they are chosen anew when their operators are next used."""
+    with _lock:
+        for use in _in_use.values():
+            use(False)
+        _in_use.clear()
+        _choose.cache_clear()
+        for operator in OPERATORS.values():
+            operator.call._dispatch_cache.clear()  # torch remembers which kernel it traced
+
+
+@dataclass(frozen=True)
+class OperatorStatus:
+    """Which kernel an operator uses on a kind of device, and why.
+
+    exact: whether a row's bits are independent of the rows beside it; None: the reference's products, unknown.
+    speed_up: against the reference; limit_share: of the speed that the device's matrix products and memory allow.
+    """
+
+    operator: str
+    device: str
+    kernel: str
+    reason: str
+    exact: bool | None
+    dtypes: tuple[torch.dtype, ...] = ()
+    speed_up: float | None = None
+    limit_share: float | None = None
+
+
+def status(device: str = "cpu") -> list[OperatorStatus]:
+    """Return every operator's kernel in use on a kind of device, and the reason; chooses what was not chosen yet."""
+    return [_choose(name, device) for name in OPERATORS]
+
+
+def measure(device: str, dtype: torch.dtype, matrix_rate: float, memory_rate: float) -> list[OperatorStatus]:
+    """Return `status` with each kernel's speed, on the operator's workload, forward alone.
+
+    Args:
+        matrix_rate: the best rate of matrix products of this dtype here, FLOP/s; memory_rate: of copying, bytes/s.
+    """
+    return [
+        _in_clean_thread(functools.partial(_measure, _choose(name, device), dtype, matrix_rate, memory_rate))
+        for name in OPERATORS
+    ]
+
+
+def self_test(operator: Operator, kernel: Kernel, device: str) -> str | None:
+    """Compare the registered operator with its reference in fp32; return what differs, or None."""
+    for dtype in kernel.dtypes:
+        for sample in operator.samples(dtype):
+            placed = tuple(x.to(device) if isinstance(x, Tensor) else x for x in sample)
+            expected = outputs_and_gradients(operator, operator.reference, cast(placed, torch.float32))
+            actual = outputs_and_gradients(operator, operator.call, placed)
+            for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
+                difference = relative_difference(a, b)
+                if not difference <= operator.tolerance[dtype]:
+                    return f"result {index} in {str(dtype)[6:]} is off by {difference:.1e} of the largest element"
+    return None
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Return max |actual - expected| / max |expected|, in fp32; nan if shapes differ or values are not finite."""
+    if actual.shape != expected.shape:
+        return float("nan")
+    if not expected.numel():
+        return 0.0
+    difference = (actual.float() - expected.float()).abs().max()
+    return float(difference / expected.float().abs().max().clamp_min(1e-30)) if difference else 0.0
+
+
+@torch.compiler.assume_constant_result
+def _dtypes(name: str, device: str) -> tuple[torch.dtype, ...]:
+    return _choose(name, device).dtypes
+
+
+@functools.cache
+def _choose(name: str, device: str) -> OperatorStatus:
+    with _lock:
+        return _in_clean_thread(lambda: _first_that_passes(OPERATORS[name], device))
+
+
+def _first_that_passes(operator: Operator, device: str) -> OperatorStatus:
+    wanted = _wanted.get(operator.name)
+    chosen = OperatorStatus(operator.name, device, REFERENCE, "chosen in the configuration", None)
+    if wanted == REFERENCE:
+        return chosen
+    reasons = []
+    for kernel in operator.kernels:
+        if device in kernel.devices and wanted in (None, kernel.name):
+            reason = _reason_against(operator, kernel, device)
+            if reason is None:
+                why = "chosen in the configuration" if wanted else "passed its self-test"
+                return replace(chosen, kernel=kernel.name, reason=why, exact=kernel.exact, dtypes=kernel.dtypes)
+            reasons.append(reason)
+    return replace(chosen, reason=" ".join(reasons) or f"no kernel for {device} yet")
+
+
+def _reason_against(operator: Operator, kernel: Kernel, device: str) -> str | None:
+    """Put a kernel in use if it passes; return why it does not, or None."""
+    try:
+        use = kernel.load(operator.name, device)
+    except LiaoyuanError as error:
+        _warn(str(error))
+        return str(error)
+    use(True)
+    try:
+        reason = self_test(operator, kernel, device)
+    except Exception as error:  # a kernel that raises is a kernel that fails
+        reason = f"its self-test raised {type(error).__name__}: {error}"
+    if reason is None:
+        _in_use[operator.name, device] = use
+        return None
+    use(False)
+    _warn(f"The {kernel.name} kernel of {operator.name} is not used: {reason}.")
+    return reason
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    _log.warning("%s", text)
+
+
+def _measure(chosen: OperatorStatus, dtype: torch.dtype, matrix_rate: float, memory_rate: float) -> OperatorStatus:
+    """Add the speed of a chosen kernel, on the operator's workload."""
+    operator = OPERATORS[chosen.operator]
+    known = dtype in chosen.dtypes
+    sample = operator.workload(dtype) if operator.workload else cast(list(operator.samples(dtype))[-1], dtype)
+    placed = tuple(x.to(chosen.device) if isinstance(x, Tensor) else x for x in sample)
+    reference = _seconds(operator.reference, placed)
+    own = _seconds(operator.call, placed) if known else reference
+    least = max(operator.flops(*placed) / matrix_rate, operator.traffic(*placed) / memory_rate)
+    return replace(chosen, speed_up=reference / own if known else None, limit_share=least / own)
+
+
+def _seconds(function: Callable[..., Any], sample: tuple[Any, ...], repeats: int = 5) -> float:
+    with torch.no_grad():
+        function(*sample)
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function(*sample)
+            if sample[0].device.type != "cpu":
+                torch.accelerator.synchronize()
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _in_clean_thread(work: Callable[[], Any]) -> Any:
+    """Run `work` where no mode of the caller (inference, fake tensors, tracing) is in force: modes are of a thread."""
+    result: list[Any] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(work())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="liaoyuan-ops")
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return result[0]
