@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from liaoyuan import ops
 from liaoyuan.checkpoint import load_model
 from liaoyuan.cli.main import app
 from liaoyuan.data import Corpus, CorpusConfig, TokenBatches, Tokenizer, prepare_corpus
@@ -107,6 +108,22 @@ def test_a_shape_that_does_not_fit_is_refused(config: PretrainConfig, tmp_path: 
     with pytest.raises(LiaoyuanError, match=r"\[model\].*num_key_value_heads must divide num_attention_heads"):
         pretrain(config.model_copy(update={"model": odd}), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_experts_are_refused_where_the_family_has_none(config: PretrainConfig, tmp_path: Path) -> None:
+    shape = config.model.model_copy(update={"model_type": "llama", "num_experts": 4})
+    with pytest.raises(LiaoyuanError, match="model_type 'llama' has no experts"):
+        pretrain(config.model_copy(update={"model": shape}), tmp_path)
+
+
+def test_kernels_of_the_run_file_are_used_and_wrong_ones_refused(config: PretrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(LiaoyuanError, match="no operator 'atention'"):
+        pretrain(config.model_copy(update={"ops": {"atention": "reference"}}), tmp_path)
+    try:
+        pretrain(config.model_copy(update={"ops": {"attention": "reference"}}), tmp_path)
+        assert {row.operator: row.kernel for row in ops.status()}["attention"] == "reference"
+    finally:
+        ops.configure({})
 
 
 def test_a_machine_twice_as_fast_never_gets_a_smaller_run(corpus: Corpus) -> None:
