@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from liaoyuan.ops import add_rms_norm, linear, rms_norm, split_rotary, status, swiglu, token_log_prob
+from liaoyuan.ops import add_rms_norm, exact_rows, linear, rms_norm, split_rotary, swiglu, token_log_prob
 from tests.ops.cases import difference, random
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
@@ -123,13 +123,29 @@ def test_linear(rows, width, out, with_bias, dtype):
     compare(linear, definition, inputs, dtype, (0, 1, 2) if with_bias else (0, 1))
 
 
-def test_up_to_64_rows_the_bits_of_a_linear_row_depend_on_it_alone():
-    x, weight = random(64, 96, dtype=torch.bfloat16), random(50, 96, dtype=torch.bfloat16, seed=1)
-    if next(s for s in status() if s.operator == "linear").kernel != "native":
+@pytest.mark.parametrize(
+    ("width", "out", "with_bias"), [(96, 50, False), (1100, 130, True), (77, 33, True), (1, 1, False)]
+)
+def test_the_bits_of_a_linear_row_depend_on_it_alone(width, out, with_bias):
+    rows = min(exact_rows(), 200)
+    if not rows:
         pytest.skip("torch's own product makes no such promise")
-    whole = linear(x, weight)
-    for rows in (1, 2, 17, 33):
-        assert torch.equal(linear(x[:rows], weight), whole[:rows])
+    x, weight = random(rows, width, dtype=torch.bfloat16), random(out, width, dtype=torch.bfloat16, seed=1)
+    bias = random(out, dtype=torch.bfloat16, seed=2) if with_bias else None
+    whole = linear(x, weight, bias)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            for count in (1, 2, 3, 5, 8, 9, 16, 17, 33, 48, 49, 64, 96, 97, 150, rows):
+                for first in {0, min(7, max(rows - count, 0)), max(rows - count, 0)}:
+                    part = x[first : first + count]
+                    assert torch.equal(linear(part, weight, bias), whole[first : first + count]), (
+                        threads,
+                        first,
+                        count,
+                    )
+        finally:
+            torch.set_num_threads(1)
 
 
 def test_token_log_prob_of_a_large_vocabulary_keeps_no_logits():

@@ -8,7 +8,7 @@ A kernel is used only if its self-test passes on this machine; `status()` says w
 from liaoyuan.ops.attention import attention
 from liaoyuan.ops.build import build
 from liaoyuan.ops.choice import OperatorStatus, configure, measure, status
-from liaoyuan.ops.linear import linear
+from liaoyuan.ops.linear import exact_rows, linear
 from liaoyuan.ops.norm import add_rms_norm, rms_norm
 from liaoyuan.ops.operator import wide
 from liaoyuan.ops.paged_attention import paged_attention, write_cache
@@ -22,6 +22,7 @@ __all__ = [
     "attention",
     "build",
     "configure",
+    "exact_rows",
     "linear",
     "measure",
     "paged_attention",

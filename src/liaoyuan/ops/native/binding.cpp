@@ -14,6 +14,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <limits>
 #include <map>
 #include <memory>
 
@@ -245,6 +246,15 @@ void weight_gradient(const Tensor& out_, const Tensor& grad, const Tensor& x) {
   product_into(result, grad.t(), x);
 }
 
+constexpr int64_t FEW_ROWS = 64;  // with more, torch's own product is faster where there are AMX units
+
+// Up to how many rows the bits of a row of a bf16 product depend on it alone.
+int64_t exact_linear_rows() {
+  BFloat16 nothing{};
+  if (dots_pairs()) return std::numeric_limits<int64_t>::max();
+  return multiply(&nothing, &nothing, nullptr, &nothing, {}) ? FEW_ROWS : 0;
+}
+
 Tensor linear_cpu(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_) {
   same_type(x_, weight_);
   TORCH_CHECK(x_.dim() == 2 && weight_.dim() == 2 && x_.size(1) == weight_.size(1), "the weight does not fit");
@@ -252,12 +262,13 @@ Tensor linear_cpu(const Tensor& x_, const Tensor& weight_, const OptionalTensor&
   OptionalTensor bias = dense(bias_);
   if (bias) same_type(x, *bias);
   TORCH_CHECK(!bias || bias->numel() == weight.size(0), "the bias does not fit");
-  constexpr int64_t FEW = 64, MATRIX_ROWS = 2;  // so few rows cost no more than widening the weight
-  if (x.scalar_type() == at::kBFloat16 && x.size(0) <= FEW) {
+  constexpr int64_t MATRIX_ROWS = 2;  // so few cost no more than widening the weight
+  if (x.scalar_type() == at::kBFloat16) {
     Tensor result = at::empty({x.size(0), weight.size(0)}, x.options());
     MatrixShape shape{x.size(0), weight.size(0), x.size(1), false, true, x.size(1), x.size(1), weight.size(0)};
-    if (multiply(in<BFloat16>(x), in<BFloat16>(weight), in<BFloat16>(bias), out<BFloat16>(result), shape))
-      return result;
+    const BFloat16 *left = in<BFloat16>(x), *right = in<BFloat16>(weight), *shift = in<BFloat16>(bias);
+    if (x.size(0) <= FEW_ROWS && multiply(left, right, shift, out<BFloat16>(result), shape)) return result;
+    if (multiply_dot(left, right, shift, out<BFloat16>(result), shape)) return result;
   }
   if (through_fp32(x) && x.size(0) > MATRIX_ROWS) {
     OptionalTensor wide = bias ? OptionalTensor(bias->to(at::kFloat)) : std::nullopt;
@@ -522,6 +533,9 @@ void use(std::string name, bool on) {
 
 }  // namespace
 
-TORCH_LIBRARY(liaoyuan_native, library) { library.def("use(str name, bool on) -> ()", &use); }
+TORCH_LIBRARY(liaoyuan_native, library) { 
+  library.def("use(str name, bool on) -> ()", &use);
+  library.def("exact_linear_rows() -> int", &exact_linear_rows);
+}
 
 }  // namespace liaoyuan

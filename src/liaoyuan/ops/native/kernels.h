@@ -84,6 +84,11 @@ struct MatrixShape {
 };
 bool multiply(const BFloat16* a, const BFloat16* b, const BFloat16* bias, BFloat16* c, MatrixShape shape);
 
+// matrix_dot.cpp: the same by AVX-512's dot products of bf16; false where there are none, or AMX units to do better.
+bool multiply_dot(const BFloat16* a, const BFloat16* b, const BFloat16* bias, BFloat16* c, const MatrixShape& shape);
+
+bool dots_pairs();  // whether it would compute anything
+
 // Whether torch's own product of bf16 matrices is many times slower here than that of fp32: it takes the elements one
 // by one where there is no AVX-512.
 bool bf16_is_slow();
