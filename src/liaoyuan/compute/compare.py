@@ -329,7 +329,7 @@ def _fill(program: Program, weights: Mapping[str, Tensor]) -> None:
 def growth(comparison: Comparison, factor: float = 2.0) -> Iterator[Row]:
     """Yield the rows that a reader wants: at which the difference appears or grows by `factor` over all before in its
     phase, the first beyond tolerance, those whose operator itself differs most, and the worst of each phase."""
-    rows = [row for row in comparison.rows if not row.only and row.difference.relative]
+    rows = [row for row in comparison.rows if row.is_beyond or (not row.only and row.difference.relative)]
     chosen = {comparison.first}
     for phase in ("forward", "backward"):
         own, highest = [row for row in rows if row.phase == phase], 0.0

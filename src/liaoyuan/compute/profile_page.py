@@ -6,6 +6,7 @@ from liaoyuan.compute.profile import OperatorTime, Profile, grouped
 from liaoyuan.report import Bar, Bars, Cell, Line, Page, Paragraph, Plot, Point, Points, Section, Table, Text, Words
 
 MOST_BARS = 16
+LOW = 0.5  # share of the roof below which a bar is coloured
 PHASES = {
     "forward": Text("forward", "前向"),
     "backward": Text("backward", "反向"),
@@ -43,8 +44,8 @@ def _bars(found: Profile, rows: Sequence[OperatorTime]) -> Plot:
         Bar(
             _name(row),
             row.seconds,
-            f"{found.share(row.seconds):.0%}" + (f", {row.roof_share:.0%} of roof" if row.roof_seconds else ""),
-            row.roof_share < 0.5,
+            f"{found.share(row.seconds):.0%}" + (f" / {row.roof_share:.0%}" if row.roof_seconds else ""),
+            0 < row.roof_share < LOW,
         )
         for row in rows[:MOST_BARS]
     ]
@@ -56,7 +57,12 @@ def _bars(found: Profile, rows: Sequence[OperatorTime]) -> Plot:
     note = Text(
         "Coloured: less than half of what its FLOPs and bytes allow.", "着色者：不足其运算量与访存量所允许的一半。"
     )
-    return Plot(Text("The step", "这一步"), Bars(Text("time", "时间"), bars), note, wide=True)
+    return Plot(
+        Text("The step", "这一步"),
+        Bars(Text("share of the step / share of the roof", "占这一步 / 达屋顶"), bars),
+        note,
+        wide=True,
+    )
 
 
 def _roofline(found: Profile, rows: Sequence[OperatorTime]) -> Plot:

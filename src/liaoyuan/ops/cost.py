@@ -49,7 +49,7 @@ GROUPS = {  # of PyTorch's operators, by name; others are told by their tags
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call. dtype: of the first tensor of floats that it reads or writes, whose products it computes."""
+    """Of one call. dtype: of the largest tensor of floats that it reads or writes, whose products it computes."""
 
     flops: int
     traffic: int
@@ -59,7 +59,8 @@ class Cost:
 def cost_of(call: Call, output: Any) -> Cost:
     """Return what this call had to compute and move."""
     tensors = [*tensors_in(call.inputs), *tensors_in(tuple(call.named_inputs.values())), *tensors_in(output)]
-    dtype = next((x.dtype for x in tensors if x.is_floating_point()), torch.float32)
+    largest = max((x for x in tensors if x.is_floating_point()), key=Tensor.numel, default=None)
+    dtype = torch.float32 if largest is None else largest.dtype
     return Cost(_flops(call, output), _traffic(call, tensors), dtype)
 
 

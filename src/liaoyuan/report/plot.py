@@ -315,9 +315,14 @@ def _draw_points(axes: Any, drawing: Points, labels: _Labels) -> None:
     axes.grid(axis="both", color=GRID, linewidth=0.6)
     for index, curve in enumerate(drawing.curves):
         axes.plot(curve.x, curve.y, color=_colour(index + 1), linewidth=1.6)
-    for point in filter(_is_drawable, drawing.points):
+    for index, point in enumerate(sorted(filter(_is_drawable, drawing.points), key=lambda point: point.x)):
         axes.plot([point.x], [point.y], "o", color=_colour(0), markersize=5.0)
-        axes.annotate(labels(point.name), (point.x, point.y), (6, -3), textcoords="offset points", color=INK)
+        beside = (6, 3 if index % 2 else -9)  # neighbours' names do not run into each other
+        axes.annotate(labels(point.name), (point.x, point.y), beside, textcoords="offset points", color=INK)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(lambda value, _: "")
+    axes.tick_params(which="minor", length=0)
     axes.margins(x=0.12, y=0.12)
 
 
