@@ -57,7 +57,7 @@ def test_compare_tells_machines_all(folder):
     assert values.keys() == {"differs", "tolerance", "losses", "first", "parted", "operators", "gradients"}
     assert values["differs"] is False and values["first"] is None and found.exit_code == 0
     row = values["operators"][5]
-    assert row.keys() == {"phase", "module", "operator", "output", "is_beyond", "only", "difference", "alone"}
+    assert row.keys() == {"phase", "module", "operator", "output", "is_beyond", "is_own", "only", "difference", "alone"}
     assert row["difference"].keys() == {"largest", "relative", "first", "second", "where", "reason"}
     assert len(values["gradients"]) == len(list(randomised(config_from_dict(WORDS), 0).parameters()))
 

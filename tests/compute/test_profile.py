@@ -11,10 +11,11 @@ from liaoyuan.compute import profile as room
 from liaoyuan.compute.profile import Profile, Subject, grouped, profile
 from liaoyuan.compute.profile_page import profile_page
 from liaoyuan.compute.profile_subject import Size, open_subject
+from liaoyuan.compute.subject import random_stream, some_batches
 from liaoyuan.device import Device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import config_from_dict
-from liaoyuan.ops.cost import cost_of, group_of
+from liaoyuan.ops.cost import Cost, cost_of, group_of
 from liaoyuan.ops.operator import OPERATORS
 from liaoyuan.ops.watch import Watch
 from liaoyuan.training.flops import training_flops
@@ -71,13 +72,19 @@ def test_the_plain_values_have_the_documented_keys(folder):
 
 
 def test_flops_are_those_that_training_counts(folder):
-    """The operators' own formulas add up to the model's, which counts nothing twice and leaves nothing out."""
-    subject = open_subject(folder, "train", CPU, None, Size(48), [])
-    found = profile(subject, 1)
-    model = subject.model
-    # One row of one document at least: what a token sees is bounded by the whole and by nothing but itself.
-    bounds = [training_flops(model.config, torch.tensor(ends, dtype=torch.int32)) for ends in ([0, 48], range(49))]
-    assert min(bounds) <= sum(row.flops for row in found.operators) * 0.96 <= max(bounds) * 1.1
+    """The operators' own formulas add up to the model's, which counts norms as if they were products, and not what
+    attention computes again going backward."""
+    found = take(folder, tokens=48)
+    counted = {row.operator: row.flops for row in found.operators if row.flops}
+    if "attention" not in counted:
+        pytest.skip("this machine has no kernels")
+    model = randomised(config_from_dict(WORDS), 0)
+    (batch,) = some_batches(random_stream(model.config.vocab_size, 1, 48), 1, 48)
+    again = counted["attention_backward"] - 2 * counted["attention"]
+    assert again == counted["attention"] / 2
+    norms = 6 * 48 * sum(weight.numel() for name, weight in model.named_parameters() if "norm" in name)
+    expected = training_flops(model.config, batch.boundaries) - norms
+    assert sum(counted.values()) - again == pytest.approx(expected, rel=1e-9)
 
 
 def test_an_operator_is_held_against_the_larger_of_its_two_limits(folder):
@@ -113,9 +120,7 @@ def test_a_call_costs_what_its_formulas_say():
     assert costs["rms_norm"] == (cost_of_bytes(2 * 4 * 6 * 8), "liaoyuan")
 
 
-def cost_of_bytes(count: int):
-    from liaoyuan.ops.cost import Cost
-
+def cost_of_bytes(count: int) -> Cost:
     return Cost(0, count, torch.float32)
 
 
@@ -137,8 +142,8 @@ def test_time_in_an_operator_and_time_between_operators_are_told_apart():
 
 def test_decoding_computes_one_token_of_each_sequence(folder):
     found = take(folder, "decode", sequences=3)
-    (attended,) = (row for row in found.operators if row.operator == "paged_attention")
-    assert attended.calls == 2 and found.facts["tokens"] == 3 and found.facts["context"] == 48
+    layers = {row.calls for row in found.operators if row.operator in ("paged_attention", "write_cache")}
+    assert layers <= {2} and found.facts["tokens"] == 3 and found.facts["context"] == 48
 
 
 def test_a_run_s_own_settings_hold(folder, tmp_path):

@@ -30,7 +30,7 @@ def comparison_values(found: Comparison) -> dict[str, Any]:
 
 
 def _row_values(row: Row) -> dict[str, Any]:
-    names = ("phase", "module", "operator", "output", "is_beyond", "only")
+    names = ("phase", "module", "operator", "output", "is_beyond", "is_own", "only")
     alone = _values(row.alone) if row.alone else None
     return {name: getattr(row, name) for name in names} | {"difference": _values(row.difference), "alone": alone}
 
@@ -82,7 +82,9 @@ def _verdict(found: Comparison) -> list[str]:
 def _first(row: Row) -> list[str]:
     lines = [f"The first to differ beyond tolerance is {row.name}, {row.phase}:", f"  {row.difference.text()}."]
     if row.alone:
-        lines.append(f"  From the same inputs: {row.alone.text() if row.alone.relative else 'no difference'}.")
+        told = row.alone.text() if row.alone.relative else "no difference"
+        verdict = "The operator itself differs." if row.is_own else "What differed before it has added up."
+        lines.append(f"  From the same inputs: {told}. {verdict}")
     return lines
 
 

@@ -26,6 +26,7 @@ from liaoyuan.parallel import Layout, Program, Shape, World, lay_out, local, own
 from liaoyuan.parallel.layout import fewest_microbatches
 from liaoyuan.parallel.simulated import simulate
 from liaoyuan.rundir import Progress, Report, silent
+from liaoyuan.training.pretrain import FREE_WORDS
 
 TOLERANCE = {  # of the largest element; differences add up from operator to operator
     torch.float64: 1e-9,
@@ -33,7 +34,6 @@ TOLERANCE = {  # of the largest element; differences add up from operator to ope
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
 }
-DTYPE_WORDS = ("dtype", "torch_dtype")
 MakeStream = Callable[[Decoder, Path | None, int, int], TokenStream]
 
 
@@ -68,6 +68,7 @@ class Row:
 
     difference: as it came about; it has in it what differed before.
     alone: of what the second run computes from the inputs of the first: the operator's own (None: not computed).
+    is_beyond: either is beyond tolerance; is_own: `alone` is, so the operator itself is to blame.
     only: the run that alone called it.
     """
 
@@ -78,6 +79,7 @@ class Row:
     difference: Difference = NONE
     alone: Difference | None = None
     is_beyond: bool = False
+    is_own: bool = False
     only: Literal["", "A", "B"] = ""
 
     @property
@@ -196,7 +198,7 @@ def refuse_different(ours: Decoder, theirs: Decoder, first: Path, second: Path) 
     """Raise LiaoyuanError if two models are not of one architecture."""
     a, b = (model.config.to_dict() for model in (ours, theirs))
     for key in sorted({*a, *b}):
-        if key not in DTYPE_WORDS and a.get(key) != b.get(key):
+        if key not in FREE_WORDS and a.get(key) != b.get(key):
             raise LiaoyuanError(
                 f"{first} and {second} are different architectures ({key} is {a.get(key)!r} and {b.get(key)!r}), "
                 "so their operators cannot be compared."
@@ -243,8 +245,9 @@ class _Sides:
         if self._alone and self._alone[0] is b.call:
             alone = _worst(a.outputs, self._alone[1])[1]
             self._alone = None
-        is_beyond = not difference.relative <= limit or bool(alone and not alone.relative <= self._own_limit(b))
-        return replace(row, output=output, difference=difference, alone=alone, is_beyond=is_beyond)
+        is_own = bool(alone and not alone.relative <= self._own_limit(b))
+        is_beyond = is_own or not difference.relative <= limit
+        return replace(row, output=output, difference=difference, alone=alone, is_beyond=is_beyond, is_own=is_own)
 
     def _compute_alone(self, way: Way, call: Call) -> None:
         """Let the second run's kernel compute from the first run's inputs, in the second one's dtypes."""
