@@ -1,7 +1,10 @@
 """`ops compare` names the operator in which two runs begin to differ, and says when nothing differs."""
 
 import itertools
+import json
 import math
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -150,8 +153,21 @@ def test_where_the_two_part_is_said(folder, monkeypatch):
     found = both(Way(folder), Way(folder))
     assert found.parted
     assert (found.parted.operator, found.parted.module, found.parted.only) == ("aten.mul", "layers.1.mlp", "B")
-    assert sum(not row.only for row in found.rows) == len(both(Way(folder), Way(folder)).rows)
+    shared = [row for row in found.rows if not row.only]
+    assert len(shared) == len(both(Way(folder), Way(folder)).rows)
+    assert all(row.alone for row in shared if not row.operator.startswith("aten."))
     assert not found.differs
+
+
+def test_two_devices_are_compared(folder):
+    """The same operators by name on both, whatever computes them there."""
+    script = Path(__file__).with_name("stand_in_compare.py")
+    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert not found["differs"] and found["worst"] < 1e-5 and found["ran_there"] > 20
+    assert {"attention", "attention_backward", "linear_backward", "token_log_prob"} <= set(found["operators"])
+    assert len(found["alone"]) == found["compared"] and max(found["alone"]) < 1e-5
 
 
 def test_two_architectures_are_refused_in_a_sentence(folder, tmp_path):

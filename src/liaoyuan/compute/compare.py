@@ -4,6 +4,7 @@ Both run side by side (`ops.lockstep`), so the memory is that of the two models 
 of this package is called by its registered name on both sides, whatever kernel computes it there.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder
 from liaoyuan.ops.choice import AUTO, REFERENCE, compute_with, operators_called
 from liaoyuan.ops.difference import NONE, Difference
-from liaoyuan.ops.lockstep import Pair, Seen, side_by_side
+from liaoyuan.ops.lockstep import LOOK_AHEAD, Pair, Seen, side_by_side
 from liaoyuan.ops.operator import OPERATORS
 from liaoyuan.ops.watch import Around, Call, Watch, tensors_in
 from liaoyuan.parallel import Layout, Program, Shape, World, lay_out, local, own_block, resolve
@@ -212,8 +213,8 @@ class _Sides:
         self._ways, self._batches, self._tolerance = {"A": first, "B": second}, batches, tolerance
         self._scale = 1.0 / sum(len(batch.tokens) for batch in batches)
         self.losses: dict[str, float] = {}
-        self._ahead: Call | None = None
-        self._alone: tuple[Call, tuple[Tensor, ...]] | None = None
+        self._ahead: deque[Call] = deque(maxlen=LOOK_AHEAD)  # calls of the first run that the second has yet to make
+        self._alone: dict[int, tuple[Tensor, ...]] = {}  # of the second run's calls, by their identity
 
     def job(self, model: Decoder, letter: str) -> Callable[[Around], None]:
         """Return the run of one side."""
@@ -221,9 +222,9 @@ class _Sides:
 
         def run(around: Around) -> None:
             def computed(call: Call, compute: Callable[[], Any]) -> Any:
-                if letter == "A":
-                    self._ahead = call
-                else:
+                if letter == "A" and _operator_of(call):
+                    self._ahead.append(call)
+                elif letter == "B":
                     self._compute_alone(way, call)
                 return around(call, lambda: _compute(way, call, compute))
 
@@ -241,25 +242,23 @@ class _Sides:
         if a is None or b is None:
             return replace(row, only="A" if a else "B")
         output, difference = _worst(a.outputs, b.outputs)
-        alone = None
-        if self._alone and self._alone[0] is b.call:
-            alone = _worst(a.outputs, self._alone[1])[1]
-            self._alone = None
+        outputs = self._alone.pop(id(b.call), None)
+        alone = _worst(a.outputs, outputs)[1] if outputs else None
         is_own = bool(alone and not alone.relative <= self._own_limit(b))
         is_beyond = is_own or not difference.relative <= limit
         return replace(row, output=output, difference=difference, alone=alone, is_beyond=is_beyond, is_own=is_own)
 
     def _compute_alone(self, way: Way, call: Call) -> None:
         """Let the second run's kernel compute from the first run's inputs, in the second one's dtypes."""
-        self._alone = None
-        ahead = self._ahead
-        if ahead is None or ahead.key != call.key or not _operator_of(call):
+        if not _operator_of(call) or all(ahead.key != call.key for ahead in self._ahead):
             return
+        while (ahead := self._ahead.popleft()).key != call.key:
+            pass
         inputs = tuple(_like(x, own) for x, own in zip(ahead.inputs, call.inputs, strict=True))
         if all(_form(x) == _form(own) for x, own in zip(inputs, call.inputs, strict=True)):
             same = replace(call, inputs=inputs)
             output = _compute(way, same, lambda: call.function(*inputs))
-            self._alone = call, tuple(tensors_in(output))
+            self._alone[id(call)] = tuple(tensors_in(output))
 
     def _own_limit(self, seen: Seen) -> float:
         """Return the tolerance of the operator's self-test in the coarsest dtype that it reads."""

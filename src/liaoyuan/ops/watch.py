@@ -55,7 +55,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, model: nn.Module, around: Around) -> None:
         super().__init__()
         self._model, self._around = model, around
-        self._owners = {weight.data_ptr(): name.rpartition(".")[0] for name, weight in model.named_parameters()}
+        self._owners = {id(weight): name.rpartition(".")[0] for name, weight in model.named_parameters()}
         self._running: list[str] = []
         self._made: list[tuple[int, str]] = []  # from which sequence number on nodes are of which module
         self._phase: Phase = "forward"
@@ -111,8 +111,7 @@ class Watch(TorchDispatchMode):
         if self._phase == "update":
             return ""
         around = self._running[-1] if self._running else self._maker(node)
-        owners = [self._owners[x.data_ptr()] for x in inputs if _is_plain(x) and x.data_ptr() in self._owners]
-        owner = _common(owners)
+        owner = _common([self._owners[id(x)] for x in inputs if id(x) in self._owners])
         return owner if not around or owner.startswith(f"{around}.") else around
 
     def _maker(self, node: Any) -> str:
@@ -139,10 +138,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def _sequence_number() -> int:
     return int(torch._C._autograd._get_sequence_nr())
-
-
-def _is_plain(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.device.type != "meta" and x.numel() > 0
 
 
 def _common(names: Sequence[str]) -> str:

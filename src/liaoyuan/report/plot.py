@@ -17,6 +17,7 @@ from liaoyuan.report.text import Text, Words, markup
 SERIES = 6  # colours that the style sheet names --series-0 to --series-5
 INK, FAINT, GRID, PAPER = "#010201", "#010202", "#010203", "#010204"  # marker colours, replaced by CSS variables
 VARIABLES = {INK: "--ink", FAINT: "--faint", GRID: "--grid", PAPER: "--paper"}
+LARGEST = 1e30  # that a logarithmic axis shows: beyond it matplotlib's own margins overflow
 WIDTHS = {False: 5.2, True: 9.4}  # inches of a plot and of a wide plot; the page scales both to their column
 NO_DATA = Text("No figures were recorded.", "没有记录到数据。")
 
@@ -144,7 +145,7 @@ def _has_data(drawing: Drawing) -> bool:
 
 
 def _is_drawable(point: Point) -> bool:
-    return 0 < point.x < math.inf and 0 < point.y < math.inf
+    return all(1 / LARGEST < number < LARGEST for number in (point.x, point.y))
 
 
 def _is_finite(value: Interval | None) -> bool:
