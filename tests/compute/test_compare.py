@@ -8,6 +8,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from liaoyuan.compute.compare import Comparison, Way, compare, compare_layout, g
 from liaoyuan.compute.subject import random_stream
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import config_from_dict
-from liaoyuan.ops import choice
+from liaoyuan.ops import choice, difference
 from liaoyuan.ops.difference import Difference
 from liaoyuan.parallel import Layout
 from tests.conftest import randomised
@@ -98,6 +99,13 @@ def test_an_operator_that_only_reads_wrong_numbers_is_not_blamed(folder, monkeyp
     later = [row for row in found.rows[wrong + 1 :] if row.alone and row.phase == "forward"]
     assert later and all(row.alone.relative < 1e-5 and not row.is_own for row in later)
     assert any(row.difference.relative > 1e-4 for row in later)
+
+
+def test_an_error_too_small_to_show_in_the_run_is_the_operators_own(folder, monkeypatch):
+    plant(monkeypatch, "rms_norm", 0, 1 + 5e-5)
+    found = both(Way(folder), Way(folder, kernels={"": "reference"}))
+    assert found.first and found.first.module == "layers.0.input_layernorm" and found.first.is_own
+    assert found.first.difference.relative < found.tolerance and found.differs
 
 
 def test_references_agree_with_the_kernels_of_this_machine(folder):
@@ -241,6 +249,11 @@ def test_a_layout_that_does_not_fit_is_refused(folder):
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=3), st.data())
 def test_the_largest_difference_is_found_where_it_is(shape, data):
+    with patch.object(difference, "CHUNK", data.draw(st.sampled_from([3, 2**22]))):
+        check_that_it_is_found(shape, data)
+
+
+def check_that_it_is_found(shape, data):
     size = math.prod(shape)
     first = torch.arange(size, dtype=torch.float32).reshape(shape) - 3
     second = first.clone()

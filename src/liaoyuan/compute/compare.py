@@ -239,10 +239,10 @@ class _Sides:
         seen = a or b
         assert seen
         row = Row(seen.call.phase, seen.call.module, seen.call.operator)
+        outputs = self._alone.pop(id(b.call), None) if b else None
         if a is None or b is None:
             return replace(row, only="A" if a else "B")
         output, difference = _worst(a.outputs, b.outputs)
-        outputs = self._alone.pop(id(b.call), None)
         alone = _worst(a.outputs, outputs)[1] if outputs else None
         is_own = bool(alone and not alone.relative <= self._own_limit(b))
         is_beyond = is_own or not difference.relative <= limit

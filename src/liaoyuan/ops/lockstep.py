@@ -108,8 +108,6 @@ class _Side:
             self._seen = Seen(call, outputs)
             self._there.release()
             self._go.acquire()
-            if self._is_closing:
-                raise _Ended
         return output
 
 
