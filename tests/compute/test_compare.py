@@ -122,12 +122,15 @@ def test_a_kernel_of_one_operator_can_be_chosen(folder):
     assert (first.operator, first.module) == ("attention", "layers.0.self_attn")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dtypes_are_compared_within_what_they_can_hold(folder, dtype):
-    found = both(Way(folder, dtype="float64"), Way(folder, dtype=dtype))
+@pytest.mark.parametrize(
+    ("dtype", "other"),
+    [("float64", "float32"), ("float32", "float64"), ("float64", "bfloat16"), ("bfloat16", "float32")],
+)
+def test_dtypes_are_compared_within_what_they_can_hold(folder, dtype, other):
+    found = both(Way(folder, dtype=dtype), Way(folder, dtype=other))
     assert not found.differs and found.parted is None
     assert found.losses[0] == pytest.approx(found.losses[1], rel=1e-2)
-    assert both(Way(folder, dtype="float64"), Way(folder, dtype=dtype), 1e-9).first.operator in (
+    assert both(Way(folder, dtype=dtype), Way(folder, dtype=other), 1e-9).first.operator in (
         "aten.embedding",
         "rms_norm",
     )

@@ -244,7 +244,7 @@ class _Sides:
             return replace(row, only="A" if a else "B")
         output, difference = _worst(a.outputs, b.outputs)
         alone = _worst(a.outputs, outputs)[1] if outputs else None
-        is_own = bool(alone and not alone.relative <= self._own_limit(b))
+        is_own = bool(alone and not alone.relative <= self._own_limit(a, b))
         is_beyond = is_own or not difference.relative <= limit
         return replace(row, output=output, difference=difference, alone=alone, is_beyond=is_beyond, is_own=is_own)
 
@@ -260,11 +260,12 @@ class _Sides:
             output = _compute(way, same, lambda: call.function(*inputs))
             self._alone[id(call)] = tuple(tensors_in(output))
 
-    def _own_limit(self, seen: Seen) -> float:
-        """Return the tolerance of the operator's self-test in the coarsest dtype that it reads."""
-        operator = OPERATORS[seen.call.operator.removesuffix("_backward")]
-        known = [operator.tolerance.get(x.dtype, 0.0) for x in tensors_in(seen.call.inputs)]
-        return max(known) if self._tolerance is None else self._tolerance
+    def _own_limit(self, a: Seen, b: Seen) -> float:
+        """Return the tolerance of the operator's self-test in the coarsest dtype that either side reads."""
+        if self._tolerance is not None:
+            return self._tolerance
+        known = TOLERANCE | dict(OPERATORS[_operator_of(b.call)].tolerance)
+        return max(known.get(x.dtype, 0.0) for seen in (a, b) for x in tensors_in(seen.call.inputs))
 
 
 def _progress(row: Row, layers: int) -> Progress:
