@@ -22,9 +22,10 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import config_from_dict
 from liaoyuan.ops import choice, difference
 from liaoyuan.ops.difference import Difference
+from liaoyuan.ops.operator import OPERATORS
 from liaoyuan.parallel import Layout
 from tests.conftest import randomised
-from tests.parallel.layouts import COMMON, EXPERTS
+from tests.parallel.layouts import COMMON, MODELS
 
 ROWS, LENGTH = 2, 48
 
@@ -147,12 +148,26 @@ def test_other_weights_differ_where_they_are_first_read(folder, tmp_path):
     assert first.difference.where[1] == 3
 
 
-def test_experts_are_compared_too(tmp_path):
-    words = COMMON | EXPERTS | {"model_type": "qwen3_moe", "num_experts": 4, "num_hidden_layers": 2}
-    save_model(randomised(config_from_dict(words), 0), tmp_path / "experts", None)
-    found = both(Way(tmp_path / "experts"), Way(tmp_path / "experts", kernels={"": "reference"}))
+@pytest.mark.parametrize("kind", ["experts", "latent", "sinks", "tied"])
+def test_every_kind_of_model_is_compared(kind, tmp_path):
+    path = tmp_path / kind
+    save_model(randomised(config_from_dict(MODELS[kind]), 0), path, None)
+    found = both(Way(path), Way(path, kernels={"": "reference"}))
     assert not found.differs and found.parted is None
-    assert any(row.module == "layers.1.mlp.gate" for row in found.rows)
+    assert found.gradients.keys() == dict(randomised(config_from_dict(MODELS[kind]), 0).named_parameters()).keys()
+    layout = Layout(fsdp=2, ep=2) if kind != "tied" else Layout(pp=2)
+    spread = compare_layout(Way(path, dtype="float64"), layout, stream, 4, 32)
+    assert not spread.differs and spread.gradients.keys() == found.gradients.keys()
+
+
+def test_without_any_kernel_the_references_are_compared_by_name(folder):
+    choice.configure(dict.fromkeys(OPERATORS, "reference"))
+    try:
+        found = both(Way(folder), Way(folder, dtype="float64"))
+    finally:
+        choice.configure({})
+    assert not found.differs and found.parted is None
+    assert {"attention", "attention_backward", "swiglu"} <= {row.operator for row in found.rows}
 
 
 def test_where_the_two_part_is_said(folder, monkeypatch):

@@ -1,13 +1,16 @@
 """`ops profile` divides a step's time without remainder, and holds every operator against its own formulas."""
 
 import math
+import shutil
 import time
 
 import pytest
 import torch
 
+from liaoyuan import config as configuration
 from liaoyuan.checkpoint import save_model
 from liaoyuan.compute import profile as room
+from liaoyuan.compute.compare import Way, compare
 from liaoyuan.compute.profile import Profile, Subject, grouped, profile
 from liaoyuan.compute.profile_page import profile_page
 from liaoyuan.compute.profile_subject import Size, open_subject
@@ -19,6 +22,7 @@ from liaoyuan.ops.cost import Cost, cost_of, group_of
 from liaoyuan.ops.operator import OPERATORS
 from liaoyuan.ops.watch import Watch
 from liaoyuan.training.flops import training_flops
+from liaoyuan.training.pretrain import PretrainConfig, pretrain
 from tests.conftest import randomised
 from tests.parallel.layouts import COMMON
 
@@ -182,3 +186,24 @@ def test_the_page_shows_the_step_and_the_roof(folder):
     assert page.count("<svg") == 2 and "attention_backward" in page and "http" not in page.replace("http-equiv", "")
     assert all(word in page for word in ("between operators", "算子之间", "FLOPs per byte"))
     assert "nan" not in page and not math.isnan(take(folder).step_seconds)
+
+
+def test_a_run_file_is_profiled_before_it_has_run(run_file):
+    """From fresh weights of the shape that it names; nothing is written."""
+    before = sorted(run_file.parent.rglob("*"))
+    subject = open_subject(run_file, "train", CPU, None, Size(), ["model.num_hidden_layers=3"])
+    found = profile(subject, 1)
+    assert (found.facts["tokens"], found.facts["sequence_length"], found.facts["dtype"]) == (256, 64, "float32")
+    assert len(subject.model.layers) == 3
+    assert sorted(run_file.parent.rglob("*")) == before
+
+
+def test_a_run_under_way_is_compared_and_profiled(run_file, tmp_path):
+    """It has no model folder yet: the newest state is read."""
+    config = configuration.load(PretrainConfig, run_file, ["train.steps=2", "train.checkpoint_every=1"])
+    pretrain(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert profile(open_subject(tmp_path / "run", "prefill", CPU, None, Size(32), []), 1).facts["tokens"] == 32
+    way = Way(tmp_path / "run")
+    found = compare(way, way, lambda model, _, *size: random_stream(model.config.vocab_size, *size), 1, 32)
+    assert not found.differs and found.rows
