@@ -218,6 +218,15 @@ def test_a_mistake_is_a_sentence(folder, change, told):
         both(Way(folder), replace(Way(folder), **change))
 
 
+def test_a_kernel_that_failed_its_self_test_is_not_said_to_agree(folder):
+    choice.configure({"swiglu": "reference"})
+    try:
+        with pytest.raises(LiaoyuanError, match="native is not in use for swiglu: chosen in the configuration"):
+            both(Way(folder), Way(folder, kernels={"swiglu": "native"}))
+    finally:
+        choice.configure({})
+
+
 def test_a_failure_in_one_run_ends_both_and_leaves_no_thread(folder, monkeypatch):
     def broken(kernel, called, function, inputs):
         if called == "swiglu_backward" and kernel == "reference":

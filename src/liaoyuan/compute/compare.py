@@ -18,7 +18,7 @@ from liaoyuan.data import Batch, TokenStream
 from liaoyuan.device import Device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder
-from liaoyuan.ops.choice import AUTO, REFERENCE, compute_with, operators_called
+from liaoyuan.ops.choice import AUTO, REFERENCE, compute_with, operators_called, status
 from liaoyuan.ops.difference import NONE, Difference
 from liaoyuan.ops.lockstep import LOOK_AHEAD, Pair, Seen, side_by_side
 from liaoyuan.ops.operator import OPERATORS
@@ -51,7 +51,7 @@ class Way:
     kernels: Mapping[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise LiaoyuanError if it asks for an operator or a kernel that does not exist on its device."""
+        """Raise LiaoyuanError if it asks for an operator or a kernel that does not exist, or is not in use, there."""
         for name, kernel in self.kernels.items():
             if name and name not in OPERATORS:
                 raise LiaoyuanError(f"There is no operator '{name}'. There are: {', '.join(sorted(OPERATORS))}.")
@@ -61,6 +61,13 @@ class Way:
             if kernel not in known:
                 of = f"The operator {name} has" if name else "There is"
                 raise LiaoyuanError(f"{of} no kernel '{kernel}' on {self.device.type}: {', '.join(known)}.")
+            self._refuse_unused(name, kernel)
+
+    def _refuse_unused(self, name: str, kernel: str) -> None:
+        """Raise LiaoyuanError if the reference would compute all that this kernel is asked for."""
+        asked = [row for row in status(self.device.type) if name in ("", row.operator)]
+        if kernel not in (AUTO, REFERENCE) and all(row.kernel != kernel for row in asked):
+            raise LiaoyuanError(f"The kernel {kernel} is not in use for {name or 'any operator'}: {asked[0].reason}")
 
 
 @dataclass(frozen=True)
