@@ -320,6 +320,7 @@ def _draw_points(axes: Any, drawing: Points, labels: _Labels) -> None:
         axes.plot([point.x], [point.y], "o", color=_colour(0), markersize=5.0)
         beside = (6, 3 if index % 2 else -9)  # neighbours' names do not run into each other
         axes.annotate(labels(point.name), (point.x, point.y), beside, textcoords="offset points", color=INK)
+    axes.yaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_minor_formatter(lambda value, _: "")
