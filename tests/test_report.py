@@ -19,6 +19,8 @@ from liaoyuan.report import (
     Page,
     Paragraph,
     Plot,
+    Point,
+    Points,
     Sample,
     Samples,
     Section,
@@ -78,11 +80,13 @@ def full_page(word: str = "word", numbers: tuple[float, ...] = (0.1, 0.5, 0.9)) 
     lines = Lines(text, text, [curve, curve], smooth=2, percent=True)
     bars = Bars(text, [Bar(text, number, word, strong=True) for number in numbers])
     dots = Intervals(text, [text, text], [text, text], [[Interval(mean, low, high), None]] * 2, zero=True)
+    roof = Line(text, [1.0, 10.0], [1.0, 10.0])
+    points = Points(text, text, [Point(text, 2.0, 3.0), *(Point(text, number, number) for number in numbers)], [roof])
     parts = [
         Paragraph(text),
         KeyFigures([Figure(word, text, text)]),
         Table([text, text], [[text, word]], note=text),
-        *(Plot(text, drawing, text) for drawing in (lines, bars, dots)),
+        *(Plot(text, drawing, text) for drawing in (lines, bars, dots, points)),
         Samples([Sample(word, word, word, word, True, None)], text, text),
         Code(text, word),
     ]
@@ -131,9 +135,9 @@ def test_odd_numbers_make_no_page_fail(numbers):
 
 
 def test_no_data_says_so():
-    empty = [Lines("x", "y", []), Bars("x", []), Intervals("x", [], [], [])]
+    empty = [Lines("x", "y", []), Bars("x", []), Intervals("x", [], [], []), Points("x", "y", [Point("p", 0.0, 1.0)])]
     page = Page("t", [Section("s", [Plot("p", drawing) for drawing in empty])]).html()
-    assert page.count("No figures were recorded.") == 3
+    assert page.count("No figures were recorded.") == 4
 
 
 def test_a_plot_takes_its_colours_from_the_page():

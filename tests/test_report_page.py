@@ -21,6 +21,8 @@ from liaoyuan.report import (
     Page,
     Paragraph,
     Plot,
+    Point,
+    Points,
     Sample,
     Samples,
     Section,
@@ -53,6 +55,7 @@ def page() -> Page:
         Plot(WORDS, lines),
         Plot(WORDS, Bars(WORDS, [Bar(WORDS, 2.0, "2.0", strong=True)])),
         Plot(WORDS, dots, WORDS, wide=True),
+        Plot(WORDS, Points(WORDS, WORDS, [Point(WORDS, 1.0, 10.0), Point(WORDS, 20.0, 300.0)], lines.lines)),
         Samples([Sample("1" * 300, "2", "before " * 60, "after", False, True)], WORDS, WORDS),
         Code(WORDS, "key = 1\n" * 20 + "x" * 300),
     ]
@@ -104,7 +107,7 @@ def test_plots_are_drawn_in_the_colours_of_light_and_dark(browser):
     sizes = browser.execute_script(
         "return [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width)"
     )
-    assert len(sizes) == 3 and min(sizes) > 300
+    assert len(sizes) == 4 and min(sizes) > 300
 
 
 @pytest.mark.parametrize("width", [1200, 390])

@@ -171,7 +171,7 @@ def measure_memory_rate(megabytes: int = 256, seconds: float = 0.3, device: str 
 def _best_time(work: Callable[[], object], device: Device, seconds: float) -> float:
     work()
     best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    while best == float("inf") or time.perf_counter() < end:  # at least once, however busy the machine is
         device.synchronize()
         start = time.perf_counter()
         work()

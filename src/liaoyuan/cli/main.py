@@ -13,6 +13,7 @@ from liaoyuan.cli.data import data
 from liaoyuan.cli.doctor import doctor
 from liaoyuan.cli.eval import evaluate
 from liaoyuan.cli.launch import launch
+from liaoyuan.cli.ops import app as ops
 from liaoyuan.cli.process import tune_process
 from liaoyuan.cli.quickstart import quickstart
 from liaoyuan.cli.score import score
@@ -39,6 +40,7 @@ app.command()(serve)
 app.command()(chat)
 app.command()(convert)
 app.command(context_settings={"allow_interspersed_args": False})(launch)
+app.add_typer(ops, name="ops")
 app.command()(doctor)
 
 INTERRUPTED = 130  # exit code of a process that Ctrl-C ended

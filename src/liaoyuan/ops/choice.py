@@ -5,11 +5,12 @@ The self-test compares with the reference in fp32, forward and backward. Nothing
 reference is used, and a warning says so once. `configure` overrides the choice.
 """
 
+import contextlib
 import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,11 +20,12 @@ from torch import Tensor
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.operator import OPERATORS, Kernel, Operator, cast, outputs_and_gradients
 
-REFERENCE = "reference"
+REFERENCE, AUTO = "reference", "auto"
 
 _lock = threading.RLock()
 _log = logging.getLogger("liaoyuan.ops")
 _wanted: dict[str, str] = {}  # operator -> kernel, from the configuration
+_through_registered = False  # whether operators are called by their registered names even where no kernel is in use
 _in_use: dict[tuple[str, str], Callable[[bool], None]] = {}  # operator, kind of device -> what takes its kernel away
 
 
@@ -35,7 +37,38 @@ def takes(operator: Operator, first: Tensor, *others: Tensor | None) -> bool:
     dtype = first.dtype
     if any(other is not None and other.dtype is not dtype for other in others):
         return False
-    return dtype in _dtypes(operator.name, first.device.type)
+    return _through_registered or dtype in _dtypes(operator.name, first.device.type)
+
+
+@contextlib.contextmanager
+def operators_called() -> Iterator[None]:
+    """Call every operator by its registered name, whatever kernel is in use, so that who watches sees the same names.
+
+    Whoever asks for this must see to it that the reference computes what no kernel can: `compute_with`.
+    """
+    global _through_registered
+    before, _through_registered = _through_registered, True
+    try:
+        yield
+    finally:
+        _through_registered = before
+
+
+def compute_with(kernel: str, name: str, function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    """Compute a call of the registered operator `name` (or "..._backward") with this kernel, or by the reference.
+
+    kernel: "auto" is the one in use; the reference computes where that is not the one asked for, or does not know the
+        dtype.
+    """
+    operator = OPERATORS[name.removesuffix("_backward")]
+    first = next(x for x in inputs if isinstance(x, Tensor) and x.is_floating_point())
+    chosen = _choose(operator.name, first.device.type)
+    if kernel in (AUTO, chosen.kernel) and first.dtype in chosen.dtypes:
+        return function(*inputs)
+    if name == operator.name:
+        return operator.reference(*inputs)
+    assert operator.gradient
+    return _in_clean_thread(functools.partial(operator.gradient.reference, *inputs))  # it needs autograd itself
 
 
 def configure(kernels: Mapping[str, str]) -> None:

@@ -18,7 +18,7 @@ from liaoyuan.report.page import (
     Section,
     Table,
 )
-from liaoyuan.report.plot import Bar, Bars, Interval, Intervals, Line, Lines, Plot
+from liaoyuan.report.plot import Bar, Bars, Interval, Intervals, Line, Lines, Plot, Point, Points
 from liaoyuan.report.text import Text, Words
 
 __all__ = [
@@ -37,6 +37,8 @@ __all__ = [
     "Paragraph",
     "Part",
     "Plot",
+    "Point",
+    "Points",
     "Sample",
     "Samples",
     "Section",

@@ -17,6 +17,7 @@ from liaoyuan.report.text import Text, Words, markup
 SERIES = 6  # colours that the style sheet names --series-0 to --series-5
 INK, FAINT, GRID, PAPER = "#010201", "#010202", "#010203", "#010204"  # marker colours, replaced by CSS variables
 VARIABLES = {INK: "--ink", FAINT: "--faint", GRID: "--grid", PAPER: "--paper"}
+LARGEST = 1e30  # that a logarithmic axis shows: beyond it matplotlib's own margins overflow
 WIDTHS = {False: 5.2, True: 9.4}  # inches of a plot and of a wide plot; the page scales both to their column
 NO_DATA = Text("No figures were recorded.", "没有记录到数据。")
 
@@ -85,11 +86,31 @@ class Intervals:
 
 
 @dataclass(frozen=True)
+class Point:
+    name: Words
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Points:
+    """Named points over logarithmic axes, under `curves` that bound them."""
+
+    x_label: Words
+    y_label: Words
+    points: Sequence[Point]
+    curves: Sequence[Line] = ()
+
+
+Drawing = Lines | Bars | Intervals | Points
+
+
+@dataclass(frozen=True)
 class Plot:
     """A titled plot with a legend (in the page, not the picture) and an optional note below."""
 
     title: Words
-    drawing: Lines | Bars | Intervals
+    drawing: Drawing
     note: Words = ""
     wide: bool = False
 
@@ -113,23 +134,31 @@ class _Labels:
         return f"@{len(self.words) - 1}@"
 
 
-def _has_data(drawing: Lines | Bars | Intervals) -> bool:
+def _has_data(drawing: Drawing) -> bool:
     if isinstance(drawing, Lines):
         return any(_finite(line) for line in drawing.lines)
     if isinstance(drawing, Bars):
         return any(math.isfinite(bar.value) for bar in drawing.bars)
+    if isinstance(drawing, Points):
+        return any(_is_drawable(point) for point in drawing.points)
     return any(_is_finite(value) for row in drawing.values for value in row)
+
+
+def _is_drawable(point: Point) -> bool:
+    return all(1 / LARGEST < number < LARGEST for number in (point.x, point.y))
 
 
 def _is_finite(value: Interval | None) -> bool:
     return value is not None and all(math.isfinite(number) for number in (value.mean, value.low, value.high))
 
 
-def _legend(drawing: Lines | Bars | Intervals) -> str:
+def _legend(drawing: Drawing) -> str:
     if isinstance(drawing, Bars):
         return ""
     if isinstance(drawing, Lines):
         entries = [(line.name, i if line.colour is None else line.colour) for i, line in enumerate(drawing.lines)]
+    elif isinstance(drawing, Points):
+        entries = [(line.name, i + 1) for i, line in enumerate(drawing.curves)]
     else:
         entries = [(name, i) for i, name in enumerate(drawing.series)]
     if len(entries) < 2:
@@ -158,16 +187,18 @@ def _svg(plot: Plot, prefix: str) -> str:
     return _adopt(buffer.getvalue(), prefix, labels.words, plot.title)
 
 
-def _draw(axes: Any, drawing: Lines | Bars | Intervals, labels: _Labels) -> None:
+def _draw(axes: Any, drawing: Drawing, labels: _Labels) -> None:
     if isinstance(drawing, Lines):
         _draw_lines(axes, drawing, labels)
     elif isinstance(drawing, Bars):
         _draw_bars(axes, drawing, labels)
+    elif isinstance(drawing, Points):
+        _draw_points(axes, drawing, labels)
     else:
         _draw_intervals(axes, drawing, labels)
 
 
-def _interval_rows(drawing: Lines | Bars | Intervals) -> int:
+def _interval_rows(drawing: Drawing) -> int:
     if not isinstance(drawing, Intervals):
         return 0
     return max(2, round(len(drawing.groups) * (0.7 + 0.25 * len(drawing.series))))
@@ -176,7 +207,7 @@ def _interval_rows(drawing: Lines | Bars | Intervals) -> int:
 def _margins(figure: Any, axes: Any, plot: Plot) -> None:
     """Fix the margins in inches: the browser's font differs from the one matplotlib measures with."""
     width, height = figure.get_size_inches()
-    named_rows = not isinstance(plot.drawing, Lines)
+    named_rows = not isinstance(plot.drawing, Lines | Points)
     left = 1.75 if named_rows else 0.62
     figure.subplots_adjust(
         left=left / width,
@@ -276,6 +307,25 @@ def _draw_intervals(axes: Any, drawing: Intervals, labels: _Labels) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _name_rows(axes, [labels(name) for name in drawing.groups])
     axes.margins(x=0.05)
+
+
+def _draw_points(axes: Any, drawing: Points, labels: _Labels) -> None:
+    _frame(axes, labels, drawing.x_label, drawing.y_label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.grid(axis="both", color=GRID, linewidth=0.6)
+    for index, curve in enumerate(drawing.curves):
+        axes.plot(curve.x, curve.y, color=_colour(index + 1), linewidth=1.6)
+    for index, point in enumerate(sorted(filter(_is_drawable, drawing.points), key=lambda point: point.x)):
+        axes.plot([point.x], [point.y], "o", color=_colour(0), markersize=5.0)
+        beside = (6, 3 if index % 2 else -9)  # neighbours' names do not run into each other
+        axes.annotate(labels(point.name), (point.x, point.y), beside, textcoords="offset points", color=INK)
+    axes.yaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(lambda value, _: "")
+    axes.tick_params(which="minor", length=0)
+    axes.margins(x=0.12, y=0.12)
 
 
 def _name_rows(axes: Any, names: list[str]) -> None:
