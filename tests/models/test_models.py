@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from liaoyuan import ops
 from liaoyuan.checkpoint import load_model, save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, ModelConfig, config_from_dict, initialise, packed_context, read_config
@@ -41,6 +42,19 @@ def test_experts_are_the_weighted_sum_and_drop_no_token(expert_config: ModelConf
     gradient = torch.autograd.grad(out.square().sum(), x)[0]
     expected = torch.autograd.grad(dense_mixture(layer, x).square().sum(), x)[0]
     assert torch.allclose(gradient, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_experts_make_of_a_token_does_not_depend_on_the_tokens_beside_it(
+    expert_config: ModelConfig, dtype: torch.dtype
+) -> None:
+    if any(row.kernel != "native" for row in ops.status() if row.operator in ("route", "grouped_linear", "swiglu")):
+        pytest.skip("torch's own products make no such promise")
+    layer = initialise(Decoder(expert_config), 0).layers[0].mlp.to(dtype)
+    x = torch.randn(70, expert_config.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    whole = layer(x)
+    for first, last in ((0, 1), (3, 5), (20, 69)):
+        assert torch.equal(layer(x[first:last]), whole[first:last])
 
 
 def test_experts_survive_a_round_trip(expert_config: ModelConfig, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from liaoyuan.models.config import Experts, ModelConfig
 from liaoyuan.models.layers import FeedForward
-from liaoyuan.ops import swiglu, wide
+from liaoyuan.ops import combine_rows, grouped_linear, permute_rows, route, swiglu, wide
 
-GroupedExperts = Callable[[Tensor, list[int]], Tensor]  # rows sorted by expert [R, H], rows of each -> [R, H]
+GroupedExperts = Callable[[Tensor, Tensor], Tensor]  # rows sorted by expert [R, H], number of each [E] -> [R, H]
 
 
 class Dispatch(Protocol):
@@ -25,16 +25,12 @@ class Dispatch(Protocol):
 
 
 def local_dispatch(x: Tensor, chosen: Tensor, weights: Tensor, experts: GroupedExperts, count: int) -> Tensor:
-    """Compute all `count` experts in this process: x [N, H], chosen int64 [N, K], weights [N, K] -> [N, H].
+    """Compute all `count` experts in this process: x [N, H], chosen int64 [N, K], weights fp32 [N, K] -> [N, H].
 
     Rows are sorted by expert once, so each expert sees one contiguous group.
     """
-    flat = chosen.flatten()
-    order = flat.argsort(stable=True)
-    token = order // chosen.shape[1]
-    sizes = torch.bincount(flat, minlength=count).tolist()
-    weighted = experts(x[token], sizes) * weights.flatten()[order, None]
-    return torch.zeros_like(x).index_add(0, token, weighted.to(x.dtype))
+    rows, order, sizes = permute_rows(x, chosen, count)
+    return combine_rows(experts(rows, sizes), order, weights)
 
 
 class Router(nn.Module):
@@ -59,28 +55,26 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, H] -> weights fp32 [N, K] and chosen experts int64 [N, K]."""
         e = self.experts
-        bias = None if self.bias is None else wide(self.bias)
-        logits = nn.functional.linear(wide(x), wide(self.weight), bias)
-        scores = logits.softmax(-1) if e.scoring == "softmax" else logits.sigmoid()
-        chosen = self._choose(scores.detach())
-        weights = scores.gather(1, chosen)
-        if e.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights, chosen = route(
+            self._logits(wide(x)),
+            e.num_experts_per_tok,
+            e.scoring,
+            self.e_score_correction_bias if e.scoring == "sigmoid" else None,
+            e.n_group,
+            e.topk_group,
+            e.group_best,
+            e.norm_topk_prob,
+            e.routed_scaling_factor,
+        )
         if self.training and self.counts:
             with torch.no_grad():
                 self.load += torch.bincount(chosen.flatten(), minlength=e.num_experts)
-        return weights * e.routed_scaling_factor, chosen
+        return weights, chosen
 
-    def _choose(self, scores: Tensor) -> Tensor:
-        e = self.experts
-        if e.scoring == "sigmoid":
-            scores = scores + self.e_score_correction_bias
-        if e.n_group > 1:
-            groups = scores.unflatten(1, (e.n_group, -1))
-            best = groups.topk(e.group_best, -1).values.sum(-1).topk(e.topk_group, -1).indices
-            kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter(1, best, True)
-            scores = groups.masked_fill(~kept[..., None], float("-inf")).flatten(1)
-        return scores.topk(e.num_experts_per_tok, -1).indices
+    def _logits(self, x: Tensor) -> Tensor:
+        # As a group of one: its bits do not depend on the number of rows, so neither does the choice.
+        bias = None if self.bias is None else wide(self.bias)[None]
+        return grouped_linear(x, wide(self.weight)[None], torch.tensor([len(x)]), bias)
 
 
 class ExpertWeights(nn.Module):
@@ -97,25 +91,12 @@ class ExpertWeights(nn.Module):
             self.down_proj_bias = nn.Parameter(torch.empty(count, hidden_size))
         self.has_bias = experts.bias
 
-    def forward(self, rows: Tensor, sizes: list[int]) -> Tensor:
+    def forward(self, rows: Tensor, sizes: Tensor) -> Tensor:
         """Pass rows [R, H], sorted by expert, `sizes[e]` of them for expert e -> [R, H]."""
-        groups = rows.split(sizes)
-        used = [e for e, size in enumerate(sizes) if size] or [0]  # none: still part of the graph
-        # Unbound, not indexed one by one: the gradient of each index would be a tensor as large as all experts.
-        stacks = [stack.unbind() for stack in self._stacks()]
-        return torch.cat([self._expert(groups[e], *(stack[e] for stack in stacks)) for e in used])
-
-    def _stacks(self) -> tuple[Tensor, ...]:
-        weights = self.gate_up_proj, self.down_proj
-        return (*weights, self.gate_up_proj_bias, self.down_proj_bias) if self.has_bias else weights
-
-    def _expert(self, rows: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *biases: Tensor) -> Tensor:
-        gate_up = rows @ gate_up_proj.t()
-        if biases:
-            gate_up = gate_up + biases[0]
+        gate_up_bias, down_bias = (self.gate_up_proj_bias, self.down_proj_bias) if self.has_bias else (None, None)
+        gate_up = grouped_linear(rows, self.gate_up_proj, sizes, gate_up_bias)
         hidden = clamped_swiglu(gate_up, self.limit, self.alpha) if self.limit else swiglu(gate_up)
-        out = hidden @ down_proj.t()
-        return out + biases[1] if biases else out
+        return grouped_linear(hidden, self.down_proj, sizes, down_bias)
 
 
 class MixtureOfExperts(nn.Module):
@@ -132,7 +113,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [N, H] -> [N, H]."""
         weights, chosen = self.gate(x)
-        out = self.dispatch(x, chosen, weights.to(x.dtype), self.experts, self.gate.experts.num_experts)
+        out = self.dispatch(x, chosen, weights, self.experts, self.gate.experts.num_experts)
         return out if self.shared_experts is None else out + self.shared_experts(x)
 
 

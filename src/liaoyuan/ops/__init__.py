@@ -8,11 +8,14 @@ A kernel is used only if its self-test passes on this machine; `status()` says w
 from liaoyuan.ops.attention import attention
 from liaoyuan.ops.build import build
 from liaoyuan.ops.choice import OperatorStatus, configure, measure, status
+from liaoyuan.ops.grouped_linear import grouped_linear
 from liaoyuan.ops.linear import exact_rows, linear
 from liaoyuan.ops.norm import add_rms_norm, rms_norm
 from liaoyuan.ops.operator import wide
 from liaoyuan.ops.paged_attention import paged_attention, write_cache
+from liaoyuan.ops.permutation import combine_rows, permute_rows
 from liaoyuan.ops.rotary import rotate, split_rotary
+from liaoyuan.ops.route import route
 from liaoyuan.ops.swiglu import swiglu
 from liaoyuan.ops.token_log_prob import token_log_prob
 
@@ -21,13 +24,17 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "build",
+    "combine_rows",
     "configure",
     "exact_rows",
+    "grouped_linear",
     "linear",
     "measure",
     "paged_attention",
+    "permute_rows",
     "rms_norm",
     "rotate",
+    "route",
     "split_rotary",
     "status",
     "swiglu",

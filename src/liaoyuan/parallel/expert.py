@@ -13,6 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from liaoyuan.models import Decoder
 from liaoyuan.models.experts import Dispatch, ExpertWeights, GroupedExperts, MixtureOfExperts, Router
+from liaoyuan.ops import combine_rows, permute_rows
 from liaoyuan.parallel.collectives import finish_exchange, start_exchange
 from liaoyuan.parallel.mesh import Mesh
 
@@ -57,35 +58,29 @@ def all_to_all_dispatch(group: ProcessGroup, chunks: int = 1) -> Dispatch:
 class Trip:
     """The way of some tokens' rows to their experts and back."""
 
-    def __init__(self, x: Tensor, weights: Tensor, order: Tensor, arriving: Tensor, counts: "Counts") -> None:
-        self._x, self._weights, self._order, self._counts = x, weights, order, counts
-        self._token = order // weights.shape[1]
-        self._by_expert, self._sizes = _sort_by_expert(arriving)
-        self._rows, self._exchange = start_exchange(x[self._token], counts.sent, counts.received, counts.group)
+    def __init__(self, rows: Tensor, order: Tensor, weights: Tensor, arriving: Tensor, counts: "Counts") -> None:
+        self._order, self._weights, self._arriving, self._counts = order, weights, arriving, counts
+        self._rows, self._exchange = start_exchange(rows, counts.sent, counts.received, counts.group)
 
     @staticmethod
     def start(x: Tensor, chosen: Tensor, weights: Tensor, count: int, group: ProcessGroup) -> "Trip":
         """Send the rows of tokens x [N, H] to the experts `chosen` [N, K] of `count`."""
-        flat = chosen.flatten()
-        sizes = torch.bincount(flat, minlength=count)
+        rows, order, sizes = permute_rows(x, chosen, count)
         arriving = torch.empty_like(sizes)  # [sender, own expert]
         dist.all_to_all_single(arriving, sizes, group=group)
         sent, received = (n.view(group.size(), -1).sum(1).tolist() for n in (sizes, arriving))
-        order = flat.argsort(stable=True)
-        return Trip(x, weights, order, arriving.view(group.size(), -1), Counts(sent, received, group))
+        return Trip(rows, order, weights, arriving.view(group.size(), -1), Counts(sent, received, group))
 
     def compute(self, experts: GroupedExperts) -> None:
         """Let the experts compute the rows that have arrived, and send the results back."""
-        rows = finish_exchange(self._rows, self._exchange)
-        out = experts(rows[self._by_expert], self._sizes)[self._by_expert.argsort()]
+        rows, order, sizes = _sort_by_expert(finish_exchange(self._rows, self._exchange), self._arriving)
+        out = combine_rows(experts(rows, sizes), order, rows.new_ones(len(rows), 1))
         counts = self._counts
         self._rows, self._exchange = start_exchange(out, counts.received, counts.sent, counts.group)
 
     def combine(self) -> Tensor:
         """Return the weighted sum of each token's results, [N, H]."""
-        back = finish_exchange(self._rows, self._exchange)
-        weighted = back * self._weights.flatten()[self._order, None]
-        return torch.zeros_like(self._x).index_add(0, self._token, weighted.to(self._x.dtype))
+        return combine_rows(finish_exchange(self._rows, self._exchange), self._order, self._weights)
 
 
 @dataclass(frozen=True)
@@ -97,10 +92,11 @@ class Counts:
     group: ProcessGroup
 
 
-def _sort_by_expert(arriving: Tensor) -> tuple[Tensor, list[int]]:
-    """Return the order that groups rows by expert which came grouped by sender; arriving int64 [senders, experts]."""
-    expert = torch.arange(arriving.shape[1], device=arriving.device).repeat(arriving.shape[0])
-    return expert.repeat_interleave(arriving.flatten()).argsort(stable=True), arriving.sum(0).tolist()
+def _sort_by_expert(rows: Tensor, arriving: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort rows by expert which came grouped by sender, as `permute_rows` does; arriving int64 [senders, experts]."""
+    senders, count = arriving.shape
+    expert = torch.arange(count, device=arriving.device).repeat(senders).repeat_interleave(arriving.flatten())
+    return permute_rows(rows, expert[:, None], count)
 
 
 def balance(routers: Iterable[Router], rate: float, add_up: Callable[[Tensor], Tensor]) -> float:

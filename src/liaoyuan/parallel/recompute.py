@@ -25,6 +25,7 @@ EXPENSIVE = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_attention_math.default,
     ours.linear.default,
+    ours.grouped_linear.default,
     ours.attention.default,
 }
 

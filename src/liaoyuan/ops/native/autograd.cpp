@@ -1,33 +1,10 @@
 // The differentiable side of the operators: each calls the dispatcher below autograd, forward and backward, so that
 // tracing (fake tensors, torch.compile) sees one operator for each and decode enters no Python.
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
-
-#include "operators.h"
+#include "autograd.h"
 
 namespace liaoyuan {
 
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
-
-template <class Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-bool wanted(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
-bool wanted(const OptionalTensor& tensor) { return tensor && wanted(*tensor); }
-template <class... Inputs>
-bool needs_graph(const Inputs&... inputs) {
-  return at::GradMode::is_enabled() && (wanted(inputs) || ...);
-}
-
-Tensor value_of(const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); }
-OptionalTensor option_of(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
-
 
 // ---- norm
 
@@ -259,6 +236,7 @@ void register_autograd(torch::Library& library, const std::string& name) {
   if (name == "linear") library.impl("linear", &linear_autograd);
   if (name == "token_log_prob") library.impl("token_log_prob", &token_log_prob_autograd);
   if (name == "attention") library.impl("attention", &attention_autograd);
+  register_experts_autograd(library, name);
 }
 
 }  // namespace liaoyuan

@@ -93,6 +93,50 @@ bool dots_pairs();  // whether it would compute anything
 // by one where there is no AVX-512.
 bool bf16_is_slow();
 
+// grouped_linear.cpp: rows starts[e] ... starts[e + 1] - 1 belong to expert e, whose weight is [outer, inner].
+struct Groups {
+  const int64_t* starts;
+  int64_t experts;
+};
+// Bytes of `space` that the first two (for x of depth `inner`, grad of depth `outer`) and the third need.
+template <class T>
+int64_t grouped_space(int64_t rows, int64_t depth);
+template <class T>
+int64_t grouped_weight_space(const Groups& groups, int64_t inner);
+template <class T>
+void grouped_linear(const T* x, const T* weight, const T* bias, T* out, void* space, const Groups& groups,
+                    int64_t inner, int64_t outer);
+template <class T>
+void grouped_linear_input(const T* grad, const T* weight, T* grad_x, void* space, const Groups& groups, int64_t inner,
+                          int64_t outer);
+template <class T>
+void grouped_linear_weight(const T* grad, const T* x, T* grad_weight, void* space, const Groups& groups, int64_t inner,
+                           int64_t outer);
+template <class T>
+void grouped_sum(const T* rows, T* sums, const Groups& groups, int64_t columns);
+
+// routing.cpp. groups divides experts; the best kept_groups of them count, by the sum of their group_best best scores.
+struct RouteShape {
+  int64_t rows, experts, kept, groups, kept_groups, group_best;
+  bool sigmoid, normalise;
+  float scale;
+};
+void route(const float* logits, const float* bias, float* weights, int64_t* chosen, const RouteShape& shape);
+void route_backward(const float* grad, const float* logits, const int64_t* chosen, float* grad_logits,
+                    const RouteShape& shape);
+// order [count]: places in `chosen`, by expert; false: there is an expert that does not exist.
+bool sort_by_expert(const int64_t* chosen, int64_t count, int64_t experts, int64_t* order, int64_t* sizes);
+// The inverse of an order; false: it is no permutation.
+bool places_of(const int64_t* order, int64_t count, int64_t* places);
+void gather_rows(const char* x, const int64_t* order, char* rows, int64_t count, int64_t per_token, int64_t row_bytes);
+// Null weights: each is 1.
+template <class T>
+void combine_rows(const T* rows, const int64_t* places, const float* weights, T* out, int64_t tokens, int64_t per_token,
+                  int64_t width);
+template <class T>
+void combine_rows_backward(const T* grad, const T* rows, const int64_t* places, const float* weights, T* grad_rows,
+                           float* grad_weights, int64_t tokens, int64_t per_token, int64_t width);
+
 // softmax.cpp too
 void write_cache(const char* key, const char* value, char* key_cache, char* value_cache, const int64_t* slots,
                  int64_t rows, int64_t row_bytes);

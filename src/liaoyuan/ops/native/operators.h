@@ -13,9 +13,11 @@ using OptionalTensor = std::optional<Tensor>;
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-
+// Register a kernel of mixtures of experts (binding_experts.cpp); false: there is none of this name.
+bool register_experts(torch::Library& library, const std::string& name);
 
 // Register the differentiable side of the operator `name`; does nothing for operators without one.
 void register_autograd(torch::Library& library, const std::string& name);
+void register_experts_autograd(torch::Library& library, const std::string& name);
 
 }  // namespace liaoyuan
