@@ -12,19 +12,24 @@ from liaoyuan.ops.linear import linear
 from liaoyuan.ops.norm import add_rms_norm, rms_norm
 from liaoyuan.ops.operator import wide
 from liaoyuan.ops.paged_attention import paged_attention, write_cache
+from liaoyuan.ops.quantised_linear import QuantisedWeight, dequantise, quantise, quantised_linear
 from liaoyuan.ops.rotary import rotate, split_rotary
 from liaoyuan.ops.swiglu import swiglu
 from liaoyuan.ops.token_log_prob import token_log_prob
 
 __all__ = [
     "OperatorStatus",
+    "QuantisedWeight",
     "add_rms_norm",
     "attention",
     "build",
     "configure",
+    "dequantise",
     "linear",
     "measure",
     "paged_attention",
+    "quantise",
+    "quantised_linear",
     "rms_norm",
     "rotate",
     "split_rotary",

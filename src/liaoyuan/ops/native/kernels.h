@@ -88,6 +88,22 @@ bool multiply(const BFloat16* a, const BFloat16* b, const BFloat16* bias, BFloat
 // by one where there is no AVX-512.
 bool bf16_is_slow();
 
+// quantised.cpp: result [rows, columns] = x [rows, depth] times the widened weights (+ bias). A group of 0: one scale for
+// a whole output. int4 holds blocks of 128 weights in 64 bytes: halfword i has the weights i, 32 + i, 64 + i, 96 + i.
+enum class QuantisedBits { int8, fp8, int4, int4_zeros };
+struct QuantisedWeights {
+  QuantisedBits bits;
+  const uint8_t* data;
+  const BFloat16* scales;  // [columns, groups], as the zeros, which may be null
+  const uint8_t* zeros;
+};
+struct QuantisedShape {
+  int64_t rows, columns, depth, group, groups;
+};
+template <class T>
+void quantised_linear(const QuantisedWeights& weights, const T* x, const T* bias, T* result,
+                      const QuantisedShape& shape);
+
 // softmax.cpp too
 void write_cache(const char* key, const char* value, char* key_cache, char* value_cache, const int64_t* slots,
                  int64_t rows, int64_t row_bytes);
