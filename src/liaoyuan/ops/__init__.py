@@ -14,12 +14,14 @@ from liaoyuan.ops.operator import wide
 from liaoyuan.ops.paged_attention import paged_attention, write_cache
 from liaoyuan.ops.quantised_linear import QuantisedWeight, dequantise, quantise, quantised_linear
 from liaoyuan.ops.rotary import rotate, split_rotary
+from liaoyuan.ops.sampling import Sampled, packed_mask, sample_tokens, sampling_settings
 from liaoyuan.ops.swiglu import swiglu
 from liaoyuan.ops.token_log_prob import token_log_prob
 
 __all__ = [
     "OperatorStatus",
     "QuantisedWeight",
+    "Sampled",
     "add_rms_norm",
     "attention",
     "build",
@@ -27,11 +29,14 @@ __all__ = [
     "dequantise",
     "linear",
     "measure",
+    "packed_mask",
     "paged_attention",
     "quantise",
     "quantised_linear",
     "rms_norm",
     "rotate",
+    "sample_tokens",
+    "sampling_settings",
     "split_rotary",
     "status",
     "swiglu",

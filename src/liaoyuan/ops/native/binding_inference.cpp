@@ -45,11 +45,43 @@ Tensor quantised_linear_cpu(const Tensor& x_, const Tensor& data_, const Tensor&
   return result;
 }
 
+// ---- sampling
+
+Three sample_tokens_cpu(const Tensor& logits_, const Tensor& settings_, const OptionalTensor& history_,
+                        const OptionalTensor& prompts_, const OptionalTensor& mask_) {
+  Tensor logits = dense(logits_), settings = dense(settings_.to(at::kDouble));
+  OptionalTensor history = dense(history_), prompts = dense(prompts_), mask = dense(mask_);
+  TORCH_CHECK(logits.dim() == 2 && settings.dim() == 2 && settings.size(0) == logits.size(0) && settings.size(1) == 8,
+              "settings ", settings.sizes(), " do not fit logits ", logits.sizes());
+  int64_t rows = logits.size(0), vocabulary = logits.size(1), words = (vocabulary + 31) / 32;
+  TORCH_CHECK(vocabulary > 0 && vocabulary < (int64_t(1) << 31), "no vocabulary of ", vocabulary, " tokens");
+  TORCH_CHECK(bool(history) == bool(prompts), "a history needs the lengths of its prompts");
+  TORCH_CHECK(!history || (history->dim() == 2 && history->size(0) == rows && prompts->numel() == rows &&
+                           history->scalar_type() == at::kLong && prompts->scalar_type() == at::kLong),
+              "the history does not fit ", rows, " rows");
+  TORCH_CHECK(!mask || (mask->dim() == 2 && mask->size(0) == rows && mask->size(1) == words &&
+                        mask->scalar_type() == at::kInt),
+              "the mask does not fit logits ", logits.sizes());
+  SamplingInputs inputs{static_cast<const SamplingRow*>(settings.const_data_ptr()), in<int64_t>(history),
+                        in<int64_t>(prompts), history ? history->size(1) : 0, in<uint32_t>(mask), words};
+  auto real = logits.options().dtype(at::kFloat);
+  Tensor tokens = at::empty({rows}, logits.options().dtype(at::kLong));
+  Tensor log_probs = at::empty({rows}, real), filtered = at::empty({rows}, real);
+  by_type(logits, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    sample_tokens<T>(in<T>(logits), inputs, out<int64_t>(tokens), out<float>(log_probs), out<float>(filtered), rows,
+                     vocabulary);
+  });
+  return {tokens, log_probs, filtered};
+}
+
 }  // namespace
 
 bool register_inference(torch::Library& library, const std::string& name) {
   if (name == "quantised_linear")
     library.impl("quantised_linear", &quantised_linear_cpu);
+  else if (name == "sample_tokens")
+    library.impl("sample_tokens", &sample_tokens_cpu);
   else
     return false;
   return true;

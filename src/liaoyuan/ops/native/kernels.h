@@ -104,6 +104,22 @@ template <class T>
 void quantised_linear(const QuantisedWeights& weights, const T* x, const T* bias, T* result,
                       const QuantisedShape& shape);
 
+// sampling.cpp. One row of settings as the operator has them.
+struct SamplingRow {
+  double temperature, top_k, top_p, min_p, repetition, presence, frequency, uniform;
+};
+struct SamplingInputs {
+  const SamplingRow* rows;
+  const int64_t *history, *prompts;  // [rows, history_length], [rows]; null: no penalties
+  int64_t history_length;
+  const uint32_t* mask;  // [rows, mask_words], bits of the tokens that are allowed; null: all are
+  int64_t mask_words;
+};
+// A row without a token that can be drawn gets -1, and log-probabilities that are not numbers.
+template <class T>
+void sample_tokens(const T* logits, const SamplingInputs& inputs, int64_t* tokens, float* log_probs, float* filtered,
+                   int64_t rows, int64_t vocabulary);
+
 // softmax.cpp too
 void write_cache(const char* key, const char* value, char* key_cache, char* value_cache, const int64_t* slots,
                  int64_t rows, int64_t row_bytes);
