@@ -6,11 +6,13 @@ A kernel is used only if its self-test passes on this machine; `status()` says w
 """
 
 from liaoyuan.ops.attention import attention
+from liaoyuan.ops.buffers import checksum, pack, unpack
 from liaoyuan.ops.build import build
 from liaoyuan.ops.choice import OperatorStatus, configure, measure, status
 from liaoyuan.ops.linear import linear
 from liaoyuan.ops.norm import add_rms_norm, rms_norm
 from liaoyuan.ops.operator import wide
+from liaoyuan.ops.optimiser import adamw_step, clip, global_norm, newton_schulz, square_sum
 from liaoyuan.ops.paged_attention import paged_attention, write_cache
 from liaoyuan.ops.quantised_linear import QuantisedWeight, dequantise, quantise, quantised_linear
 from liaoyuan.ops.rotary import rotate, split_rotary
@@ -22,13 +24,19 @@ __all__ = [
     "OperatorStatus",
     "QuantisedWeight",
     "Sampled",
+    "adamw_step",
     "add_rms_norm",
     "attention",
     "build",
+    "checksum",
+    "clip",
     "configure",
     "dequantise",
+    "global_norm",
     "linear",
     "measure",
+    "newton_schulz",
+    "pack",
     "packed_mask",
     "paged_attention",
     "quantise",
@@ -38,9 +46,11 @@ __all__ = [
     "sample_tokens",
     "sampling_settings",
     "split_rotary",
+    "square_sum",
     "status",
     "swiglu",
     "token_log_prob",
+    "unpack",
     "wide",
     "write_cache",
 ]

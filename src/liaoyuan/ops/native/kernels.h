@@ -120,6 +120,18 @@ template <class T>
 void sample_tokens(const T* logits, const SamplingInputs& inputs, int64_t* tokens, float* log_probs, float* filtered,
                    int64_t rows, int64_t vocabulary);
 
+// optimiser.cpp. weight = keep * weight - rate * first / (second_scale * sqrt(second) + eps), after the moments' steps.
+struct AdamWStep {
+  float keep, rate, first_rate, second_keep, second_rate, second_scale, eps;
+  uint32_t key;    // of the random numbers that round a bf16 weight
+  int64_t offset;  // number of the first element among them
+};
+template <class T, class G>
+void adamw_step(T* weight, const G* gradient, float* first, float* second, int64_t count, const AdamWStep& step);
+template <class T>
+double square_sum(const T* x, int64_t count);
+uint64_t checksum(const char* bytes, int64_t count);
+
 // softmax.cpp too
 void write_cache(const char* key, const char* value, char* key_cache, char* value_cache, const int64_t* slots,
                  int64_t rows, int64_t row_bytes);

@@ -13,8 +13,9 @@ using OptionalTensor = std::optional<Tensor>;
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-// Register a kernel that works on inference alone (binding_inference.cpp); false: there is none of this name.
+// Register a kernel of binding_inference.cpp or binding_optimiser.cpp; false: there is none of this name.
 bool register_inference(torch::Library& library, const std::string& name);
+bool register_optimiser(torch::Library& library, const std::string& name);
 
 // Register the differentiable side of the operator `name`; does nothing for operators without one.
 void register_autograd(torch::Library& library, const std::string& name);
