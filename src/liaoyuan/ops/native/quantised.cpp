@@ -19,7 +19,8 @@ constexpr int64_t BLOCK = PLANES * PLANE;
 constexpr int64_t OUTPUTS_PER_TASK = 32;
 constexpr int OUTPUTS = sizeof(Vec) / sizeof(Register) == 1 ? 4 : 1;  // summed at once, as far as registers reach
 
-constexpr int ROWS = 4;
+constexpr int ROWS = 4;  // of one pass
+constexpr int64_t WIDENED = 8;  // blocks of an output that are widened at a time for more rows than that
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))  // sums stay in registers
 
@@ -205,34 +206,17 @@ ALWAYS_INLINE void add_block(Vec (*sums)[R], const Plane& plane, const Scales& s
   }
 }
 
-// COUNT outputs of R rows; `widened`: their weights if that was done before, or null.
-template <class E, class T, Bits B, int GROUP, int R, int COUNT, bool WIDENED>
-void outputs(const QuantisedWeights& w, const typename E::Piece* widened, const typename E::Element* x, const T* bias,
-             T* result, int64_t first, const QuantisedShape& s) {
+// The end of the depth, the scale of a whole output and the bias; result [R, columns] at the output `first`.
+template <class E, class T, Bits B, int GROUP, int R, int COUNT>
+ALWAYS_INLINE void finish(Vec (*sums)[R], const Part* output, const typename E::Element* x, const T* bias, T* result,
+                          int64_t first, const QuantisedShape& s) {
   Sizes<B, GROUP> sizes(s);
-  int64_t stride = sizes.blocks * BLOCK;
-  Part output[COUNT];
-  for (int o = 0; o < COUNT; ++o) output[o] = sizes.output(w, first + o, s.groups);
-  Vec sums[COUNT][R] = {};
-  for (int64_t b = 0; b < sizes.whole; ++b) {
-    if (!WIDENED)
-      for (int o = 0; o < COUNT; ++o)
-        prefetch_ahead<B>(sizes.block(output[o], b).bytes + COUNT * sizes.row_bytes);
-    auto plane = [&](int o, int p) {
-      if constexpr (WIDENED)
-        return widened[(o * sizes.blocks + b) * PLANES + p];
-      else
-        return plane_of<E, B, GROUP>(sizes.block(output[o], b), p);
-    };
-    auto scales = [&](int o) { return sizes.block(output[o], b).scales; };
-    add_block<E, GROUP, R, COUNT>(sums, plane, scales, x + b * BLOCK, stride);
-  }
   for (int o = 0; o < COUNT; ++o) {
     if (sizes.whole < sizes.blocks) {
       Rest rest = rest_of<B, GROUP>(output[o], sizes, s);
       auto plane = [&](int, int p) { return plane_of<E, B, GROUP>(rest.part(), p); };
       auto scales = [&](int) { return rest.scales; };
-      add_block<E, GROUP, R, 1>(sums + o, plane, scales, x + sizes.whole * BLOCK, stride);
+      add_block<E, GROUP, R, 1>(sums + o, plane, scales, x + sizes.whole * BLOCK, sizes.blocks * BLOCK);
     }
     float scale = (GROUP ? 1.0f : widen(output[o].scales[0])) * (B == Bits::fp8 ? FP8_UNIT<E> : 1.0f);
     for (int r = 0; r < R; ++r) {
@@ -242,38 +226,83 @@ void outputs(const QuantisedWeights& w, const typename E::Piece* widened, const 
   }
 }
 
-// More rows than one pass takes: the weights of COUNT outputs are widened once, into the nearest cache.
+// COUNT outputs of R rows.
+template <class E, class T, Bits B, int GROUP, int R, int COUNT>
+void few_rows(const QuantisedWeights& w, const typename E::Element* x, const T* bias, T* result, int64_t first,
+              const QuantisedShape& s) {
+  Sizes<B, GROUP> sizes(s);
+  Part output[COUNT];
+  for (int o = 0; o < COUNT; ++o) output[o] = sizes.output(w, first + o, s.groups);
+  Vec sums[COUNT][R] = {};
+  for (int64_t b = 0; b < sizes.whole; ++b) {
+    for (int o = 0; o < COUNT; ++o)
+      prefetch_ahead<B>(sizes.block(output[o], b).bytes + COUNT * sizes.row_bytes);
+    auto plane = [&](int o, int p) { return plane_of<E, B, GROUP>(sizes.block(output[o], b), p); };
+    auto scales = [&](int o) { return sizes.block(output[o], b).scales; };
+    add_block<E, GROUP, R, COUNT>(sums, plane, scales, x + b * BLOCK, sizes.blocks * BLOCK);
+  }
+  finish<E, T, B, GROUP, R, COUNT>(sums, output, x, bias, result, first, s);
+}
+
+// carried [COUNT][R] += blocks from ... to, whose weights are widened.
+template <class E, Bits B, int GROUP, int R, int COUNT>
+void add_widened(Vec* carried, const typename E::Piece* widened, const Part* output, const typename E::Element* x,
+                 int64_t from, int64_t to, int64_t x_stride) {
+  Vec sums[COUNT][R];
+  for (int o = 0; o < COUNT; ++o)
+    for (int r = 0; r < R; ++r) sums[o][r] = from ? carried[o * R + r] : Vec{};
+  for (int64_t b = from; b < to; ++b) {
+    auto plane = [&](int o, int p) { return widened[(o * WIDENED + b - from) * PLANES + p]; };
+    auto scales = [&](int o) { return Sizes<B, GROUP>::block(output[o], b).scales; };
+    add_block<E, GROUP, R, COUNT>(sums, plane, scales, x + b * BLOCK, x_stride);
+  }
+  for (int o = 0; o < COUNT; ++o)
+    for (int r = 0; r < R; ++r) carried[o * R + r] = sums[o][r];
+}
+
+// More rows than one pass takes: the weights of COUNT outputs are widened into the nearest cache, some at a time.
 template <class E, class T, Bits B, int GROUP, int COUNT>
 void many_rows(const QuantisedWeights& w, const typename E::Element* x, const T* bias, T* result, int64_t first,
                const QuantisedShape& s) {
   using Piece = typename E::Piece;
   Sizes<B, GROUP> sizes(s);
-  int64_t stride = sizes.blocks * BLOCK, row = 0;
-  Piece* widened = static_cast<Piece*>(scratch(0, size_t(COUNT * sizes.blocks * PLANES) * sizeof(Piece)));
-  for (int o = 0; o < COUNT; ++o) {
-    Part output = sizes.output(w, first + o, s.groups);
-    for (int64_t b = 0; b < sizes.whole; ++b) {
-      Part block = sizes.block(output, b);
-      prefetch_ahead<B>(block.bytes + COUNT * sizes.row_bytes);
+  int64_t stride = sizes.blocks * BLOCK, fours = s.rows / ROWS * ROWS;
+  Piece* widened = static_cast<Piece*>(scratch(0, size_t(COUNT * WIDENED * PLANES) * sizeof(Piece)));
+  Vec* carried = static_cast<Vec*>(scratch(1, size_t(s.rows * COUNT) * sizeof(Vec)));
+  std::memset(carried, 0, size_t(s.rows * COUNT) * sizeof(Vec));
+  Part output[COUNT];
+  for (int o = 0; o < COUNT; ++o) output[o] = sizes.output(w, first + o, s.groups);
+  for (int64_t from = 0; from < sizes.whole; from += WIDENED) {
+    int64_t to = std::min(sizes.whole, from + WIDENED);
+    for (int o = 0; o < COUNT; ++o)
+      for (int64_t b = from; b < to; ++b) {
+        Part block = sizes.block(output[o], b);
+        prefetch_ahead<B>(block.bytes + COUNT * sizes.row_bytes);
 #pragma GCC unroll 4
-      for (int p = 0; p < PLANES; ++p)
-        widened[(o * sizes.blocks + b) * PLANES + p] = plane_of<E, B, GROUP>(block, p);
-    }
+        for (int p = 0; p < PLANES; ++p)
+          widened[(o * WIDENED + b - from) * PLANES + p] = plane_of<E, B, GROUP>(block, p);
+      }
+    for (int64_t row = 0; row < fours; row += ROWS)
+      add_widened<E, B, GROUP, ROWS, COUNT>(carried + row * COUNT, widened, output, x + row * stride, from, to, stride);
+    for (int64_t row = fours; row < s.rows; ++row)
+      add_widened<E, B, GROUP, 1, COUNT>(carried + row * COUNT, widened, output, x + row * stride, from, to, stride);
   }
-  for (; row + ROWS <= s.rows; row += ROWS)
-    outputs<E, T, B, GROUP, ROWS, COUNT, true>(w, widened, x + row * stride, bias, result + row * s.columns, first, s);
-  for (; row < s.rows; ++row)
-    outputs<E, T, B, GROUP, 1, COUNT, true>(w, widened, x + row * stride, bias, result + row * s.columns, first, s);
+  for (int64_t row = 0; row < fours; row += ROWS)
+    finish<E, T, B, GROUP, ROWS, COUNT>(reinterpret_cast<Vec(*)[ROWS]>(carried + row * COUNT), output, x + row * stride,
+                                        bias, result + row * s.columns, first, s);
+  for (int64_t row = fours; row < s.rows; ++row)
+    finish<E, T, B, GROUP, 1, COUNT>(reinterpret_cast<Vec(*)[1]>(carried + row * COUNT), output, x + row * stride, bias,
+                                     result + row * s.columns, first, s);
 }
 
 template <class E, class T, Bits B, int GROUP, int COUNT>
 void by_rows(const QuantisedWeights& w, const typename E::Element* x, const T* bias, T* result, int64_t first,
              const QuantisedShape& s) {
   if (s.rows > ROWS) return many_rows<E, T, B, GROUP, COUNT>(w, x, bias, result, first, s);
-  if (s.rows == 4) return outputs<E, T, B, GROUP, 4, COUNT, false>(w, nullptr, x, bias, result, first, s);
-  if (s.rows == 3) return outputs<E, T, B, GROUP, 3, COUNT, false>(w, nullptr, x, bias, result, first, s);
-  if (s.rows == 2) return outputs<E, T, B, GROUP, 2, COUNT, false>(w, nullptr, x, bias, result, first, s);
-  outputs<E, T, B, GROUP, 1, COUNT, false>(w, nullptr, x, bias, result, first, s);
+  if (s.rows == 4) return few_rows<E, T, B, GROUP, 4, COUNT>(w, x, bias, result, first, s);
+  if (s.rows == 3) return few_rows<E, T, B, GROUP, 3, COUNT>(w, x, bias, result, first, s);
+  if (s.rows == 2) return few_rows<E, T, B, GROUP, 2, COUNT>(w, x, bias, result, first, s);
+  few_rows<E, T, B, GROUP, 1, COUNT>(w, x, bias, result, first, s);
 }
 
 template <class E, class T>
