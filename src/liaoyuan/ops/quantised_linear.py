@@ -167,7 +167,7 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         ("int8", None, True), ("int8", 32, True), ("fp8", None, True), ("int4", 32, True), ("int4", 64, False),
         ("int4", 128, False),
     ):  # fmt: skip
-        for rows, depth, out in ((1, 256, 7), (7, 200, 34)):
+        for rows, depth, out in ((1, 256, 7), (7, 1224, 34)):
             weight = quantise(torch.randn(out, depth, generator=generator) + 0.3, kind, group, symmetric)  # type: ignore[arg-type]
             x, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((rows, depth), (out,)))
             yield x, weight.data, weight.scales, weight.zeros, bias, kind, group or 0
