@@ -8,7 +8,8 @@ from torch import nn
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, ModelConfig, initialise, with_dtype
-from liaoyuan.training.muon import Muon, orthogonalise
+from liaoyuan.ops import newton_schulz
+from liaoyuan.training.muon import Muon
 from liaoyuan.training.optimiser import AdamW
 
 
@@ -123,7 +124,7 @@ def test_a_state_that_lacks_a_tensor_is_refused(tiny_model: Decoder) -> None:
 def test_orthogonalise_keeps_the_singular_vectors_and_evens_out_the_values(shape: tuple[int, ...]) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    inside = u.mT @ orthogonalise(matrices) @ v.mT
+    inside = u.mT @ newton_schulz(matrices) @ v.mT
     values = inside.diagonal(dim1=-2, dim2=-1)
     assert values.min() > 0.3 and values.max() < 1.3
     assert (inside - torch.diag_embed(values)).abs().max() < 0.1
@@ -138,7 +139,7 @@ def test_muon_orthogonalises_gate_and_up_apart(tiny_model: Decoder) -> None:
     change = before - tiny_model.layers[0].mlp.gate_up_proj.weight.detach()
     scale = 0.2 * max(gradient[0::2].shape) ** 0.5
     for part in (slice(0, None, 2), slice(1, None, 2)):
-        torch.testing.assert_close(change[part], orthogonalise(gradient[part]) * scale, rtol=0.05, atol=0.02)
+        torch.testing.assert_close(change[part], newton_schulz(gradient[part]) * scale, rtol=0.05, atol=0.02)
 
 
 def snapshot(model: Decoder, optimiser: AdamW | Muon) -> Iterator[torch.Tensor]:

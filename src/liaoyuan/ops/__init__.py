@@ -6,39 +6,59 @@ A kernel is used only if its self-test passes on this machine; `status()` says w
 """
 
 from liaoyuan.ops.attention import attention
+from liaoyuan.ops.buffers import checksum, pack, unpack
 from liaoyuan.ops.build import build
 from liaoyuan.ops.choice import OperatorStatus, configure, measure, status
 from liaoyuan.ops.grouped_linear import grouped_linear
 from liaoyuan.ops.linear import exact_rows, linear
 from liaoyuan.ops.norm import add_rms_norm, rms_norm
 from liaoyuan.ops.operator import wide
+from liaoyuan.ops.optimiser import adamw_step, clip, global_norm, newton_schulz, square_sum
 from liaoyuan.ops.paged_attention import paged_attention, write_cache
 from liaoyuan.ops.permutation import combine_rows, permute_rows
+from liaoyuan.ops.quantised_linear import QuantisedWeight, dequantise, quantise, quantised_linear
 from liaoyuan.ops.rotary import rotate, split_rotary
 from liaoyuan.ops.route import route
+from liaoyuan.ops.sampling import Sampled, packed_mask, sample_tokens, sampling_settings
 from liaoyuan.ops.swiglu import swiglu
 from liaoyuan.ops.token_log_prob import token_log_prob
 
 __all__ = [
     "OperatorStatus",
+    "QuantisedWeight",
+    "Sampled",
+    "adamw_step",
     "add_rms_norm",
     "attention",
     "build",
+    "checksum",
+    "clip",
     "combine_rows",
     "configure",
+    "dequantise",
     "exact_rows",
+    "global_norm",
     "grouped_linear",
     "linear",
     "measure",
+    "newton_schulz",
+    "pack",
+    "packed_mask",
     "paged_attention",
     "permute_rows",
+    "quantise",
+    "quantised_linear",
     "rms_norm",
     "rotate",
     "route",
+    "sample_tokens",
+    "sampling_settings",
     "split_rotary",
+    "square_sum",
     "status",
     "swiglu",
     "token_log_prob",
+    "unpack",
     "wide",
     "write_cache",
 ]

@@ -28,7 +28,10 @@ KERNEL_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
 BINDING_FLAGS = ("-O1", "-fopenmp")
 COMMON_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-w")
 # The others include no header of torch, which would cost seconds.
-WITH_TORCH = ("binding.cpp", "autograd.cpp", "binding_experts.cpp", "autograd_experts.cpp")
+WITH_TORCH = (
+    *("binding.cpp", "autograd.cpp", "binding_experts.cpp", "autograd_experts.cpp"),
+    *("binding_inference.cpp", "binding_optimiser.cpp"),
+)
 
 
 def build(report: Report = silent) -> Path:

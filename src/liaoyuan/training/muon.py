@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liaoyuan.device import Device
+from liaoyuan.ops import newton_schulz
 from liaoyuan.parallel import Owners, World
 from liaoyuan.training.optimiser import (
     INFINITE,
@@ -26,8 +26,6 @@ from liaoyuan.training.optimiser import (
     trained_weights,
 )
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration; Jordan et al. 2024
-ITERATIONS = 5
 UPDATE_SCALE = 0.2  # root mean square of AdamW's updates; Liu et al. 2025, sec. 2.2
 
 
@@ -105,24 +103,6 @@ class Muon:
         copy_masters(self._weights)
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """Return about U V^T for each of the matrices U S V^T: [..., M, N] -> fp32 [..., M, N].
-
-    Five Newton-Schulz steps whose result has singular values between about 0.7 and 1.2. In bf16 where the device
-    multiplies that fast; elsewhere it is many times slower than fp32.
-    """
-    a, b, c = COEFFICIENTS
-    is_tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if is_tall else matrices
-    dtype = Device(matrices.device.type).default_dtype
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype).reshape(x.shape[:-2].numel(), *x.shape[-2:])
-    for _ in range(ITERATIONS):
-        square = x @ x.mT
-        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return (x.mT if is_tall else x).float().reshape(matrices.shape)
-
-
 def _orthogonalised(names: list[str], directions: list[Tensor]) -> list[Tensor]:
     """Return the scaled update of every direction; matrices of one shape go through together."""
     parts = [_split(name, direction) for name, direction in zip(names, directions, strict=True)]
@@ -130,7 +110,7 @@ def _orthogonalised(names: list[str], directions: list[Tensor]) -> list[Tensor]:
     for shape in sorted({part.shape for part in parts}):
         group = [index for index, part in enumerate(parts) if part.shape == shape]
         scale = UPDATE_SCALE * max(shape[-2:]) ** 0.5
-        for index, update in zip(group, orthogonalise(torch.stack([parts[i] for i in group])), strict=True):
+        for index, update in zip(group, newton_schulz(torch.stack([parts[i] for i in group])), strict=True):
             updates[index] = _join(names[index], update * scale)
     return updates
 

@@ -486,7 +486,8 @@ void register_kernels(torch::Library& library, const std::string& name) {
     library.impl("paged_attention", &paged_attention_cpu);
   } else if (name == "write_cache") {
     library.impl("write_cache", &write_cache_cpu);
-  } else if (!register_experts(library, name)) {
+  } else if (!register_experts(library, name) && !register_inference(library, name) &&
+             !register_optimiser(library, name)) {
     TORCH_CHECK(false, "there is no native kernel called ", name);
   }
 }

@@ -27,7 +27,7 @@ struct Halves {
   friend inline auto operator OP(const Halves& a, const Halves& b) { return join(a.low OP b.low, a.high OP b.high); } \
   friend inline auto operator OP(const Halves& a, Lane b) { return join(a.low OP b, a.high OP b); }             \
   friend inline auto operator OP(Lane a, const Halves& b) { return join(a OP b.low, a OP b.high); }
-  ELEMENTWISE(+) ELEMENTWISE(-) ELEMENTWISE(*) ELEMENTWISE(/) ELEMENTWISE(&) ELEMENTWISE(|)
+  ELEMENTWISE(+) ELEMENTWISE(-) ELEMENTWISE(*) ELEMENTWISE(/) ELEMENTWISE(&) ELEMENTWISE(|) ELEMENTWISE(^)
   ELEMENTWISE(<) ELEMENTWISE(>) ELEMENTWISE(!=)
 #undef ELEMENTWISE
   friend inline Halves operator<<(const Halves& a, int bits) { return {a.low << bits, a.high << bits}; }

@@ -137,6 +137,50 @@ template <class T>
 void combine_rows_backward(const T* grad, const T* rows, const int64_t* places, const float* weights, T* grad_rows,
                            float* grad_weights, int64_t tokens, int64_t per_token, int64_t width);
 
+// quantised.cpp: result [rows, columns] = x [rows, depth] times the widened weights (+ bias). A group of 0: one scale for
+// a whole output. int4 holds blocks of 128 weights in 64 bytes: halfword i has the weights i, 32 + i, 64 + i, 96 + i.
+enum class QuantisedBits { int8, fp8, int4, int4_zeros };
+struct QuantisedWeights {
+  QuantisedBits bits;
+  const uint8_t* data;
+  const BFloat16* scales;  // [columns, groups], as the zeros, which may be null
+  const uint8_t* zeros;
+};
+struct QuantisedShape {
+  int64_t rows, columns, depth, group, groups;
+};
+template <class T>
+void quantised_linear(const QuantisedWeights& weights, const T* x, const T* bias, T* result,
+                      const QuantisedShape& shape);
+
+// sampling.cpp. One row of settings as the operator has them.
+struct SamplingRow {
+  double temperature, top_k, top_p, min_p, repetition, presence, frequency, uniform;
+};
+struct SamplingInputs {
+  const SamplingRow* rows;
+  const int64_t *history, *prompts;  // [rows, history_length], [rows]; null: no penalties
+  int64_t history_length;
+  const uint32_t* mask;  // [rows, mask_words], bits of the tokens that are allowed; null: all are
+  int64_t mask_words;
+};
+// A row without a token that can be drawn gets -1, and log-probabilities that are not numbers.
+template <class T>
+void sample_tokens(const T* logits, const SamplingInputs& inputs, int64_t* tokens, float* log_probs, float* filtered,
+                   int64_t rows, int64_t vocabulary);
+
+// optimiser.cpp. weight = keep * weight - rate * first / (second_scale * sqrt(second) + eps), after the moments' steps.
+struct AdamWStep {
+  float keep, rate, first_rate, second_keep, second_rate, second_scale, eps;
+  uint32_t key;    // of the random numbers that round a bf16 weight
+  int64_t offset;  // number of the first element among them
+};
+template <class T, class G>
+void adamw_step(T* weight, const G* gradient, float* first, float* second, int64_t count, const AdamWStep& step);
+template <class T>
+double square_sum(const T* x, int64_t count);
+uint64_t checksum(const char* bytes, int64_t count);
+
 // softmax.cpp too
 void write_cache(const char* key, const char* value, char* key_cache, char* value_cache, const int64_t* slots,
                  int64_t rows, int64_t row_bytes);

@@ -15,6 +15,9 @@ using Three = std::tuple<Tensor, Tensor, Tensor>;
 
 // Register a kernel of mixtures of experts (binding_experts.cpp); false: there is none of this name.
 bool register_experts(torch::Library& library, const std::string& name);
+// Register a kernel of binding_inference.cpp or binding_optimiser.cpp; false: there is none of this name.
+bool register_inference(torch::Library& library, const std::string& name);
+bool register_optimiser(torch::Library& library, const std::string& name);
 
 // Register the differentiable side of the operator `name`; does nothing for operators without one.
 void register_autograd(torch::Library& library, const std::string& name);
