@@ -6,6 +6,7 @@ A kernel is used only if its self-test passes on this machine; `status()` says w
 """
 
 from liaoyuan.ops.attention import attention
+from liaoyuan.ops.block_attention import block_attention, block_attention_backward, merge
 from liaoyuan.ops.build import build
 from liaoyuan.ops.choice import OperatorStatus, configure, measure, status
 from liaoyuan.ops.linear import linear
@@ -20,10 +21,13 @@ __all__ = [
     "OperatorStatus",
     "add_rms_norm",
     "attention",
+    "block_attention",
+    "block_attention_backward",
     "build",
     "configure",
     "linear",
     "measure",
+    "merge",
     "paged_attention",
     "rms_norm",
     "rotate",

@@ -27,7 +27,8 @@ NATIVE = Path(__file__).parent / "native"
 KERNEL_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
 BINDING_FLAGS = ("-O1", "-fopenmp")
 COMMON_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-w")
-WITH_TORCH = ("binding.cpp", "autograd.cpp")  # the others include no header of torch, which would cost seconds
+# The others include no header of torch, which would cost seconds.
+WITH_TORCH = ("binding.cpp", "binding_attention.cpp", "autograd.cpp")
 
 
 def build(report: Report = silent) -> Path:

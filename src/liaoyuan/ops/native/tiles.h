@@ -177,6 +177,15 @@ struct Amx {
 };
 #endif
 
+// Call body with the best engine for bf16 here.
+template <class Body>
+void with_bf16_engine(const Body& body) {
+#ifdef __AMX_BF16__
+  if (amx_permitted()) return body(Amx{});
+#endif
+  body(Wide{});
+}
+
 // Sizes of the packed operands of one head dimension.
 template <class E>
 struct Packing {
