@@ -1,8 +1,8 @@
 // Decode: one query per sequence, its few heads against all cached keys of one key head. The blocked kernel would
 // fill a sixteenth of its tiles. Here lanes are keys for the scores and dimensions for the output.
 //
-// Every sum runs in the order of the blocked kernel (Amx: even and odd places apart within 32, as the tile
-// instruction does; products of two bf16 are exact in fp32), so that both give the same bits.
+// Every sum runs in the order of the blocked kernel (Dot: with its instruction; Amx: even and odd places apart within
+// 32, as the tile instruction does, as products of two bf16 are exact in fp32), so that both give the same bits.
 #pragma once
 #include "ranges.h"
 
@@ -10,6 +10,8 @@ namespace liaoyuan {
 
 template <class E>
 constexpr bool IN_PAIRS = E::DEPTH == 32;
+template <class E>
+constexpr bool BY_DOT = requires { E::spread(nullptr); };
 
 template <class T>
 struct Cached {  // one sequence's keys and values of one key head
@@ -33,11 +35,17 @@ bool can_decode(int64_t dim, int64_t value_dim, int64_t block_size) {
   return block_size % 16 == 0 && dim % (IN_PAIRS<E> ? 32 : 16) == 0 && value_dim % 16 == 0;
 }
 
-// scores [R][KEY_CHUNK], of which 16, from 16 keys with lanes for keys (`columns`); query [R][dim] fp32.
+// scores [R][KEY_CHUNK], of which 16, from 16 keys with lanes for keys (`columns`); query [R][dim], also in fp32.
 template <class E, class T, int R>
-void score(const float* columns, const float* query, int64_t dim, float scale, float* scores) {
+void score(const float* columns, const T* query, const float* wide_query, int64_t dim, float scale, float* scores) {
   Vec sums[R] = {};
-  if constexpr (IN_PAIRS<E>) {
+  if constexpr (BY_DOT<E>) {
+    for (int64_t d = 0; d < dim; d += 2) {
+      WordVec words;
+      read(columns + d / 2 * 16, words);
+      for (int r = 0; r < R; ++r) sums[r] = E::dot(sums[r], E::spread(query + r * dim + d), words);
+    }
+  } else if constexpr (IN_PAIRS<E>) {
     for (int64_t tile = 0; tile < dim; tile += 32) {
       Vec even[R] = {}, odd[R] = {};
       for (int64_t d = tile; d < tile + 32; d += 2) {
@@ -45,8 +53,8 @@ void score(const float* columns, const float* query, int64_t dim, float scale, f
         read(columns + d / 2 * 16, words);
         Vec first = (Vec)(words << 16), second = (Vec)(words & 0xffff0000u);
         for (int r = 0; r < R; ++r) {
-          even[r] += first * query[r * dim + d];
-          odd[r] += second * query[r * dim + d + 1];
+          even[r] += first * wide_query[r * dim + d];
+          odd[r] += second * wide_query[r * dim + d + 1];
         }
       }
       for (int r = 0; r < R; ++r) sums[r] += even[r] + odd[r];
@@ -54,19 +62,28 @@ void score(const float* columns, const float* query, int64_t dim, float scale, f
   } else {
     for (int64_t d = 0; d < dim; ++d) {
       Vec column = load(columns + d * 16);
-      for (int r = 0; r < R; ++r) sums[r] += column * query[r * dim + d];
+      for (int r = 0; r < R; ++r) sums[r] += column * wide_query[r * dim + d];
     }
   }
   for (int r = 0; r < R; ++r) store(scores + r * KEY_CHUNK, sums[r] * scale);
 }
 
 // out [R][dim] += weights [R][keys] times the values, `dim` their width, two vectors of dimensions at a time.
+// Dot: weights are pairs of bf16, still KEY_CHUNK words apart.
 template <class E, class T, int R, int WIDE>
 void gather_values(const T* const* value, int64_t keys, const float* weights, float* out, int64_t dim) {
   Vec sums[R][WIDE];
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < WIDE; ++n) sums[r][n] = load(out + r * dim + 16 * n);
-  if constexpr (IN_PAIRS<E>) {
+  if constexpr (BY_DOT<E>) {
+    const T* weight = reinterpret_cast<const T*>(weights);
+    for (int64_t j = 0; j < keys; j += 2)
+      for (int n = 0; n < WIDE; ++n) {
+        WordVec pair = words_of(reinterpret_cast<const uint16_t*>(value[j] + 16 * n));
+        pair = pair | (WordVec)load(value[j + 1] + 16 * n);  // zeros after the last
+        for (int r = 0; r < R; ++r) sums[r][n] = E::dot(sums[r][n], E::spread(weight + r * 2 * KEY_CHUNK + j), pair);
+      }
+  } else if constexpr (IN_PAIRS<E>) {
     for (int64_t block = 0; block < keys; block += 32) {
       Vec halves[2][R][WIDE] = {};
       int64_t end = block + 32 < keys ? block + 32 : keys;
@@ -112,16 +129,21 @@ struct Decode {
   const Cached<T>& cached;
   Range seen;
   float scale;
-  float *query, *out, *scores, *columns;
+  const T* query;
+  float *wide_query, *out, *scores, *columns, *zeros;
   const T* value[KEY_CHUNK];
   float top[R], sums[R] = {};
 
-  Decode(const Cached<T>& cached, Range seen, float scale, const T* from) : cached(cached), seen(seen), scale(scale) {
+  Decode(const Cached<T>& cached, Range seen, float scale, const T* query)
+      : cached(cached), seen(seen), scale(scale), query(query) {
     int64_t dim = cached.dim, value_dim = cached.value_dim;
-    query = static_cast<float*>(scratch(0, size_t(R * (dim + value_dim + KEY_CHUNK) + 16 * dim) * sizeof(float)));
-    out = query + R * dim, scores = out + R * value_dim, columns = scores + R * KEY_CHUNK;
-    for (int64_t i = 0; i < R * dim; ++i) query[i] = widen(from[i]);
+    int64_t size = R * (dim + value_dim + KEY_CHUNK) + 16 * dim + value_dim;
+    wide_query = static_cast<float*>(scratch(0, size_t(size) * sizeof(float)));
+    out = wide_query + R * dim, scores = out + R * value_dim, columns = scores + R * KEY_CHUNK;
+    zeros = columns + 16 * dim;
+    for (int64_t i = 0; i < R * dim; ++i) wide_query[i] = widen(query[i]);
     std::fill_n(out, R * value_dim, 0.0f);
+    std::fill_n(zeros, value_dim, 0.0f);
     std::fill_n(top, R, LOWEST);
   }
 
@@ -146,20 +168,22 @@ struct Decode {
       if (chunk + j + 16 < seen.last) prefetch(cached.key(chunk + j + 16), cached.key_stride, cached.dim);
       for (int i = 0; i < 16; ++i) value[j + i] = values + i * cached.value_stride;
       transpose_keys<E>(keys, cached.key_stride, cached.dim, columns);
-      score<E, T, R>(columns, query, cached.dim, scale, scores + j);
-      mask(chunk + j, scores + j);
+      score<E, T, R>(columns, query, wide_query, cached.dim, scale, scores + j);
+      if (chunk + j < seen.first || chunk + j + 16 > seen.last) hide(chunk + j, scores + j, value + j);
       for (int r = 0; r < R; ++r) best[r] = maximum(best[r], load(scores + r * KEY_CHUNK + j));
     }
     for (int r = 0; r < R; ++r) top[r] = highest(best[r]);
   }
 
-  void mask(int64_t key, float* cells) {
-    if (key >= seen.first && key + 16 <= seen.last) return;
+  // The pages before a window may be others' by now, and the last one's end was never written.
+  void hide(int64_t key, float* cells, const T** values) {
     IntVec hidden = unseen(0, int32_t(seen.first - key) - lane_numbers(), int32_t(seen.last - 1 - key) - lane_numbers());
     for (int r = 0; r < R; ++r) {
       float* cell = cells + r * KEY_CHUNK;
       store(cell, choose(hidden, splat(HIDDEN), load(cell)));
     }
+    for (int64_t i = 0; i < 16; ++i)
+      if (key + i < seen.first || key + i >= seen.last) values[i] = reinterpret_cast<const T*>(zeros);
   }
 
   // Scores become weights, and what was summed before is brought to the new maximum.
@@ -176,12 +200,16 @@ struct Decode {
     }
     for (int64_t j = begin; j < count; ++j)
       for (int r = 0; r < R; ++r) sums[r] += scores[r * KEY_CHUNK + j];
-    if constexpr (IN_PAIRS<E>)
-      for (int r = 0; r < R; ++r)
-        for (int64_t j = begin; j < count; j += 16) {
-          float* cell = scores + r * KEY_CHUNK + j;
-          store(cell, rounded<BFloat16>(load(cell)));
-        }
+    for (int r = 0; r < R; ++r) narrow(scores + r * KEY_CHUNK + begin, count - begin);
+  }
+
+  // Weights as the products take them; for Dot the pairs lie together at the beginning.
+  static void narrow(float* weights, int64_t count) {
+    if constexpr (BY_DOT<E>)
+      for (int64_t j = 0; j < count; j += 32)
+        liaoyuan::write(weights + j / 2, E::narrow(load(weights + j), j + 16 < count ? load(weights + j + 16) : Vec{}));
+    else if constexpr (IN_PAIRS<E>)
+      for (int64_t j = 0; j < count; j += 16) store(weights + j, rounded<BFloat16>(load(weights + j)));
   }
 
   void add_values(int64_t begin, int64_t count) {
