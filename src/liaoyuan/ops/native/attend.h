@@ -57,7 +57,7 @@ struct BlockSoftmax {
   IntVec first[COLUMNS], limit[COLUMNS];
   Vec top[COLUMNS], sums[COLUMNS];
 
-  BlockSoftmax(Workspace<E>& work, const BlockRanges& seen, float scale) : work(work), seen(seen), scale(scale) {
+  BlockSoftmax(Workspace<E>& work, const BlockRanges& seen, float scale) : work(work), seen(seen), scale(scale * LOG2_E) {
     for (int n = 0; n < COLUMNS; ++n) {
       read(seen.first + 16 * n, first[n]);
       read(seen.limit + 16 * n, limit[n]);
@@ -101,7 +101,7 @@ struct BlockSoftmax {
 
   void rescale(const Vec* old) {
     Vec shrink[COLUMNS];
-    for (int n = 0; n < COLUMNS; ++n) shrink[n] = exponential(old[n] - top[n]), sums[n] *= shrink[n];
+    for (int n = 0; n < COLUMNS; ++n) shrink[n] = power_of_two(old[n] - top[n]), sums[n] *= shrink[n];
     for (int64_t d = 0; d < work.values.columns * 16; ++d)
       for (int n = 0; n < COLUMNS; ++n) {
         float* cell = work.out + d * BLOCK + 16 * n;
@@ -116,7 +116,7 @@ struct BlockSoftmax {
       Vec p[2][2] = {};
       for (int r = 0; r < 2; ++r)
         for (int n = 0; n < COLUMNS; ++n) {
-          p[r][n] = exponential(load(scores + (i + r) * BLOCK + 16 * n) - most[n]);
+          p[r][n] = power_of_two(load(scores + (i + r) * BLOCK + 16 * n) - most[n]);
           total[n] += p[r][n];
         }
       E::put_right(work.weights + i / BLOCK * BLOCK * BLOCK, int(i % BLOCK), p[0][0], p[0][1], p[1][0], p[1][1]);
@@ -142,7 +142,7 @@ struct BlockSoftmax {
           store(rows.out_at(row + i, dim) + d, load(tile + i % 16 * 16) * factor[i], dim - d);
       }
     if (rows.log_sum_exp)
-      for (int i = 0; i < count; ++i) rows.log_sum_exp_at(row + i) = highest[i] + std::log(total[i]);
+      for (int i = 0; i < count; ++i) rows.log_sum_exp_at(row + i) = highest[i] * LN_2 + std::log(total[i]);
   }
 };
 

@@ -100,7 +100,7 @@ struct Backward {
       work.seen[b - first] = BlockRanges(ranges, groups, row, std::min<int64_t>(BLOCK, end - row));
       for (int i = 0; i < BLOCK; ++i) {
         int64_t r = row + i, local = (b - first) * BLOCK + i, place = r / groups * row_stride + r % groups * head_stride;
-        work.lse[local] = r < end ? log_sum_exp[place] : 3.0e38f;
+        work.lse[local] = r < end ? log_sum_exp[place] * LOG2_E : 3.0e38f;
         work.delta[local] = r < end ? delta[place] : 0.0f;
       }
     }
@@ -160,7 +160,7 @@ struct Backward {
         Vec p[2];
         for (int n = 0; n < 2; ++n) {
           int at = (i + k) * BLOCK + 16 * n;
-          p[n] = exponential(load(work.scores + at) * scale - lse[n]);
+          p[n] = power_of_two(load(work.scores + at) * (scale * LOG2_E) - lse[n]);
           if (masked) p[n] = choose(unseen(int32_t(b * BLOCK + i + k), first[n], limit[n]), Vec{}, p[n]);
           grads[k][n] = p[n] * (load(work.weight_grad + at) - delta[n]) * scale;
         }

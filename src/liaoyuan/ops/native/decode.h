@@ -135,7 +135,7 @@ struct Decode {
   float top[R], sums[R] = {};
 
   Decode(const Cached<T>& cached, Range seen, float scale, const T* query)
-      : cached(cached), seen(seen), scale(scale), query(query) {
+      : cached(cached), seen(seen), scale(scale * LOG2_E), query(query) {
     int64_t dim = cached.dim, value_dim = cached.value_dim;
     int64_t size = R * (dim + value_dim + KEY_CHUNK) + 16 * dim + value_dim;
     wide_query = static_cast<float*>(scratch(0, size_t(size) * sizeof(float)));
@@ -190,13 +190,13 @@ struct Decode {
   void weigh(const float* old, int64_t begin, int64_t count) {
     for (int r = 0; r < R; ++r) {
       float* row = scores + r * KEY_CHUNK;
-      float shrink = exponential(splat(old[r] - top[r]))[0];
+      float shrink = power_of_two(splat(old[r] - top[r]))[0];
       sums[r] *= shrink;
       for (int64_t d = 0; d < cached.value_dim; d += 16) {
         float* cell = out + r * cached.value_dim + d;
         store(cell, load(cell) * shrink);
       }
-      for (int64_t j = begin; j < count; j += 16) store(row + j, exponential(load(row + j) - top[r]));
+      for (int64_t j = begin; j < count; j += 16) store(row + j, power_of_two(load(row + j) - top[r]));
     }
     for (int64_t j = begin; j < count; ++j)
       for (int r = 0; r < R; ++r) sums[r] += scores[r * KEY_CHUNK + j];

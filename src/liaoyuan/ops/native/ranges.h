@@ -9,6 +9,7 @@ namespace liaoyuan {
 
 constexpr int64_t KEY_CHUNK = 512;  // keys between two rescalings of the output
 constexpr float LOWEST = -3.0e38f, HIDDEN = -INFINITY;
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;  // inside, scores are logarithms to base 2
 
 struct Range {
   int64_t first, last;  // keys first ... last - 1
@@ -55,12 +56,12 @@ struct BlockRanges {
 // Sets the lanes of rows that do not see `key`.
 inline IntVec unseen(int32_t key, IntVec first, IntVec limit) { return (key < first) | (key > limit); }
 
-// The end of a softmax over keys with maximum `top` and sum `sums`, and a sink (-inf: none) that has no value.
-// Returns the factor of the output, and the log of the denominator less its maximum in `total` and `highest`.
+// The end of a softmax over keys with maximum `top` and sum `sums`, and a sink (-inf: none) that has no value: the
+// denominator is total * 2^highest. Returns the factor of the output.
 inline Vec finish(Vec top, Vec sums, Vec sink, Vec& total, Vec& highest) {
-  highest = maximum(top, sink);
-  Vec share = exponential(top - highest);
-  total = sums * share + exponential(sink - highest);
+  highest = maximum(top, sink * LOG2_E);
+  Vec share = power_of_two(top - highest);
+  total = sums * share + power_of_two(sink * LOG2_E - highest);
   return choose(total > Vec{}, share / total, Vec{});
 }
 

@@ -150,8 +150,9 @@ struct Dot : Pairs {
  private:
   static constexpr int ROWS = 8;  // so that the sums stay in registers
 
+  // Not inlined: among other code the compiler moves the sums from register to register.
   template <int COLUMNS>
-  static void few_rows(float* c, int64_t ldc, bool add, const BFloat16* left, int64_t left_k, const BFloat16* right,
+  [[gnu::noinline]] static void few_rows(float* c, int64_t ldc, bool add, const BFloat16* left, int64_t left_k, const BFloat16* right,
                        int64_t right_n, int64_t right_k, int64_t depth) {
     Vec sums[ROWS][COLUMNS];
 #pragma GCC unroll 8
