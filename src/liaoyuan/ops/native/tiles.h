@@ -58,9 +58,10 @@ struct Wide {
   static constexpr int REGISTERS = sizeof(Vec) / sizeof(Register), WIDTH = 16 / REGISTERS;
   static constexpr int ROWS = 8 / REGISTERS;  // so that the sums stay in registers: there are 32 of 64 bytes, else 16
 
+  // Not inlined: among other code the compiler moves the sums from register to register.
   template <int COLUMNS>
-  static void few_rows(float* c, int64_t ldc, bool add, const float* left, int64_t left_k, const float* right,
-                       int64_t right_n, int64_t right_k, int64_t depth) {
+  [[gnu::noinline]] static void few_rows(float* c, int64_t ldc, bool add, const float* left, int64_t left_k,
+                                         const float* right, int64_t right_n, int64_t right_k, int64_t depth) {
     constexpr int PARTS = COLUMNS * REGISTERS;
     auto cell = [&](int i, int n) { return c + i * ldc + n * WIDTH; };
     Register sums[ROWS][PARTS];
@@ -150,10 +151,9 @@ struct Dot : Pairs {
  private:
   static constexpr int ROWS = 8;  // so that the sums stay in registers
 
-  // Not inlined: among other code the compiler moves the sums from register to register.
   template <int COLUMNS>
-  [[gnu::noinline]] static void few_rows(float* c, int64_t ldc, bool add, const BFloat16* left, int64_t left_k, const BFloat16* right,
-                       int64_t right_n, int64_t right_k, int64_t depth) {
+  [[gnu::noinline]] static void few_rows(float* c, int64_t ldc, bool add, const BFloat16* left, int64_t left_k,
+                                         const BFloat16* right, int64_t right_n, int64_t right_k, int64_t depth) {
     Vec sums[ROWS][COLUMNS];
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
