@@ -18,7 +18,9 @@ struct Rows {  // queries first ... last - 1 of one sequence and one key head
   int64_t query_stride, out_stride, log_sum_exp_stride, log_sum_exp_head_stride, groups, first, last;
   Ranges ranges;
   int64_t query_of(int64_t row) const { return row / groups; }
-  const T* query_at(int64_t row, int64_t dim) const { return query + query_of(row) * query_stride + row % groups * dim; }
+  const T* query_at(int64_t row, int64_t dim) const {
+    return query + query_of(row) * query_stride + row % groups * dim;
+  }
   Out* out_at(int64_t row, int64_t dim) const { return out + query_of(row) * out_stride + row % groups * dim; }
   float& log_sum_exp_at(int64_t row) const {
     return log_sum_exp[query_of(row) * log_sum_exp_stride + row % groups * log_sum_exp_head_stride];
@@ -57,7 +59,8 @@ struct BlockSoftmax {
   IntVec first[COLUMNS], limit[COLUMNS];
   Vec top[COLUMNS], sums[COLUMNS];
 
-  BlockSoftmax(Workspace<E>& work, const BlockRanges& seen, float scale) : work(work), seen(seen), scale(scale * LOG2_E) {
+  BlockSoftmax(Workspace<E>& work, const BlockRanges& seen, float scale)
+      : work(work), seen(seen), scale(scale * LOG2_E) {
     for (int n = 0; n < COLUMNS; ++n) {
       read(seen.first + 16 * n, first[n]);
       read(seen.limit + 16 * n, limit[n]);

@@ -26,7 +26,7 @@ struct BackwardWorkspace {
     int64_t count = range.last - base, key_words = keys.words(count), value_words = values.words(count);
     int64_t key_strip = STRIP * keys.words(BLOCK), value_strip = STRIP * values.words(BLOCK), square = BLOCK * BLOCK;
     int64_t block = std::max(keys.words(BLOCK), values.words(BLOCK));
-    int64_t words = 2 * key_words + value_words + 2 * key_strip + 2 * value_strip + (2 + KEY_GROUP) * STRIP * square + block;
+    int64_t words = 2 * (key_words + key_strip + value_strip) + value_words + (2 + KEY_GROUP) * STRIP * square + block;
     Word* word = static_cast<Word*>(scratch(0, size_t(words) * sizeof(Word)));
     auto take = [](auto*& from, int64_t size) { return (from += size) - size; };
     key = take(word, key_words), key_transposed = take(word, key_words), value = take(word, value_words);
@@ -99,7 +99,8 @@ struct Backward {
       values.right_transposed(work.left, work.grad_transposed + value_at);
       work.seen[b - first] = BlockRanges(ranges, groups, row, std::min<int64_t>(BLOCK, end - row));
       for (int i = 0; i < BLOCK; ++i) {
-        int64_t r = row + i, local = (b - first) * BLOCK + i, place = r / groups * row_stride + r % groups * head_stride;
+        int64_t r = row + i, place = r / groups * row_stride + r % groups * head_stride;
+        int64_t local = (b - first) * BLOCK + i;
         work.lse[local] = r < end ? log_sum_exp[place] * LOG2_E : 3.0e38f;
         work.delta[local] = r < end ? delta[place] : 0.0f;
       }

@@ -10,15 +10,18 @@ namespace {
 
 constexpr int64_t ALL = int64_t(1) << 40;  // a window beyond every sequence
 
+// Sizes [.., heads, dim]; those of a cache without its blocks.
+AttentionShape attention_shape(at::IntArrayRef query, at::IntArrayRef key, at::IntArrayRef value, double scale) {
+  TORCH_CHECK(query.size() == 3 && key.size() == 3 && query[2] == key[2] && key[1] > 0 && query[1] % key[1] == 0,
+              "query ", query, " and key ", key, " do not fit");
+  TORCH_CHECK(value.size() == 3 && value[0] == key[0] && value[1] == key[1], "key ", key, " and value ", value,
+              " do not fit");
+  return {query[1], key[1], query[2], value[2], ALL, float(scale)};
+}
 AttentionShape attention_shape(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
   same_type(query, key);
   same_type(key, value);
-  TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && query.size(2) == key.size(2) && key.size(1) > 0 &&
-                  query.size(1) % key.size(1) == 0,
-              "query ", query.sizes(), " and key ", key.sizes(), " do not fit");
-  TORCH_CHECK(value.dim() == 3 && value.size(0) == key.size(0) && value.size(1) == key.size(1), "key ", key.sizes(),
-              " and value ", value.sizes(), " do not fit");
-  return {query.size(1), key.size(1), query.size(2), value.size(2), ALL, float(scale)};
+  return attention_shape(query.sizes(), key.sizes(), value.sizes(), scale);
 }
 
 int64_t window_of(std::optional<int64_t> window) {
@@ -137,7 +140,8 @@ Three block_attention_backward_cpu(const Tensor& grad_, const Tensor& delta_, co
   int64_t rows = shape.queries * shape.query_heads;
   for (const Tensor& x : {grad, delta, log_sum_exp})
     TORCH_CHECK(x.scalar_type() == at::kFloat && x.numel() == (x.dim() == 3 ? rows * shape.value_dim : rows),
-                "grad, delta and log_sum_exp must be float32 [queries, heads, ...], not ", x.scalar_type(), " ", x.sizes());
+                "grad, delta and log_sum_exp must be float32 [queries, heads, ...], not ", x.scalar_type(), " ",
+                x.sizes());
   TORCH_CHECK(grad.dim() == 3, "grad must have three dimensions, not ", grad.dim());
   Tensor grad_query = at::empty_like(query, grad.options()), grad_key = at::empty_like(key, grad.options());
   Tensor grad_value = at::empty_like(value, grad.options());
@@ -181,7 +185,9 @@ Tensor paged_attention_cpu(const Tensor& query_, const Tensor& key_cache, const 
                            const Tensor& block_tables_, const Tensor& query_starts_, const Tensor& lengths_,
                            double scale, std::optional<int64_t> window, const OptionalTensor& sinks_) {
   check_caches(key_cache, value_cache);
-  PagedShape shape{attention_shape(query_, key_cache.flatten(0, 1), value_cache.flatten(0, 1), scale)};
+  same_type(query_, key_cache);
+  PagedShape shape{
+      attention_shape(query_.sizes(), key_cache.sizes().slice(1), value_cache.sizes().slice(1), scale)};
   shape.window = window_of(window);
   OptionalTensor sinks = sinks_of(sinks_, shape.query_heads);
   Tensor query = dense(query_), tables = dense(block_tables_.to(at::kInt));

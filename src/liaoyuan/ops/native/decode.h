@@ -177,7 +177,8 @@ struct Decode {
 
   // The pages before a window may be others' by now, and the last one's end was never written.
   void hide(int64_t key, float* cells, const T** values) {
-    IntVec hidden = unseen(0, int32_t(seen.first - key) - lane_numbers(), int32_t(seen.last - 1 - key) - lane_numbers());
+    IntVec first = int32_t(seen.first - key) - lane_numbers(), limit = int32_t(seen.last - 1 - key) - lane_numbers();
+    IntVec hidden = unseen(0, first, limit);
     for (int r = 0; r < R; ++r) {
       float* cell = cells + r * KEY_CHUNK;
       store(cell, choose(hidden, splat(HIDDEN), load(cell)));
@@ -198,8 +199,12 @@ struct Decode {
       }
       for (int64_t j = begin; j < count; j += 16) store(row + j, power_of_two(load(row + j) - top[r]));
     }
+    float total[R];  // local, so that it stays in registers
+    std::copy_n(sums, R, total);
+    const float* weights = scores;
     for (int64_t j = begin; j < count; ++j)
-      for (int r = 0; r < R; ++r) sums[r] += scores[r * KEY_CHUNK + j];
+      for (int r = 0; r < R; ++r) total[r] += weights[r * KEY_CHUNK + j];
+    std::copy_n(total, R, sums);
     for (int r = 0; r < R; ++r) narrow(scores + r * KEY_CHUNK + begin, count - begin);
   }
 
@@ -224,7 +229,8 @@ struct Decode {
 
   void write(const float* sinks, T* to) {
     for (int r = 0; r < R; ++r) {
-      Vec total, most, sink = splat(sinks ? sinks[r] : HIDDEN), factor = finish(splat(top[r]), splat(sums[r]), sink, total, most);
+      Vec total, most, sink = splat(sinks ? sinks[r] : HIDDEN);
+      Vec factor = finish(splat(top[r]), splat(sums[r]), sink, total, most);
       for (int64_t d = 0; d < cached.value_dim; d += 16)
         store(to + r * cached.value_dim + d, load(out + r * cached.value_dim + d) * factor);
     }

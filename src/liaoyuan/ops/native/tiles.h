@@ -115,10 +115,12 @@ struct Pairs {  // how both engines of bf16 pack
     std::memcpy(block + (r / 16) * TILE + (r % 16) * DEPTH, &row, sizeof row);
   }
   static __m512i zip() {  // the order that puts the elements of two halves side by side
-    return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-                            3, 18, 2, 17, 1, 16, 0);
+    return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                            19, 3, 18, 2, 17, 1, 16, 0);
   }
-  static WordVec pair(Vec low, Vec high) { return (WordVec)_mm512_permutexvar_epi16(zip(), (__m512i)narrow(low, high)); }
+  static WordVec pair(Vec low, Vec high) {
+    return (WordVec)_mm512_permutexvar_epi16(zip(), (__m512i)narrow(low, high));
+  }
   static void put_right(BFloat16* block, int r, Vec first, Vec second, Vec next_first, Vec next_second) {
     WordVec left = pair(first, next_first), right = pair(second, next_second);
     std::memcpy(block + (r / 2) * DEPTH, &left, sizeof left);
