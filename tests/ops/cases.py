@@ -22,15 +22,28 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def attention_by_hand(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """Attend each document on its own, in fp64, from the definition."""
+def attention_by_hand(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attend each document on its own, in fp64, from the definition; a sink is one more key, whose value is zero."""
     groups = query.shape[1] // key.shape[1]
     parts = []
     for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        future = torch.ones(len(q), len(q)).triu(1).bool()
-        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(future, float("-inf")).softmax(-1), v))
+        behind = torch.arange(len(q))[:, None] - torch.arange(len(q))
+        hidden = (behind < 0) | (behind >= (window or len(q) + 1))
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[:, None, None].expand(-1, len(q), 1)), 2)
+            v = torch.cat((v, v.new_zeros(1, *v.shape[1:])))
+        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
     return torch.cat(parts)
 
 

@@ -1,7 +1,12 @@
 """Packed attention: every document as if it were alone, forward and backward, in any split of the batch."""
 
+import time
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from liaoyuan.ops import attention
 from tests.ops.cases import RAGGED, attention_by_hand, boundaries_of, difference, random
@@ -34,6 +39,103 @@ def test_each_document_is_attended_alone(lengths, query_heads, key_heads, dim, d
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("window", [1, 32, 33, 700])
+@pytest.mark.parametrize(
+    ("query_heads", "key_heads", "dim", "value_dim"), [(4, 2, 24, 16), (3, 1, 64, 64), (2, 2, 16, 40)]
+)
+def test_windows_sinks_and_values_of_another_width_are_the_definitions(
+    query_heads, key_heads, dim, value_dim, window, dtype
+):
+    lengths = (3, 0, 40, 530, 1)
+    q, k, v = (random(sum(lengths), heads, width, dtype=dtype, seed=seed).requires_grad_() for seed, (heads, width) in
+               enumerate(((query_heads, dim), (key_heads, dim), (key_heads, value_dim))))  # fmt: skip
+    sinks = random(query_heads, dtype=dtype, seed=4).requires_grad_()
+    grad = random(len(q), query_heads, value_dim, dtype=dtype, seed=9)
+    out = attention(q, k, v, boundaries_of(lengths), dim**-0.5, window, sinks)
+    found = torch.autograd.grad(out, (q, k, v, sinks), grad)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v, sinks)]
+    expected = attention_by_hand(*exact[:3], lengths, dim**-0.5, window, exact[3])
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    assert difference(out, expected) < TOLERANCE[dtype]
+    for a, b in zip(found, wanted, strict=True):
+        assert difference(a, b, floor=0.5) < TOLERANCE[dtype]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    groups=st.integers(1, 5),
+    dims=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    window=st.none() | st.integers(0, 80),
+    with_sinks=st.booleans(),
+)
+def test_any_shape_is_attended_to(lengths, groups, dims, window, with_sinks):
+    tokens, dim = sum(lengths), dims[0]
+    q, k, v = random(tokens, groups, dim), random(tokens, 1, dim, seed=1), random(tokens, 1, dims[1], seed=2)
+    sinks = random(groups, seed=3) if with_sinks else None
+    out = attention(q, k, v, boundaries_of(lengths), dim**-0.5, window, sinks)
+    wide = [x if x is None else x.double() for x in (q, k, v, sinks)]
+    expected = attention_by_hand(*wide[:3], lengths, dim**-0.5, window, wide[3])
+    assert out.shape == expected.shape
+    assert difference(out, expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_what_a_window_hides_changes_no_bit(dtype):
+    lengths, window, seen = (20, 600), 50, 40
+    q, k, v = (x.detach() for x in inputs(lengths, 6, 2, 32, dtype))
+    sinks = random(6, seed=5)
+    out = attention(q, k, v, boundaries_of(lengths), 0.2, window, sinks)
+    other_k, other_v = k.clone(), v.clone()
+    hidden = slice(0, sum(lengths) - seen - window + 1)
+    other_k[hidden], other_v[hidden] = 7 * k[hidden] + 1, -v[hidden]
+    again = attention(q, other_k, other_v, boundaries_of(lengths), 0.2, window, sinks)
+    assert torch.equal(out[-seen:], again[-seen:])
+    assert torch.equal(out[20:], attention(q[20:], k[20:], v[20:], boundaries_of([600]), 0.2, window, sinks))
+    assert torch.equal(out[20:93], attention(q[20:93], k[20:93], v[20:93], boundaries_of([73]), 0.2, window, sinks))
+    whole = attention(q, k, v, boundaries_of(lengths), 0.2)
+    for wider in (0, 600, 10**15):
+        assert torch.equal(whole, attention(q, k, v, boundaries_of(lengths), 0.2, wider))
+
+
+def test_the_cost_falls_with_the_window():
+    q, k, v = inputs((3072,), 2, 1, 64, torch.bfloat16)
+
+    def seconds(window):
+        times = []
+        for _ in range(3):
+            start = time.thread_time()
+            out = attention(q, k, v, boundaries_of([3072]), 0.125, window)
+            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+            times.append(time.thread_time() - start)
+        return min(times)
+
+    seconds(64)
+    assert seconds(64) < 0.4 * seconds(None)  # a twentieth of the pairs
+
+
+def test_the_flops_of_a_window_are_those_of_its_pairs():
+    lengths, window = (30, 0, 7, 1), 5
+    q, k, v = inputs(lengths, 4, 2, 16, torch.float32)
+    v = v[..., :8]
+    pairs = 4 * sum(min(n + 1, window) for length in lengths for n in range(length))
+    with FlopCounterMode(display=False) as counter:
+        attention(q, k, v, boundaries_of(lengths), 0.25, window).sum().backward()
+    assert counter.get_total_flops() == 2 * pairs * (16 + 8) + 2 * pairs * (3 * 16 + 2 * 8)
+
+
+def test_a_compiled_window_with_sinks_equals_the_eager_one():
+    def loss(q, k, v, sinks):
+        return attention(q, k, v, boundaries_of([3, 9]), 0.3, 4, sinks).square().sum()
+
+    given = [*inputs((3, 9), 4, 2, 16, torch.float32), random(4, seed=7).requires_grad_()]
+    eager = torch.autograd.grad(loss(*given), given)
+    traced = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(*given), given)
+    for a, b in zip(eager, traced, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_document_has_the_same_bits_wherever_it_lies(dtype):
     lengths = (70, 33, 5)
     q, k, v = (x.detach() for x in inputs(lengths, 4, 2, 32, dtype))
@@ -49,10 +151,11 @@ def test_a_document_has_the_same_bits_wherever_it_lies(dtype):
 def test_results_are_the_same_twice_and_with_two_threads():
     lengths = (90, 3, 64, 200)
     q, k, v = inputs(lengths, 4, 2, 32, torch.bfloat16)
+    sinks = random(4, dtype=torch.bfloat16, seed=3).requires_grad_()
 
     def run():
-        out = attention(q, k, v, boundaries_of(lengths), 0.2)
-        return [out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
+        out = attention(q, k, v, boundaries_of(lengths), 0.2, 70, sinks)
+        return [out, *torch.autograd.grad(out, (q, k, v, sinks), torch.ones_like(out))]
 
     first, second = run(), run()
     torch.set_num_threads(2)
@@ -80,6 +183,18 @@ def test_wrong_boundaries_are_refused():
     for wrong in ([0, 9], [0, 5, 3, 8], [1, 8]):
         with pytest.raises(RuntimeError, match="boundaries"):
             attention(q, k, v, torch.tensor(wrong, dtype=torch.int32), 1.0)
+
+
+def test_wrong_shapes_are_refused_with_their_sizes():
+    q, k, v, ends = random(8, 4, 16), random(8, 2, 16), random(8, 2, 16), boundaries_of([8])
+    with pytest.raises(RuntimeError, match=r"query \[8, 4, 16\] and key \[8, 3, 16\]"):
+        attention(q, random(8, 3, 16), random(8, 3, 16), ends, 1.0)
+    with pytest.raises(RuntimeError, match=r"key \[8, 2, 16\] and value \[7, 2, 16\]"):
+        attention(q, k, v[:7], ends, 1.0)
+    with pytest.raises(RuntimeError, match=r"sinks \[3\] do not fit 4 query heads"):
+        attention(q, k, v, ends, 1.0, None, random(3))
+    with pytest.raises((RuntimeError, ValueError), match="a window of -1 tokens"):
+        attention(q, k, v, ends, 1.0, -1)
 
 
 def test_large_scores_stay_finite():

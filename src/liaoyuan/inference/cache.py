@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from liaoyuan.models import ModelConfig, Pattern
@@ -41,18 +40,17 @@ class BlockPool:
 
 
 class KeyValueCache:
-    """The memory: `keys[layer]` and `values[layer]` are [num_blocks, block_size, Hk, D] in the model's dtype.
-
-    Values of fewer dimensions than keys (latent attention) are filled up with zeros.
-    """
+    """The memory: `keys[layer]` [num_blocks, block_size, Hk, D] and `values[layer]` [..., Dv] in the model's dtype."""
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, device: torch.device) -> None:
-        shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        # Zeros, not empty: fresh zero pages cost no memory until they are written.
-        self.keys, self.values = (
-            [torch.zeros(shape, dtype=config.torch_dtype, device=device) for _ in range(config.num_hidden_layers)]
-            for _ in range(2)
-        )
+        def pages(dim: int) -> list[Tensor]:
+            # Zeros, not empty: fresh zero pages cost no memory until they are written.
+            shape = (num_blocks, block_size, config.num_key_value_heads, dim)
+            return [
+                torch.zeros(shape, dtype=config.torch_dtype, device=device) for _ in range(config.num_hidden_layers)
+            ]
+
+        self.keys, self.values = pages(config.head_dim), pages(config.value_head_dim)
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy blocks, int64 [C] each; a block is never both a source and a target."""
@@ -75,9 +73,6 @@ class PagedContext:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        width = value.shape[2]
-        if width < key.shape[2]:
-            value = F.pad(value, (0, key.shape[2] - width))
         write_cache(key, value, keys, values, self.slots)
         places = (self.block_tables, self.query_starts, self.lengths)
-        return paged_attention(query, keys, values, *places, pattern.scale, pattern.window, pattern.sinks)[..., :width]
+        return paged_attention(query, keys, values, *places, pattern.scale, pattern.window, pattern.sinks)

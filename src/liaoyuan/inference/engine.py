@@ -228,6 +228,6 @@ def _num_blocks(model: Decoder, config: EngineConfig) -> int:
     if config.cache_tokens is not None:
         return max(1, config.cache_tokens // config.block_size)
     longest = -(-shape.max_position_embeddings // config.block_size)
-    width = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    width = shape.num_hidden_layers * shape.num_key_value_heads * (shape.head_dim + shape.value_head_dim)
     block_bytes = width * shape.torch_dtype.itemsize * config.block_size
     return max(longest, min(config.max_sequences * longest, config.cache_bytes // block_bytes))

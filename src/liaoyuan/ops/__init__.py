@@ -6,6 +6,7 @@ A kernel is used only if its self-test passes on this machine; `status()` says w
 """
 
 from liaoyuan.ops.attention import attention
+from liaoyuan.ops.block_attention import block_attention, block_attention_backward, merge
 from liaoyuan.ops.buffers import checksum, pack, unpack
 from liaoyuan.ops.build import build
 from liaoyuan.ops.choice import OperatorStatus, configure, measure, status
@@ -30,6 +31,8 @@ __all__ = [
     "adamw_step",
     "add_rms_norm",
     "attention",
+    "block_attention",
+    "block_attention_backward",
     "build",
     "checksum",
     "clip",
@@ -41,6 +44,7 @@ __all__ = [
     "grouped_linear",
     "linear",
     "measure",
+    "merge",
     "newton_schulz",
     "pack",
     "packed_mask",

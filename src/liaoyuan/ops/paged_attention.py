@@ -29,26 +29,27 @@ def paged_attention(
 
     Args:
         query: [N, Hq, D], the sequences' new tokens one after another.
-        key_cache, value_cache: [B, block_size, Hk, D]; the new tokens' keys and values are already in it.
+        key_cache: [B, block_size, Hk, D]; value_cache: [B, block_size, Hk, Dv]. The new tokens are already in both.
         block_tables: int32 [S, max_blocks], the cache blocks of each sequence in order.
         query_starts: int32 [S + 1], sequence s owns query rows query_starts[s] to query_starts[s + 1].
         lengths: int32 [S], cached tokens of each sequence, the new ones included.
-        scale, window, sinks: as those of `attention`; window and sinks are not in the native kernel yet.
+        scale, window, sinks: as those of `attention`.
 
     Returns:
-        [N, Hq, D] in the dtype of query. Rows after query_starts[S] are zero.
+        [N, Hq, Dv] in the dtype of query. Rows after query_starts[S] are zero.
     """
-    arguments = (query, key_cache, value_cache, block_tables, query_starts, lengths, scale)
-    if window is None and sinks is None and takes(PAGED_ATTENTION, query, key_cache, value_cache):
+    arguments = (query, key_cache, value_cache, block_tables, query_starts, lengths, scale, window, sinks)
+    if takes(PAGED_ATTENTION, query, key_cache, value_cache):
         return PAGED_ATTENTION.call(*arguments)
-    return _paged_attention(*arguments, window, sinks)
+    return _paged_attention(*arguments)
 
 
 def write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
     """Write new keys and values into the cache, in place.
 
     Args:
-        key, value: [N, Hk, D]; key_cache, value_cache: [B, block_size, Hk, D], same dtype.
+        key: [N, Hk, D]; key_cache: [B, block_size, Hk, D]; value: [N, Hk, Dv]; value_cache: [B, block_size, Hk, Dv].
+            All of one dtype.
         slots: int64 [N], each row's place block * block_size + offset; a negative one is skipped.
     """
     if takes(WRITE_CACHE, key, value, key_cache, value_cache):
@@ -68,7 +69,9 @@ def _paged_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    out = torch.zeros_like(query)
+    if window is not None and window < 0:
+        raise ValueError(f"a window of {window} tokens")
+    out = query.new_zeros(*query.shape[:2], value_cache.shape[3])
     groups = query.shape[1] // key_cache.shape[2]
     block_size = key_cache.shape[1]
     starts, totals = query_starts.tolist(), lengths.tolist()
@@ -80,7 +83,7 @@ def _paged_attention(
         scores = torch.einsum("qhd,khd->hqk", q, key) * scale
         position = torch.arange(total - q.shape[0], total, device=query.device)
         behind = position[:, None] - torch.arange(total, device=query.device)[None, :]
-        hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
+        hidden = (behind < 0) | (behind >= window) if window else behind < 0
         scores = scores.masked_fill(hidden, float("-inf"))
         if sinks is not None:
             scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, len(q), 1)], -1)
@@ -97,27 +100,39 @@ def _write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Ten
 
 def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(6)
-    for query_heads, key_heads, dim, cases in (
-        (2, 1, 24, ((1, 5), (3, 3))),
-        (4, 2, 64, ((1, 600), (40, 70), (1, 1), (0, 3))),
+    mixed = ((1, 600), (40, 70), (1, 1), (0, 3))
+    for query_heads, key_heads, dim, value_dim, window, with_sinks, cases in (
+        (2, 1, 24, 24, None, False, ((1, 5), (3, 3))),
+        (4, 2, 64, 64, None, False, mixed),
+        (5, 1, 96, 64, 37, True, mixed),
+        (2, 2, 32, 32, 20, True, ((30, 600), (1, 40))),
     ):
         queries, lengths = [c[0] for c in cases], [c[1] for c in cases]
-        blocks = [-(-length // 16) for length in lengths]
-        tables = torch.zeros(len(cases), max(blocks), dtype=torch.int32)
-        order = torch.randperm(sum(blocks), generator=generator).to(torch.int32)
-        for row, part in enumerate(order.split(blocks)):
-            tables[row, : len(part)] = part
         query = torch.randn(sum(queries) + 2, query_heads, dim, generator=generator).to(dtype)
-        shape = (sum(blocks), 16, key_heads, dim)
-        caches = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+        tables, key_cache, value_cache = _sample_pages(lengths, key_heads, (dim, value_dim), dtype, generator)
         starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
-        yield query, *caches, tables, starts, torch.tensor(lengths, dtype=torch.int32), dim**-0.5
+        sinks = torch.randn(query_heads, generator=generator).to(dtype) if with_sinks else None
+        counts = torch.tensor(lengths, dtype=torch.int32)
+        yield query, key_cache, value_cache, tables, starts, counts, dim**-0.5, window, sinks
+
+
+def _sample_pages(
+    lengths: list[int], heads: int, dims: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tables of pages in random order, and caches of random keys and values."""
+    blocks = [-(-length // 16) for length in lengths]
+    tables = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
+    order = torch.randperm(sum(blocks), generator=generator).to(torch.int32)
+    for row, part in enumerate(order.split(blocks)):
+        tables[row, : len(part)] = part
+    key, value = (torch.randn(sum(blocks), 16, heads, dim, generator=generator).to(dtype) for dim in dims)
+    return tables, key, value
 
 
 def _write_samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(7)
-    key, value = (torch.randn(5, 2, 24, generator=generator).to(dtype) for _ in range(2))
-    caches = [torch.zeros(3, 4, 2, 24, dtype=dtype) for _ in range(2)]
+    key, value = (torch.randn(5, 2, dim, generator=generator).to(dtype) for dim in (24, 16))
+    caches = [torch.zeros(3, 4, 2, dim, dtype=dtype) for dim in (24, 16)]
     yield key, value, *caches, torch.tensor([11, -1, 0, 5, 4])
 
 
@@ -135,19 +150,54 @@ def _workload(dtype: torch.dtype) -> tuple[Any, ...]:
     )
 
 
+def _seen(key_cache: Tensor, block_tables: Tensor, window: int | None) -> int:
+    """Return the tokens that each query sees, if every table is full: the lengths are not known when tracing."""
+    tokens = block_tables.shape[1] * key_cache.shape[1]
+    return min(tokens, window) if window else tokens
+
+
+def _flops(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> int:
+    """Two products, as if every sequence had one query."""
+    return 2 * query[..., 0].numel() * (query.shape[2] + value.shape[3]) * _seen(key, tables, window)
+
+
+def _traffic(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> int:
+    token = key.shape[2] * (key.shape[3] + value.shape[3]) * key.element_size()
+    return tables.shape[0] * _seen(key, tables, window) * token
+
+
 PAGED_ATTENTION = register(
     Operator(
         name="paged_attention",
         kernels=(NATIVE,),
         schema="(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor query_starts, "
-        "Tensor lengths, float scale) -> Tensor",
+        "Tensor lengths, float scale, int? window=None, Tensor? sinks=None) -> Tensor",
         reference=_paged_attention,
-        fake=lambda query, *_: query.new_empty(query.shape),
+        fake=lambda query, key_cache, value_cache, *_: query.new_empty(*query.shape[:2], value_cache.shape[3]),
         samples=_samples,
         workload=_workload,
-        # as if every sequence had one query and a full table: the lengths are not known when tracing
-        flops=lambda query, cache, _, tables, *__: 4 * query.numel() * tables.shape[1] * cache.shape[1],
-        traffic=lambda query, cache, _, tables, *__: 2 * tables.numel() * cache[0].numel() * cache.element_size(),
+        flops=_flops,
+        traffic=_traffic,
     )
 )
 
@@ -160,6 +210,6 @@ WRITE_CACHE = register(
         fake=lambda *_: None,
         samples=_write_samples,
         flops=lambda *_: 0,
-        traffic=lambda key, *_: 4 * key.numel() * key.element_size(),
+        traffic=lambda key, value, *_: 2 * (key.numel() + value.numel()) * key.element_size(),
     )
 )

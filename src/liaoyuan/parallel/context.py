@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from liaoyuan.models import Pattern
-from liaoyuan.ops import attention, wide
-from liaoyuan.ops.block_attention import block_attention, block_attention_backward, merge
+from liaoyuan.ops import attention, block_attention, block_attention_backward, merge, wide
 from liaoyuan.parallel.collectives import exchange_rows
 from liaoyuan.parallel.mesh import Mesh
 

@@ -192,37 +192,44 @@ Three token_log_prob_autograd(const Tensor& hidden, const Tensor& weight, const 
 
 // ---- attention
 
-Two call_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& boundaries, double scale) {
-  static auto op =
-      find<Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double)>("liaoyuan::attention");
+Two call_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& boundaries, double scale,
+                   std::optional<int64_t> window, const OptionalTensor& sinks) {
+  static auto op = find<Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, std::optional<int64_t>,
+                            const OptionalTensor&)>("liaoyuan::attention");
   at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(query, key, value, boundaries, scale);
+  return op.call(query, key, value, boundaries, scale, window, sinks);
 }
 
 struct Attention : Function<Attention> {
   static variable_list forward(AutogradContext* context, const Tensor& query, const Tensor& key, const Tensor& value,
-                               const Tensor& boundaries, double scale) {
-    auto [out, log_sum_exp] = call_attention(query, key, value, boundaries, scale);
-    context->save_for_backward({query, key, value, boundaries, out, log_sum_exp});
+                               const Tensor& boundaries, double scale, std::optional<int64_t> window,
+                               const OptionalTensor& sinks) {
+    auto [out, log_sum_exp] = call_attention(query, key, value, boundaries, scale, window, sinks);
+    context->save_for_backward({query, key, value, boundaries, value_of(sinks), out, log_sum_exp});
     context->saved_data["scale"] = scale;
+    context->saved_data["window"] = window;
     context->mark_non_differentiable({log_sum_exp});
     context->set_materialize_grads(false);
     return {out, log_sum_exp};
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
-    static auto op = find<Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double,
-                                const Tensor&, const Tensor&)>("liaoyuan::attention_backward");
+    static auto op = find<Four(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double,
+                               std::optional<int64_t>, const OptionalTensor&, const Tensor&, const Tensor&)>(
+        "liaoyuan::attention_backward");
     auto saved = context->get_saved_variables();
-    auto [grad_query, grad_key, grad_value] = op.call(grads[0], saved[0], saved[1], saved[2], saved[3],
-                                                      context->saved_data["scale"].toDouble(), saved[4], saved[5]);
-    return {grad_query, grad_key, grad_value, Tensor(), Tensor()};
+    auto [grad_query, grad_key, grad_value, grad_sinks] =
+        op.call(grads[0], saved[0], saved[1], saved[2], saved[3], context->saved_data["scale"].toDouble(),
+                context->saved_data["window"].toOptional<int64_t>(), option_of(saved[4]), saved[5], saved[6]);
+    Tensor none;
+    return {grad_query, grad_key, grad_value, none, none, none, saved[4].defined() ? grad_sinks : none};
   }
 };
 
 Two attention_autograd(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& boundaries,
-                       double scale) {
-  if (!needs_graph(query, key, value)) return call_attention(query, key, value, boundaries, scale);
-  auto outputs = Attention::apply(query, key, value, boundaries, scale);
+                       double scale, std::optional<int64_t> window, const OptionalTensor& sinks) {
+  if (!needs_graph(query, key, value, sinks))
+    return call_attention(query, key, value, boundaries, scale, window, sinks);
+  auto outputs = Attention::apply(query, key, value, boundaries, scale, window, sinks);
   return {outputs[0], outputs[1]};
 }
 

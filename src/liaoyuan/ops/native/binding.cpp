@@ -342,122 +342,6 @@ Two token_log_prob_backward_cpu(const Tensor& grad_, const Tensor& hidden_, cons
   return {grad_hidden, grad_weight};
 }
 
-// ---- attention
-
-Tensor boundary_list(const Tensor& boundaries, int64_t tokens) {
-  Tensor list = boundaries.to(at::kInt).contiguous();
-  TORCH_CHECK(list.dim() == 1 && list.numel() >= 1, "boundaries must be one row");
-  const int32_t* entry = in<int32_t>(list);
-  int64_t count = list.numel();
-  bool rising = entry[0] == 0 && entry[count - 1] == tokens;
-  for (int64_t i = 1; i < count; ++i) rising = rising && entry[i - 1] <= entry[i];
-  TORCH_CHECK(rising, "boundaries must rise from 0 to the number of tokens");
-  return list;
-}
-
-AttentionShape attention_shape(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& boundaries,
-                               double scale) {
-  same_type(query, key);
-  same_shape(key, value);
-  TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && query.size(0) == key.size(0) && query.size(2) == key.size(2) &&
-                  key.size(1) > 0 && query.size(1) % key.size(1) == 0,
-              "query ", query.sizes(), " and key ", key.sizes(), " do not fit");
-  return {query.size(0), query.size(1), key.size(1), query.size(2), boundaries.numel() - 1, float(scale)};
-}
-
-Two attention_cpu(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& boundaries_,
-                  double scale) {
-  AttentionShape shape = attention_shape(query_, key_, value_, boundaries_, scale);
-  Tensor query = dense(query_), key = dense(key_), value = dense(value_);
-  Tensor boundaries = boundary_list(boundaries_, shape.tokens), result = at::empty_like(query);
-  Tensor log_sum_exp = at::empty({shape.query_heads, shape.tokens}, query.options().dtype(at::kFloat));
-  by_type(query, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    attention<T>(in<T>(query), in<T>(key), in<T>(value), in<int32_t>(boundaries), out<T>(result),
-                 out<float>(log_sum_exp), shape);
-  });
-  return {result, log_sum_exp};
-}
-
-Three attention_backward_cpu(const Tensor& grad_, const Tensor& query_, const Tensor& key_, const Tensor& value_,
-                             const Tensor& boundaries_, double scale, const Tensor& result_,
-                             const Tensor& log_sum_exp_) {
-  AttentionShape shape = attention_shape(query_, key_, value_, boundaries_, scale);
-  same_shape(grad_, query_);
-  same_shape(result_, query_);
-  Tensor grad = dense(grad_), query = dense(query_), key = dense(key_), value = dense(value_), result = dense(result_);
-  Tensor log_sum_exp = dense(log_sum_exp_), boundaries = boundary_list(boundaries_, shape.tokens);
-  TORCH_CHECK(log_sum_exp.scalar_type() == at::kFloat && log_sum_exp.numel() == shape.query_heads * shape.tokens,
-              "log_sum_exp does not fit");
-  Tensor grad_query = at::empty_like(query), grad_key = at::empty_like(key), grad_value = at::empty_like(value);
-  by_type(query, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    attention_backward<T>(in<T>(grad), in<T>(query), in<T>(key), in<T>(value), in<int32_t>(boundaries), in<T>(result),
-                          in<float>(log_sum_exp), out<T>(grad_query), out<T>(grad_key), out<T>(grad_value), shape);
-  });
-  return {grad_query, grad_key, grad_value};
-}
-
-// ---- paged cache
-
-void check_pages(const Tensor& tables, const Tensor& starts, const Tensor& lengths, const Tensor& cache,
-                 int64_t queries) {
-  int64_t sequences = lengths.numel(), width = tables.size(1);
-  TORCH_CHECK(tables.dim() == 2 && tables.size(0) == sequences && starts.numel() == sequences + 1,
-              "block_tables, query_starts and lengths do not fit");
-  const int32_t *start = in<int32_t>(starts), *length = in<int32_t>(lengths), *table = in<int32_t>(tables);
-  bool fit = start[0] == 0 && start[sequences] <= queries;
-  for (int64_t s = 0; fit && s < sequences; ++s) {
-    int64_t blocks = (length[s] + cache.size(1) - 1) / cache.size(1);
-    fit = start[s] <= start[s + 1] && start[s + 1] - start[s] <= length[s] && blocks <= width;
-    for (int64_t b = 0; fit && b < blocks; ++b)
-      fit = table[s * width + b] >= 0 && table[s * width + b] < cache.size(0);
-  }
-  TORCH_CHECK(fit, "a sequence reaches outside its cache blocks or its queries");
-}
-
-Tensor paged_attention_cpu(const Tensor& query_, const Tensor& key_cache, const Tensor& value_cache,
-                           const Tensor& block_tables_, const Tensor& query_starts_, const Tensor& lengths_,
-                           double scale) {
-  same_type(query_, key_cache);
-  same_shape(key_cache, value_cache);
-  TORCH_CHECK(key_cache.is_contiguous() && value_cache.is_contiguous(), "the cache must be contiguous");
-  TORCH_CHECK(query_.dim() == 3 && key_cache.dim() == 4 && query_.size(2) == key_cache.size(3) &&
-                  key_cache.size(2) > 0 && query_.size(1) % key_cache.size(2) == 0,
-              "query and cache do not fit");
-  Tensor query = dense(query_), tables = dense(block_tables_.to(at::kInt));
-  Tensor starts = dense(query_starts_.to(at::kInt)), lengths = dense(lengths_.to(at::kInt));
-  check_pages(tables, starts, lengths, key_cache, query.size(0));
-  PagedShape shape{query.size(1),  key_cache.size(2), query.size(2), lengths.numel(),
-                   key_cache.size(1), tables.size(1),  float(scale)};
-  Tensor result = at::empty_like(query);
-  int64_t used = in<int32_t>(starts)[shape.sequences];
-  result.narrow(0, used, query.size(0) - used).zero_();
-  by_type(query, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    paged_attention<T>(in<T>(query), in<T>(key_cache), in<T>(value_cache), in<int32_t>(tables), in<int32_t>(starts),
-                       in<int32_t>(lengths), out<T>(result), shape);
-  });
-  return result;
-}
-
-void write_cache_cpu(const Tensor& key_, const Tensor& value_, Tensor& key_cache, Tensor& value_cache,
-                     const Tensor& slots_) {
-  Tensor key = dense(key_), value = dense(value_), slots = dense(slots_);
-  same_type(key, key_cache);
-  same_shape(key_cache, value_cache);
-  same_shape(key, value);
-  TORCH_CHECK(key_cache.is_contiguous() && value_cache.is_contiguous() && slots.scalar_type() == at::kLong &&
-                  slots.numel() == key.size(0) && key.dim() == 3 && key_cache.dim() == 4 &&
-                  key.size(1) == key_cache.size(2) && key.size(2) == key_cache.size(3),
-              "keys, slots and cache do not fit");
-  int64_t rows = key.size(0), capacity = key_cache.size(0) * key_cache.size(1);
-  for (int64_t i = 0; i < rows; ++i)
-    TORCH_CHECK(in<int64_t>(slots)[i] < capacity, "slot ", in<int64_t>(slots)[i], " is outside the cache");
-  write_cache(in<char>(key), in<char>(value), out<char>(key_cache), out<char>(value_cache), in<int64_t>(slots), rows,
-              key.size(1) * key.size(2) * key.element_size());
-}
-
 // ---- choice
 
 void register_kernels(torch::Library& library, const std::string& name) {
@@ -479,15 +363,8 @@ void register_kernels(torch::Library& library, const std::string& name) {
   } else if (name == "token_log_prob") {
     library.impl("token_log_prob", &token_log_prob_cpu);
     library.impl("token_log_prob_backward", &token_log_prob_backward_cpu);
-  } else if (name == "attention") {
-    library.impl("attention", &attention_cpu);
-    library.impl("attention_backward", &attention_backward_cpu);
-  } else if (name == "paged_attention") {
-    library.impl("paged_attention", &paged_attention_cpu);
-  } else if (name == "write_cache") {
-    library.impl("write_cache", &write_cache_cpu);
-  } else if (!register_experts(library, name) && !register_inference(library, name) &&
-             !register_optimiser(library, name)) {
+  } else if (!register_attention(library, name) && !register_experts(library, name) &&
+             !register_inference(library, name) && !register_optimiser(library, name)) {
     TORCH_CHECK(false, "there is no native kernel called ", name);
   }
 }

@@ -54,25 +54,46 @@ template <class T>
 void softmax_gradient_chunk(T* logits, const int64_t* targets, const float* log_sum_exp, const float* grad,
                             int64_t rows, int64_t columns, int64_t first);
 
-// attention.cpp
+// attention.cpp. A token sees `window` tokens, itself included; sinks [query_heads] may be null.
 struct AttentionShape {
-  int64_t tokens, query_heads, key_heads, dim, documents;
+  int64_t query_heads, key_heads, dim, value_dim, window;
   float scale;
 };
+struct PackedShape : AttentionShape {
+  int64_t tokens, documents;
+};
 template <class T>
-void attention(const T* query, const T* key, const T* value, const int32_t* boundaries, T* out, float* log_sum_exp,
-               AttentionShape shape);
-template <class T>
-void attention_backward(const T* grad, const T* query, const T* key, const T* value, const int32_t* boundaries,
-                        const T* out, const float* log_sum_exp, T* grad_query, T* grad_key, T* grad_value,
-                        AttentionShape shape);
-struct PagedShape {
-  int64_t query_heads, key_heads, dim, sequences, block_size, max_blocks;
-  float scale;
+void attention(const T* query, const T* key, const T* value, const int32_t* boundaries, const float* sinks, T* out,
+               float* log_sum_exp, PackedShape shape);
+struct PagedShape : AttentionShape {
+  int64_t sequences, block_size, max_blocks;
 };
 template <class T>
 void paged_attention(const T* query, const T* key_cache, const T* value_cache, const int32_t* block_tables,
-                     const int32_t* query_starts, const int32_t* lengths, T* out, PagedShape shape);
+                     const int32_t* query_starts, const int32_t* lengths, const float* sinks, T* out, PagedShape shape);
+
+// attention_backward.cpp. delta, log_sum_exp: [query_heads, tokens].
+template <class T>
+void attention_backward(const T* grad, const float* delta, const float* log_sum_exp, const T* query, const T* key,
+                        const T* value, const int32_t* boundaries, T* grad_query, T* grad_key, T* grad_value,
+                        PackedShape shape);
+// delta [heads, rows] = rowsum(grad * out) of [rows, heads, dim]
+template <class T>
+void attention_delta(const T* grad, const T* out, float* delta, int64_t rows, int64_t heads, int64_t dim);
+void sinks_backward(const float* sinks, const float* delta, const float* log_sum_exp, float* grad_sinks, int64_t heads,
+                    int64_t rows);
+
+// block_attention.cpp: query n sees keys first[n] ... last[n] - 1. delta, log_sum_exp: [queries, query_heads].
+struct BlockShape : AttentionShape {
+  int64_t queries, keys;
+};
+template <class T>
+void block_attention(const T* query, const T* key, const T* value, const int64_t* first, const int64_t* last,
+                     float* out, float* log_sum_exp, BlockShape shape);
+template <class T>
+void block_attention_backward(const float* grad, const float* delta, const float* log_sum_exp, const T* query,
+                              const T* key, const T* value, const int64_t* first, const int64_t* last,
+                              float* grad_query, float* grad_key, float* grad_value, BlockShape shape);
 
 // matrix.cpp: c [rows, columns] = op(a) op(b) (+ bias), bf16 in and out, summed in fp32. Each element is summed along
 // `depth` in the same order whatever the other sizes are. Returns false where there are no AMX units.
@@ -182,7 +203,6 @@ double square_sum(const T* x, int64_t count);
 uint64_t checksum(const char* bytes, int64_t count);
 
 // softmax.cpp too
-void write_cache(const char* key, const char* value, char* key_cache, char* value_cache, const int64_t* slots,
-                 int64_t rows, int64_t row_bytes);
+void write_cache(const char* from, char* cache, const int64_t* slots, int64_t rows, int64_t row_bytes);
 
 }  // namespace liaoyuan

@@ -1,4 +1,4 @@
-// What the two files that know torch share: the operators as functions of the dispatcher.
+// What the files that know torch share: tensors as the kernels take them, and what a file registers.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -6,18 +6,23 @@
 #include <optional>
 #include <tuple>
 
+#include "kernels.h"
+
 namespace liaoyuan {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // Register a kernel of mixtures of experts (binding_experts.cpp); false: there is none of this name.
 bool register_experts(torch::Library& library, const std::string& name);
 // Register a kernel of binding_inference.cpp or binding_optimiser.cpp; false: there is none of this name.
 bool register_inference(torch::Library& library, const std::string& name);
 bool register_optimiser(torch::Library& library, const std::string& name);
+// Register a kernel of attention (binding_attention.cpp); false: there is none of this name.
+bool register_attention(torch::Library& library, const std::string& name);
 
 // Register the differentiable side of the operator `name`; does nothing for operators without one.
 void register_autograd(torch::Library& library, const std::string& name);

@@ -66,12 +66,9 @@ void softmax_gradient_chunk(T* logits, const int64_t* targets, const float* log_
   });
 }
 
-void write_cache(const char* key, const char* value, char* key_cache, char* value_cache, const int64_t* slots,
-                 int64_t rows, int64_t row_bytes) {
+void write_cache(const char* from, char* cache, const int64_t* slots, int64_t rows, int64_t row_bytes) {
   over_rows(rows, row_bytes, [&](int64_t row) {
-    if (slots[row] < 0) return;
-    std::memcpy(key_cache + slots[row] * row_bytes, key + row * row_bytes, size_t(row_bytes));
-    std::memcpy(value_cache + slots[row] * row_bytes, value + row * row_bytes, size_t(row_bytes));
+    if (slots[row] >= 0) std::memcpy(cache + slots[row] * row_bytes, from + row * row_bytes, size_t(row_bytes));
   });
 }
 

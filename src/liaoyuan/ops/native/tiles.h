@@ -1,15 +1,16 @@
-// Matrix products of small packed tiles: the inner engine of attention. Two engines with one interface:
-// Amx multiplies bf16 in Intel's tile registers, Wide multiplies fp32 in vector registers of any machine.
+// Matrix products of small packed tiles: the inner engine of attention. Three engines with one interface: Amx
+// multiplies bf16 in Intel's tile registers, Dot bf16 in AVX-512's dot products of pairs, Wide fp32 in vector
+// registers of any machine.
 //
 // A tile is 1 KiB: 16 rows of 64 bytes, DEPTH words each along the reduced dimension.
 //   left operand  [16 rows, DEPTH]: the rows as they are
-//   right operand [DEPTH, 16 columns]: Wide, row by row; Amx, rows in pairs (row 2p and 2p + 1 of one column side by side)
+//   right operand [DEPTH, 16 columns]: Wide, row by row; others, in pairs (rows 2p and 2p + 1 of a column side by side)
 // So for any matrix X with tiles as left operand: right(X^T) is each tile transposed as 16 x 16 words of 32 bits,
 // and left(X^T) is the same of right(X). Each element of a product is summed along the reduced dimension in an
 // order that depends on nothing else: this makes a row's result independent of the rows computed beside it.
 #pragma once
 #include "kernels.h"
-#ifdef __AMX_BF16__
+#ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
@@ -57,9 +58,10 @@ struct Wide {
   static constexpr int REGISTERS = sizeof(Vec) / sizeof(Register), WIDTH = 16 / REGISTERS;
   static constexpr int ROWS = 8 / REGISTERS;  // so that the sums stay in registers: there are 32 of 64 bytes, else 16
 
+  // Not inlined: among other code the compiler moves the sums from register to register.
   template <int COLUMNS>
-  static void few_rows(float* c, int64_t ldc, bool add, const float* left, int64_t left_k, const float* right,
-                       int64_t right_n, int64_t right_k, int64_t depth) {
+  [[gnu::noinline]] static void few_rows(float* c, int64_t ldc, bool add, const float* left, int64_t left_k,
+                                         const float* right, int64_t right_n, int64_t right_k, int64_t depth) {
     constexpr int PARTS = COLUMNS * REGISTERS;
     auto cell = [&](int i, int n) { return c + i * ldc + n * WIDTH; };
     Register sums[ROWS][PARTS];
@@ -93,22 +95,10 @@ struct Wide {
   }
 };
 
-#ifdef __AMX_BF16__
-bool amx_permitted();  // asks the kernel of the operating system once
-
-struct Amx {
+#ifdef __AVX512BF16__
+struct Pairs {  // how both engines of bf16 pack
   using Word = BFloat16;
   static constexpr int DEPTH = 32, TILE = 512;
-
-  static void begin() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
-  static void end() { _tile_release(); }
 
   static void right_tile(const BFloat16* left, int64_t depth, int64_t k, int64_t n, BFloat16* to) {
     for (int p = 0; p < 16; ++p) {
@@ -118,22 +108,92 @@ struct Amx {
       std::memcpy(to + p * DEPTH, &words, sizeof words);
     }
   }
+  // 32 elements in their order, as 16 pairs.
+  static WordVec narrow(Vec first, Vec second) { return (WordVec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
   static void put_left(BFloat16* block, int r, Vec first, Vec second) {
-    __m512bh row = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    WordVec row = narrow(first, second);
     std::memcpy(block + (r / 16) * TILE + (r % 16) * DEPTH, &row, sizeof row);
   }
   static __m512i zip() {  // the order that puts the elements of two halves side by side
-    return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-                            3, 18, 2, 17, 1, 16, 0);
+    return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                            19, 3, 18, 2, 17, 1, 16, 0);
   }
   static WordVec pair(Vec low, Vec high) {
-    return (WordVec)_mm512_permutexvar_epi16(zip(), (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+    return (WordVec)_mm512_permutexvar_epi16(zip(), (__m512i)narrow(low, high));
   }
   static void put_right(BFloat16* block, int r, Vec first, Vec second, Vec next_first, Vec next_second) {
     WordVec left = pair(first, next_first), right = pair(second, next_second);
     std::memcpy(block + (r / 2) * DEPTH, &left, sizeof left);
     std::memcpy(block + TILE + (r / 2) * DEPTH, &right, sizeof right);
   }
+};
+
+struct Dot : Pairs {
+  static void begin() {}
+  static void end() {}
+
+  // sums + the pairs' products, rounded as the instruction does: decode uses it too, or its bits would be others.
+  static Vec dot(Vec sums, WordVec left, WordVec right) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)left, (__m512bh)right);
+  }
+  static WordVec spread(const BFloat16* pair) {
+    uint32_t word;
+    std::memcpy(&word, pair, sizeof word);
+    return word - WordVec{};
+  }
+
+  template <int COLUMNS>
+  static void multiply(float* c, int64_t ldc, bool add, const BFloat16* left, int64_t left_m, int64_t left_k,
+                       const BFloat16* right, int64_t right_n, int64_t right_k, int64_t depth) {
+    for (int r = 0; r < BLOCK; r += ROWS)
+      few_rows<COLUMNS>(c + r * ldc, ldc, add, left + (r / 16) * left_m * TILE + (r % 16) * DEPTH, left_k, right,
+                        right_n, right_k, depth);
+  }
+
+ private:
+  static constexpr int ROWS = 8;  // so that the sums stay in registers
+
+  template <int COLUMNS>
+  [[gnu::noinline]] static void few_rows(float* c, int64_t ldc, bool add, const BFloat16* left, int64_t left_k,
+                                         const BFloat16* right, int64_t right_n, int64_t right_k, int64_t depth) {
+    Vec sums[ROWS][COLUMNS];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+      for (int n = 0; n < COLUMNS; ++n) sums[i][n] = add ? load(c + i * ldc + n * 16) : Vec{};
+    for (int64_t k = 0; k < depth; ++k) {
+      const BFloat16 *a = left + k * left_k * TILE, *b = right + k * right_k * TILE;
+      for (int d = 0; d < DEPTH; d += 2) {
+        WordVec columns[COLUMNS];
+#pragma GCC unroll 2
+        for (int n = 0; n < COLUMNS; ++n) read(b + n * right_n * TILE + d * 16, columns[n]);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+          for (int n = 0; n < COLUMNS; ++n) sums[i][n] = dot(sums[i][n], spread(a + i * DEPTH + d), columns[n]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+      for (int n = 0; n < COLUMNS; ++n) store(c + i * ldc + n * 16, sums[i][n]);
+  }
+};
+#endif
+
+#ifdef __AMX_BF16__
+bool amx_permitted();  // asks the kernel of the operating system once
+
+struct Amx : Pairs {
+  static void begin() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  static void end() { _tile_release(); }
 
   template <int COLUMNS>
   static void multiply(float* c, int64_t ldc, bool add, const BFloat16* left, int64_t left_m, int64_t left_k,
@@ -176,6 +236,19 @@ struct Amx {
   }
 };
 #endif
+
+// Call body with the best engine for bf16 here.
+template <class Body>
+void with_bf16_engine(const Body& body) {
+#ifdef __AMX_BF16__
+  if (amx_permitted()) return body(Amx{});
+#endif
+#ifdef __AVX512BF16__
+  body(Dot{});
+#else
+  body(Wide{});
+#endif
+}
 
 // Sizes of the packed operands of one head dimension.
 template <class E>

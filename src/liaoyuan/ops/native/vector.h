@@ -90,7 +90,7 @@ inline float highest(Vec v) {
 // exp by 2^n * polynomial (Cephes); relative error below 2e-7; zero below -87.
 inline Vec exponential(Vec x) {
   const float round = 12582912.0f;  // adding and taking away 1.5 * 2^23 rounds to an integer
-  Vec clamped = choose(x < splat(-87.0f), splat(-87.0f), choose(x > splat(88.0f), splat(88.0f), x));
+  Vec clamped = choose(x > splat(88.0f), splat(88.0f), x);  // far below, what comes out is garbage, and made zero
   Vec n = clamped * 1.44269504f + round;
   IntVec power = (IntVec)n;
   n = n - round;
@@ -104,6 +104,22 @@ inline Vec exponential(Vec x) {
   p = p * (r * r) + r + 1.0f;
   Vec result = (Vec)((IntVec)p + (power << 23));
   return (Vec)((IntVec)result & ~(IntVec)(x < splat(-87.0f)));
+}
+
+// 2^x for x below 127 (above: garbage) by a polynomial fitted to 2^x in [-1/2, 1/2] that is 1 at 0; relative error
+// below 2e-7; zero below -126.
+inline Vec power_of_two(Vec x) {
+  const float round = 12582912.0f;  // as above
+  Vec n = x + round;
+  IntVec power = (IntVec)n;
+  Vec r = x - (n - round);
+  Vec p = r * 1.32647273e-3f + 9.67151299e-3f;
+  p = p * r + 5.55073358e-2f;
+  p = p * r + 2.40222424e-1f;
+  p = p * r + 6.93147004e-1f;
+  p = p * r + 1.0f;
+  Vec result = (Vec)((IntVec)p + (power << 23));
+  return (Vec)((IntVec)result & ~(IntVec)(x < splat(-126.0f)));
 }
 
 inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(-x)); }

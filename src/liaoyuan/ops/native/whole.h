@@ -19,9 +19,7 @@ inline void read(const void* from, Value& value) { std::memcpy(&value, from, siz
 template <class Value>
 inline void write(void* to, const Value& value) { std::memcpy(to, &value, sizeof value); }
 
-inline Vec choose(IntVec condition, Vec yes, Vec no) {
-  return (Vec)(((IntVec)yes & condition) | ((IntVec)no & ~condition));
-}
+inline Vec choose(IntVec condition, Vec yes, Vec no) { return condition ? yes : no; }
 
 inline WordVec words_of(const uint16_t* from) {
   ShortVec half;
