@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE
+from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import Operator, register
 
 
@@ -138,7 +138,7 @@ def _workload(dtype: torch.dtype) -> tuple[Any, ...]:
 PAGED_ATTENTION = register(
     Operator(
         name="paged_attention",
-        kernels=(NATIVE,),
+        kernels=(NATIVE, triton("paged_attention")),
         schema="(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor query_starts, "
         "Tensor lengths, float scale) -> Tensor",
         reference=_paged_attention,
@@ -154,7 +154,7 @@ PAGED_ATTENTION = register(
 WRITE_CACHE = register(
     Operator(
         name="write_cache",
-        kernels=(NATIVE,),
+        kernels=(NATIVE, triton("paged_attention")),
         schema="(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> ()",
         reference=_write_cache,
         fake=lambda *_: None,
