@@ -12,6 +12,7 @@ from torch import Tensor
 from liaoyuan.ops.operator import OPERATORS
 from liaoyuan.ops.triton.launch import (
     MAX_HEAD_DIM,
+    UNBOUNDED,
     attention_backward_tile,
     attention_tile,
     ceil_div,
@@ -80,8 +81,8 @@ def attention_backward(
 
 def _numbers(query: Tensor, key: Tensor, boundaries: Tensor, scale: float, window: int | None) -> tuple[float, ...]:
     tokens, documents = query.shape[0], len(boundaries) - 1
-    seen = window or max(tokens, 1)
-    return tokens, documents, documents.bit_length(), scale * LOG2_E.value, seen, query.shape[1], key.shape[1]
+    heads = query.shape[1], key.shape[1]
+    return tokens, documents, documents.bit_length(), scale * LOG2_E.value, window or UNBOUNDED, *heads
 
 
 def _sizes(query: Tensor, value: Tensor) -> dict[str, int]:
@@ -105,7 +106,7 @@ def _delta(grad: Tensor, out: Tensor) -> Tensor:
     return delta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _row_products(one, two, result, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     row = tl.program_id(0) * ROWS
     place, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -115,7 +116,7 @@ def _row_products(one, two, result, rows, WIDTH: tl.constexpr, BLOCK: tl.constex
     tl.store(result + row + place, tl.sum(x * y, 1), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "documents", "steps"))
 def _forward(
     query, key, value, boundaries, sinks, out, log_sum_exp,
     tokens, documents, steps, factor, window, heads, key_heads, SINKS: tl.constexpr,
@@ -160,7 +161,7 @@ def _forward(
     tl.store(log_sum_exp + head * tl.cast(tokens, tl.int64) + token, total, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "documents", "steps"))
 def _query_gradients(
     grad, query, key, value, boundaries, log_sum_exp, delta, grad_query, scale,
     tokens, documents, steps, factor, window, heads, key_heads,
@@ -197,7 +198,7 @@ def _query_gradients(
     tl.store(at, (summed * scale).to(grad_query.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "documents", "steps"))
 def _key_gradients(
     grad, query, key, value, boundaries, log_sum_exp, delta, grad_key, grad_value, scale,
     tokens, documents, steps, factor, window, heads, key_heads,

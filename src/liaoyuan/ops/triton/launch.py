@@ -1,10 +1,11 @@
 """How kernels are launched: the sizes of their tiles, and the device on which they run.
 
 All sizes are in this file. They are fixed, not tuned at run time: another tile is another order of summation, and
-with it other bits, so the choice may depend on a tensor's row size and dtype, never on how many rows there are.
+with it other bits, so the choice may depend on a tensor's row size and dtype, never on how many rows there are. For the
+same reason, and lest a new batch wait for the compiler, kernels are not specialised to numbers that belong to a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 ELEMENTS = 1024  # of a program that works element by element: eight for each thread of four warps
 MAX_WIDTH = 16384  # of a row that a program holds whole: 32 elements for each thread of 16 warps
 PARTIAL_SUMS = 256  # programs among which rows are dealt out for a weight's gradient: two for each of 128 processors
+UNBOUNDED = 2**30  # a window that no text fills
 MAX_HEAD_DIM = 256  # a tile of queries, keys, values and their sums must fit a processor's registers
 
 
@@ -38,24 +40,38 @@ def row_warps(block: int) -> int:
     return max(1, min(16, block // 512))
 
 
-def attention_tile(head_dim: int, dtype: torch.dtype) -> Tile:
-    """Return the tile of attention, forward, over whole texts or pages: one for both, so that their bits may agree.
+# By bytes of an element and the widest head. 64 rows are the least that keep the matrix units of recent cards busy;
+# fp32 has common units alone, and needs twice the room. The other sizes are the largest with which no kernel spills more
+# than a few registers, or needs more shared memory than the smallest card since Ampere has (99 KiB), as compiled for
+# compute capabilities 8.0 and 9.0 (`tests/ops/triton/compiled.py` prints both).
+ATTENTION = {
+    (2, 128): Tile(64, 64),
+    (2, 256): Tile(64, 32, warps=8),
+    (4, 64): Tile(32, 32),
+    (4, 128): Tile(32, 32, warps=8),
+    (4, 256): Tile(32, 16, warps=8, stages=1),
+}
+ATTENTION_BACKWARD = {
+    (2, 64): Tile(64, 64),
+    (2, 128): Tile(64, 64, warps=8),
+    (2, 256): Tile(32, 32, warps=8, stages=1),
+    (4, 128): Tile(32, 32, warps=8, stages=1),
+    (4, 256): Tile(16, 16, warps=8, stages=1),
+}
 
-    64 rows are the least that keep the matrix units of recent cards busy. Products in fp32 run on common units, and
-    take twice the room: smaller tiles.
-    """
-    if dtype is torch.float32:
-        return Tile(32, 32, warps=4 if head_dim <= 128 else 8)
-    return Tile(64, 64, warps=4 if head_dim <= 128 else 8)
+
+def attention_tile(head_dim: int, dtype: torch.dtype) -> Tile:
+    """Return the tile of attention, forward, over whole texts or pages: one for both, so that their bits may agree."""
+    return _narrowest(ATTENTION, head_dim, dtype)
 
 
 def attention_backward_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     """Return the tile of attention's backward pass, which holds two sums of a head's width, and four inputs."""
-    if dtype is torch.float32:
-        return Tile(32, 32, warps=4 if head_dim <= 64 else 8, stages=1)
-    if head_dim > 128:
-        return Tile(32, 32, warps=8, stages=1)
-    return Tile(64, 64, warps=4 if head_dim <= 64 else 8)
+    return _narrowest(ATTENTION_BACKWARD, head_dim, dtype)
+
+
+def _narrowest(tiles: Mapping[tuple[int, int], Tile], head_dim: int, dtype: torch.dtype) -> Tile:
+    return next(tile for (size, widest), tile in tiles.items() if size == dtype.itemsize and head_dim <= widest)
 
 
 def logits_tile(dtype: torch.dtype) -> Tile:

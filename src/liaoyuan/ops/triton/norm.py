@@ -86,7 +86,7 @@ def _forward(residual, x, weight, total, out, width, eps, ADD: tl.constexpr, BLO
     tl.store(out + at, (wide * scale * factor).to(value.dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "share"))
 def _backward(
     grad_total, grad, total, weight, grad_in, partial, rows, share, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
 ):

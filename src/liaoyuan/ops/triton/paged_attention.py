@@ -10,12 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from liaoyuan.ops.operator import OPERATORS
-from liaoyuan.ops.triton.launch import ELEMENTS, MAX_HEAD_DIM, attention_tile, ceil_div, launch, power_of_two
+from liaoyuan.ops.triton.launch import ELEMENTS, MAX_HEAD_DIM, UNBOUNDED, attention_tile, ceil_div, launch, power_of_two
 from liaoyuan.ops.triton.softmax import LOG2_E, PART, absorb, add_sink, find_tile, merge, score
 
 SPLIT_ELEMENTS = 2**24  # of sums that parts may leave for the second kernel: 64 MiB
 COMBINED_ROWS = 16
-UNBOUNDED = 2**30  # a window that no sequence fills
 
 
 def paged_attention(
@@ -70,7 +69,7 @@ def write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tens
         launch(_write, grid, rows, rows.contiguous(), cache, slots.contiguous(), capacity, width, BLOCK=ELEMENTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("capacity",))
 def _write(rows, cache, slots, capacity, width, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     slot = tl.load(slots + row).to(tl.int64)
@@ -86,7 +85,7 @@ def _load_pages(cache, slot, key_head, key_heads, valid, columns, WIDTH: tl.cons
     return tl.load(at, mask=valid[:, None] & (columns < WIDTH)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("pages", "table_size", "sequences", "steps", "tokens"))
 def _forward(
     query, key_cache, value_cache, tables, starts, lengths, sinks, out, maxima, sums, outputs,
     pages, table_size, sequences, steps, factor, window, tokens, heads,
@@ -146,7 +145,7 @@ def _forward(
         tl.store(at, (output / summed[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "parts", "sequences"))
 def _combine(
     maxima, sums, outputs, starts, sinks, out, rows, heads, parts, sequences,
     VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr,

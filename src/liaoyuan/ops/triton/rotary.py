@@ -81,7 +81,7 @@ def _inverse_rms(first, second, eps, DIM: tl.constexpr):
     return 1.0 / tl.sqrt(tl.sum(first * first + second * second, 1) / DIM + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens",))
 def _forward(
     qkv, cosine, sine, query_norm, key_norm, query, key, value, tokens, heads, groups, eps,
     NORMED: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
@@ -141,7 +141,7 @@ def _if(condition, token, tokens):
     return (token < tl.where(condition, tokens, 0))[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens",))
 def _backward(
     grad_query, grad_key, grad_value, qkv, cosine, sine, query_norm, key_norm, result, partial,
     tokens, heads, groups, eps, NORMED: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,

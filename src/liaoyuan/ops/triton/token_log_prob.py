@@ -77,7 +77,7 @@ def _logits(hidden, weight, row, column, rows, width, columns, DEPTH: tl.constex
     return summed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _forward(
     hidden, weight, targets, kept, partial_sums, partial_chosen, rows, width, vocabulary,
     KEEP: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -106,7 +106,7 @@ def _forward(
     tl.store(partial_chosen + out, chosen, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _combine(partial_sums, partial_chosen, result, log_sum_exp, rows, parts, ROWS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -125,7 +125,7 @@ def _combine(partial_sums, partial_chosen, result, log_sum_exp, rows, parts, ROW
     tl.store(log_sum_exp + row, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "first"))
 def _logit_gradients(
     upper, hidden, weight, targets, log_sum_exp, kept, grad_logits, first, rows, width, columns, vocabulary,
     KEPT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
