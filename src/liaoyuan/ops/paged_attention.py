@@ -100,6 +100,7 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for query_heads, key_heads, dim, cases in (
         (2, 1, 24, ((1, 5), (3, 3))),
         (4, 2, 64, ((1, 600), (40, 70), (1, 1), (0, 3))),
+        (2, 1, 16, ((1, 1100), (2, 5))),
     ):
         queries, lengths = [c[0] for c in cases], [c[1] for c in cases]
         blocks = [-(-length // 16) for length in lengths]

@@ -41,6 +41,7 @@ ERRORS = [
     ("attention", "attention", "range(key_head * groups, key_head * groups + groups)", "range(groups)"),
     ("paged_attention", "paged_attention", "* table_size + column // PAGE", "* table_size + column % PAGE"),
     ("paged_attention", "paged_attention", "position = total - end + token", "position = token"),
+    ("paged_attention", "paged_attention", "range(parts)", "range(1, parts)"),
     ("write_cache", "paged_attention", "(slot >= 0)", "(slot > 0)"),
 ]
 

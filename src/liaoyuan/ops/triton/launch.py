@@ -41,9 +41,9 @@ def row_warps(block: int) -> int:
 
 
 # By bytes of an element and the widest head. 64 rows are the least that keep the matrix units of recent cards busy;
-# fp32 has common units alone, and needs twice the room. The other sizes are the largest with which no kernel spills more
-# than a few registers, or needs more shared memory than the smallest card since Ampere has (99 KiB), as compiled for
-# compute capabilities 8.0 and 9.0 (`tests/ops/triton/compiled.py` prints both).
+# fp32 has common units alone, and needs twice the room. The other sizes are the largest with which no kernel spills
+# more than a few registers, or needs more shared memory than the smallest card since Ampere has (99 KiB), as compiled
+# for compute capabilities 8.0 and 9.0 (`tests/ops/triton/compiled.py` prints both).
 ATTENTION = {
     (2, 128): Tile(64, 64),
     (2, 256): Tile(64, 32, warps=8),
