@@ -1,6 +1,6 @@
 """Compile the Triton kernels for a card that need not be there, and print what each of them occupies.
 
-python -m tests.ops.triton.compiled [COMPUTE CAPABILITY, 80] [HEAD SIZES, 64 128 256]
+python -m tests.ops.triton.compiled [COMPUTE CAPABILITY, 80] [DTYPES, bfloat16,float32] [HEAD SIZES, 64 128 256]
 One JSON object a line: kernel, dtype of the inputs, bytes of shared memory, registers of a thread, bytes that spill.
 """
 
@@ -63,7 +63,7 @@ def inputs(name, dtype, head_dims):
         yield operator.workload(dtype) if operator.workload else list(operator.samples(dtype))[-1]
 
 
-def main(capability=80, *head_dims):
+def main(capability=80, dtypes="bfloat16,float32", *head_dims):
     """Run every kernel's launching code, and compile where it would launch."""
     driver.set_active(Card(int(capability)))
     compile_or_launch, seen = JITFunction.run, set()
@@ -80,7 +80,7 @@ def main(capability=80, *head_dims):
     for name, operator in OPERATORS.items():
         for loaded in [kernel for kernel in operator.kernels if kernel.name == "triton"]:
             loaded.load(name, "cpu")(True)
-            for dtype in (torch.bfloat16, torch.float32):
+            for dtype in [getattr(torch, each) for each in dtypes.split(",")]:
                 for sample in inputs(name, dtype, [int(dim) for dim in head_dims] or [64, 128, 256]):
                     outputs_and_gradients(operator, operator.call, sample)
 

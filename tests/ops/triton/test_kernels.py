@@ -13,7 +13,7 @@ from liaoyuan.ops.triton.launch import Tile
 from tests.ops.cases import boundaries_of, difference, random
 from tests.ops.triton.conftest import CARD, DEVICE, WITH_TRITON, triton_kernel
 
-FEW = settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+FEW = settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 LENGTHS = st.lists(st.integers(0, 70), min_size=1, max_size=4)
 
 

@@ -52,7 +52,6 @@ ATTENTION = {
     (4, 256): Tile(32, 16, warps=8, stages=1),
 }
 ATTENTION_BACKWARD = {
-    (2, 64): Tile(64, 64),
     (2, 128): Tile(64, 64, warps=8),
     (2, 256): Tile(32, 32, warps=8, stages=1),
     (4, 128): Tile(32, 32, warps=8, stages=1),

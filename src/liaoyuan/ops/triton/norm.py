@@ -1,5 +1,6 @@
 """RMSNorm, alone and joined with the residual addition: a program holds a row whole and reads it once."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,7 +45,7 @@ def add_rms_norm_backward(
     rows = total.numel() // max(width, 1)
     share = ceil_div(rows, PARTIAL_SUMS)
     programs = ceil_div(rows, share) if rows else 0
-    grad_in, partial = total.new_empty(total.shape), weight.new_empty(programs, width).float()
+    grad_in, partial = total.new_empty(total.shape), total.new_empty(programs, width, dtype=torch.float32)
     block = power_of_two(width)
     arguments = (upper, grad, total, weight.contiguous(), grad_in, partial, rows, share, width, eps)
     options = {"ADD": grad_total is not None, "BLOCK": block, "num_warps": row_warps(block)}

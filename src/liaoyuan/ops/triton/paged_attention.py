@@ -32,7 +32,7 @@ def paged_attention(
     inputs = (query, key_cache, value_cache, block_tables, query_starts, lengths)
     dims = query.shape[2], value_cache.shape[3]
     if max(dims) > MAX_HEAD_DIM:
-        return OPERATORS["paged_attention"].reference(*inputs, scale)
+        return OPERATORS["paged_attention"].reference(*inputs, scale, window, sinks)
     tokens, heads = query.shape[:2]
     out = query.new_zeros(tokens, heads, dims[1])
     capacity = block_tables.shape[1] * key_cache.shape[1]
@@ -44,7 +44,7 @@ def paged_attention(
     rows = max(tile.rows, power_of_two(groups))
     grid = (tokens // (rows // groups) + len(lengths) if tokens else 0, key_cache.shape[2], parts if split else 1)
     given = [x.contiguous() for x in inputs]
-    sink_scores = query if sinks is None else sinks
+    sink_scores = query if sinks is None else sinks.contiguous()
     counts = (len(key_cache), block_tables.shape[1], len(lengths), len(lengths).bit_length())
     numbers = (*counts, scale * LOG2_E.value, window or UNBOUNDED, tokens, heads)
     sizes = {"VALUE_DIM": dims[1], "BLOCK_VALUE": power_of_two(dims[1], 16), "SINKS": sinks is not None}

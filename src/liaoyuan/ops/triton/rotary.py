@@ -1,5 +1,6 @@
 """Split, norm and rotation: a program takes some tokens of one head, as two halves whose elements turn in pairs."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,11 +23,11 @@ def split_rotary(
     tokens, groups = qkv.shape[0], qkv.shape[1] // dim // heads - 2
     query = qkv.new_empty(tokens, heads * groups, dim)
     key, value = qkv.new_empty(tokens, heads, dim), qkv.new_empty(tokens, heads, dim)
-    norms = (qkv, qkv) if query_norm is None or key_norm is None else (query_norm, key_norm)
+    normed, norms = _norms(query_norm, key_norm, qkv)
     rows, half = _tile(dim)
     grid = (ceil_div(tokens, rows), heads * (groups + 2))
     arguments = (qkv, cosine, sine, *norms, query, key, value, tokens, heads, groups, eps)
-    launch(_forward, grid, qkv, *arguments, NORMED=query_norm is not None, DIM=dim, ROWS=rows, HALF=half)
+    launch(_forward, grid, qkv, *arguments, NORMED=normed, DIM=dim, ROWS=rows, HALF=half)
     return query, key, value
 
 
@@ -49,10 +50,9 @@ def split_rotary_backward(
     tokens, groups = qkv.shape[0], qkv.shape[1] // dim // heads - 2
     rows, half = _tile(dim)
     blocks = ceil_div(tokens, rows)
-    normed = query_norm is not None and key_norm is not None
-    norms = (query_norm, key_norm) if normed else (qkv, qkv)
+    normed, norms = _norms(query_norm, key_norm, qkv)
     result = qkv.new_empty(qkv.shape)
-    partial = qkv.new_empty(blocks if normed else 0, heads, groups + 1, dim).float()
+    partial = qkv.new_empty(blocks if normed else 0, heads, groups + 1, dim, dtype=torch.float32)
     arguments = (*grads, qkv, cosine.contiguous(), sine.contiguous(), *norms, result, partial)
     grid = (blocks, heads * (groups + 2))
     sizes = {"NORMED": normed, "DIM": dim, "ROWS": rows, "HALF": half}
@@ -61,6 +61,13 @@ def split_rotary_backward(
         return result, qkv.new_empty(0), qkv.new_empty(0)
     summed = partial.sum((0, 1))
     return result, summed[:-1].sum(0).to(qkv.dtype), summed[-1].to(qkv.dtype)
+
+
+def _norms(query_norm: Tensor | None, key_norm: Tensor | None, qkv: Tensor) -> tuple[bool, tuple[Tensor, Tensor]]:
+    """Return whether heads are normalised, and the weights, or tensors that no kernel reads."""
+    if query_norm is None or key_norm is None:
+        return False, (qkv, qkv)
+    return True, (query_norm.contiguous(), key_norm.contiguous())
 
 
 def _tile(dim: int) -> tuple[int, int]:
