@@ -1,10 +1,14 @@
 """What all tests share: one thread, and tiny models."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.accelerator.is_available():  # Triton, which torch imports with much else, asks when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from liaoyuan.models import Decoder, ModelConfig, initialise
 

@@ -176,7 +176,7 @@ def outputs_and_gradients(operator: Operator, function: Callable[..., Any], samp
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     compared = [out for out in outputs if out.requires_grad]
     generator = torch.Generator().manual_seed(0)
-    grads = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in compared]
+    grads = [torch.randn(out.shape, generator=generator).to(out) for out in compared]
     sources = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
     found = torch.autograd.grad(compared, sources, grads, allow_unused=True)
     return [out.detach() for out in compared] + [g for g in found if g is not None]

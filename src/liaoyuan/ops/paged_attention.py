@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE
+from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import Operator, register
 
 
@@ -106,6 +106,7 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         (4, 2, 64, 64, None, False, mixed),
         (5, 1, 96, 64, 37, True, mixed),
         (2, 2, 32, 32, 20, True, ((30, 600), (1, 40))),
+        (2, 1, 16, 16, None, False, ((1, 1100), (2, 5))),
     ):
         queries, lengths = [c[0] for c in cases], [c[1] for c in cases]
         query = torch.randn(sum(queries) + 2, query_heads, dim, generator=generator).to(dtype)
@@ -189,7 +190,7 @@ def _traffic(
 PAGED_ATTENTION = register(
     Operator(
         name="paged_attention",
-        kernels=(NATIVE,),
+        kernels=(NATIVE, triton("paged_attention")),
         schema="(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor query_starts, "
         "Tensor lengths, float scale, int? window=None, Tensor? sinks=None) -> Tensor",
         reference=_paged_attention,
@@ -204,7 +205,7 @@ PAGED_ATTENTION = register(
 WRITE_CACHE = register(
     Operator(
         name="write_cache",
-        kernels=(NATIVE,),
+        kernels=(NATIVE, triton("paged_attention")),
         schema="(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> ()",
         reference=_write_cache,
         fake=lambda *_: None,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE
+from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs
 
 
@@ -41,7 +41,7 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 SWIGLU = register(
     Operator(
         name="swiglu",
-        kernels=(NATIVE,),
+        kernels=(NATIVE, triton("swiglu")),
         schema="(Tensor gate_up) -> Tensor",
         reference=_swiglu,
         fake=lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),

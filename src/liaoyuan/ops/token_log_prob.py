@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE_INEXACT
+from liaoyuan.ops.kernels import NATIVE_INEXACT, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, wide
 
 KEPT_LOGITS = 2**25  # elements of logits that are kept for the backward pass: 64 MiB in bf16
@@ -85,7 +85,7 @@ def _workload(dtype: torch.dtype) -> tuple[Any, ...]:
 TOKEN_LOG_PROB = register(
     Operator(
         name="token_log_prob",
-        kernels=(NATIVE_INEXACT,),  # the matrix product of torch depends on the number of rows
+        kernels=(NATIVE_INEXACT, triton("token_log_prob")),  # the matrix product of torch depends on the number of rows
         schema="(Tensor hidden, Tensor weight, Tensor targets, bool keep) -> (Tensor, Tensor, Tensor)",
         reference=_reference,
         fake=_fake,

@@ -1,0 +1,98 @@
+"""How kernels are launched: the sizes of their tiles, and the device on which they run.
+
+All sizes are in this file. They are fixed, not tuned at run time: another tile is another order of summation, and
+with it other bits, so the choice may depend on a tensor's row size and dtype, never on how many rows there are. For the
+same reason, and lest a new batch wait for the compiler, kernels are not specialised to numbers that belong to a batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ELEMENTS = 1024  # of a program that works element by element: eight for each thread of four warps
+MAX_WIDTH = 16384  # of a row that a program holds whole: 32 elements for each thread of 16 warps
+PARTIAL_SUMS = 256  # programs among which rows are dealt out for a weight's gradient: two for each of 128 processors
+UNBOUNDED = 2**30  # a window that no text fills
+MAX_HEAD_DIM = 256  # a tile of queries, keys, values and their sums must fit a processor's registers
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program's tile.
+
+    rows, columns: of the scores or logits that it holds at a time, powers of two, at least 16 (the least of a product).
+    depth: of the products' inner dimension at a time, where it is not held whole.
+    warps: of 32 threads; stages: tiles of the inner loop that are loaded ahead. Ascend's compiler heeds neither.
+    """
+
+    rows: int
+    columns: int
+    depth: int = 0
+    warps: int = 4
+    stages: int = 2
+
+
+def row_warps(block: int) -> int:
+    """Return the warps of a program that holds a row of `block` elements: 16 or more for each thread, as far as 16."""
+    return max(1, min(16, block // 512))
+
+
+# By bytes of an element and the widest head. 64 rows are the least that keep the matrix units of recent cards busy;
+# fp32 has common units alone, and needs twice the room. The other sizes are the largest with which no kernel spills
+# more than a few registers, or needs more shared memory than the smallest card since Ampere has (99 KiB), as compiled
+# for compute capabilities 8.0 and 9.0 (`tests/ops/triton/compiled.py` prints both).
+ATTENTION = {
+    (2, 128): Tile(64, 64),
+    (2, 256): Tile(64, 32, warps=8),
+    (4, 64): Tile(32, 32),
+    (4, 128): Tile(32, 32, warps=8),
+    (4, 256): Tile(32, 16, warps=8, stages=1),
+}
+ATTENTION_BACKWARD = {
+    (2, 128): Tile(64, 64, warps=8),
+    (2, 256): Tile(32, 32, warps=8, stages=1),
+    (4, 128): Tile(32, 32, warps=8, stages=1),
+    (4, 256): Tile(16, 16, warps=8, stages=1),
+}
+
+
+def attention_tile(head_dim: int, dtype: torch.dtype) -> Tile:
+    """Return the tile of attention, forward, over whole texts or pages: one for both, so that their bits may agree."""
+    return _narrowest(ATTENTION, head_dim, dtype)
+
+
+def attention_backward_tile(head_dim: int, dtype: torch.dtype) -> Tile:
+    """Return the tile of attention's backward pass, which holds two sums of a head's width, and four inputs."""
+    return _narrowest(ATTENTION_BACKWARD, head_dim, dtype)
+
+
+def _narrowest(tiles: Mapping[tuple[int, int], Tile], head_dim: int, dtype: torch.dtype) -> Tile:
+    return next(tile for (size, widest), tile in tiles.items() if size == dtype.itemsize and head_dim <= widest)
+
+
+def logits_tile(dtype: torch.dtype) -> Tile:
+    """Return the tile of products of hidden states with the vocabulary."""
+    if dtype is torch.float32:
+        return Tile(64, 64, depth=16)
+    return Tile(64, 128, depth=64, stages=3)
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """Return the least power of two that is at least n."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def ceil_div(n: int, size: int) -> int:
+    """Return how many parts of this size n things make."""
+    return -(-n // size)
+
+
+def launch(kernel: Any, grid: Sequence[int], on: Tensor, *arguments: Any, **options: Any) -> None:
+    """Run a kernel on the device of a tensor; an empty grid is nothing to do."""
+    if 0 in grid:
+        return
+    with torch.accelerator.device_index(on.device.index):
+        kernel[tuple(grid)](*arguments, **options)

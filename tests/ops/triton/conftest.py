@@ -1,0 +1,75 @@
+"""The kernels on a card, or where there is none in Triton's interpreter (see `tests/conftest.py`), on the CPU."""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from liaoyuan.ops import choice
+from liaoyuan.ops.operator import OPERATORS, Kernel, Operator
+
+CARD = torch.accelerator.is_available()
+DEVICE = str(torch.accelerator.current_accelerator()) if CARD else "cpu"
+INSTALLED = importlib.util.find_spec("triton") is not None
+WITH_TRITON = [name for name, operator in OPERATORS.items() if any(k.name == "triton" for k in operator.kernels)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs Triton where it is not installed."""
+    skip = pytest.mark.skip(reason="needs the package triton, which is not installed")
+    for item in items:
+        if "tests/ops/triton/" in item.path.as_posix() and not INSTALLED:
+            item.add_marker(skip)
+
+
+def triton_kernel(operator: Operator) -> Kernel:
+    return next(kernel for kernel in operator.kernels if kernel.name == "triton")
+
+
+@contextmanager
+def products() -> Iterator[None]:
+    """Let Triton's interpreter multiply matrices in one order of summation, and bf16, which it takes for integers."""
+    if CARD:
+        yield
+        return
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def wide(x: Any) -> np.ndarray:
+        if x.dtype.scalar == tl.bfloat16:
+            return (x.data.astype(np.uint32) << 16).view(np.float32)
+        return x.data.astype(np.float32)
+
+    def product(self: Any, a: Any, b: Any, total: Any, *_: Any) -> Any:
+        return TensorHandle(np.einsum("ik,kj->ij", wide(a), wide(b)) + total.data, total.dtype.scalar)
+
+    before = InterpreterBuilder.create_dot
+    InterpreterBuilder.create_dot = product
+    try:
+        yield
+    finally:
+        InterpreterBuilder.create_dot = before
+
+
+@pytest.fixture
+def use() -> Iterator[Callable[[str], Operator]]:
+    """A function that puts the Triton kernel of an operator behind it, and returns the operator."""
+    choice.forget()
+    with ExitStack() as stack:
+        stack.enter_context(products())
+
+        @functools.cache
+        def put(name: str) -> Operator:
+            operator = OPERATORS[name]
+            switch = triton_kernel(operator).load(name, DEVICE)
+            switch(True)
+            stack.callback(switch, False)
+            return operator
+
+        yield put
+    choice.forget()

@@ -1,0 +1,191 @@
+"""Triton's kernels compute what their operators' references do, in any shape, with bits that depend on a row alone."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from liaoyuan.ops import choice
+from liaoyuan.ops.operator import outputs_and_gradients
+from liaoyuan.ops.triton.launch import Tile
+from tests.ops.cases import boundaries_of, difference, random
+from tests.ops.triton.conftest import CARD, DEVICE, WITH_TRITON, triton_kernel
+
+FEW = settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+LENGTHS = st.lists(st.integers(0, 70), min_size=1, max_size=4)
+
+
+def place(*inputs):
+    return tuple(x.to(DEVICE) if torch.is_tensor(x) else x for x in inputs)
+
+
+def agree(operator, *inputs, tolerance=2e-5):
+    """Compare the operator, forward and backward, with its reference in fp32."""
+    sample = place(*inputs)
+    expected = outputs_and_gradients(operator, operator.reference, sample)
+    for a, b in zip(outputs_and_gradients(operator, operator.call, sample), expected, strict=True):
+        assert a.shape == b.shape
+        assert difference(a, b, floor=0.5) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", WITH_TRITON)
+def test_every_kernel_passes_its_self_test(name, dtype, use, monkeypatch):
+    operator = use(name)
+    if name == "attention" and not CARD:  # the interpreter's time is that of the number of tiles
+        for function in ("attention_tile", "attention_backward_tile"):
+            monkeypatch.setattr(f"liaoyuan.ops.triton.attention.{function}", lambda *_: Tile(128, 128))
+    assert choice.self_test(operator, dataclasses.replace(triton_kernel(operator), dtypes=(dtype,)), DEVICE) is None
+
+
+@FEW
+@given(rows=st.integers(0, 40), width=st.integers(1, 70))
+def test_norms(use, rows, width):
+    x, residual, weight = random(rows, width), random(rows, width, seed=1), 1 + 0.1 * random(width, seed=2)
+    agree(use("rms_norm"), x, weight, 1e-5)
+    agree(use("add_rms_norm"), residual, x, weight, 1e-5)
+
+
+@FEW
+@given(rows=st.integers(0, 40), width=st.integers(1, 200))
+def test_swiglu(use, rows, width):
+    agree(use("swiglu"), 3 * random(rows, 2 * width))
+
+
+@FEW
+@given(
+    rows=st.integers(1, 70), heads=st.integers(1, 3), groups=st.integers(1, 3), half=st.integers(1, 40),
+    normed=st.booleans(),
+)  # fmt: skip
+def test_split_rotary(use, rows, heads, groups, half, normed):
+    qkv, angle = random(rows, heads * (groups + 2) * 2 * half), 6 * random(rows, half, seed=1)
+    norms = [1 + 0.1 * random(2 * half, seed=i) if normed else None for i in (2, 3)]
+    agree(use("split_rotary"), qkv, angle.cos(), angle.sin(), heads, 2 * half, *norms, 1e-6)
+
+
+@FEW
+@given(rows=st.integers(0, 90), width=st.integers(1, 40), vocabulary=st.integers(1, 2500), keep=st.booleans())
+def test_token_log_prob(use, rows, width, vocabulary, keep):
+    targets = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(2))
+    agree(use("token_log_prob"), random(rows, width), 0.3 * random(vocabulary, width, seed=1), targets, keep)
+
+
+def test_the_gradients_of_a_vocabulary_in_slices_are_those_of_the_whole(use, monkeypatch):
+    operator = use("token_log_prob")
+    monkeypatch.setattr("liaoyuan.ops.triton.token_log_prob.SLICE", 70 * 64)
+    agree(operator, random(40, 24), random(300, 24, seed=1), torch.arange(40) * 7, False)
+
+
+@FEW
+@given(lengths=LENGTHS, key_heads=st.integers(1, 2), groups=st.integers(1, 3), dim=st.integers(2, 40))
+def test_attention(use, lengths, key_heads, groups, dim):
+    query = random(sum(lengths), key_heads * groups, dim)
+    key, value = (random(sum(lengths), key_heads, dim, seed=i) for i in (1, 2))
+    agree(use("attention"), query, key, value, boundaries_of(lengths), dim**-0.5)
+
+
+def test_no_rows_are_no_work(use):
+    query, key, value = use("split_rotary").call(
+        *place(random(0, 64), random(0, 4), random(0, 4), 2, 8, None, None, 1e-6)
+    )
+    assert query.shape == (0, 4, 8) and key.shape == value.shape == (0, 2, 8)
+    tables, starts, lengths = (torch.zeros(n, dtype=torch.int32) for n in ((1, 1), 2, 1))
+    cache = random(1, 16, 2, 8)
+    assert use("paged_attention").call(*place(random(0, 4, 8), cache, cache, tables, starts, lengths, 1.0)).numel() == 0
+    use("write_cache").call(*place(random(0, 2, 8), random(0, 2, 8), cache, cache, torch.zeros(0, dtype=torch.long)))
+
+
+def test_strided_inputs_are_taken(use):
+    x, weight = random(32, 6).t(), random(64)[::2]
+    agree(use("rms_norm"), x, weight, 1e-6)
+    agree(use("swiglu"), x)
+    agree(use("token_log_prob"), x, random(32, 40).t(), torch.arange(6), False)
+    query, key, value = (random(2, 16, 8, seed=seed).transpose(0, 1) for seed in range(3))
+    agree(use("attention"), query, key, value, boundaries_of([7, 9]), 0.3)
+
+
+def test_the_bits_of_a_row_depend_on_it_alone(use):
+    x, weight, targets = random(70, 40), random(1100, 40, seed=1), torch.arange(70) * 15
+    whole = use("token_log_prob").call(*place(x, weight, targets, False))
+    normed = use("rms_norm").call(*place(x, weight[0], 1e-6))
+    for rows in (1, 3, 66):
+        part = use("token_log_prob").call(*place(x[:rows], weight, targets[:rows], False))
+        assert torch.equal(part[0], whole[0][:rows]) and torch.equal(part[1], whole[1][:rows])
+        assert torch.equal(use("rms_norm").call(*place(x[:rows], weight[0], 1e-6)), normed[:rows])
+
+
+def test_a_target_outside_the_vocabulary_is_infinitely_unlikely(use):
+    found = use("token_log_prob").call(*place(random(2, 8), random(5, 8), torch.tensor([4, 5]), False))[0]
+    assert found[0].isfinite() and found[1] == float("-inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_document_has_the_same_bits_wherever_it_lies(use, dtype):
+    lengths, attention = (70, 33, 5), use("attention").call
+    inputs = [random(sum(lengths), heads, 16, dtype=dtype, seed=heads) for heads in (4, 2, 2)]
+    packed = attention(*place(*inputs, boundaries_of(lengths), 0.2))[0].split(lengths)
+    for part, *alone in zip(packed, *(x.split(lengths) for x in inputs), strict=True):
+        assert torch.equal(part, attention(*place(*alone, boundaries_of([len(part)]), 0.2))[0])
+    prefix = attention(*place(*(x[:40] for x in inputs), boundaries_of([40]), 0.2))[0]
+    assert torch.equal(packed[0][:40], prefix)
+
+
+def pages_of(key, value, size, lengths):
+    """Return caches of blocks of this size, in reverse order, that hold these sequences, and the tables."""
+    blocks = [-(-length // size) for length in lengths]
+    numbers = torch.arange(sum(blocks), dtype=torch.int32).flip(0).split(blocks)
+    tables = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
+    caches = [x.new_full((sum(blocks), size, *x.shape[1:]), torch.nan) for x in (key, value)]
+    slots = []
+    for row, (mine, length) in enumerate(zip(numbers, lengths, strict=True)):
+        tables[row, : len(mine)] = mine
+        place = torch.arange(length)
+        slots.append(mine.long()[place // size] * size + place % size)
+    return caches, tables, torch.cat(slots)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("split", [False, True])
+def test_decoding_from_pages_gives_the_bits_of_attention_over_the_whole_text(use, dtype, split, monkeypatch):
+    from triton import language as tl
+
+    monkeypatch.setattr("liaoyuan.ops.triton.paged_attention.SPLIT_ELEMENTS", 2**24 if split else 0)
+    lengths = (1100, 37) if CARD else (150, 37)
+    if not CARD:  # parts so short that the interpreter soon has several
+        for module in ("attention", "paged_attention"):
+            monkeypatch.setattr(f"liaoyuan.ops.triton.{module}.PART", tl.constexpr(64))
+    query, key, value = (random(sum(lengths), heads, 16, dtype=dtype, seed=heads) for heads in (3, 1, 1))
+    caches, tables, slots = pages_of(key, value, 16, lengths)
+    use("write_cache").call(*place(key, value, *caches, slots))
+    whole = use("attention").call(*place(query, key, value, boundaries_of(lengths), 0.2))[0]
+    newest = torch.tensor([*range(lengths[0] - 40, lengths[0]), -1])  # a prefill in chunks, and a decode
+    starts, counts = torch.tensor([0, 40, 41], dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
+    found = use("paged_attention").call(*place(query[newest], *caches, tables, starts, counts, 0.2))
+    assert torch.equal(found, whole[newest])
+
+
+@FEW
+@given(data=st.data(), key_heads=st.integers(1, 2), groups=st.integers(1, 3), size=st.integers(1, 20))
+def test_paged_attention(use, data, key_heads, groups, size):
+    lengths = data.draw(st.lists(st.integers(1, 80), min_size=1, max_size=3))
+    queries = [data.draw(st.integers(0, length)) for length in lengths]
+    key, value = (random(sum(lengths), key_heads, 12, seed=i) for i in (1, 2))
+    caches, tables, slots = pages_of(key, value, size, lengths)
+    use("write_cache").call(*place(key, value, *caches, slots))
+    query = random(sum(queries) + 1, key_heads * groups, 12)  # one row more than the sequences have
+    arguments = (*caches, tables, boundaries_of(queries), torch.tensor(lengths, dtype=torch.int32), 0.3)
+    caches[0].nan_to_num_(), caches[1].nan_to_num_()  # the reference multiplies what it masks
+    agree(use("paged_attention"), query, *arguments)
+
+
+def test_a_slot_or_a_page_outside_the_cache_is_not_followed(use):
+    cache, key = torch.zeros(2, 4, 1, 8), random(3, 1, 8)
+    for slots in ([8, -1, 3], [2**40, -(2**40), 3]):
+        use("write_cache").call(*place(key, key, cache, cache.clone(), torch.tensor(slots)))
+    starts, lengths = boundaries_of([1]), torch.tensor([5], dtype=torch.int32)
+    for table in ([[0, 2]], [[0, -1]], [[0]]):
+        pages = torch.tensor(table, dtype=torch.int32)
+        found = use("paged_attention").call(*place(random(1, 1, 8), cache, cache, pages, starts, lengths, 1.0))
+        assert found.isfinite().all()

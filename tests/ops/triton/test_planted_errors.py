@@ -1,0 +1,81 @@
+"""An error in any kernel is found by the comparison that decides on a device whether the kernel is used."""
+
+import dataclasses
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import liaoyuan.ops.triton as package
+from liaoyuan.ops import choice
+from liaoyuan.ops.triton import launch
+from tests.ops.triton.conftest import CARD, DEVICE, triton_kernel
+
+ERRORS = [
+    ("rms_norm", "norm", "tl.sum(wide * wide, 0) / width", "tl.sum(wide * wide, 0) / BLOCK"),
+    ("rms_norm", "norm", "summed += upper * x * scale", "summed += upper * x"),
+    ("rms_norm", "norm", "tl.minimum(program * share + share, rows)", "tl.minimum(program * share + share, rows - 1)"),
+    ("add_rms_norm", "norm", "result += tl.load(grad_total", "result -= tl.load(grad_total"),
+    ("swiglu", "swiglu", "gate * tl.sigmoid(gate) * up", "gate * tl.sigmoid(up) * up"),
+    ("swiglu", "swiglu", "(1.0 + gate * (1.0 - sigmoid))", "(1.0 + gate * sigmoid)"),
+    ("split_rotary", "rotary", "x * c - y * s", "x * c + y * s"),
+    ("split_rotary", "rotary", "part == groups + 1", "part == groups"),
+    ("split_rotary", "rotary", "second * c - first * s", "second * c + first * s"),
+    ("split_rotary", "rotary", "scale * (first - x * inner)", "scale * (first - y * inner)"),
+    ("token_log_prob", "token_log_prob", "summed * tl.exp(maximum - higher) + tl.sum", "summed + tl.sum"),
+    ("token_log_prob", "token_log_prob", "range(1, parts)", "range(2, parts)"),
+    ("token_log_prob", "token_log_prob", "(first + column)[None, :] == target", "column[None, :] + 1 == target"),
+    ("attention", "softmax", "(behind >= 0)", "(behind > 0)"),
+    ("attention", "softmax", "output * shrink[:, None] + more", "output + more"),
+    ("attention", "softmax", "tl.load(starts + low + 1)", "tl.load(starts + low + 1) - 1"),
+    ("attention", "attention", "head // (heads // key_heads)", "head % key_heads"),
+    (
+        "attention",
+        "attention",
+        "grad_score = weight * (grad_weight - own[:, None])",
+        "grad_score = weight * grad_weight",
+    ),
+    ("attention", "attention", "range(key_head * groups, key_head * groups + groups)", "range(groups)"),
+    ("paged_attention", "paged_attention", "* table_size + column // PAGE", "* table_size + column % PAGE"),
+    ("paged_attention", "paged_attention", "position = total - end + token", "position = token"),
+    ("paged_attention", "paged_attention", "range(parts)", "range(1, parts)"),
+    ("write_cache", "paged_attention", "(slot >= 0)", "(slot > 0)"),
+]
+
+
+MODULES = ("norm", "swiglu", "rotary", "token_log_prob", "softmax", "attention", "paged_attention")
+
+
+@pytest.fixture
+def change(monkeypatch, tmp_path):
+    """A function that changes a module's source; all modules of kernels are then loaded anew in this test."""
+    for name in MODULES:
+        monkeypatch.setattr(package, name, importlib.import_module(f"{package.__name__}.{name}"))
+        monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}")
+    if not CARD:  # the interpreter's time is that of the number of tiles
+        for function in ("attention_tile", "attention_backward_tile"):
+            monkeypatch.setattr(f"{package.__name__}.launch.{function}", lambda *_: launch.Tile(128, 128))
+
+    def write(file, before, after):
+        source = (Path(package.__file__).parent / f"{file}.py").read_text(encoding="utf-8")
+        assert before in source
+        path = tmp_path / f"{file}.py"
+        path.write_text(source.replace(before, after), encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(f"{package.__name__}.{file}", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+
+    return write
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # an error may well divide by zero
+@pytest.mark.parametrize(("name", "file", "before", "after"), ERRORS)
+def test_the_self_test_finds_it(name, file, before, after, change, use):
+    change(file, before, after)
+    operator = use(name)
+    found = choice.self_test(operator, dataclasses.replace(triton_kernel(operator), dtypes=(torch.float32,)), DEVICE)
+    assert found is not None and "off by" in found
