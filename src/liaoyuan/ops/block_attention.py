@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE
+from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, register, save_inputs, saved_inputs, wide
 
 
@@ -172,7 +172,7 @@ def _workload(dtype: torch.dtype) -> tuple[Any, ...]:
 BLOCK_ATTENTION = register(
     Operator(
         name="block_attention",
-        kernels=(NATIVE,),
+        kernels=(NATIVE, triton("block_attention")),
         schema="(Tensor query, Tensor key, Tensor value, Tensor first, Tensor last, float scale) -> (Tensor, Tensor)",
         reference=_reference,
         fake=_fake,

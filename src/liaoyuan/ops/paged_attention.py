@@ -106,7 +106,7 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         (4, 2, 64, 64, None, False, mixed),
         (5, 1, 96, 64, 37, True, mixed),
         (2, 2, 32, 32, 20, True, ((30, 600), (1, 40))),
-        (2, 1, 16, 16, None, False, ((1, 1100), (2, 5))),
+        (2, 1, 16, 16, None, True, ((1, 1100), (2, 5))),
     ):
         queries, lengths = [c[0] for c in cases], [c[1] for c in cases]
         query = torch.randn(sum(queries) + 2, query_heads, dim, generator=generator).to(dtype)

@@ -53,6 +53,10 @@ def inputs(name, dtype, head_dims):
         for dim in head_dims:
             query, key, value = (torch.zeros(256, heads, dim, dtype=dtype) for heads in (8, 2, 2))
             yield query, key, value, torch.tensor([0, 256], dtype=torch.int32), 0.1
+    elif name == "block_attention":
+        for dim in head_dims:
+            query, key, value = (torch.zeros(256, heads, dim, dtype=dtype) for heads in (8, 2, 2))
+            yield query, key, value, torch.zeros(256, dtype=torch.long), torch.full((256,), 256), 0.1
     elif name == "paged_attention":
         for dim in head_dims:
             query, cache = torch.zeros(16, 8, dim, dtype=dtype), torch.zeros(128, 16, 2, dim, dtype=dtype)

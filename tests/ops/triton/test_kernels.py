@@ -14,6 +14,7 @@ from tests.ops.cases import boundaries_of, difference, random
 from tests.ops.triton.conftest import CARD, DEVICE, WITH_TRITON, triton_kernel
 
 FEW = settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+DIMS, WINDOWS = st.integers(2, 40), st.none() | st.integers(1, 80)
 LENGTHS = st.lists(st.integers(0, 70), min_size=1, max_size=4)
 
 
@@ -79,11 +80,15 @@ def test_the_gradients_of_a_vocabulary_in_slices_are_those_of_the_whole(use, mon
 
 
 @FEW
-@given(lengths=LENGTHS, key_heads=st.integers(1, 2), groups=st.integers(1, 3), dim=st.integers(2, 40))
-def test_attention(use, lengths, key_heads, groups, dim):
-    query = random(sum(lengths), key_heads * groups, dim)
-    key, value = (random(sum(lengths), key_heads, dim, seed=i) for i in (1, 2))
-    agree(use("attention"), query, key, value, boundaries_of(lengths), dim**-0.5)
+@given(
+    lengths=LENGTHS, key_heads=st.integers(1, 2), groups=st.integers(1, 3), dims=st.tuples(DIMS, DIMS),
+    window=WINDOWS, with_sinks=st.booleans(),
+)  # fmt: skip
+def test_attention(use, lengths, key_heads, groups, dims, window, with_sinks):
+    query = random(sum(lengths), key_heads * groups, dims[0])
+    key, value = (random(sum(lengths), key_heads, dim, seed=i) for i, dim in enumerate(dims))
+    sinks = random(key_heads * groups, seed=5) if with_sinks else None
+    agree(use("attention"), query, key, value, boundaries_of(lengths), dims[0] ** -0.5, window, sinks)
 
 
 def test_no_rows_are_no_work(use):
@@ -132,6 +137,27 @@ def test_a_document_has_the_same_bits_wherever_it_lies(use, dtype):
     assert torch.equal(packed[0][:40], prefix)
 
 
+@FEW
+@given(
+    queries=st.integers(1, 70), keys=st.integers(1, 70), key_heads=st.integers(1, 2), groups=st.integers(1, 3),
+    dims=st.tuples(DIMS, DIMS), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_block_attention(use, queries, keys, key_heads, groups, dims, seed):
+    query = random(queries, key_heads * groups, dims[0])
+    key, value = (random(keys, key_heads, dim, seed=i) for i, dim in enumerate(dims))
+    ends = torch.randint(0, keys + 1, (2, queries), generator=torch.Generator().manual_seed(seed))  # many are empty
+    operator = use("block_attention")
+    sample = place(query, key, value, *ends, dims[0] ** -0.5)
+    expected = operator.reference(*sample)
+    for a, b in zip(operator.call(*sample), expected, strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite()) and difference(a.nan_to_num(), b.nan_to_num(), floor=0.5) < 2e-5
+    grads = place(random(*expected[0].shape, seed=3), random(*expected[1].shape, seed=4))
+    arguments = (*grads, expected[1], *sample)
+    found = torch.ops.liaoyuan.block_attention_backward(*arguments)
+    for a, b in zip(found, operator.gradient.reference(*arguments), strict=True):
+        assert difference(a, b, floor=0.5) < 2e-5
+
+
 def pages_of(key, value, size, lengths):
     """Return caches of blocks of this size, in reverse order, that hold these sequences, and the tables."""
     blocks = [-(-length // size) for length in lengths]
@@ -167,15 +193,19 @@ def test_decoding_from_pages_gives_the_bits_of_attention_over_the_whole_text(use
 
 
 @FEW
-@given(data=st.data(), key_heads=st.integers(1, 2), groups=st.integers(1, 3), size=st.integers(1, 20))
-def test_paged_attention(use, data, key_heads, groups, size):
+@given(
+    data=st.data(), key_heads=st.integers(1, 2), groups=st.integers(1, 3), size=st.integers(1, 20),
+    window=WINDOWS, with_sinks=st.booleans(),
+)  # fmt: skip
+def test_paged_attention(use, data, key_heads, groups, size, window, with_sinks):
     lengths = data.draw(st.lists(st.integers(1, 80), min_size=1, max_size=3))
     queries = [data.draw(st.integers(0, length)) for length in lengths]
-    key, value = (random(sum(lengths), key_heads, 12, seed=i) for i in (1, 2))
+    key, value = (random(sum(lengths), key_heads, dim, seed=dim) for dim in (12, 9))
+    sinks = random(key_heads * groups, seed=5) if with_sinks else None
     caches, tables, slots = pages_of(key, value, size, lengths)
     use("write_cache").call(*place(key, value, *caches, slots))
     query = random(sum(queries) + 1, key_heads * groups, 12)  # one row more than the sequences have
-    arguments = (*caches, tables, boundaries_of(queries), torch.tensor(lengths, dtype=torch.int32), 0.3)
+    arguments = (*caches, tables, boundaries_of(queries), torch.tensor(lengths, dtype=torch.int32), 0.3, window, sinks)
     caches[0].nan_to_num_(), caches[1].nan_to_num_()  # the reference multiplies what it masks
     agree(use("paged_attention"), query, *arguments)
 

@@ -29,6 +29,9 @@ ERRORS = [
     ("token_log_prob", "token_log_prob", "range(1, parts)", "range(2, parts)"),
     ("token_log_prob", "token_log_prob", "(first + column)[None, :] == target", "column[None, :] + 1 == target"),
     ("attention", "softmax", "(behind >= 0)", "(behind > 0)"),
+    ("attention", "softmax", "(behind < window)", "(behind <= window)"),
+    ("attention", "softmax", "summed * shrink + tl.exp2(sink - higher)", "summed * shrink"),
+    ("attention", "attention", "-(weight * delta.t())", "(weight * delta.t())"),
     ("attention", "softmax", "output * shrink[:, None] + more", "output + more"),
     ("attention", "softmax", "tl.load(starts + low + 1)", "tl.load(starts + low + 1) - 1"),
     ("attention", "attention", "head // (heads // key_heads)", "head % key_heads"),
@@ -39,6 +42,9 @@ ERRORS = [
         "grad_score = weight * grad_weight",
     ),
     ("attention", "attention", "range(key_head * groups, key_head * groups + groups)", "range(groups)"),
+    ("block_attention", "block_attention", "column[None, :] >= begin", "column[None, :] > begin"),
+    ("block_attention", "block_attention", "(high > column)", "(high > column + COLUMNS)"),
+    ("block_attention", "block_attention", "tl.trans(weight).to(g.dtype), g", "tl.trans(weight).to(g.dtype), g * 1.01"),
     ("paged_attention", "paged_attention", "* table_size + column // PAGE", "* table_size + column % PAGE"),
     ("paged_attention", "paged_attention", "position = total - end + token", "position = token"),
     ("paged_attention", "paged_attention", "range(parts)", "range(1, parts)"),
@@ -46,7 +52,7 @@ ERRORS = [
 ]
 
 
-MODULES = ("norm", "swiglu", "rotary", "token_log_prob", "softmax", "attention", "paged_attention")
+MODULES = ("norm", "swiglu", "rotary", "token_log_prob", "softmax", "attention", "block_attention", "paged_attention")
 
 
 @pytest.fixture

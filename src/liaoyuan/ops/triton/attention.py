@@ -35,13 +35,13 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Compute the operator `attention`."""
     if max(query.shape[2], value.shape[2]) > MAX_HEAD_DIM:
-        return OPERATORS["attention"].reference(query, key, value, boundaries, scale)
+        return OPERATORS["attention"].reference(query, key, value, boundaries, scale, window, sinks)
     tokens, heads, dim = query.shape
     query, key, value, boundaries = (x.contiguous() for x in (query, key, value, boundaries))
     out = query.new_empty(tokens, heads, value.shape[2])
     log_sum_exp = query.new_empty(heads, tokens, dtype=torch.float32)
     tile = attention_tile(max(dim, value.shape[2]), query.dtype)
-    arguments = (query, key, value, boundaries, boundaries if sinks is None else sinks, out, log_sum_exp)
+    arguments = (query, key, value, boundaries, boundaries if sinks is None else sinks.contiguous(), out, log_sum_exp)
     sizes = {"SINKS": sinks is not None, **_sizes(query, value), "ROWS": tile.rows, "COLUMNS": tile.columns}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     numbers = _numbers(query, key, boundaries, scale, window)
@@ -56,6 +56,8 @@ def attention_backward(
     value: Tensor,
     boundaries: Tensor,
     scale: float,
+    window: int | None,
+    sinks: Tensor | None,
     out: Tensor,
     log_sum_exp: Tensor,
 ) -> tuple[Tensor, ...]:
@@ -63,20 +65,28 @@ def attention_backward(
     if max(query.shape[2], value.shape[2]) > MAX_HEAD_DIM:
         gradient = OPERATORS["attention"].gradient
         assert gradient is not None
-        return gradient.reference(grad, query, key, value, boundaries, scale, out, log_sum_exp)
+        return gradient.reference(grad, query, key, value, boundaries, scale, window, sinks, out, log_sum_exp)
     grad, query, key, value, boundaries = (x.contiguous() for x in (grad, query, key, value, boundaries))
     delta = _delta(grad, out.contiguous())
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     tile = attention_backward_tile(max(query.shape[2], value.shape[2]), query.dtype)
     inputs = (grad, query, key, value, boundaries, log_sum_exp, delta)
-    numbers = _numbers(query, key, boundaries, scale, None)
+    numbers = _numbers(query, key, boundaries, scale, window)
     sizes = {**_sizes(query, value), "ROWS": tile.rows, "COLUMNS": tile.columns}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     grid = (_tiles(query, boundaries, tile.rows), query.shape[1])
     launch(_query_gradients, grid, query, *inputs, grad_query, scale, *numbers, **sizes, **options)
     grid = (_tiles(query, boundaries, tile.columns), key.shape[1])
     launch(_key_gradients, grid, query, *inputs, grad_key, grad_value, scale, *numbers, **sizes, **options)
-    return grad_query, grad_key, grad_value
+    return grad_query, grad_key, grad_value, _sink_gradients(sinks, log_sum_exp, delta)
+
+
+def _sink_gradients(sinks: Tensor | None, log_sum_exp: Tensor, delta: Tensor) -> Tensor:
+    """Return minus the sum over tokens of the sink's weight times delta; a sink has no value of its own."""
+    if sinks is None:
+        return delta.new_empty(0)
+    weight = (sinks.float()[:, None] - log_sum_exp).exp()
+    return -(weight * delta.t()).sum(1).to(sinks.dtype)
 
 
 def _numbers(query: Tensor, key: Tensor, boundaries: Tensor, scale: float, window: int | None) -> tuple[float, ...]:
