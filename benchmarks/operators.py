@@ -55,11 +55,12 @@ def main() -> None:
 
 def measured(operator: Operator, dtype: torch.dtype, rates: tuple[float, float], options: Any) -> dict[str, Any]:
     """Return the seconds of each side on the operator's workload."""
+    (status,) = [row for row in ops.status() if row.operator == operator.name]
+    dtype = dtype if dtype in status.dtypes or not status.dtypes else status.dtypes[0]  # routing knows fp32 alone
     sample = operator.workload(dtype) if operator.workload else cast(list(operator.samples(dtype))[-1], dtype)
     sides = {"ours": operator.call, "eager": operator.reference}
     if options.compile:
         sides["compiled"] = torch.compile(operator.reference)
-    (status,) = [row for row in ops.status() if row.operator == operator.name]
     limit = max(operator.flops(*sample) / rates[0], operator.traffic(*sample) / rates[1])
     found = {"operator": operator.name, "kernel": status.kernel, "exact": status.exact, "limit": limit}
     found["forward"] = alternate({name: forward(side, sample) for name, side in sides.items()}, options.rounds)

@@ -214,8 +214,9 @@ def _warn(text: str) -> None:
 
 
 def _measure(chosen: OperatorStatus, dtype: torch.dtype, matrix_rate: float, memory_rate: float) -> OperatorStatus:
-    """Add the speed of a chosen kernel, on the operator's workload."""
+    """Add the speed of a chosen kernel, on the operator's workload; in another dtype if it does not know this one."""
     operator = OPERATORS[chosen.operator]
+    dtype = dtype if dtype in chosen.dtypes or not chosen.dtypes else chosen.dtypes[0]
     known = dtype in chosen.dtypes
     sample = operator.workload(dtype) if operator.workload else cast(list(operator.samples(dtype))[-1], dtype)
     placed = tuple(x.to(chosen.device) if isinstance(x, Tensor) else x for x in sample)
