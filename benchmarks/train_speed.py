@@ -32,7 +32,7 @@ from liaoyuan.checkpoint import load_model, save_model  # noqa: E402
 from liaoyuan.data import Batch  # noqa: E402
 from liaoyuan.device import cpu_name, measure_gemm_rate, select_device  # noqa: E402
 from liaoyuan.models import Decoder, ModelConfig, initialise, packed_context  # noqa: E402
-from liaoyuan.parallel import World  # noqa: E402
+from liaoyuan.parallel import Program, World  # noqa: E402
 from liaoyuan.training.flops import training_flops  # noqa: E402
 from liaoyuan.training.loop import TrainConfig, make_optimiser, take_step  # noqa: E402
 
@@ -134,9 +134,9 @@ def all_sides(config: ModelConfig, batch: Batch, options: argparse.Namespace) ->
 
 
 def our_side(model: Decoder, batch: Batch) -> Side:
-    model.train()
-    optimiser = make_optimiser(model, TrainConfig(steps=1, weight_decay=DECAY))
-    return lambda: take_step(model, optimiser, [batch], RATE, CLIP, World()).loss
+    program = Program([model]).train()
+    optimiser = make_optimiser(program, TrainConfig(steps=1, weight_decay=DECAY))
+    return lambda: take_step(program, optimiser, [batch], RATE, CLIP, World()).loss
 
 
 def their_side(folder: Path, dtype: torch.dtype, autocast: bool, batch: Batch, sequence: int, compiled: bool) -> Side:
