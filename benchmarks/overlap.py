@@ -143,7 +143,7 @@ def batch_of(model: ModelConfig, rank: int) -> Batch:
 
 
 def step(program: Program, batch: Batch) -> None:
-    program.backward([batch], 1.0 / TOKENS, lambda: None)
+    program.backward([batch], 1.0 / TOKENS)
     for _, parameter in program.named_parameters():
         parameter.grad = None
 

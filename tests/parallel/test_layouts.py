@@ -176,6 +176,10 @@ def _losses(world: World, layout: Layout) -> list[float]:
     for _ in range(2):
         losses.append(world.sum_numbers(float(program.loss(batches[0])))[0])
         program.backward(batches, 1.0)
+        with pytest.raises(ValueError, match="gradients of an earlier pass"):
+            program.backward(batches, 1.0)
+        for _, weight in program.named_parameters():
+            weight.grad = None
     return losses
 
 

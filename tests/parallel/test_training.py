@@ -1,10 +1,12 @@
 """Whole runs in a layout: losses, gradient norms, expert load and the exported model are those of one process."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from liaoyuan.data import Batch
 from liaoyuan.models import config_from_dict
 from liaoyuan.parallel import Layout, Shape, World, lay_out, resolve
 from liaoyuan.rundir import read_metrics
@@ -23,17 +25,31 @@ RUNS = {
     "zbv 2 x fsdp 2": (4, Layout(pp=2, schedule="zbv"), 4),
     "ep 2 x pp 2 x fsdp 2": (4, Layout(pp=2, ep=2), 4),
     "ep 4": (4, Layout(ep=4), 1),
+    "tied, pp 2 x fsdp 2": (4, Layout(pp=2), 4),
+    "tied, zbv 2": (2, Layout(pp=2, schedule="zbv"), 4),
 }
 
 
-def training(world: World, kind: str, settings: TrainConfig, layout: Layout, folder: Path) -> dict[str, torch.Tensor]:
-    """Train and return the whole model."""
+def training(
+    world: World,
+    kind: str,
+    settings: TrainConfig,
+    layout: Layout,
+    folder: Path,
+    before: Callable[[int], None] = lambda step: None,
+) -> dict[str, torch.Tensor]:
+    """Train and return the whole model; `before` is called before each step."""
     config = config_from_dict(MODELS[kind])
     layout = resolve(layout, world.size, Shape(config, LENGTH, ROWS, settings.microbatches))
     world = world.arrange(layout)
     program = lay_out(model_of(kind, torch.float32), layout, world)
     batches = batches_of(config, settings.microbatches, world.data_rank, world.data_size)
-    train(program, lambda step: batches, settings, folder, world=world)
+
+    def batches_of_step(step: int) -> list[Batch]:
+        before(step)
+        return batches
+
+    train(program, batches_of_step, settings, folder, world=world)
     return {name: tensor.clone() for name, tensor in program.whole_tensors()}
 
 
@@ -41,7 +57,7 @@ def training(world: World, kind: str, settings: TrainConfig, layout: Layout, fol
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 def test_a_run_is_that_of_one_process(name: str, optimiser: str, tmp_path: Path) -> None:
     size, layout, microbatches = RUNS[name]
-    kind = "latent" if layout.ep > 1 else "dense"
+    kind = "latent" if layout.ep > 1 else "tied" if name.startswith("tied") else "dense"
     settings = SETTINGS.model_copy(update={"optimiser": optimiser, "balance_rate": 0.01})
     expected = training(World(), kind, settings, Layout(), tmp_path / "one")
     several = settings.model_copy(update={"microbatches": microbatches})
@@ -56,3 +72,48 @@ def test_a_run_is_that_of_one_process(name: str, optimiser: str, tmp_path: Path)
         for tensor, reference in whole.items():
             difference = (whole[tensor] - expected[tensor]).abs().max()
             assert difference < (2e-4 if tight else 2e-2), (tensor, float(difference), reference)
+
+
+class Stopped(Exception):  # noqa: N818  (not an error: it was asked for)
+    """Ends a run between two checkpoints."""
+
+
+def training_until(
+    world: World, kind: str, settings: TrainConfig, layout: Layout, folder: Path, first: int, last: int
+) -> dict[str, torch.Tensor]:
+    """Train, or go on from step `first`, and stop before step `last`, or return the whole model at the end."""
+
+    def stop(step: int) -> None:
+        assert step >= first
+        if step == last:
+            raise Stopped
+
+    try:
+        return training(world, kind, settings, layout, folder, before=stop)
+    except Stopped:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [
+        ("tied", (2, Layout(pp=2)), (4, Layout(tp=2))),
+        ("tied", (2, Layout(fsdp=2)), (2, Layout(pp=2, schedule="zbv"))),
+        ("latent", (4, Layout(pp=2, ep=2)), (2, Layout(tp=2))),
+    ],
+    ids=["tied: pp 2 to fsdp 2 x tp 2", "tied: fsdp 2 to zbv 2", "latent: ep 2 x pp 2 to tp 2"],
+)
+def test_a_run_goes_on_under_another_layout(
+    kind: str, before: tuple[int, Layout], after: tuple[int, Layout], tmp_path: Path
+) -> None:
+    settings = SETTINGS.model_copy(update={"microbatches": 4})
+    expected = training(World(), kind, settings, Layout(), tmp_path / "one")
+    size, layout = before
+    run(size, training_until, kind, settings, layout, tmp_path / "many", 0, 3)
+    size, layout = after
+    for whole in run(size, training_until, kind, settings, layout, tmp_path / "many", 2, -1):
+        assert whole.keys() == expected.keys()
+        for tensor in whole:
+            assert (whole[tensor] - expected[tensor]).abs().max() < 2e-4, tensor
+    steps = [row["step"] for row in read_metrics(tmp_path / "many" / "metrics.jsonl")]
+    assert steps == [0, 1, 2, 3]

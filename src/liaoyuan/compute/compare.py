@@ -18,7 +18,7 @@ from liaoyuan.data import Batch, TokenStream
 from liaoyuan.device import Device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder
-from liaoyuan.ops.choice import AUTO, REFERENCE, compute_with, operators_called, status
+from liaoyuan.ops.choice import AUTO, REFERENCE, compute_with, operator_named, operators_called, status
 from liaoyuan.ops.difference import NONE, Difference
 from liaoyuan.ops.lockstep import LOOK_AHEAD, Pair, Seen, side_by_side
 from liaoyuan.ops.operator import OPERATORS
@@ -53,9 +53,7 @@ class Way:
     def check(self) -> None:
         """Raise LiaoyuanError if it asks for an operator or a kernel that does not exist, or is not in use, there."""
         for name, kernel in self.kernels.items():
-            if name and name not in OPERATORS:
-                raise LiaoyuanError(f"There is no operator '{name}'. There are: {', '.join(sorted(OPERATORS))}.")
-            asked = [OPERATORS[name]] if name else list(OPERATORS.values())
+            asked = [operator_named(name)] if name else list(OPERATORS.values())
             there = {one.name for operator in asked for one in operator.kernels if self.device.type in one.devices}
             known = [AUTO, REFERENCE, *sorted(there)]
             if kernel not in known:

@@ -17,7 +17,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.models import Decoder, initialise
 from liaoyuan.ops import configure
-from liaoyuan.parallel import Layout, Program, World, lay_out
+from liaoyuan.parallel import Layout, World, lay_out
 from liaoyuan.training.loop import TrainConfig, make_optimiser, take_step
 from liaoyuan.training.pretrain import CONFIG, PretrainConfig, model_config
 
@@ -94,13 +94,10 @@ def _training(
             f"(sequences of {length}, {settings.microbatches} microbatches)."
         )
     batches = _training_batches(model, tokens // length, length, settings.microbatches)
-    layout = (
-        Layout(recompute=config.layout.recompute, recompute_every=config.layout.recompute_every) if config else None
-    )
-    program = lay_out(model, layout, World(device=device)) if layout else Program([model])
-    program.train()
+    layout, world = config.layout if config else Layout(), World(device=device)
+    alone = Layout(recompute=layout.recompute, recompute_every=layout.recompute_every)
+    program = lay_out(model, alone, world).train()
     optimiser = make_optimiser(program, settings)
-    world = World(device=device)
     return Subject(
         model,
         lambda: take_step(program, optimiser, batches, settings.learning_rate, settings.clip, world),

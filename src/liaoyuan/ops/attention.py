@@ -68,7 +68,7 @@ def _attention(
 def _visible(tokens: int, boundaries: Tensor, window: int | None = None) -> Tensor:
     """Return bool [N, N]: whether the row's token sees the column's."""
     if window is not None and window < 0:
-        raise ValueError(f"a window of {window} tokens")
+        raise ValueError(f"a window of {window} tokens: it must be 1 or more, or None for all")
     rows = torch.arange(tokens, device=boundaries.device)
     document = torch.searchsorted(boundaries[1:].long(), rows, right=True)
     visible = (document[:, None] == document[None, :]) & (rows[:, None] >= rows[None, :])

@@ -78,9 +78,7 @@ def configure(kernels: Mapping[str, str]) -> None:
         LiaoyuanError: there is no such operator, or it has no such kernel.
     """
     for name, kernel in kernels.items():
-        if name not in OPERATORS:
-            raise LiaoyuanError(f"There is no operator '{name}'. There are: {', '.join(sorted(OPERATORS))}.")
-        known = [REFERENCE, *(one.name for one in OPERATORS[name].kernels)]
+        known = [REFERENCE, *(one.name for one in operator_named(name).kernels)]
         if kernel not in known:
             raise LiaoyuanError(f"The operator {name} has no kernel '{kernel}'. It has: {', '.join(known)}.")
     with _lock:
@@ -89,6 +87,13 @@ def configure(kernels: Mapping[str, str]) -> None:
         forget()
         _wanted.clear()
         _wanted.update(kernels)
+
+
+def operator_named(name: str) -> Operator:
+    """Return an operator; raises LiaoyuanError if there is none of this name."""
+    if name not in OPERATORS:
+        raise LiaoyuanError(f"There is no operator '{name}'. There are: {', '.join(sorted(OPERATORS))}.")
+    return OPERATORS[name]
 
 
 def forget() -> None:

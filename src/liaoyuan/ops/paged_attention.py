@@ -70,7 +70,7 @@ def _paged_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     if window is not None and window < 0:
-        raise ValueError(f"a window of {window} tokens")
+        raise ValueError(f"a window of {window} tokens: it must be 1 or more, or None for all")
     out = query.new_zeros(*query.shape[:2], value_cache.shape[3])
     groups = query.shape[1] // key_cache.shape[2]
     block_size = key_cache.shape[1]
@@ -166,7 +166,7 @@ def _flops(
     lengths: Tensor,
     scale: float,
     window: int | None = None,
-    sinks: Tensor | None = None,
+    *_: Any,
 ) -> int:
     """Two products, as if every sequence had one query."""
     return 2 * query[..., 0].numel() * (query.shape[2] + value.shape[3]) * _seen(key, tables, window)

@@ -138,11 +138,17 @@ class Program:
 
     def backward(self, batches: Sequence[Batch], scale: float, take: Callable[[], None] | None = None) -> Tensor:
         """Compute the gradients of the microbatches' summed loss times `scale`; return that loss, this process's
-        share of it. The weights have no gradients when it is called.
+        share of it.
 
         `take` takes the gradients away after each microbatch if there are several, to add them up elsewhere, in
         another precision. Without it they add up in place, and so they do in a pipeline.
+
+        Raises:
+            ValueError: weights have gradients of an earlier pass, to which those that are still under way when FSDP
+                hands them over would be added.
         """
+        if any(weight.grad is not None for _, weight in self.named_parameters()):
+            raise ValueError("the weights have gradients of an earlier pass: take or drop them first")
         if self.pipeline:
             return self._pass(batches, scale, learn=True)
         total, sums = torch.zeros((), device=self.device), GradientSums(self.named_parameters())

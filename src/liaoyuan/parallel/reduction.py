@@ -38,6 +38,8 @@ class Reduction(ReduceScatter):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> None:
+        if op != dist.ReduceOp.SUM:
+            raise NotImplementedError(f"gradients are added up here, not reduced by {op}")
         self.finish()
         pieces = torch.empty_like(input_tensor)
         work = dist.all_to_all_single(pieces, input_tensor, group=group, async_op=True)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from liaoyuan.models import Decoder
 from liaoyuan.models.experts import MixtureOfExperts
-from liaoyuan.ops import linear, wide
+from liaoyuan.ops import linear, pack, unpack, wide
 from liaoyuan.parallel.chunked import gather_linear, linear_scatter
 from liaoyuan.parallel.collectives import gather_rows, replicated_sum, scatter_sum
 from liaoyuan.parallel.mesh import Mesh
@@ -161,10 +161,9 @@ def sum_uncut(named: Iterable[tuple[str, nn.Parameter]], group: ProcessGroup) ->
     """
     whole = [weight.grad for name, weight in named if weight.grad is not None and is_uncut(name)]
     grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in whole]
-    total = torch.cat([wide(grad).flatten() for grad in grads])
+    total = pack([wide(grad) for grad in grads])
     dist.all_reduce(total, group=group)
-    for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(part.view_as(grad))
+    torch._foreach_copy_(grads, unpack(total, [grad.shape for grad in grads]))
 
 
 def _local(weight: nn.Parameter | None, name: str) -> Tensor | None:

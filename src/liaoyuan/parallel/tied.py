@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from liaoyuan.models import Decoder
 from liaoyuan.parallel.fsdp import local
 from liaoyuan.parallel.mesh import Mesh
-from liaoyuan.parallel.pipeline import HEAD, process_of
+from liaoyuan.parallel.pipeline import process_of
 
 
 class TiedEnds:
@@ -44,8 +44,11 @@ class TiedEnds:
             head.grad = None
 
     def _weights(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        weights = {name: weight for model in self.models for name, weight in model.named_parameters()}
-        return weights.get("embed_tokens.weight"), weights.get(HEAD)
+        return self._weight("embed_tokens"), self._weight("lm_head")
+
+    def _weight(self, part: str) -> nn.Parameter | None:
+        owner = next((model for model in self.models if part in model._modules), None)
+        return None if owner is None else owner.get_parameter(f"{part}.weight")
 
     def _carry(self, source: Tensor | None, sender: int, place: Tensor | None, receiver: int) -> None:
         if source is not None and place is not None:

@@ -26,7 +26,7 @@ AttentionShape attention_shape(const Tensor& query, const Tensor& key, const Ten
 }
 
 int64_t window_of(std::optional<int64_t> window) {
-  TORCH_CHECK(window.value_or(0) >= 0, "a window of ", *window, " tokens");
+  TORCH_CHECK(window.value_or(0) >= 0, "a window of ", *window, " tokens: it must be 1 or more, or None for all");
   return window.value_or(0) ? std::min(*window, ALL) : ALL;
 }
 
