@@ -148,6 +148,33 @@ def test_a_document_has_the_same_bits_wherever_it_lies(dtype):
     assert torch.equal(packed[:40], prefix)  # a later token changes no bit of an earlier one
 
 
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_long_document_is_cut_into_parts_whose_gradients_add_up(dtype, window):
+    lengths = (5, 300, 40, 170)  # 19200 and 10880 rows of a key head: parts of 4096 or more
+    q, k, v = inputs(lengths, 128, 2, 8, dtype)
+    grad = random(*q.shape, dtype=dtype, seed=9)
+
+    def gradients(begin, end, lengths):
+        ours = [x.detach()[begin:end].requires_grad_() for x in (q, k, v)]
+        out = attention(*ours, boundaries_of(lengths), 0.35, window)
+        return torch.autograd.grad(out, ours, grad[begin:end])
+
+    found = gradients(0, sum(lengths), lengths)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    wanted = torch.autograd.grad(attention_by_hand(*exact, lengths, 0.35, window), exact, grad.double())
+    for a, b in zip(found, wanted, strict=True):
+        assert difference(a, b, floor=0.5) < TOLERANCE[dtype]
+    for whole, alone in zip(found, gradients(5, 305, (300,)), strict=True):
+        assert torch.equal(whole[5:305], alone)
+    torch.set_num_threads(2)
+    try:
+        again = gradients(0, sum(lengths), lengths)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
 def test_results_are_the_same_twice_and_with_two_threads():
     lengths = (90, 3, 64, 200)
     q, k, v = inputs(lengths, 4, 2, 32, torch.bfloat16)

@@ -89,12 +89,13 @@ struct BlockSoftmax {
   void score(int64_t key, float* scores) {
     int64_t depth = work.keys.depth;
     E::template multiply<COLUMNS>(scores, BLOCK, false, work.key_at(key), depth, 1, work.query, depth, 1, depth);
-    bool masked = seen.hides(key);
+    const bool masked = seen.hides(key);
+    const float factor = scale;
     Vec best[COLUMNS];  // local, so that it stays in registers
     for (int n = 0; n < COLUMNS; ++n) best[n] = top[n];
     for (int i = 0; i < BLOCK; ++i)
       for (int n = 0; n < COLUMNS; ++n) {
-        Vec s = load(scores + i * BLOCK + 16 * n) * scale;
+        Vec s = load(scores + i * BLOCK + 16 * n) * factor;
         if (masked) s = choose(unseen(int32_t(key + i), first[n], limit[n]), splat(HIDDEN), s);
         store(scores + i * BLOCK + 16 * n, s);
         best[n] = maximum(best[n], s);
@@ -115,6 +116,7 @@ struct BlockSoftmax {
   void weigh(const float* scores, int64_t count) {
     Vec total[COLUMNS], most[COLUMNS];
     for (int n = 0; n < COLUMNS; ++n) total[n] = sums[n], most[n] = top[n];
+    typename E::Word* weights = work.weights;
     for (int64_t i = 0; i < count; i += 2) {
       Vec p[2][2] = {};
       for (int r = 0; r < 2; ++r)
@@ -122,7 +124,7 @@ struct BlockSoftmax {
           p[r][n] = power_of_two(load(scores + (i + r) * BLOCK + 16 * n) - most[n]);
           total[n] += p[r][n];
         }
-      E::put_right(work.weights + i / BLOCK * BLOCK * BLOCK, int(i % BLOCK), p[0][0], p[0][1], p[1][0], p[1][1]);
+      E::put_right(weights + i / BLOCK * BLOCK * BLOCK, int(i % BLOCK), p[0][0], p[0][1], p[1][0], p[1][1]);
     }
     for (int n = 0; n < COLUMNS; ++n) sums[n] = total[n];
   }
@@ -152,6 +154,8 @@ struct BlockSoftmax {
 template <class E, class T, class Out, int COLUMNS>
 void attend_block(const Rows<T, Out>& rows, int64_t row, int64_t count, Workspace<E>& work, float scale) {
   work.keys.left([&](int i) { return i < count ? rows.query_at(row + i, work.keys.dim) : nullptr; }, work.left);
+  for (int64_t next = row + BLOCK; next < std::min(row + 2 * BLOCK, rows.last * rows.groups); ++next)
+    prefetch(rows.query_at(next, work.keys.dim), work.keys.dim);
   work.keys.right_transposed(work.left, work.query);
   BlockRanges seen(rows.ranges, rows.groups, row, count);
   BlockSoftmax<E, COLUMNS> softmax(work, seen, scale);
@@ -181,9 +185,11 @@ void attend(const Rows<T, Out>& rows, const Key& key, const Value& value, int64_
   E::end();
 }
 
-constexpr int64_t ROWS_PER_TASK = 512;
-inline int64_t cuts_of(int64_t queries, int64_t groups) {
-  return (queries * groups + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
+// Rows of a task: many, as each task packs all keys that it sees, but so that every thread finds some tasks. `heads`:
+// how many sequences' key heads there are, each of up to so many queries.
+inline int64_t rows_per_task(int64_t heads, int64_t queries, int64_t groups) {
+  int64_t fair = heads * queries * groups / (8 * threads());
+  return std::clamp<int64_t>(fair / 512 * 512, 512, 2048);
 }
 
 }  // namespace liaoyuan

@@ -59,19 +59,25 @@ struct Backward {
   int64_t offset(int64_t row) const { return row / groups * query_stride + row % groups * packing.dim; }
   int64_t grad_offset(int64_t row) const { return row / groups * grad_stride + row % groups * values.dim; }
 
-  void run() {
-    Range seen = hull(ranges, 0, queries);
+  int64_t row_blocks() const { return (queries * groups + BLOCK - 1) / BLOCK; }
+
+  void run() { run({0, row_blocks()}, grad_key, grad_value, key_stride, value_stride); }
+
+  // What these blocks of rows give: their own gradients, and their part of those of all keys and values.
+  template <class Part>
+  void run(Range rows, Part* part_key, Part* part_value, int64_t part_key_stride, int64_t part_value_stride) {
+    Range seen = hull(ranges, rows.first * BLOCK / groups, std::min(queries, (rows.last * BLOCK - 1) / groups + 1));
     BackwardWorkspace<E> work(packing, values, seen);
-    int64_t row_blocks = (queries * groups + BLOCK - 1) / BLOCK, count = seen.last - work.base;
+    int64_t count = seen.last - work.base;
     E::begin();
     pack_keys(work, seen);
     std::fill_n(work.grad_key, packing.words(count), 0.0f);
     std::fill_n(work.grad_value, values.words(count), 0.0f);
-    for (int64_t first = 0; first < row_blocks; first += STRIP)
-      strip(work, first, std::min(row_blocks, first + STRIP));
+    for (int64_t first = rows.first; first < rows.last; first += STRIP)
+      strip(work, first, std::min(rows.last, first + STRIP));
     E::end();
-    write_rows(packing, work.grad_key, grad_key, key_stride, work.base, seen.last);
-    write_rows(values, work.grad_value, grad_value, value_stride, work.base, seen.last);
+    write_rows(packing, work.grad_key, part_key, part_key_stride, work.base, seen.last);
+    write_rows(values, work.grad_value, part_value, part_value_stride, work.base, seen.last);
   }
 
   void pack_keys(BackwardWorkspace<E>& work, Range seen) {
@@ -116,6 +122,7 @@ struct Backward {
     for (int64_t group = begin_block / KEY_GROUP * KEY_GROUP; group < end_block; group += KEY_GROUP) {
       int64_t group_end = std::min(end_block, group + KEY_GROUP);
       for (int64_t b = std::max(group, begin_block); b < group_end; ++b) {
+        prefetch_rows(last + b - begin_block);
         Range rows = rows_that_see(work, b, last - first);
         if (rows.first >= rows.last) continue;
         for (int64_t r = rows.first; r < rows.last; ++r) one_block(work, b, r, b - group);
@@ -124,6 +131,14 @@ struct Backward {
       add_query_gradients(work, group, group_end, last - first);
     }
     write_query_rows(work, first, last);
+  }
+
+  // Ask for a block of the next strip's rows: between two cuts of a row by heads the machine cannot guess the next.
+  void prefetch_rows(int64_t block) const {
+    for (int64_t row = block * BLOCK; row < std::min((block + 1) * BLOCK, queries * groups); ++row) {
+      prefetch(query + offset(row), packing.dim);
+      prefetch(grad + grad_offset(row), values.dim);
+    }
   }
 
   // The strip's blocks of rows, of `count`, from the first to the last that sees block b of keys.
@@ -152,6 +167,8 @@ struct Backward {
       lse[n] = load(work.lse + row + 16 * n);
       delta[n] = load(work.delta + row + 16 * n);
     }
+    const float factor = scale, factor_of_two = scale * LOG2_E;  // local, so that stores do not make them read again
+    const float *scores = work.scores, *weight_grad = work.weight_grad;
     typename E::Word* weights = work.weights + row * BLOCK;
     typename E::Word* score_grad = work.score_grad + row * BLOCK;
     typename E::Word* group = work.score_grad_group + (local * KEY_GROUP + in_group) * BLOCK * BLOCK;
@@ -161,9 +178,9 @@ struct Backward {
         Vec p[2];
         for (int n = 0; n < 2; ++n) {
           int at = (i + k) * BLOCK + 16 * n;
-          p[n] = power_of_two(load(work.scores + at) * (scale * LOG2_E) - lse[n]);
+          p[n] = power_of_two(load(scores + at) * factor_of_two - lse[n]);
           if (masked) p[n] = choose(unseen(int32_t(b * BLOCK + i + k), first[n], limit[n]), Vec{}, p[n]);
-          grads[k][n] = p[n] * (load(work.weight_grad + at) - delta[n]) * scale;
+          grads[k][n] = p[n] * (load(weight_grad + at) - delta[n]) * factor;
         }
         E::put_left(weights, i + k, p[0], p[1]);
         E::put_left(score_grad, i + k, grads[k][0], grads[k][1]);
@@ -212,7 +229,8 @@ struct Backward {
       }
   }
 
-  void write_rows(const Packing<E>& sizes, const float* sums, Out* to, int64_t stride, int64_t begin, int64_t end) {
+  template <class Part>
+  void write_rows(const Packing<E>& sizes, const float* sums, Part* to, int64_t stride, int64_t begin, int64_t end) {
     for (int64_t j = 0; j < keys; ++j)
       for (int64_t d = 0; d < sizes.dim; d += LANES) {
         bool seen = j >= begin && j < end;

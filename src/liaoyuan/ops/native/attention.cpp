@@ -37,10 +37,12 @@ void packed(const T* query, const T* key, const T* value, const int32_t* boundar
             float* log_sum_exp, const PackedShape& s) {
   int64_t groups = s.query_heads / s.key_heads, longest = 0;
   for (int64_t m = 0; m < s.documents; ++m) longest = std::max<int64_t>(longest, boundaries[m + 1] - boundaries[m]);
-  int64_t cuts = cuts_of(longest, groups);
+  int64_t per_task = rows_per_task(s.documents * s.key_heads, s.tokens / s.documents, groups);
+  auto cuts_of = [&](int64_t queries) { return (queries * groups + per_task - 1) / per_task; };
+  int64_t cuts = cuts_of(longest);
   parallel(s.documents * cuts * s.key_heads, [&](int64_t task) {
     int64_t head = task % s.key_heads, cut = task / s.key_heads % cuts, document = task / s.key_heads / cuts;
-    int64_t start = boundaries[document], length = boundaries[document + 1] - start, parts = cuts_of(length, groups);
+    int64_t start = boundaries[document], length = boundaries[document + 1] - start, parts = cuts_of(length);
     if (cut >= parts) return;
     Rows<T, T> rows = rows_of(query, out, sinks, s, start, head);
     rows.log_sum_exp = log_sum_exp + head * groups * s.tokens + start;
@@ -60,12 +62,14 @@ void paged(const T* query, const T* key_cache, const T* value_cache, const int32
            const int32_t* query_starts, const int32_t* lengths, const float* sinks, T* out, const PagedShape& s) {
   int64_t groups = s.query_heads / s.key_heads, longest = 0;
   for (int64_t m = 0; m < s.sequences; ++m) longest = std::max<int64_t>(longest, query_starts[m + 1] - query_starts[m]);
-  int64_t cuts = std::max<int64_t>(1, cuts_of(longest, groups));
+  int64_t per_task = rows_per_task(s.sequences * s.key_heads, longest, groups);
+  auto cuts_of = [&](int64_t queries) { return (queries * groups + per_task - 1) / per_task; };
+  int64_t cuts = std::max<int64_t>(1, cuts_of(longest));
   bool can = can_decode<E>(s.dim, s.value_dim, s.block_size);
   parallel(s.sequences * cuts * s.key_heads, [&](int64_t task) {
     int64_t head = task % s.key_heads, cut = task / s.key_heads % cuts, sequence = task / s.key_heads / cuts;
     int64_t start = query_starts[sequence], queries = query_starts[sequence + 1] - start;
-    int64_t parts = cuts_of(queries, groups);
+    int64_t parts = cuts_of(queries);
     if (cut >= parts || lengths[sequence] < queries) return;
     Rows<T, T> rows = rows_of(query, out, sinks, s, start, head);
     rows.ranges.position = lengths[sequence] - queries;

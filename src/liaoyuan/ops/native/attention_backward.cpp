@@ -1,45 +1,118 @@
-// Attention backward over packed documents (attend_backward.h), one task for each document and key head.
+// Attention backward over packed documents (attend_backward.h). A task is a document and a key head; the rows of a long
+// document are cut into parts, whose sums for keys and values are added in the order of the parts. The cuts follow from
+// the document alone, and so do the bits.
+#include <memory>
+#include <vector>
+
 #include "attend_backward.h"
 
 namespace liaoyuan {
 
 namespace {
 
+constexpr int64_t ROWS_PER_PART = 4096, PARTS = 4;
+
+struct Document {
+  int64_t start, length, parts, first_part;  // the last: among the parts of all cut documents
+};
+
+std::vector<Document> documents_of(const int32_t* boundaries, int64_t count, int64_t groups) {
+  std::vector<Document> documents;
+  int64_t before = 0;
+  for (int64_t m = 0; m < count; ++m) {
+    int64_t length = boundaries[m + 1] - boundaries[m];
+    if (length == 0) continue;
+    int64_t parts = std::clamp<int64_t>(length * groups / ROWS_PER_PART, 1, PARTS);
+    documents.push_back({boundaries[m], length, parts, before});
+    if (parts > 1) before += parts;
+  }
+  return documents;
+}
+
+// Blocks of rows of about the same work: a row sees as many keys as there are rows before it.
+Range cut(int64_t blocks, int64_t part, int64_t parts) {
+  auto edge = [&](int64_t i) { return int64_t(std::llround(double(blocks) * std::sqrt(double(i) / double(parts)))); };
+  return {edge(part), edge(part + 1)};
+}
+
+template <class E, class T>
+Backward<E, T, T, T> one_head(const T* grad, const float* delta, const float* log_sum_exp, const T* query, const T* key,
+                              const T* value, T* grad_query, T* grad_key, T* grad_value, const PackedShape& s,
+                              const Document& document, int64_t head) {
+  int64_t groups = s.query_heads / s.key_heads, first_head = document.start * s.query_heads + head * groups;
+  int64_t query_at = first_head * s.dim, key_at = (document.start * s.key_heads + head) * s.dim;
+  int64_t value_at = (document.start * s.key_heads + head) * s.value_dim;
+  int64_t row_at = head * groups * s.tokens + document.start;
+  return {
+      .query = query + query_at,
+      .key = key + key_at,
+      .value = value + value_at,
+      .grad = grad + first_head * s.value_dim,
+      .delta = delta + row_at,
+      .log_sum_exp = log_sum_exp + row_at,
+      .grad_query = grad_query + query_at,
+      .grad_key = grad_key + key_at,
+      .grad_value = grad_value + value_at,
+      .query_stride = s.query_heads * s.dim,
+      .key_stride = s.key_heads * s.dim,
+      .grad_stride = s.query_heads * s.value_dim,
+      .value_stride = s.key_heads * s.value_dim,
+      .row_stride = 1,
+      .head_stride = s.tokens,
+      .groups = groups,
+      .queries = document.length,
+      .keys = document.length,
+      .ranges = {.window = s.window},
+      .scale = s.scale,
+      .packing = Packing<E>(s.dim),
+      .values = Packing<E>(s.value_dim),
+  };
+}
+
+// to [rows, stride], of which `dim`: the sum of parts [rows, dim], `part_size` floats apart.
+template <class T>
+void add_parts(const float* parts, int64_t count, int64_t part_size, int64_t rows, int64_t dim, T* to, int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t d = 0; d < dim; d += LANES) {
+      const float* from = parts + row * dim + d;
+      Vec total = load(from, dim - d);
+      for (int64_t part = 1; part < count; ++part) total += load(from + part * part_size, dim - d);
+      store(to + row * stride + d, total, dim - d);
+    }
+}
+
 template <class E, class T>
 void backward(const T* grad, const float* delta, const float* log_sum_exp, const T* query, const T* key, const T* value,
               const int32_t* boundaries, T* grad_query, T* grad_key, T* grad_value, const PackedShape& s) {
-  int64_t groups = s.query_heads / s.key_heads;
-  parallel(s.documents * s.key_heads, [&](int64_t task) {
-    int64_t head = task % s.key_heads, start = boundaries[task / s.key_heads];
-    int64_t length = boundaries[task / s.key_heads + 1] - start, first_head = start * s.query_heads + head * groups;
-    if (length == 0) return;
-    int64_t query_at = first_head * s.dim, key_at = (start * s.key_heads + head) * s.dim;
-    int64_t value_at = (start * s.key_heads + head) * s.value_dim, row_at = head * groups * s.tokens + start;
-    Backward<E, T, T, T>{
-        .query = query + query_at,
-        .key = key + key_at,
-        .value = value + value_at,
-        .grad = grad + first_head * s.value_dim,
-        .delta = delta + row_at,
-        .log_sum_exp = log_sum_exp + row_at,
-        .grad_query = grad_query + query_at,
-        .grad_key = grad_key + key_at,
-        .grad_value = grad_value + value_at,
-        .query_stride = s.query_heads * s.dim,
-        .key_stride = s.key_heads * s.dim,
-        .grad_stride = s.query_heads * s.value_dim,
-        .value_stride = s.key_heads * s.value_dim,
-        .row_stride = 1,
-        .head_stride = s.tokens,
-        .groups = groups,
-        .queries = length,
-        .keys = length,
-        .ranges = {.window = s.window},
-        .scale = s.scale,
-        .packing = Packing<E>(s.dim),
-        .values = Packing<E>(s.value_dim),
-    }
-        .run();
+  std::vector<Document> documents = documents_of(boundaries, s.documents, s.query_heads / s.key_heads);
+  int64_t most = 1, longest = 0, cut_parts = 0;
+  for (const Document& one : documents) {
+    most = std::max(most, one.parts);
+    if (one.parts > 1) longest = std::max(longest, one.length), cut_parts = one.first_part + one.parts;
+  }
+  const int64_t key_size = longest * s.dim, part_size = longest * (s.dim + s.value_dim);
+  std::unique_ptr<float[]> sums(new float[size_t(cut_parts * s.key_heads * part_size)]);
+  auto sums_of = [&](const Document& one, int64_t head, int64_t part) {
+    return sums.get() + ((one.first_part * s.key_heads + head * one.parts) + part) * part_size;
+  };
+  parallel(int64_t(documents.size()) * most * s.key_heads, [&](int64_t task) {
+    const Document& one = documents[size_t(task / s.key_heads / most)];
+    int64_t head = task % s.key_heads, part = task / s.key_heads % most;
+    if (part >= one.parts) return;
+    auto work = one_head<E>(grad, delta, log_sum_exp, query, key, value, grad_query, grad_key, grad_value, s, one, head);
+    if (one.parts == 1) return work.run();
+    float* to = sums_of(one, head, part);
+    work.run(cut(work.row_blocks(), part, one.parts), to, to + key_size, s.dim, s.value_dim);
+  });
+  if (cut_parts == 0) return;
+  parallel(int64_t(documents.size()) * s.key_heads, [&](int64_t task) {
+    const Document& one = documents[size_t(task / s.key_heads)];
+    int64_t head = task % s.key_heads, row = one.start * s.key_heads + head;
+    if (one.parts == 1) return;
+    const float* from = sums_of(one, head, 0);
+    add_parts(from, one.parts, part_size, one.length, s.dim, grad_key + row * s.dim, s.key_heads * s.dim);
+    add_parts(from + key_size, one.parts, part_size, one.length, s.value_dim, grad_value + row * s.value_dim,
+              s.key_heads * s.value_dim);
   });
 }
 

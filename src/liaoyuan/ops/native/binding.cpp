@@ -36,6 +36,8 @@ void run_tasks(int64_t tasks, const void* body, void (*task)(const void*, int64_
   });
 }
 
+int64_t threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
 void* scratch(int slot, size_t bytes) {
   struct Buffer {
     void* data = nullptr;

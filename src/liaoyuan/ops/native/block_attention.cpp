@@ -10,7 +10,8 @@ namespace {
 template <class E, class T>
 void forward(const T* query, const T* key, const T* value, const int64_t* first, const int64_t* last, float* out,
              float* log_sum_exp, const BlockShape& s) {
-  int64_t groups = s.query_heads / s.key_heads, cuts = cuts_of(s.queries, groups);
+  int64_t groups = s.query_heads / s.key_heads, per_task = rows_per_task(s.key_heads, s.queries, groups);
+  int64_t cuts = (s.queries * groups + per_task - 1) / per_task;
   parallel(cuts * s.key_heads, [&](int64_t task) {
     int64_t head = task % s.key_heads, cut = task / s.key_heads;
     Rows<T, float> rows{};

@@ -26,8 +26,7 @@ struct Cached {  // one sequence's keys and values of one key head
 // Ask for 16 rows before they are used: a row is one or two cache lines, too short for the machine to guess the next.
 template <class T>
 void prefetch(const T* from, int64_t row_stride, int64_t dim) {
-  for (int i = 0; i < 16; ++i)
-    for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(from + i * row_stride + d);
+  for (int i = 0; i < 16; ++i) prefetch(from + i * row_stride, dim);
 }
 
 template <class E>

@@ -14,6 +14,8 @@ void parallel(int64_t tasks, const Body& body) {
   run_tasks(tasks, &body, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); });
 }
 
+int64_t threads();  // how many run tasks
+
 // A buffer of this thread that only grows; valid until the thread's next call with the same slot.
 void* scratch(int slot, size_t bytes);
 

@@ -9,6 +9,8 @@
 // and left(X^T) is the same of right(X). Each element of a product is summed along the reduced dimension in an
 // order that depends on nothing else: this makes a row's result independent of the rows computed beside it.
 #pragma once
+#include <type_traits>
+
 #include "kernels.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -156,27 +158,31 @@ struct Dot : Pairs {
   template <int COLUMNS>
   [[gnu::noinline]] static void few_rows(float* c, int64_t ldc, bool add, const BFloat16* left, int64_t left_k,
                                          const BFloat16* right, int64_t right_n, int64_t right_k, int64_t depth) {
-    Vec sums[ROWS][COLUMNS];
+    Vec sums[ROWS][COLUMNS] = {};
+    if (add) {
+      const float* row = c;
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i)
+      for (int i = 0; i < ROWS; ++i, row += ldc)
 #pragma GCC unroll 2
-      for (int n = 0; n < COLUMNS; ++n) sums[i][n] = add ? load(c + i * ldc + n * 16) : Vec{};
-    for (int64_t k = 0; k < depth; ++k) {
-      const BFloat16 *a = left + k * left_k * TILE, *b = right + k * right_k * TILE;
-      for (int d = 0; d < DEPTH; d += 2) {
+        for (int n = 0; n < COLUMNS; ++n) sums[i][n] = load(row + n * 16);
+    }
+    for (; depth; --depth, left += left_k * TILE, right += right_k * TILE) {
+      const BFloat16 *a = left, *b = right;
+      for (int d = 0; d < DEPTH; d += 2, a += 2, b += DEPTH) {
         WordVec columns[COLUMNS];
 #pragma GCC unroll 2
-        for (int n = 0; n < COLUMNS; ++n) read(b + n * right_n * TILE + d * 16, columns[n]);
+        for (int n = 0; n < COLUMNS; ++n) read(b + n * right_n * TILE, columns[n]);
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-          for (int n = 0; n < COLUMNS; ++n) sums[i][n] = dot(sums[i][n], spread(a + i * DEPTH + d), columns[n]);
+          for (int n = 0; n < COLUMNS; ++n) sums[i][n] = dot(sums[i][n], spread(a + i * DEPTH), columns[n]);
       }
     }
+    asm("" : "+r"(c));  // addresses are made anew, not kept in registers through the loop
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i)
+    for (int i = 0; i < ROWS; ++i, c += ldc)
 #pragma GCC unroll 2
-      for (int n = 0; n < COLUMNS; ++n) store(c + i * ldc + n * 16, sums[i][n]);
+      for (int n = 0; n < COLUMNS; ++n) store(c + n * 16, sums[i][n]);
   }
 };
 #endif
@@ -261,13 +267,19 @@ struct Packing {
   // left(X) of 32 rows; row(i) is a pointer, or null for a row of zeros.
   template <class Row>
   void left(const Row& row, typename E::Word* to) const {
+    using Word = typename E::Word;
+    const int64_t tiles = depth, width = dim;  // local, so that stores do not make the compiler read them again
     for (int i = 0; i < BLOCK; ++i) {
-      auto from = row(i);
-      for (int64_t at = 0; at < columns * 16; at += 16) {
-        typename E::Word* cell =
-            to + ((i / 16) * depth + at / E::DEPTH) * E::TILE + (i % 16) * E::DEPTH + at % E::DEPTH;
-        store(cell, from && at < dim ? load(from + at, dim - at) : Vec{});
-      }
+      const auto* from = row(i);
+      Word* cell = to + (i / 16 * tiles * E::TILE) + i % 16 * E::DEPTH;
+      for (int64_t at = 0; at < tiles * E::DEPTH; at += E::DEPTH, cell += E::TILE)
+        if (!from)
+          std::memset(cell, 0, 64);
+        else if (std::is_same_v<decltype(from), const Word*> && width - at >= E::DEPTH)
+          std::memcpy(cell, from + at, 64);
+        else
+          for (int64_t d = 0; d < E::DEPTH; d += 16)
+            store(cell + d, at + d < width ? load(from + at + d, width - at - d) : Vec{});
     }
   }
   // right(X^T) of the same 32 rows: tile (k, n) at n * depth + k.
