@@ -40,6 +40,7 @@ SIZES = {  # hidden, intermediate, layers, query heads, key-value heads, vocabul
     "m1": (128, 384, 4, 4, 2, 2048),
     "m10": (320, 960, 6, 5, 5, 8192),
     "m30": (512, 1536, 8, 8, 4, 16384),
+    "m120": (768, 2304, 12, 12, 4, 32768),
 }
 transformers.utils.logging.disable_progress_bar()
 
