@@ -10,7 +10,7 @@ namespace liaoyuan {
 
 namespace {
 
-constexpr int64_t ROWS_PER_PART = 4096, PARTS = 4;
+constexpr int64_t ROWS_PER_PART = 2048, PARTS = 4;
 
 struct Document {
   int64_t start, length, parts, first_part;  // the last: among the parts of all cut documents
