@@ -1,7 +1,7 @@
 // The loss head, as an operator of torch's dispatcher; see binding.cpp.
 //
 // Logits are computed in chunks of a fixed number of columns, so that the order of a row's sums is its own whatever
-// rows are beside it; and of so many rows that a chunk stays small.
+// rows are beside it; and of so many rows that a chunk stays in the caches between the product and what reads it.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
@@ -20,7 +20,7 @@ namespace liaoyuan {
 namespace {
 
 constexpr int64_t COLUMNS = 2048;  // of a chunk: the products by it are as fast as larger ones
-constexpr int64_t ROWS = 4096;     // of a chunk at most, which has 16 MiB then in bf16
+constexpr int64_t ROWS = 1024;     // of a chunk at most, which has 4 MiB then in bf16
 
 Tensor chunk_buffer(int64_t rows, int64_t columns, const Tensor& like) {
   void* data = scratch(2, size_t(rows * columns) * like.element_size());
@@ -77,11 +77,10 @@ void in_parts(int64_t count, int64_t size, const Body& body) {
 template <class T>
 void read_rows(const Head& head, int64_t begin, int64_t rows, bool moments, const Tensor& kept, LogitState* states) {
   Tensor hidden = head.hidden.narrow(0, begin, rows);
-  if (kept.numel()) product(kept.narrow(0, begin, rows), hidden, head.weight.t());
   in_parts(head.columns, COLUMNS, [&](int64_t first, int64_t columns) {
     Tensor logits = kept.numel() ? kept.narrow(0, begin, rows).narrow(1, first, columns)
                                  : chunk_buffer(rows, columns, hidden);
-    if (!kept.numel()) product(logits, hidden, head.weight.narrow(0, first, columns).t());
+    product(logits, hidden, head.weight.narrow(0, first, columns).t());
     LogitChunk<const T> chunk{in<T>(logits), logits.stride(0), rows, columns, head.first + first};
     read_logits<T>(chunk, head.target(begin), states + begin, first == 0, moments);
   });

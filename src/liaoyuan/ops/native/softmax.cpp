@@ -34,7 +34,8 @@ Vec load_low(const T* x, int64_t i, int64_t columns) {
   return load(lane);
 }
 
-float power(float x) { return sum(exponential(splat(x))) / LANES; }
+// exp of what is zero or less.
+Vec power(Vec x) { return power_of_two(x * 1.44269504f); }
 
 }  // namespace
 
@@ -48,12 +49,12 @@ void read_row(const T* x, int64_t target, LogitState& state, int64_t columns, bo
   float shift = 0.0f, keep = 0.0f;
   if (!begin) {
     shift = state.top - std::max(top, state.top);
-    keep = power(shift);
+    keep = sum(power(splat(shift))) / LANES;
     top = std::max(top, state.top);
   }
   Vec sums{}, products{}, logits{};
   for (int64_t i = 0; i < columns; i += LANES) {
-    Vec below = load_low(x, i, columns) - splat(top), one = exponential(below);
+    Vec below = load_low(x, i, columns) - splat(top), one = power(below);
     sums += one;
     if constexpr (MOMENTS) {
       products += one * below;  // zero past the end: zero times a finite number
@@ -82,7 +83,7 @@ template <class T, bool MOMENTS>
 void gradient_row(const T* x, T* out, int64_t target, const LogitGradient& grad, int64_t columns) {
   Vec shift = splat(grad.log_sum_exp), factor = splat(grad.of_sum), slope = splat(grad.slope), every = splat(grad.every);
   auto gradient = [&](Vec logits) {
-    Vec below = logits - shift, one = exponential(below);
+    Vec below = logits - shift, one = power(below);
     if constexpr (MOMENTS) return one * (factor + below * slope) + every;
     return one * factor;
   };
