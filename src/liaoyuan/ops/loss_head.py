@@ -127,10 +127,7 @@ def _traffic(hidden: Tensor, weight: Tensor, *_: Any) -> int:
 LOSS_HEAD = register(
     Operator(
         name="loss_head",
-        kernels=(
-            NATIVE_INEXACT,
-            triton("loss_head"),
-        ),  # exact in bf16 as far as `exact_rows` says; fp32 products are torch's
+        kernels=(NATIVE_INEXACT, triton("loss_head")),  # exact in bf16 where products are; those of fp32 are torch's
         schema="(Tensor hidden, Tensor weight, Tensor targets, int first, int vocabulary, bool moments, bool keep) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=_reference,
