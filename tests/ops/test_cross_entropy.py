@@ -19,7 +19,8 @@ from liaoyuan.ops.loss_head import LOSS_HEAD
 from liaoyuan.ops.operator import OPERATORS
 from tests.ops.cases import difference, random
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
+# Logits are rounded to bf16: one of 8 by up to 0.016, by which its exponential is off.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 def head(rows, width, vocabulary, dtype, seed=0):
