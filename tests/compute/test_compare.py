@@ -79,7 +79,7 @@ def test_the_same_run_twice_differs_nowhere(folder):
         ("add_rms_norm", 1, "layers.1.input_layernorm"),
         ("attention_backward", 0, "layers.1.self_attn"),
         ("linear_backward", 7, "layers.0.self_attn.qkv_proj"),
-        ("token_log_prob_backward", 0, "lm_head"),
+        ("loss_head_backward", 0, "lm_head"),
     ],
 )
 def test_a_wrong_kernel_is_named_with_the_module_that_called_it(folder, monkeypatch, name, number, module):
@@ -192,7 +192,7 @@ def test_two_devices_are_compared(folder):
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert not found["differs"] and found["worst"] < 1e-5 and found["ran_there"] > 20
-    assert {"attention", "attention_backward", "linear_backward", "token_log_prob"} <= set(found["operators"])
+    assert {"attention", "attention_backward", "linear_backward", "loss_head"} <= set(found["operators"])
     assert len(found["alone"]) == found["compared"] and max(found["alone"]) < 1e-5
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from liaoyuan.data.batches import Batch, TokenBatches, TokenStream
 from liaoyuan.models import Decoder, ModelConfig, config_from_dict, initialise
+from liaoyuan.ops import Penalties
 from liaoyuan.parallel import Layout, Program, Shape, World, lay_out, resolve
 
 COMMON = {
@@ -41,11 +42,15 @@ ROWS, LENGTH = 8, 48
 
 @dataclass(frozen=True)
 class Outcome:
-    """The loss of one global batch, the whole gradients, and how often each expert of each layer was chosen."""
+    """The loss of one global batch, the whole gradients, and how often each expert of each layer was chosen.
+
+    penalty: what `Penalties` added to the loss.
+    """
 
     loss: float
     gradients: dict[str, Tensor]
     loads: dict[str, Tensor]
+    penalty: float = 0.0
 
 
 def model_of(kind: str, dtype: torch.dtype) -> Decoder:
@@ -79,6 +84,7 @@ def step(
     layout: Layout,
     microbatches: int,
     plant: Callable[[], None] = lambda: None,
+    penalties: Penalties | None = None,
 ) -> Outcome:
     """Compute one step's loss and gradients in a layout, with a bug if one is planted in this process."""
     plant()
@@ -88,8 +94,9 @@ def step(
     program = lay_out(model_of(kind, dtype), layout, world)
     batches = batches_of(config, microbatches, world.data_rank, world.data_size)
     weight = world.sum_numbers(sum(float(b.weights.sum()) for b in batches) * world.counts)[0]
-    loss = world.sum_numbers(float(program.backward(batches, 1.0 / weight)))[0]
-    return Outcome(loss, _gradients(program), _loads(program, world))
+    losses = program.backward(batches, 1.0 / weight, penalties=penalties)
+    loss, *penalty = world.sum_numbers(*losses.view(-1).tolist())
+    return Outcome(loss, _gradients(program), _loads(program, world), *penalty)
 
 
 def _gradients(program: Program) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from liaoyuan.ops import Penalties
 from liaoyuan.parallel import Layout, World, lay_out
 from liaoyuan.parallel.layout import Schedule
 from liaoyuan.parallel.simulated import simulate
@@ -135,6 +136,23 @@ def _compare(outcomes: list[Outcome], expected: Outcome, record_property: Callab
         assert loss <= LOSS_TOLERANCE and gradient <= GRADIENT_TOLERANCE, (loss, gradient)
         record_property("loss", loss)
         record_property("gradient", gradient)
+
+
+@pytest.mark.parametrize(
+    "name", ["tp 4", "fsdp 4, 2 microbatches", "1f1b 4", "zbv 2 x fsdp 2 x tp 2", "fsdp 2 x ring 2 x tp 2"]
+)
+def test_a_loss_with_z_loss_and_label_smoothing_is_that_of_one_process(name: str, record_property) -> None:
+    penalties = Penalties(z_loss=0.01, label_smoothing=0.1)
+    expected = step(World(), "dense", torch.float64, Layout(), 1, penalties=penalties)
+    size, microbatches, layout = TABLE["dense", name]
+    found = simulate(size, step, "dense", torch.float64, layout, microbatches, _nothing, penalties)
+    _compare(found, expected, record_property)
+    assert all(one.penalty == pytest.approx(expected.penalty, rel=LOSS_TOLERANCE) for one in found)
+    assert expected.penalty > 0.1
+
+
+def _nothing() -> None:
+    pass
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from liaoyuan.data import Batch
 from liaoyuan.errors import LiaoyuanError
@@ -39,6 +40,35 @@ def test_the_loss_is_the_mean_over_all_microbatches_and_falls(tiny_config: Model
     assert [row["step"] for row in rows] == list(range(12))
     assert result.loss == rows[-1]["loss"] < rows[0]["loss"] - 0.5
     assert result.tokens == rows[-1]["tokens"] == 12 * 3 * 48
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize(("z_loss", "label_smoothing"), [(0.01, 0.0), (0.0, 0.1), (0.01, 0.1)])
+def test_z_loss_and_label_smoothing_are_learned_but_not_shown_as_loss(
+    z_loss: float, label_smoothing: float, microbatches: int, tiny_config: ModelConfig, tmp_path: Path
+) -> None:
+    model = initialise(Decoder(tiny_config), 0)
+    sums = torch.zeros(3)  # of the cross-entropy, of what is learned, of the weights
+    for batch in invented_batches(tiny_config, microbatches)(0):
+        logits = model(batch.tokens, batch.positions, PackedContext(batch.boundaries))
+        plain = cross_entropy(logits, batch.targets, reduction="none")
+        learned = cross_entropy(logits, batch.targets, label_smoothing=label_smoothing, reduction="none")
+        learned = learned + z_loss * logits.logsumexp(-1).square()
+        sums = sums + torch.stack([(batch.weights * x).sum() for x in (plain, learned, torch.ones_like(plain))])
+    loss, learned, _ = sums / sums[2].detach()
+    gradients = torch.autograd.grad(learned, list(model.parameters()))
+    norm = torch.stack([x.square().sum() for x in gradients]).sum().sqrt()
+    settings = CONFIG.model_copy(update={"steps": 1, "z_loss": z_loss, "label_smoothing": label_smoothing})
+    train(model, invented_batches(tiny_config, microbatches), settings, tmp_path)
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert row["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert row["penalty"] == pytest.approx(float((learned - loss).detach()), rel=1e-3)
+    assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_a_run_without_them_shows_no_penalty(tiny_config: ModelConfig, tmp_path: Path) -> None:
+    trained(tiny_config, tmp_path, CONFIG.model_copy(update={"steps": 1}))
+    assert "penalty" not in read_metrics(tmp_path / "metrics.jsonl")[0]
 
 
 def test_microbatches_give_the_gradient_of_one_batch(tiny_config: ModelConfig, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from liaoyuan import ops
 from liaoyuan.checkpoint import load_model
 from liaoyuan.cli.main import app
+from liaoyuan.config import load
 from liaoyuan.data import Corpus, CorpusConfig, TokenBatches, Tokenizer, prepare_corpus
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import packed_context
@@ -53,6 +54,31 @@ def test_the_result_is_a_model_folder_that_learned(config: PretrainConfig, corpu
     assert model.config.eos_token_id == corpus.tokenizer().eos_ids[0]
     assert held_out_loss(corpus, config)(model)["held_out_loss"] == pytest.approx(held_out[-1], rel=1e-6)
     assert Tokenizer.load(tmp_path / "model").vocab_size == model.config.vocab_size
+
+
+def test_z_loss_lowers_the_log_sum_exp_and_held_out_loss_stays_plain(
+    config: PretrainConfig, corpus: Corpus, tmp_path: Path
+) -> None:
+    settings = TRAIN.model_copy(update={"z_loss": 0.1, "label_smoothing": 0.05})
+    pretrain(config.model_copy(update={"train": settings}), tmp_path)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert 0 < rows[-1]["penalty"] < rows[0]["penalty"]
+    measured = held_out_loss(corpus, config)(load_model(tmp_path / "model"))
+    assert measured["held_out_loss"] == pytest.approx(rows[-1]["held_out_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("z_loss=-1", "train.z_loss"),
+        ("label_smoothing=1", "train.label_smoothing"),
+        ("label_smoothing=a", "train.label"),
+    ],
+)
+def test_a_penalty_out_of_range_is_refused_by_name(setting: str, said: str, config: PretrainConfig) -> None:
+    values = ["corpus=x", "train.steps=1", f"train.{setting}"]
+    with pytest.raises(LiaoyuanError, match=said):
+        load(PretrainConfig, overrides=values)
 
 
 def test_the_held_out_loss_is_the_models_mean_over_held_out_text(

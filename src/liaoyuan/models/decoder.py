@@ -7,7 +7,7 @@ shard of either.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,7 @@ from liaoyuan.models.context import AttentionContext
 from liaoyuan.models.experts import MixtureOfExperts
 from liaoyuan.models.layers import FeedForward, Linear, RMSNorm
 from liaoyuan.models.rotary import rotary_angles
-from liaoyuan.ops import linear, token_log_prob
-
-Score = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [N, H], head [V, H], targets [N] -> fp32 [N]
+from liaoyuan.ops import Penalties, ReadLogits, linear, logit_statistics
 
 
 class Layer(nn.Module):
@@ -67,7 +65,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.score: Score = token_log_prob  # tensor parallelism supplies another one
+        self.read_logits: ReadLogits = logit_statistics  # tensor parallelism supplies another one
         for parameter in self.parameters():  # not the buffers: routers count and balance in fp32
             parameter.data = parameter.data.to(config.torch_dtype)
 
@@ -83,6 +81,7 @@ class Decoder(nn.Module):
         context: AttentionContext,
         targets: Tensor | None = None,
         rows: Tensor | None = None,
+        penalties: Penalties | None = None,
     ) -> Tensor:
         """Return the log-probability of `targets`, or logits if there are none.
 
@@ -91,14 +90,20 @@ class Decoder(nn.Module):
             context: says which tokens see which.
             targets: int64 [N], the token to score after each token; gives fp32 [N].
             rows: int64 [R], the rows whose logits are wanted (all if None); gives [R, V] in the model's dtype.
+            penalties: what a loss adds for each token; with targets gives fp32 [2, N], log-probabilities and these.
         """
         residual, x = self.run_layers(self.embed_tokens(tokens), positions, context)
         if targets is None and rows is not None:
             residual, x = residual[rows], x[rows]
         _, hidden = self.norm.add(residual, x)
         if targets is not None:
-            return self.score(hidden, self.head_weight, targets)
+            return self.score(hidden, targets, penalties)
         return linear(hidden, self.head_weight)
+
+    def score(self, hidden: Tensor, targets: Tensor, penalties: Penalties | None = None) -> Tensor:
+        """Return log-probabilities of targets given the last norm's output, and penalties; see `forward`."""
+        found = self.read_logits(hidden, self.head_weight, targets, penalties is not None and penalties.moments)
+        return found.log_prob if penalties is None else torch.stack((found.log_prob, penalties.of(found)))
 
     def run_layers(self, residual: Tensor, positions: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """Pass the layers of this stage: residual stream [N, H] -> the stream and the last addend to it."""

@@ -10,6 +10,16 @@ from liaoyuan.ops.block_attention import block_attention, block_attention_backwa
 from liaoyuan.ops.buffers import checksum, pack, unpack
 from liaoyuan.ops.build import build
 from liaoyuan.ops.choice import OperatorStatus, configure, measure, status
+from liaoyuan.ops.cross_entropy import (
+    CrossEntropy,
+    LogitStatistics,
+    Penalties,
+    ReadLogits,
+    linear_cross_entropy,
+    logit_statistics,
+    merge_statistics,
+    token_log_prob,
+)
 from liaoyuan.ops.grouped_linear import grouped_linear
 from liaoyuan.ops.linear import exact_rows, linear
 from liaoyuan.ops.norm import add_rms_norm, rms_norm
@@ -22,11 +32,14 @@ from liaoyuan.ops.rotary import rotate, split_rotary
 from liaoyuan.ops.route import route
 from liaoyuan.ops.sampling import Sampled, packed_mask, sample_tokens, sampling_settings
 from liaoyuan.ops.swiglu import swiglu
-from liaoyuan.ops.token_log_prob import token_log_prob
 
 __all__ = [
+    "CrossEntropy",
+    "LogitStatistics",
     "OperatorStatus",
+    "Penalties",
     "QuantisedWeight",
+    "ReadLogits",
     "Sampled",
     "adamw_step",
     "add_rms_norm",
@@ -43,8 +56,11 @@ __all__ = [
     "global_norm",
     "grouped_linear",
     "linear",
+    "linear_cross_entropy",
+    "logit_statistics",
     "measure",
     "merge",
+    "merge_statistics",
     "newton_schulz",
     "pack",
     "packed_mask",

@@ -212,7 +212,7 @@ def _experts(count: _Count, layer: int, again: bool) -> None:
 
 def _ends(count: _Count) -> None:
     """With a vocabulary cut by tp: the embedding is a sum that is scattered, the head gathers rows; of each token the
-    highest logit, the sum of exponentials and the chosen logit are reduced.
+    highest log-sum-exp is reduced, then the sum of exponentials and the chosen logit together.
     """
     layout, microbatches = count.layout, count.microbatches
     whole = count.rows * count.config.hidden_size * count.element
@@ -220,7 +220,8 @@ def _ends(count: _Count) -> None:
         count.add("tp", layout.tp, "all-gather", there * microbatches, whole // layout.tp)
         count.add("tp", layout.tp, "reduce-scatter", there * microbatches, whole)
     if layout.stages - 1 in count.stages:
-        count.add("tp", layout.tp, "all-reduce", 3 * microbatches, count.rows * count.wide)
+        count.add("tp", layout.tp, "all-reduce", microbatches, count.rows * count.wide)
+        count.add("tp", layout.tp, "all-reduce", microbatches, 2 * count.rows * count.wide)
 
 
 def _pipeline(count: _Count) -> None:

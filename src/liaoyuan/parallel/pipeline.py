@@ -26,7 +26,7 @@ from torch.distributed.pipelining.schedules import (
 
 from liaoyuan.models import AttentionContext, Decoder, ModelConfig
 from liaoyuan.models.layers import Linear
-from liaoyuan.ops import wide
+from liaoyuan.ops import Penalties, wide
 from liaoyuan.parallel.layout import STAGES_PER_PROCESS, Layout, fewest_microbatches
 from liaoyuan.parallel.mesh import Mesh
 
@@ -105,11 +105,14 @@ def stage_of(model: Decoder, number: int, layers: Sequence[range]) -> Decoder:
 
 
 class Stage(nn.Module):
-    """One stage as PyTorch's schedules call it: the first takes tokens, the last gives log-probabilities."""
+    """One stage as PyTorch's schedules call it: the first takes tokens, the last gives log-probabilities, and penalties
+    if they are wanted.
+    """
 
     def __init__(self, decoder: Decoder, context: Callable[[Tensor], AttentionContext]) -> None:
         super().__init__()
         self.decoder, self.context = decoder, context
+        self.penalties: Penalties | None = None
         self.is_first, self.is_last = hasattr(decoder, "embed_tokens"), hasattr(decoder, "norm")
 
     def forward(self, x: Tensor, positions: Tensor, targets: Tensor, boundaries: Tensor) -> Tensor:
@@ -120,7 +123,7 @@ class Stage(nn.Module):
         if not self.is_last:
             return residual + addend
         _, hidden = model.norm.add(residual, addend)
-        return model.score(hidden, model.head_weight, targets[0])
+        return model.score(hidden, targets[0], self.penalties)
 
 
 class Pipeline:
@@ -128,29 +131,41 @@ class Pipeline:
 
     def __init__(self, stages: Sequence[Stage], mesh: Mesh) -> None:
         self.stages, self.mesh = list(stages), mesh
-        self._schedules: dict[tuple[int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
+        self._schedules: dict[tuple[int, int, bool], PipelineScheduleSingle | PipelineScheduleMulti] = {}
+        self._losses: list[Tensor] = []
 
-    def run(self, inputs: dict[str, Tensor], weights: Tensor, learn: bool) -> list[Tensor]:
+    def run(
+        self, inputs: dict[str, Tensor], weights: Tensor, learn: bool, penalties: Penalties | None = None
+    ) -> list[Tensor]:
         """Pass microbatches through all stages, and back if `learn`.
 
         Args:
             inputs: tokens, positions, targets int64 [M, n] and boundaries [M, K] of this process's rows.
             weights: [M, n] of the loss, scaled as the gradient shall be.
+            penalties: what the loss adds for each token.
 
         Returns:
-            The loss of each microbatch, where this process has the last stage; else nothing.
+            `losses_of` each microbatch, where this process has the last stage; else nothing.
         """
-        schedule: Any = self._schedule(*inputs["tokens"].shape)
+        for stage in self.stages:
+            stage.penalties = penalties
+        microbatches, rows = inputs["tokens"].shape
+        schedule: Any = self._schedule(microbatches, rows, penalties is not None)
         rest = {name: x for name, x in inputs.items() if name != "tokens"}
-        losses: list[Tensor] = []
+        self._losses = []
         first = [inputs["tokens"]] if any(stage.is_first for stage in self.stages) else []
-        wanted: dict[str, Any] = {"target": weights, "losses": losses} if self.has_loss else {}
+        wanted: dict[str, Any] = {"target": weights, "losses": []} if self.has_loss else {}
         if learn:
             schedule.step(*first, **rest, **wanted)
         else:
             with _forward_alone(schedule):
                 schedule.eval(*first, **rest, **wanted)
-        return [loss.detach() for loss in losses]
+        return self._losses
+
+    def _loss(self, scores: Tensor, weights: Tensor) -> Tensor:
+        losses = losses_of(scores, weights[0])
+        self._losses.append(losses.detach())
+        return losses.sum()
 
     @property
     def fewest(self) -> int:
@@ -161,25 +176,27 @@ class Pipeline:
     def has_loss(self) -> bool:
         return any(stage.is_last for stage in self.stages)
 
-    def _schedule(self, microbatches: int, rows: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
-        if (microbatches, rows) not in self._schedules:
+    def _schedule(
+        self, microbatches: int, rows: int, penalties: bool
+    ) -> PipelineScheduleSingle | PipelineScheduleMulti:
+        if (microbatches, rows, penalties) not in self._schedules:
             layout = self.mesh.layout
             numbers = stage_numbers(layout, self.mesh.place("pp"))
-            parts = [self._stage(stage, n, rows) for n, stage in zip(numbers, self.stages, strict=True)]
-            settings: dict[str, Any] = {"loss_fn": _loss, "scale_grads": False}
+            parts = [self._stage(stage, n, rows, penalties) for n, stage in zip(numbers, self.stages, strict=True)]
+            settings: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
             if layout.schedule in SINGLE:
                 made: Any = SINGLE[layout.schedule](parts[0], microbatches, **settings)
             else:
                 made = MULTI[layout.schedule]([*parts], microbatches, **settings)
-            self._schedules[microbatches, rows] = made
-        return self._schedules[microbatches, rows]
+            self._schedules[microbatches, rows, penalties] = made
+        return self._schedules[microbatches, rows, penalties]
 
-    def _stage(self, stage: Stage, number: int, rows: int) -> PipelineStage:
+    def _stage(self, stage: Stage, number: int, rows: int, penalties: bool) -> PipelineStage:
         weight = next(stage.parameters())
         config, layout = stage.decoder.config, self.mesh.layout
         stream = torch.empty(rows // layout.tp, config.hidden_size, dtype=weight.dtype, device="meta")
         tokens = torch.empty(1, rows, dtype=torch.int64, device="meta")
-        scores = torch.empty(rows, dtype=wide(weight[:0]).dtype, device="meta")
+        scores = torch.empty((2, rows) if penalties else rows, dtype=wide(weight[:0]).dtype, device="meta")
         return PipelineStage(
             stage,
             number,
@@ -209,5 +226,12 @@ def _forward_alone(schedule: Any) -> Iterator[None]:
         schedule.pipeline_order_with_comms = orders
 
 
-def _loss(log_probs: Tensor, weights: Tensor) -> Tensor:
-    return -(weights[0] * log_probs).sum()
+def losses_of(scores: Tensor, weights: Tensor) -> Tensor:
+    """Return a microbatch's cross-entropy, a scalar; or, of scores [2, N] with penalties, both, [2]; their sum is the
+    loss.
+
+    weights: [N], scaled as the gradient shall be.
+    """
+    if scores.dim() == 1:
+        return -(weights * scores).sum()
+    return torch.stack((-(weights * scores[0]).sum(), (weights * scores[1]).sum()))

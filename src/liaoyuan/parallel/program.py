@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from liaoyuan.data import Batch
 from liaoyuan.models import AttentionContext, Decoder, ModelConfig, PackedContext, initial_weights
 from liaoyuan.models.experts import Router
+from liaoyuan.ops import Penalties
 from liaoyuan.parallel.context import SharedContext, own_rows
 from liaoyuan.parallel.expert import apply_expert_parallel, balance, expert_weights
 from liaoyuan.parallel.fsdp import apply_fsdp, full_weights, local, own_block, reshard
@@ -24,6 +25,7 @@ from liaoyuan.parallel.pipeline import (
     Pipeline,
     Stage,
     cut_layers,
+    losses_of,
     process_of,
     stage_numbers,
     stage_of,
@@ -136,9 +138,17 @@ class Program:
         """Switch to evaluation."""
         return self.train(False)
 
-    def backward(self, batches: Sequence[Batch], scale: float, take: Callable[[], None] | None = None) -> Tensor:
+    def backward(
+        self,
+        batches: Sequence[Batch],
+        scale: float,
+        take: Callable[[], None] | None = None,
+        penalties: Penalties | None = None,
+    ) -> Tensor:
         """Compute the gradients of the microbatches' summed loss times `scale`; return that loss, this process's
         share of it.
+
+        With `penalties` the loss is the cross-entropy and they; the two are returned apart, [2].
 
         `take` takes the gradients away after each microbatch if there are several, to add them up elsewhere, in
         another precision. Without it they add up in place, and so they do in a pipeline.
@@ -150,12 +160,12 @@ class Program:
         if any(weight.grad is not None for _, weight in self.named_parameters()):
             raise ValueError("the weights have gradients of an earlier pass: take or drop them first")
         if self.pipeline:
-            return self._pass(batches, scale, learn=True)
-        total, sums = torch.zeros((), device=self.device), GradientSums(self.named_parameters())
+            return self._pass(batches, scale, True, penalties)
+        total, sums = self._nothing(penalties), GradientSums(self.named_parameters())
         for batch in batches:
-            loss = self._loss(batch, scale)
-            loss.backward()
-            total = total + self._counted(loss.detach())
+            losses = self._losses(batch, scale, penalties)
+            losses.sum().backward()
+            total = total + self._counted(losses.detach())
             self._finish_gradients()
             if len(batches) > 1:
                 (take or sums.take)()
@@ -174,17 +184,21 @@ class Program:
         """Return this process's share of the microbatch's summed loss times `scale`."""
         if self.pipeline:
             return self._pass([batch], scale, learn=False)
-        loss = self._counted(self._loss(batch, scale))
+        loss = self._counted(self._losses(batch, scale))
         reshard(self.models)
         return loss
 
-    def _loss(self, batch: Batch, scale: float) -> Tensor:
+    def _losses(self, batch: Batch, scale: float, penalties: Penalties | None = None) -> Tensor:
         (model,) = self.models
         x = self._own(batch)
-        log_probs = model(x["tokens"], x["positions"], self.context(batch.boundaries, len(batch.tokens)), x["targets"])
-        return -(x["weights"] * scale * log_probs).sum()
+        context = self.context(batch.boundaries, len(batch.tokens))
+        scores = model(x["tokens"], x["positions"], context, x["targets"], penalties=penalties)
+        return losses_of(scores, x["weights"] * scale)
 
-    def _pass(self, batches: Sequence[Batch], scale: float, learn: bool) -> Tensor:
+    def _nothing(self, penalties: Penalties | None) -> Tensor:
+        return torch.zeros(() if penalties is None else 2, device=self.device)
+
+    def _pass(self, batches: Sequence[Batch], scale: float, learn: bool, penalties: Penalties | None = None) -> Tensor:
         assert self.pipeline
         if not learn:  # a schedule wants its number of microbatches: the others weigh nothing
             batches = [*batches] * self.pipeline.fewest
@@ -195,12 +209,12 @@ class Program:
         ends = TiedEnds(self.models, self.pipeline.mesh) if self.config.tie_word_embeddings else None
         if ends:
             ends.bring()
-        losses = self.pipeline.run(inputs, weights, learn)
+        losses = self.pipeline.run(inputs, weights, learn, penalties)
         if learn:
             self._finish_gradients()
         if ends and learn:
             ends.take_back()
-        total = torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+        total = torch.stack(losses).sum(0) if losses else self._nothing(penalties)
         return self._counted(total if learn else total / len(batches))
 
     def _own(self, batch: Batch) -> dict[str, Tensor]:

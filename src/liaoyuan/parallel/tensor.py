@@ -6,7 +6,7 @@ layer, hung on the model from outside. Weights are DTensors; a layer computes wi
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from liaoyuan.models import Decoder
 from liaoyuan.models.experts import MixtureOfExperts
-from liaoyuan.ops import linear, pack, unpack, wide
+from liaoyuan.ops import LogitStatistics, ReadLogits, logit_statistics, merge_statistics, pack, unpack, wide
 from liaoyuan.parallel.chunked import gather_linear, linear_scatter
 from liaoyuan.parallel.collectives import gather_rows, replicated_sum, scatter_sum
 from liaoyuan.parallel.mesh import Mesh
@@ -56,7 +56,7 @@ def apply_tensor_parallel(model: Decoder, mesh: Mesh) -> None:
             exchange(layer.mlp, group)
     if hasattr(model, "embed_tokens"):
         _cut_vocabulary(model.embed_tokens, group)
-    model.score = _cut_score(group)
+    model.read_logits = _cut_head(group)
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
@@ -108,21 +108,20 @@ def _cut_vocabulary(embedding: nn.Module, group: ProcessGroup) -> None:
     embedding.forward = forward
 
 
-def _cut_score(group: ProcessGroup) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return `token_log_prob` for a head whose rows are spread over the processes."""
+def _cut_head(group: ProcessGroup) -> ReadLogits:
+    """Return `logit_statistics` for a head whose rows are spread over the processes, each of which reads its own."""
 
-    def score(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        logits = wide(linear(gather_rows(hidden, group), head))
-        highest = logits.detach().amax(-1)
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-        total = replicated_sum((logits - highest[:, None]).exp().sum(-1), group)
-        local = targets - _first_row(len(head), group)
-        here = (local >= 0) & (local < len(head))
-        found = logits.gather(1, local.where(here, torch.zeros_like(local))[:, None])[:, 0]
-        chosen = replicated_sum(found.where(here, torch.zeros_like(found)), group)
-        return chosen - highest - total.log()
+    def highest(x: Tensor) -> Tensor:
+        found = x.clone()
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+        return found
 
-    return score
+    def read(hidden: Tensor, head: Tensor, targets: Tensor, moments: bool = False) -> LogitStatistics:
+        first, vocabulary = _first_row(len(head), group), len(head) * group.size()
+        own = logit_statistics(gather_rows(hidden, group), head, targets, moments, first, vocabulary)
+        return merge_statistics(own, highest, lambda x: replicated_sum(x, group))
+
+    return read
 
 
 def _first_row(rows: int, group: ProcessGroup) -> int:

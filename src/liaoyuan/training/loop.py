@@ -23,6 +23,7 @@ from liaoyuan.config import Config
 from liaoyuan.data import Batch
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder
+from liaoyuan.ops import Penalties
 from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import Metrics, Progress, Report, silent
 from liaoyuan.training.flops import training_flops
@@ -52,11 +53,18 @@ class TrainConfig(Config):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     optimiser: Literal["adamw", "muon"] = "adamw"
+    z_loss: float = Field(0.0, ge=0)  # see `ops.Penalties`
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
     balance_rate: float = Field(1e-3, ge=0)  # step of the routers' balancing bias (sigmoid scores only)
     spikes: SpikeConfig = SpikeConfig()
     seed: int = 0
     checkpoint_every: int = Field(200, gt=0)
     evaluate_every: int = Field(0, ge=0)  # 0: at the end only
+
+    @property
+    def penalties(self) -> Penalties | None:
+        """What the loss adds to the cross-entropy."""
+        return Penalties(self.z_loss, self.label_smoothing) if self.z_loss or self.label_smoothing else None
 
 
 @dataclass(frozen=True)
@@ -117,9 +125,8 @@ def train(
         while done.steps < config.steps:
             step, start = done.steps, _Clock()
             rate = learning_rate_at(step, config.steps, config.learning_rate, config.warmup_steps, config.schedule)
-            outcome = take_step(
-                program, optimiser, batches(step + done.passed_over), rate, config.clip, world, guard.limits
-            )
+            own = batches(step + done.passed_over)
+            outcome = take_step(program, optimiser, own, rate, config.clip, world, guard.limits, config.penalties)
             guard.note(outcome.loss, outcome.grad_norm, outcome.dropped)
             if guard.wants_to_roll_back and (back := _roll_back(states, program, optimiser, config, done)):
                 done, guard = back
@@ -160,11 +167,12 @@ def make_optimiser(model: Decoder | Program, config: TrainConfig, world: World |
 class Outcome:
     """What one step did, over all processes."""
 
-    loss: float
+    loss: float  # the cross-entropy alone, so that runs compare
     grad_norm: float
     tokens: int
     flops: float
     dropped: bool  # a spike, which changed nothing
+    penalty: float | None = None  # what was added to the loss, if anything
 
 
 def take_step(
@@ -175,6 +183,7 @@ def take_step(
     clip: float,
     world: World,
     limits: tuple[float, float] = (math.inf, math.inf),
+    penalties: Penalties | None = None,
 ) -> Outcome:
     """Take one optimiser step: the mean loss over the weights of the global batch, whatever its cut.
 
@@ -186,10 +195,10 @@ def take_step(
         sum(len(batch.tokens) for batch in counted),
         sum(training_flops(program.config, batch.boundaries) for batch in counted),
     )
-    total = program.backward(batches, 1.0 / max(weight, 1e-9), optimiser.accumulate)
-    loss = world.sum_numbers(float(total))[0]
+    total = program.backward(batches, 1.0 / max(weight, 1e-9), optimiser.accumulate, penalties)
+    loss, *penalty = world.sum_numbers(*total.view(-1).tolist())
     norm = optimiser.step(rate, clip, limits[1] if loss <= limits[0] else -1.0)
-    return Outcome(loss, norm, int(tokens), flops, loss > limits[0] or norm > limits[1])
+    return Outcome(loss, norm, int(tokens), flops, loss > limits[0] or norm > limits[1], *penalty)
 
 
 def _resume(
@@ -254,6 +263,7 @@ def _row(outcome: Outcome, rate: float, speed: float, done: TrainResult) -> dict
         "tokens_per_second": round(speed, 1),
         "cpu_seconds": round(done.cpu_seconds, 3),
         "flops": done.flops,
+        **({} if outcome.penalty is None else {"penalty": outcome.penalty}),
         **({"dropped": 1} if outcome.dropped else {}),
     }
 

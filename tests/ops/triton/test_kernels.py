@@ -67,16 +67,20 @@ def test_split_rotary(use, rows, heads, groups, half, normed):
 
 
 @FEW
-@given(rows=st.integers(0, 90), width=st.integers(1, 40), vocabulary=st.integers(1, 2500), keep=st.booleans())
-def test_token_log_prob(use, rows, width, vocabulary, keep):
-    targets = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(2))
-    agree(use("token_log_prob"), random(rows, width), 0.3 * random(vocabulary, width, seed=1), targets, keep)
+@given(
+    rows=st.integers(0, 90), width=st.integers(1, 40), columns=st.integers(1, 2500), first=st.integers(0, 100),
+    more=st.integers(0, 100), moments=st.booleans(), keep=st.booleans(),
+)  # fmt: skip
+def test_loss_head(use, rows, width, columns, first, more, moments, keep):
+    targets = torch.randint(first + columns + more, (rows,), generator=torch.Generator().manual_seed(2))
+    hidden, weight = random(rows, width), 0.3 * random(columns, width, seed=1)
+    agree(use("loss_head"), hidden, weight, targets, first, first + columns + more, moments, keep)
 
 
 def test_the_gradients_of_a_vocabulary_in_slices_are_those_of_the_whole(use, monkeypatch):
-    operator = use("token_log_prob")
-    monkeypatch.setattr("liaoyuan.ops.triton.token_log_prob.SLICE", 70 * 64)
-    agree(operator, random(40, 24), random(300, 24, seed=1), torch.arange(40) * 7, False)
+    operator = use("loss_head")
+    monkeypatch.setattr("liaoyuan.ops.triton.loss_head.SLICE", 70 * 64)
+    agree(operator, random(40, 24), random(300, 24, seed=1), torch.arange(40) * 7, 0, 300, True, False)
 
 
 @FEW
@@ -106,23 +110,23 @@ def test_strided_inputs_are_taken(use):
     x, weight = random(32, 6).t(), random(64)[::2]
     agree(use("rms_norm"), x, weight, 1e-6)
     agree(use("swiglu"), x)
-    agree(use("token_log_prob"), x, random(32, 40).t(), torch.arange(6), False)
+    agree(use("loss_head"), x, random(32, 40).t(), torch.arange(6), 0, 40, True, False)
     query, key, value = (random(2, 16, 8, seed=seed).transpose(0, 1) for seed in range(3))
     agree(use("attention"), query, key, value, boundaries_of([7, 9]), 0.3)
 
 
 def test_the_bits_of_a_row_depend_on_it_alone(use):
     x, weight, targets = random(70, 40), random(1100, 40, seed=1), torch.arange(70) * 15
-    whole = use("token_log_prob").call(*place(x, weight, targets, False))
+    whole = use("loss_head").call(*place(x, weight, targets, 0, 1100, True, False))
     normed = use("rms_norm").call(*place(x, weight[0], 1e-6))
     for rows in (1, 3, 66):
-        part = use("token_log_prob").call(*place(x[:rows], weight, targets[:rows], False))
-        assert torch.equal(part[0], whole[0][:rows]) and torch.equal(part[1], whole[1][:rows])
+        part = use("loss_head").call(*place(x[:rows], weight, targets[:rows], 0, 1100, True, False))
+        assert all(torch.equal(a, b[:rows]) for a, b in zip(part[:4], whole[:4], strict=True))
         assert torch.equal(use("rms_norm").call(*place(x[:rows], weight[0], 1e-6)), normed[:rows])
 
 
 def test_a_target_outside_the_vocabulary_is_infinitely_unlikely(use):
-    found = use("token_log_prob").call(*place(random(2, 8), random(5, 8), torch.tensor([4, 5]), False))[0]
+    found = use("loss_head").call(*place(random(2, 8), random(5, 8), torch.tensor([4, 5]), 0, 5, False, False))[0]
     assert found[0].isfinite() and found[1] == float("-inf")
 
 

@@ -25,9 +25,13 @@ ERRORS = [
     ("split_rotary", "rotary", "part == groups + 1", "part == groups"),
     ("split_rotary", "rotary", "second * c - first * s", "second * c + first * s"),
     ("split_rotary", "rotary", "scale * (first - x * inner)", "scale * (first - y * inner)"),
-    ("token_log_prob", "token_log_prob", "summed * tl.exp(maximum - higher) + tl.sum", "summed + tl.sum"),
-    ("token_log_prob", "token_log_prob", "range(1, parts)", "range(2, parts)"),
-    ("token_log_prob", "token_log_prob", "(first + column)[None, :] == target", "column[None, :] + 1 == target"),
+    ("loss_head", "loss_head", "summed * shrink + tl.sum(power, 1)", "summed + tl.sum(power, 1)"),
+    ("loss_head", "loss_head", "range(0, parts)", "range(1, parts)"),
+    ("loss_head", "loss_head", "(first + begin + column)[None, :] == target", "(begin + column)[None, :] == target"),
+    ("loss_head", "loss_head", "(products + summed * shift) * shrink", "products * shrink"),
+    ("loss_head", "loss_head", "total / vocabulary", "total / rows"),
+    ("loss_head", "loss_head", "level[:, None] + below * slope[:, None]", "level[:, None]"),
+    ("loss_head", "loss_head", "own - (height - higher)", "own"),
     ("attention", "softmax", "(behind >= 0)", "(behind > 0)"),
     ("attention", "softmax", "(behind < window)", "(behind <= window)"),
     ("attention", "softmax", "summed * shrink + tl.exp2(sink - higher)", "summed * shrink"),
@@ -52,7 +56,7 @@ ERRORS = [
 ]
 
 
-MODULES = ("norm", "swiglu", "rotary", "token_log_prob", "softmax", "attention", "block_attention", "paged_attention")
+MODULES = ("norm", "swiglu", "rotary", "loss_head", "softmax", "attention", "block_attention", "paged_attention")
 
 
 @pytest.fixture

@@ -158,38 +158,6 @@ Tensor linear_autograd(const Tensor& x, const Tensor& weight, const OptionalTens
   return needs_graph(x, weight, bias) ? Linear::apply(x, weight, bias) : call_linear(x, weight, bias);
 }
 
-// ---- token_log_prob
-
-Three call_token_log_prob(const Tensor& hidden, const Tensor& weight, const Tensor& targets, bool keep) {
-  static auto op = find<Three(const Tensor&, const Tensor&, const Tensor&, bool)>("liaoyuan::token_log_prob");
-  at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(hidden, weight, targets, keep);
-}
-
-struct TokenLogProb : Function<TokenLogProb> {
-  static variable_list forward(AutogradContext* context, const Tensor& hidden, const Tensor& weight,
-                               const Tensor& targets, bool keep) {
-    auto [log_prob, log_sum_exp, kept] = call_token_log_prob(hidden, weight, targets, keep);
-    context->save_for_backward({hidden, weight, targets, log_sum_exp, kept});
-    context->mark_non_differentiable({log_sum_exp, kept});
-    context->set_materialize_grads(false);  // or a zero gradient of all logits would be filled
-    return {log_prob, log_sum_exp, kept};
-  }
-  static variable_list backward(AutogradContext* context, variable_list grads) {
-    static auto op = find<Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                              const Tensor&)>("liaoyuan::token_log_prob_backward");
-    auto saved = context->get_saved_variables();
-    auto [grad_hidden, grad_weight] = op.call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4]);
-    return {grad_hidden, grad_weight, Tensor(), Tensor()};
-  }
-};
-
-Three token_log_prob_autograd(const Tensor& hidden, const Tensor& weight, const Tensor& targets, bool keep) {
-  if (!needs_graph(hidden, weight)) return call_token_log_prob(hidden, weight, targets, false);
-  auto outputs = TokenLogProb::apply(hidden, weight, targets, keep);
-  return {outputs[0], outputs[1], outputs[2]};
-}
-
 // ---- attention
 
 Two call_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& boundaries, double scale,
@@ -241,9 +209,9 @@ void register_autograd(torch::Library& library, const std::string& name) {
   if (name == "split_rotary") library.impl("split_rotary", &split_rotary_autograd);
   if (name == "swiglu") library.impl("swiglu", &swiglu_autograd);
   if (name == "linear") library.impl("linear", &linear_autograd);
-  if (name == "token_log_prob") library.impl("token_log_prob", &token_log_prob_autograd);
   if (name == "attention") library.impl("attention", &attention_autograd);
   register_experts_autograd(library, name);
+  register_loss_autograd(library, name);
 }
 
 }  // namespace liaoyuan

@@ -262,88 +262,6 @@ Three linear_backward_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& w
   return {product(grad, weight), grad_weight, with_bias ? at::sum(grad, 0) : at::empty({0}, x.options())};
 }
 
-// ---- token_log_prob
-
-constexpr int64_t CHUNK_ELEMENTS = 1 << 22;  // of logits at a time: 8 MiB in bf16
-
-Tensor chunk_buffer(int64_t rows, int64_t columns, const Tensor& like) {
-  void* data = scratch(2, size_t(rows * columns) * like.element_size());
-  return at::from_blob(data, {rows, columns}, like.options().requires_grad(false));
-}
-
-int64_t chunk_columns(int64_t rows, int64_t vocabulary) {
-  int64_t columns = std::max<int64_t>(256, CHUNK_ELEMENTS / std::max<int64_t>(rows, 1) / 64 * 64);
-  return std::min(columns, vocabulary);
-}
-
-void check_head(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
-  same_type(hidden, weight);
-  TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1), "the head does not fit");
-  TORCH_CHECK(targets.scalar_type() == at::kLong && targets.dim() == 1 && targets.size(0) == hidden.size(0),
-              "targets must be int64 [tokens]");
-}
-
-Three token_log_prob_cpu(const Tensor& hidden_, const Tensor& weight_, const Tensor& targets_, bool keep) {
-  check_head(hidden_, weight_, targets_);
-  Tensor hidden = dense(hidden_), weight = dense(weight_), targets = dense(targets_);
-  int64_t rows = hidden.size(0), vocabulary = weight.size(0);
-  const int64_t* target = in<int64_t>(targets);
-  for (int64_t i = 0; i < rows; ++i)
-    TORCH_CHECK(target[i] >= 0 && target[i] < vocabulary, "target ", target[i], " is not in the vocabulary");
-  auto real = hidden.options().dtype(at::kFloat);
-  Tensor state = at::empty({rows, 3}, real), log_prob = at::empty({rows}, real), log_sum_exp = at::empty({rows}, real);
-  Tensor kept = at::empty({keep ? rows : 0, vocabulary}, hidden.options());
-  int64_t step = keep ? vocabulary : chunk_columns(rows, vocabulary);
-  for (int64_t first = 0; rows && first < vocabulary; first += step) {
-    int64_t columns = std::min(step, vocabulary - first);
-    Tensor logits = keep ? kept : chunk_buffer(rows, columns, hidden);
-    product_into(logits, hidden, weight.narrow(0, first, columns).t());
-    by_type(hidden, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      log_sum_exp_chunk<T>(in<T>(logits), target, out<float>(state), rows, columns, first);
-    });
-  }
-  const float* cell = in<float>(state);
-  for (int64_t i = 0; i < rows; ++i) {
-    float value = cell[i * 3] + std::log(cell[i * 3 + 1]);
-    out<float>(log_sum_exp)[i] = value;
-    out<float>(log_prob)[i] = cell[i * 3 + 2] - value;
-  }
-  return {log_prob, log_sum_exp, kept};
-}
-
-Two token_log_prob_backward_cpu(const Tensor& grad_, const Tensor& hidden_, const Tensor& weight_,
-                                const Tensor& targets_, const Tensor& log_sum_exp_, const Tensor& kept_) {
-  check_head(hidden_, weight_, targets_);
-  Tensor hidden = dense(hidden_), weight = dense(weight_), targets = dense(targets_), kept = dense(kept_);
-  Tensor grad = dense(grad_), log_sum_exp = dense(log_sum_exp_);
-  int64_t rows = hidden.size(0), vocabulary = weight.size(0), step = chunk_columns(rows, vocabulary);
-  TORCH_CHECK(grad.scalar_type() == at::kFloat && grad.numel() == rows && log_sum_exp.numel() == rows &&
-                  (kept.numel() == 0 || kept.numel() == rows * vocabulary),
-              "a gradient does not fit");
-  Tensor grad_weight = rows ? at::empty_like(weight) : at::zeros(weight.sizes(), weight.options());
-  Tensor grad_hidden = at::empty_like(hidden), sum;
-  for (int64_t first = 0; rows && first < vocabulary; first += step) {
-    int64_t columns = std::min(step, vocabulary - first);
-    Tensor part = weight.narrow(0, first, columns), logits = chunk_buffer(rows, columns, hidden);
-    if (kept.numel())
-      logits.copy_(kept.narrow(1, first, columns));
-    else
-      product_into(logits, hidden, part.t());
-    by_type(hidden, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      softmax_gradient_chunk<T>(out<T>(logits), in<int64_t>(targets), in<float>(log_sum_exp), in<float>(grad), rows,
-                                columns, first);
-    });
-    Tensor grad_part = grad_weight.narrow(0, first, columns);
-    weight_gradient(grad_part, logits, hidden);
-    product_into(grad_hidden, logits, part);
-    if (step < vocabulary) sum = first ? sum.add_(grad_hidden) : grad_hidden.to(at::kFloat, false, true);
-  }
-  if (sum.defined()) grad_hidden.copy_(sum);
-  return {grad_hidden, grad_weight};
-}
-
 // ---- choice
 
 void register_kernels(torch::Library& library, const std::string& name) {
@@ -362,11 +280,8 @@ void register_kernels(torch::Library& library, const std::string& name) {
   } else if (name == "linear") {
     library.impl("linear", &linear_cpu);
     library.impl("linear_backward", &linear_backward_cpu);
-  } else if (name == "token_log_prob") {
-    library.impl("token_log_prob", &token_log_prob_cpu);
-    library.impl("token_log_prob_backward", &token_log_prob_backward_cpu);
   } else if (!register_attention(library, name) && !register_experts(library, name) &&
-             !register_inference(library, name) && !register_optimiser(library, name)) {
+             !register_inference(library, name) && !register_optimiser(library, name) && !register_loss(library, name)) {
     TORCH_CHECK(false, "there is no native kernel called ", name);
   }
 }

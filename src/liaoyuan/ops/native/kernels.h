@@ -46,15 +46,30 @@ void swiglu(const T* gate_up, T* out, int64_t rows, int64_t width);
 template <class T>
 void swiglu_backward(const T* grad, const T* gate_up, T* grad_gate_up, int64_t rows, int64_t width);
 
-// softmax.cpp: one chunk of columns first, ..., first + columns - 1 of the logits, row by row.
-// state [rows, 3]: running maximum, sum of exponentials, logit of the target.
+// softmax.cpp: a chunk of the logits, columns first, ..., first + columns - 1 of some rows.
 template <class T>
-void log_sum_exp_chunk(const T* logits, const int64_t* targets, float* state, int64_t rows, int64_t columns,
-                       int64_t first);
-// logits become (onehot - softmax) * grad.
+struct LogitChunk {
+  T* logits;
+  int64_t stride, rows, columns, first;
+};
+struct LogitState {  // of a row's logits so far; the two last if moments are wanted
+  float top, sum, chosen;  // the highest; sum of exp(logit - top); the target's
+  float product, logits;   // sum of exp(logit - top) * (logit - top); sum of the logits
+};
+// Take a chunk into the state, which begins with the first one. Targets that are not in the chunk do not count.
 template <class T>
-void softmax_gradient_chunk(T* logits, const int64_t* targets, const float* log_sum_exp, const float* grad,
-                            int64_t rows, int64_t columns, int64_t first);
+void read_logits(const LogitChunk<const T>& chunk, const int64_t* targets, LogitState* state, bool begin, bool moments);
+// The gradient of a row's logits z: softmax * (of_sum + (z - log_sum_exp) * slope) + every, and chosen at the target.
+struct LogitGradient {
+  float log_sum_exp, chosen, of_sum, slope, every;
+};
+// out [rows, columns] may be the logits themselves; without moments slope and every are zero.
+template <class T>
+void logit_gradients(const LogitChunk<const T>& chunk, T* out, const int64_t* targets, const LogitGradient* grads,
+                     bool moments);
+// total += part, in fp32: begin: total holds nothing yet; end: the sum goes to `out` instead.
+template <class T>
+void add_part(const T* part, float* total, T* out, int64_t count, bool begin, bool end);
 
 // attention.cpp. A token sees `window` tokens, itself included; sinks [query_heads] may be null.
 struct AttentionShape {

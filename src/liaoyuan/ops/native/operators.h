@@ -15,17 +15,21 @@ using OptionalTensor = std::optional<Tensor>;
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Register a kernel of mixtures of experts (binding_experts.cpp); false: there is none of this name.
 bool register_experts(torch::Library& library, const std::string& name);
 // Register a kernel of binding_inference.cpp or binding_optimiser.cpp; false: there is none of this name.
 bool register_inference(torch::Library& library, const std::string& name);
 bool register_optimiser(torch::Library& library, const std::string& name);
+// Register the kernel of the loss head (binding_loss.cpp); false: there is none of this name.
+bool register_loss(torch::Library& library, const std::string& name);
 // Register a kernel of attention (binding_attention.cpp); false: there is none of this name.
 bool register_attention(torch::Library& library, const std::string& name);
 
 // Register the differentiable side of the operator `name`; does nothing for operators without one.
 void register_autograd(torch::Library& library, const std::string& name);
 void register_experts_autograd(torch::Library& library, const std::string& name);
+void register_loss_autograd(torch::Library& library, const std::string& name);
 
 }  // namespace liaoyuan

@@ -1,4 +1,4 @@
-// The passes over a chunk of logits that token_log_prob needs around its matrix products, and the cache scatter.
+// The passes over a chunk of logits that the loss head needs around its matrix products, and the cache scatter.
 #include <algorithm>
 
 #include "kernels.h"
@@ -19,50 +19,102 @@ void over_rows(int64_t rows, int64_t columns, const Body& body) {
 
 }  // namespace
 
+namespace {
+
+constexpr float LOWEST = -3.4e38f;
+
+// The chunk's lanes from i on; those past the end are LOWEST, whose exponential is zero.
 template <class T>
-void log_sum_exp_chunk(const T* logits, const int64_t* targets, float* state, int64_t rows, int64_t columns,
-                       int64_t first) {
-  over_rows(rows, columns, [&](int64_t row) {
-    const T* x = logits + row * columns;
-    int64_t whole = columns / LANES * LANES;
-    Vec tops = splat(-3.4e38f);
-    for (int64_t i = 0; i < whole; i += LANES) tops = maximum(tops, load(x + i));
-    float top = highest(tops);
-    for (int64_t i = whole; i < columns; ++i) top = std::max(top, widen(x[i]));
-    float *running = state + row * 3, old = first ? running[0] : top;
-    top = std::max(top, old);
-    Vec sums{};
-    for (int64_t i = 0; i < columns; i += LANES) {
-      Vec value = load(x + i, columns - i);
-      if (columns - i < LANES) {  // lanes past the end must not count
-        float lane[LANES];
-        store(lane, value);
-        for (int64_t k = columns - i; k < LANES; ++k) lane[k] = -3.4e38f;
-        value = load(lane);
-      }
-      sums += exponential(value - splat(top));
+Vec load_low(const T* x, int64_t i, int64_t columns) {
+  Vec value = load(x + i, columns - i);
+  if (columns - i >= LANES) return value;
+  float lane[LANES];
+  store(lane, value);
+  for (int64_t k = columns - i; k < LANES; ++k) lane[k] = LOWEST;
+  return load(lane);
+}
+
+// exp of what is zero or less.
+Vec power(Vec x) { return power_of_two(x * 1.44269504f); }
+
+}  // namespace
+
+template <class T, bool MOMENTS>
+void read_row(const T* x, int64_t target, LogitState& state, int64_t columns, bool begin) {
+  int64_t whole = columns / LANES * LANES;
+  Vec tops = splat(LOWEST);
+  for (int64_t i = 0; i < whole; i += LANES) tops = maximum(tops, load(x + i));
+  float top = highest(tops);
+  for (int64_t i = whole; i < columns; ++i) top = std::max(top, widen(x[i]));
+  float shift = 0.0f, keep = 0.0f;
+  if (!begin) {
+    shift = state.top - std::max(top, state.top);
+    keep = sum(power(splat(shift))) / LANES;
+    top = std::max(top, state.top);
+  }
+  Vec sums{}, products{}, logits{};
+  for (int64_t i = 0; i < columns; i += LANES) {
+    Vec below = load_low(x, i, columns) - splat(top), one = power(below);
+    sums += one;
+    if constexpr (MOMENTS) {
+      products += one * below;  // zero past the end: zero times a finite number
+      logits += load(x + i, columns - i);
     }
-    float before = first ? running[1] * sum(exponential(splat(old - top))) / LANES : 0.0f;
-    int64_t target = targets[row] - first;
-    running[0] = top;
-    running[1] = before + sum(sums);
-    if (target >= 0 && target < columns) running[2] = widen(x[target]);
+  }
+  if constexpr (MOMENTS) {
+    state.product = (begin ? 0.0f : keep * (state.product + shift * state.sum)) + sum(products);
+    state.logits = (begin ? 0.0f : state.logits) + sum(logits);
+  }
+  state.sum = (begin ? 0.0f : keep * state.sum) + sum(sums);
+  state.top = top;
+  if (begin) state.chosen = 0.0f;
+  if (target >= 0 && target < columns) state.chosen = widen(x[target]);
+}
+
+template <class T>
+void read_logits(const LogitChunk<const T>& chunk, const int64_t* targets, LogitState* state, bool begin, bool moments) {
+  over_rows(chunk.rows, chunk.columns, [&](int64_t row) {
+    (moments ? read_row<T, true> : read_row<T, false>)(chunk.logits + row * chunk.stride, targets[row] - chunk.first,
+                                                       state[row], chunk.columns, begin);
+  });
+}
+
+template <class T, bool MOMENTS>
+void gradient_row(const T* x, T* out, int64_t target, const LogitGradient& grad, int64_t columns) {
+  Vec shift = splat(grad.log_sum_exp), factor = splat(grad.of_sum), slope = splat(grad.slope), every = splat(grad.every);
+  auto gradient = [&](Vec logits) {
+    Vec below = logits - shift, one = power(below);
+    if constexpr (MOMENTS) return one * (factor + below * slope) + every;
+    return one * factor;
+  };
+  bool here = target >= 0 && target < columns;
+  T at_target[LANES];
+  if (here) store(at_target, gradient(splat(widen(x[target]))) + grad.chosen);
+  for (int64_t i = 0; i < columns; i += LANES) store(out + i, gradient(load(x + i, columns - i)), columns - i);
+  if (here) out[target] = at_target[0];
+}
+
+template <class T>
+void logit_gradients(const LogitChunk<const T>& chunk, T* out, const int64_t* targets, const LogitGradient* grads,
+                     bool moments) {
+  over_rows(chunk.rows, chunk.columns, [&](int64_t row) {
+    (moments ? gradient_row<T, true> : gradient_row<T, false>)(chunk.logits + row * chunk.stride,
+                                                               out + row * chunk.columns, targets[row] - chunk.first,
+                                                               grads[row], chunk.columns);
   });
 }
 
 template <class T>
-void softmax_gradient_chunk(T* logits, const int64_t* targets, const float* log_sum_exp, const float* grad,
-                            int64_t rows, int64_t columns, int64_t first) {
-  over_rows(rows, columns, [&](int64_t row) {
-    T* x = logits + row * columns;
-    Vec shift = splat(log_sum_exp[row]), factor = splat(-grad[row]);
-    int64_t target = targets[row] - first;
-    bool here = target >= 0 && target < columns;
-    T at_target[LANES];
-    if (here) store(at_target, (1.0f - exponential(splat(widen(x[target])) - shift)) * grad[row]);
-    for (int64_t i = 0; i < columns; i += LANES)
-      store(x + i, exponential(load(x + i, columns - i) - shift) * factor, columns - i);
-    if (here) x[target] = at_target[0];
+void add_part(const T* part, float* total, T* out, int64_t count, bool begin, bool end) {
+  over_rows(count / LANES + 1, LANES, [&](int64_t row) {
+    int64_t i = row * LANES, left = count - i;
+    if (left <= 0) return;
+    Vec value = load(part + i, left);
+    if (!begin) value += load(total + i, left);
+    if (end)
+      store(out + i, value, left);
+    else
+      store(total + i, value, left);
   });
 }
 
@@ -72,9 +124,10 @@ void write_cache(const char* from, char* cache, const int64_t* slots, int64_t ro
   });
 }
 
-#define INSTANTIATE(T)                                                                                     \
-  template void log_sum_exp_chunk<T>(const T*, const int64_t*, float*, int64_t, int64_t, int64_t);          \
-  template void softmax_gradient_chunk<T>(T*, const int64_t*, const float*, const float*, int64_t, int64_t, int64_t);
+#define INSTANTIATE(T)                                                                                            \
+  template void read_logits<T>(const LogitChunk<const T>&, const int64_t*, LogitState*, bool, bool);              \
+  template void logit_gradients<T>(const LogitChunk<const T>&, T*, const int64_t*, const LogitGradient*, bool);   \
+  template void add_part<T>(const T*, float*, T*, int64_t, bool, bool);
 INSTANTIATE(float)
 INSTANTIATE(BFloat16)
 
