@@ -21,11 +21,14 @@ bool register_experts(torch::Library& library, const std::string& name);
 // Register a kernel of binding_inference.cpp or binding_optimiser.cpp; false: there is none of this name.
 bool register_inference(torch::Library& library, const std::string& name);
 bool register_optimiser(torch::Library& library, const std::string& name);
+// Register a kernel of rotary embedding or gated activations (binding_rows.cpp); false: there is none of this name.
+bool register_rows(torch::Library& library, const std::string& name);
 // Register a kernel of attention (binding_attention.cpp); false: there is none of this name.
 bool register_attention(torch::Library& library, const std::string& name);
 
 // Register the differentiable side of the operator `name`; does nothing for operators without one.
 void register_autograd(torch::Library& library, const std::string& name);
 void register_experts_autograd(torch::Library& library, const std::string& name);
+void register_rows_autograd(torch::Library& library, const std::string& name);
 
 }  // namespace liaoyuan
