@@ -16,17 +16,27 @@ inline Vec at_most(Vec x, float limit) { return choose(x > splat(limit), splat(l
 inline Vec at_least(Vec x, float limit) { return choose(x < splat(limit), splat(limit), x); }
 #endif
 
-// e^x; x counts as -87 below that, as 88 above. 2^n times a polynomial fitted to e^r for |r| <= log(2) / 2; relative
-// error below 2e-7.
-inline Vec bounded_exponential(Vec x) {
-  const float log2_e = 1.44269504f;
-  x = at_least(at_most(x, 88.0f), -87.0f);
+inline Vec nearest(Vec x) {  // integer, for |x| < 2^22
 #ifdef __AVX512F__
-  Vec n = (Vec)_mm512_roundscale_ps((__m512)(x * log2_e), 8);
+  return (Vec)_mm512_roundscale_ps((__m512)x, 8);
 #else
   const float round = 12582912.0f;  // adding and taking away 1.5 * 2^23 rounds to an integer
-  Vec shifted = x * log2_e + round, n = shifted - round;
+  return (x + round) - round;
 #endif
+}
+inline Vec scaled(Vec x, Vec n) {  // x * 2^n, no number on the way or at the end out of range; n an integer
+#ifdef __AVX512F__
+  return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n);
+#else
+  return (Vec)((IntVec)x + ((IntVec)(n + 12582912.0f) << 23));
+#endif
+}
+
+// e^x and 2^x, by polynomials fitted to them between the halves of two powers of two; relative errors below 2e-7. What
+// is beyond the bounds, -87 and 88, -126 and 127, counts as the nearer of them.
+inline Vec bounded_exponential(Vec x) {
+  x = at_least(at_most(x, 88.0f), -87.0f);
+  Vec n = nearest(x * 1.44269504f);
   Vec r = x - n * 0.693359375f;  // the first bits of log(2), so that the product is exact
   r = r + n * 2.12194440e-4f;
   Vec p = r * 8.29031478e-03f + 4.18979308e-02f;
@@ -34,12 +44,19 @@ inline Vec bounded_exponential(Vec x) {
   p = p * r + 4.99991502e-01f;
   p = p * r + 9.99999745e-01f;
   p = p * r + 1.0f;
-#ifdef __AVX512F__
-  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  return (Vec)((IntVec)p + ((IntVec)shifted << 23));
-#endif
+  return scaled(p, n);
 }
+inline Vec bounded_power_of_two(Vec x) {
+  x = at_least(at_most(x, 127.0f), -126.0f);
+  Vec n = nearest(x), r = x - n;
+  Vec p = r * 1.32647273e-3f + 9.67151299e-3f;
+  p = p * r + 5.55073358e-2f;
+  p = p * r + 2.40222424e-1f;
+  p = p * r + 6.93147004e-1f;
+  p = p * r + 1.0f;
+  return scaled(p, n);
+}
+constexpr float LOG2_E = 1.44269504f;
 
 struct Point {
   Vec value, slope;
@@ -87,14 +104,15 @@ struct Gelu : PlainUp {
 
 // The approximation of GELU by tanh: x * sigmoid(2 u), u = sqrt(2 / pi) * (x + 0.044715 x^3).
 struct GeluTanh : PlainUp {
-  Vec value(Vec x) const {
-    Vec twice = x * (x * x * 0.0713548163f + 1.59576912f);
-    return x / (1.0f + bounded_exponential(-twice));
+  static constexpr float LINEAR = 1.59576912f, CUBIC = 0.0713548163f;  // of 2 u
+
+  static Vec exponential(Vec x, Vec square) {  // of -2 u
+    return bounded_power_of_two(x * (square * (-CUBIC * LOG2_E) - LINEAR * LOG2_E));
   }
+  Vec value(Vec x) const { return x / (1.0f + exponential(x, x * x)); }
   Point at(Vec x) const {
-    Vec square = x * x, twice = x * (square * 0.0713548163f + 1.59576912f);
-    Vec e = bounded_exponential(-twice), sigmoid = 1.0f / (1.0f + e), value = x * sigmoid;
-    return {value, sigmoid + value * (e * sigmoid) * (square * 0.214064449f + 1.59576912f)};
+    Vec square = x * x, e = exponential(x, square), sigmoid = 1.0f / (1.0f + e), value = x * sigmoid;
+    return {value, sigmoid + value * (e * sigmoid) * (square * (3.0f * CUBIC) + LINEAR)};
   }
 };
 
@@ -104,18 +122,16 @@ struct ClampedSilu {
 
   Vec value(Vec x) const {
     x = at_most(x, limit);
-    return x / (1.0f + bounded_exponential(x * -alpha));
+    return x / (1.0f + bounded_power_of_two(x * (-alpha * LOG2_E)));
   }
   Point at(Vec x) const {
-    Vec held = at_most(x, limit), e = bounded_exponential(held * -alpha), sigmoid = 1.0f / (1.0f + e);
+    Vec held = at_most(x, limit), e = bounded_power_of_two(held * (-alpha * LOG2_E)), sigmoid = 1.0f / (1.0f + e);
     Vec value = held * sigmoid, slope = sigmoid + value * (e * sigmoid) * alpha;
-    return {value, choose(x > splat(limit), Vec{}, slope)};
+    return {value, choose(held != x, Vec{}, slope)};
   }
-  Vec factor(Vec up) const { return at_least(at_most(up, limit), -limit) + 1.0f; }
-  Vec passed(Vec grad, Vec up) const {
-    grad = choose(up > splat(limit), Vec{}, grad);
-    return choose(up < splat(-limit), Vec{}, grad);
-  }
+  Vec held_up(Vec up) const { return at_least(at_most(up, limit), -limit); }
+  Vec factor(Vec up) const { return held_up(up) + 1.0f; }
+  Vec passed(Vec grad, Vec up) const { return choose(held_up(up) != up, Vec{}, grad); }
 };
 
 }  // namespace liaoyuan
