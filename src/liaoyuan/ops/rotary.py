@@ -266,7 +266,7 @@ LATENT_ROTARY = register(
             _latent_sample(*sizes, dtype)
             for sizes in ((3, 2, 5, 6, 7), (40, 3, 48, 64, 40), (0, 2, 4, 2, 3), (2, 1, 0, 32, 1))
         ),
-        workload=lambda dtype: _latent_sample(2048, 4, 128, 64, 128, dtype),
+        workload=lambda dtype: _latent_sample(1024, 16, 128, 64, 128, dtype),
         flops=lambda *_: 0,
         traffic=_latent_traffic,
         gradient=Gradient(
