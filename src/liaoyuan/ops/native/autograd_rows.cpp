@@ -117,7 +117,8 @@ struct Gated : Function<Gated<Name, Numbers...>> {
     static auto op = find<Tensor(const Tensor&, const Tensor&, Numbers...)>(Name::backward);
     auto numbers = context->saved_data["numbers"].toTuple();
     Tensor gate_up = context->get_saved_variables()[0];
-    return {op.call(grads[0], gate_up, numbers->elements()[places].template to<Numbers>()...), (void(places), Tensor())...};
+    Tensor found = op.call(grads[0], gate_up, numbers->elements()[places].template to<Numbers>()...);
+    return {found, (void(places), Tensor())...};
   }
 };
 

@@ -16,7 +16,8 @@ void check_angles(const Tensor& cosine, const Tensor& sine, int64_t rows, int64_
   for (const Tensor& angle : {cosine, sine})
     TORCH_CHECK(angle.scalar_type() == at::kFloat && angle.dim() == 2 && angle.size(0) == rows &&
                     angle.size(1) == dim / 2,
-                "the angles must be float32 [", rows, ", ", dim / 2, "], not ", angle.scalar_type(), " ", angle.sizes());
+                "the angles must be float32 [", rows, ", ", dim / 2, "], not ", angle.scalar_type(), " ",
+                angle.sizes());
 }
 
 RotaryShape rotary_shape(const Tensor& qkv, const Tensor& cosine, const Tensor& sine, const OptionalTensor& query_norm,
@@ -159,7 +160,9 @@ GateKind clamped_kind(double limit, double alpha) { return {GateKind::clamped_si
 constexpr GateKind SILU{GateKind::silu, 0.0f, 0.0f};
 
 Tensor swiglu_cpu(const Tensor& gate_up) { return gated_cpu(gate_up, SILU); }
-Tensor swiglu_backward_cpu(const Tensor& grad, const Tensor& gate_up) { return gated_backward_cpu(grad, gate_up, SILU); }
+Tensor swiglu_backward_cpu(const Tensor& grad, const Tensor& gate_up) {
+  return gated_backward_cpu(grad, gate_up, SILU);
+}
 Tensor geglu_cpu(const Tensor& gate_up, bool approximate) { return gated_cpu(gate_up, gelu_kind(approximate)); }
 Tensor geglu_backward_cpu(const Tensor& grad, const Tensor& gate_up, bool approximate) {
   return gated_backward_cpu(grad, gate_up, gelu_kind(approximate));

@@ -53,8 +53,8 @@ void latent_rotary_backward(const T* grad_query, const T* grad_key, const T* gra
                             const float* sine, T* grad_unturned, T* grad_expanded, T* grad_shared,
                             const LatentShape& shape);
 
-// gated.cpp: activation(gate) * up of pairs (gate, up) in memory; count: of the results. limit and alpha: of the clamped
-// one alone.
+// gated.cpp: activation(gate) * up of pairs (gate, up) in memory; count: of the results. The clamped one alone has a
+// limit and alpha.
 struct GateKind {
   enum { silu, gelu, gelu_tanh, clamped_silu } activation;
   float limit, alpha;

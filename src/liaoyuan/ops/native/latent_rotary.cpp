@@ -14,7 +14,8 @@ constexpr int64_t ELEMENTS_PER_TASK = 16384;
 template <class Body>
 void over_rows(const LatentShape& s, const HeadLayout& layout, const float* cosine, const float* sine,
                const Body& body) {
-  int64_t width = s.heads * (2 * (s.own + s.turned) + s.value_dim), step = std::max<int64_t>(1, ELEMENTS_PER_TASK / width);
+  int64_t width = s.heads * (2 * (s.own + s.turned) + s.value_dim);
+  int64_t step = std::max<int64_t>(1, ELEMENTS_PER_TASK / width);
   parallel((s.rows + step - 1) / step, [&](int64_t task) {
     float angles[MAX_ROOM];
     for (int64_t row = task * step; row < std::min(s.rows, (task + 1) * step); ++row)

@@ -164,7 +164,8 @@ void forward_row(const T* qkv, const Angle& angle, const std::vector<Head>& head
       continue;
     }
     T* turned = layout.is_dense() ? head : result;
-    turn_normed(layout.laid_out(qkv + heads[n].merged, space), angle, norms.of(heads[n]), scales[n], turned, layout.room);
+    turn_normed(layout.laid_out(qkv + heads[n].merged, space), angle, norms.of(heads[n]), scales[n], turned,
+                layout.room);
     layout.bring_back(turned, head);
   }
   for (int64_t h = 0; h < s.key_heads; ++h)
@@ -238,8 +239,8 @@ void split_rotary(const T* qkv, const float* cosine, const float* sine, const T*
     std::vector<float> scales(heads.size());
     float angles[MAX_ROOM];
     for (int64_t row = task * step; row < std::min(s.rows, (task + 1) * step); ++row)
-      forward_row(qkv + row * width, laid_out(layout, cosine + row * layout.half, sine + row * layout.half, angles), heads,
-                  norms, Apart<T>{query, key, value}.row(row, s), scales.data(), s, layout);
+      forward_row(qkv + row * width, laid_out(layout, cosine + row * layout.half, sine + row * layout.half, angles),
+                  heads, norms, Apart<T>{query, key, value}.row(row, s), scales.data(), s, layout);
   });
 }
 
