@@ -1,10 +1,9 @@
-"""Norms, rotary embedding, SwiGLU and the linear layer against their definitions in fp64."""
+"""Norms and the linear layer against their definitions in fp64."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from liaoyuan.ops import add_rms_norm, exact_rows, linear, rms_norm, split_rotary, swiglu
+from liaoyuan.ops import add_rms_norm, exact_rows, linear, rms_norm
 from tests.ops.cases import difference, random
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
@@ -57,38 +56,6 @@ def test_an_unused_output_of_add_rms_norm_gives_no_gradient():
     assert torch.equal(torch.autograd.grad(total.sum(), x, retain_graph=True)[0], torch.ones(5, 16))
     expected = torch.autograd.grad(normed(residual + x, weight, 1e-6).pow(2).sum(), x)[0]
     assert difference(torch.autograd.grad(out.pow(2).sum(), x)[0], expected) < 1e-5
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 21), (150, 200), (0, 16)])
-def test_swiglu(rows, width, dtype):
-    def definition(gate_up):
-        return F.silu(gate_up[:, ::2]) * gate_up[:, 1::2]
-
-    compare(swiglu, definition, (3 * random(rows, 2 * width, dtype=dtype),), dtype, (0,))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_norm", [False, True])
-@pytest.mark.parametrize(
-    ("rows", "heads", "groups", "dim"), [(1, 1, 1, 16), (40, 2, 3, 24), (130, 1, 2, 64), (3, 2, 1, 2)]
-)
-def test_split_rotary(rows, heads, groups, dim, with_norm, dtype):
-    qkv = random(rows, heads * (groups + 2) * dim, dtype=dtype)
-    angle = torch.rand(rows, dim // 2, generator=torch.Generator().manual_seed(1)) * 6
-    norms = [1 + 0.1 * random(dim, seed=i).to(dtype) for i in (2, 3)] if with_norm else [None, None]
-
-    def definition(qkv, cosine, sine, heads, dim, query_norm, key_norm, eps):
-        rotation = torch.complex(cosine, sine)[:, None]
-        parts = qkv.view(rows, heads, groups + 2, dim)
-        query, key, value = parts[:, :, :-2].reshape(rows, -1, dim), parts[:, :, -2], parts[:, :, -1]
-        if query_norm is not None:
-            query, key = normed(query, query_norm, eps), normed(key, key_norm, eps)
-        turned = (torch.complex(*x.chunk(2, -1)) * rotation for x in (query, key))
-        return *(torch.cat((x.real, x.imag), -1) for x in turned), value
-
-    inputs = (qkv, angle.cos(), angle.sin(), heads, dim, *norms, 1e-6)
-    compare(split_rotary, definition, inputs, dtype, (0, 5, 6) if with_norm else (0,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from liaoyuan.models.config import Latent, ModelConfig
 from liaoyuan.models.context import AttentionContext, Pattern
 from liaoyuan.models.layers import Linear, RMSNorm
-from liaoyuan.ops import rotate, split_rotary
+from liaoyuan.ops import latent_rotary, split_rotary
 
 
 class Attention(nn.Module):
@@ -74,16 +74,13 @@ class LatentAttention(nn.Module):
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, context: AttentionContext) -> Tensor:
         """x [N, H], cosine and sine [N, qk_rope_head_dim / 2] -> [N, H]."""
         latent = self.latent
-        own, turned = latent.qk_nope_head_dim, latent.qk_rope_head_dim
-        query = self._query(x).unflatten(1, (-1, own + turned))
-        query = torch.cat([query[..., :own], rotate(query[..., own:], cosine, sine)], -1)
-        compressed, shared = self.kv_a_proj_with_mqa(x).split([latent.kv_lora_rank, turned], 1)
-        shared = rotate(shared[:, None], cosine, sine)
-        expanded = self.kv_b_proj(self.kv_a_layernorm(compressed.contiguous())).unflatten(1, (query.shape[1], -1))
-        key, value = expanded.split([own, latent.v_head_dim], -1)
-        key = torch.cat([key, shared.expand(-1, query.shape[1], -1)], -1)
+        query = self._query(x)
+        compressed, shared = self.kv_a_proj_with_mqa(x).split([latent.kv_lora_rank, latent.qk_rope_head_dim], 1)
+        expanded = self.kv_b_proj(self.kv_a_layernorm(compressed.contiguous()))
+        heads = query.shape[1] // (latent.qk_nope_head_dim + latent.qk_rope_head_dim)
+        query, key, value = latent_rotary(query, expanded, shared, cosine, sine, heads)
         pattern = Pattern(self.scale, self.window)
-        return self.o_proj(context.attend(self.layer, query, key, value.contiguous(), pattern).flatten(1))
+        return self.o_proj(context.attend(self.layer, query, key, value, pattern).flatten(1))
 
     def _query(self, x: Tensor) -> Tensor:
         """x [N, H] -> [N, Hq * D]."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from liaoyuan.models.config import Experts, ModelConfig
 from liaoyuan.models.layers import FeedForward
-from liaoyuan.ops import combine_rows, grouped_linear, permute_rows, route, swiglu, wide
+from liaoyuan.ops import clamped_swiglu, combine_rows, grouped_linear, permute_rows, route, swiglu, wide
 
 GroupedExperts = Callable[[Tensor, Tensor], Tensor]  # rows sorted by expert [R, H], number of each [E] -> [R, H]
 
@@ -115,10 +115,3 @@ class MixtureOfExperts(nn.Module):
         weights, chosen = self.gate(x)
         out = self.dispatch(x, chosen, weights, self.experts, self.gate.experts.num_experts)
         return out if self.shared_experts is None else out + self.shared_experts(x)
-
-
-def clamped_swiglu(gate_up: Tensor, limit: float, alpha: float) -> Tensor:
-    """gpt-oss's gated unit, [R, 2 W] -> [R, W]: (up + 1) * gate * sigmoid(alpha * gate), both clamped by `limit`."""
-    gate, up = gate_up.unflatten(1, (-1, 2)).unbind(-1)
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return (up + 1) * gate * torch.sigmoid(alpha * gate)

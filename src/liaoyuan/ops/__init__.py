@@ -20,6 +20,7 @@ from liaoyuan.ops.cross_entropy import (
     merge_statistics,
     token_log_prob,
 )
+from liaoyuan.ops.gated import clamped_swiglu, geglu, swiglu
 from liaoyuan.ops.grouped_linear import grouped_linear
 from liaoyuan.ops.linear import exact_rows, linear
 from liaoyuan.ops.norm import add_rms_norm, rms_norm
@@ -28,10 +29,9 @@ from liaoyuan.ops.optimiser import adamw_step, clip, global_norm, newton_schulz,
 from liaoyuan.ops.paged_attention import paged_attention, write_cache
 from liaoyuan.ops.permutation import combine_rows, permute_rows
 from liaoyuan.ops.quantised_linear import QuantisedWeight, dequantise, quantise, quantised_linear
-from liaoyuan.ops.rotary import rotate, split_rotary
+from liaoyuan.ops.rotary import latent_rotary, split_rotary
 from liaoyuan.ops.route import route
 from liaoyuan.ops.sampling import Sampled, packed_mask, sample_tokens, sampling_settings
-from liaoyuan.ops.swiglu import swiglu
 
 __all__ = [
     "CrossEntropy",
@@ -48,13 +48,16 @@ __all__ = [
     "block_attention_backward",
     "build",
     "checksum",
+    "clamped_swiglu",
     "clip",
     "combine_rows",
     "configure",
     "dequantise",
     "exact_rows",
+    "geglu",
     "global_norm",
     "grouped_linear",
+    "latent_rotary",
     "linear",
     "linear_cross_entropy",
     "logit_statistics",
@@ -69,7 +72,6 @@ __all__ = [
     "quantise",
     "quantised_linear",
     "rms_norm",
-    "rotate",
     "route",
     "sample_tokens",
     "sampling_settings",

@@ -1,7 +1,10 @@
-"""Split the merged query-key-value projection, normalise query and key per head (optional), rotate them.
+"""From projections to rotated heads: of grouped-query attention with QK-norm (optional), and of latent attention.
 
-Rotary embedding: Su et al. 2021 (arXiv 2104.09864), in the half-split layout of Hugging Face Llama.
-QK-norm: Henry et al. 2020 (arXiv 2010.04245), as RMSNorm over the head dimension (Qwen3).
+Rotary embedding: Su et al. 2021 (arXiv 2104.09864), in the half-split layout of Hugging Face Llama. It is the only one
+here: dimensions that a family's files lay out in pairs (GLM, DeepSeek) are put in this order when weights are read, a
+head that is rotated in part has pairs of angle zero, and every scaling (linear, Llama 3, YaRN with its factor) is in
+the angles. QK-norm: Henry et al. 2020 (arXiv 2010.04245), as RMSNorm over the head dimension (Qwen3). Latent attention:
+DeepSeek-V2 (arXiv 2405.04434), sec. 2.1.3.
 """
 
 from collections.abc import Iterator
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs, wide
@@ -33,11 +37,59 @@ def split_rotary(
         qkv: [N, Hk * (G + 2) * D]; for each key-value head its G query heads, its key, its value.
         cosine, sine: [N, D / 2] fp32, the angles of each token's position.
         query_norm, key_norm: [D] weights of QK-norm, or None.
+
+    Raises:
+        LiaoyuanError: the projection or the angles do not fit the heads.
     """
+    if (
+        head_dim % 2
+        or qkv.shape[1] % (num_key_value_heads * head_dim)
+        or qkv.shape[1] < 3 * num_key_value_heads * head_dim
+    ):
+        raise LiaoyuanError(
+            f"qkv {list(qkv.shape)} does not fit {num_key_value_heads} key-value heads of {head_dim} dimensions."
+        )
+    _check_angles(cosine, sine, len(qkv), head_dim)
     arguments = (qkv, cosine, sine, num_key_value_heads, head_dim, query_norm, key_norm, eps)
     if head_dim <= MAX_DIM and cosine.dtype is torch.float32 and takes(SPLIT_ROTARY, qkv, query_norm, key_norm):
         return SPLIT_ROTARY.call(*arguments)
     return _split_rotary(*arguments)
+
+
+def latent_rotary(
+    query: Tensor, expanded: Tensor, shared: Tensor, cosine: Tensor, sine: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return contiguous query [N, H, O + R], key [N, H, O + R] and value [N, H, V] of latent attention.
+
+    Args:
+        query: [N, H * (O + R)]; of each head the last R dimensions are rotated.
+        expanded: [N, H * (O + V)]; for each head its key's own dimensions and its value.
+        shared: [N, R], what all heads' keys have behind their own once it is rotated.
+        cosine, sine: [N, R / 2] fp32, the angles of each token's position.
+
+    Raises:
+        LiaoyuanError: the sizes do not fit each other.
+    """
+    turned = shared.shape[1]
+    own = query.shape[1] // heads - turned
+    if turned % 2 or query.shape[1] % heads or expanded.shape[1] % heads or not 0 <= own <= expanded.shape[1] // heads:
+        raise LiaoyuanError(
+            f"query {list(query.shape)}, expanded {list(expanded.shape)} and shared {list(shared.shape)} "
+            f"do not fit {heads} heads."
+        )
+    _check_angles(cosine, sine, len(query), turned)
+    arguments = (query, expanded, shared, cosine, sine, heads)
+    if turned <= MAX_DIM and cosine.dtype is torch.float32 and takes(LATENT_ROTARY, query, expanded, shared):
+        return LATENT_ROTARY.call(*arguments)
+    return _latent_rotary(*arguments)
+
+
+def _check_angles(cosine: Tensor, sine: Tensor, tokens: int, dim: int) -> None:
+    if cosine.shape != (tokens, dim // 2) or sine.shape != cosine.shape:
+        raise LiaoyuanError(
+            f"cosine {list(cosine.shape)} and sine {list(sine.shape)} must be [{tokens}, {dim // 2}]: "
+            "an angle for each token and pair of dimensions."
+        )
 
 
 def _split_rotary(
@@ -55,7 +107,7 @@ def _split_rotary(
     key, value = groups[:, :, -2], groups[:, :, -1].contiguous()
     if query_norm is not None and key_norm is not None:
         query, key = _normalise(query, query_norm, eps), _normalise(key, key_norm, eps)
-    return rotate(query, cosine, sine), rotate(key, cosine, sine), value
+    return _rotate(query, cosine, sine), _rotate(key, cosine, sine), value
 
 
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -63,7 +115,7 @@ def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Return x [N, H, D] turned by angles whose cosine and sine are [N, D / 2], fp32; pairs are (i, i + D / 2)."""
     cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)
     first, second = x.chunk(2, dim=-1)
@@ -130,7 +182,7 @@ SPLIT_ROTARY = register(
         samples=_samples,
         workload=_workload,
         flops=lambda qkv, *_: 0,
-        traffic=lambda qkv, *_: 2 * qkv.numel() * qkv.element_size(),
+        traffic=lambda qkv, cosine, sine, *_: 2 * qkv.nbytes + cosine.nbytes + sine.nbytes,
         gradient=Gradient(
             inputs=(0, 5, 6),
             schema="(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor qkv, Tensor cosine, Tensor sine, "
@@ -139,6 +191,92 @@ SPLIT_ROTARY = register(
             fake=_fake_backward,
             save=save_inputs,
             apply=_apply,
+        ),
+    )
+)
+
+
+def _latent_rotary(
+    query: Tensor, expanded: Tensor, shared: Tensor, cosine: Tensor, sine: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    query = query.unflatten(1, (heads, -1))
+    own = query.shape[2] - shared.shape[1]
+    query = torch.cat([query[..., :own], _rotate(query[..., own:], cosine, sine)], -1)
+    key, value = expanded.unflatten(1, (heads, -1)).tensor_split([own], -1)
+    shared = _rotate(shared[:, None], cosine, sine).expand(-1, heads, -1)
+    return query, torch.cat([key, shared], -1), value.contiguous()
+
+
+def _latent_backward(
+    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cosine: Tensor, sine: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    own = grad_key.shape[2] - 2 * cosine.shape[1]
+    query = torch.cat([grad_query[..., :own], _rotate(grad_query[..., own:], cosine, -sine)], -1)
+    shared = _rotate(wide(grad_key[..., own:]).sum(1, keepdim=True), cosine, -sine)[:, 0]
+    return query.flatten(1), torch.cat([grad_key[..., :own], grad_value], -1).flatten(1), shared.to(grad_key.dtype)
+
+
+def _save_angles(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[3], inputs[4])
+
+
+def _apply_latent(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    return *torch.ops.liaoyuan.latent_rotary_backward(*grads, *ctx.saved_tensors), None, None, None
+
+
+def _fake_latent(query: Tensor, expanded: Tensor, shared: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Any:
+    rows, dim = query.shape[0], query.shape[1] // heads
+    value_dim = expanded.shape[1] // heads - dim + shared.shape[1]
+    turned, key = (query.new_empty(rows, heads, dim) for _ in range(2))
+    return turned, key, query.new_empty(rows, heads, value_dim)
+
+
+def _fake_latent_backward(
+    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cosine: Tensor, sine: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, heads, dim = grad_key.shape
+    turned = 2 * cosine.shape[1]
+    query, shared = grad_key.new_empty(rows, heads * dim), grad_key.new_empty(rows, turned)
+    return query, grad_key.new_empty(rows, heads * (dim - turned + grad_value.shape[2])), shared
+
+
+def _latent_sample(rows: int, heads: int, own: int, turned: int, value: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(4)
+    widths = (heads * (own + turned), heads * (own + value), turned)
+    inputs = [torch.randn(rows, width, generator=generator).to(dtype) for width in widths]
+    angle = torch.randn(rows, turned // 2, generator=generator)
+    return *inputs, *(f(angle).to(dtype).float() for f in (torch.cos, torch.sin)), heads
+
+
+def _latent_traffic(query: Tensor, expanded: Tensor, shared: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> int:
+    key = len(query) * heads * shared.shape[1]  # the shared part is written for every head
+    elements = 2 * (query.numel() + expanded.numel()) + shared.numel() + key
+    return elements * query.element_size() + cosine.nbytes + sine.nbytes
+
+
+LATENT_ROTARY = register(
+    Operator(
+        name="latent_rotary",
+        kernels=(NATIVE, triton("rotary")),
+        schema="(Tensor query, Tensor expanded, Tensor shared, Tensor cosine, Tensor sine, int heads) "
+        "-> (Tensor, Tensor, Tensor)",
+        reference=_latent_rotary,
+        fake=_fake_latent,
+        samples=lambda dtype: (
+            _latent_sample(*sizes, dtype)
+            for sizes in ((3, 2, 5, 6, 7), (40, 3, 48, 64, 40), (0, 2, 4, 2, 3), (2, 1, 0, 32, 1))
+        ),
+        workload=lambda dtype: _latent_sample(1024, 16, 128, 64, 128, dtype),
+        flops=lambda *_: 0,
+        traffic=_latent_traffic,
+        gradient=Gradient(
+            inputs=(0, 1, 2),
+            schema="(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor cosine, Tensor sine) "
+            "-> (Tensor, Tensor, Tensor)",
+            reference=_latent_backward,
+            fake=_fake_latent_backward,
+            save=_save_angles,
+            apply=_apply_latent,
         ),
     )
 )

@@ -51,8 +51,12 @@ def test_norms(use, rows, width):
 
 @FEW
 @given(rows=st.integers(0, 40), width=st.integers(1, 200))
-def test_swiglu(use, rows, width):
-    agree(use("swiglu"), 3 * random(rows, 2 * width))
+def test_gated_activations(use, rows, width):
+    x = 3 * random(rows, 2 * width)
+    agree(use("swiglu"), x)
+    agree(use("geglu"), x, False)
+    agree(use("geglu"), x, True)
+    agree(use("clamped_swiglu"), x, 2.0, 1.5)
 
 
 @FEW
@@ -64,6 +68,18 @@ def test_split_rotary(use, rows, heads, groups, half, normed):
     qkv, angle = random(rows, heads * (groups + 2) * 2 * half), 6 * random(rows, half, seed=1)
     norms = [1 + 0.1 * random(2 * half, seed=i) if normed else None for i in (2, 3)]
     agree(use("split_rotary"), qkv, angle.cos(), angle.sin(), heads, 2 * half, *norms, 1e-6)
+
+
+@FEW
+@given(
+    rows=st.integers(0, 70), heads=st.integers(1, 3), own=st.integers(0, 40), half=st.integers(1, 20),
+    value=st.integers(1, 40),
+)  # fmt: skip
+def test_latent_rotary(use, rows, heads, own, half, value):
+    widths = (heads * (own + 2 * half), heads * (own + value), 2 * half)
+    parts = [random(rows, width, seed=i) for i, width in enumerate(widths)]
+    angle = 6 * random(rows, half, seed=4)
+    agree(use("latent_rotary"), *parts, angle.cos(), angle.sin(), heads)
 
 
 @FEW

@@ -19,9 +19,25 @@ ERRORS = [
     ("rms_norm", "norm", "summed += upper * x * scale", "summed += upper * x"),
     ("rms_norm", "norm", "tl.minimum(program * share + share, rows)", "tl.minimum(program * share + share, rows - 1)"),
     ("add_rms_norm", "norm", "result += tl.load(grad_total", "result -= tl.load(grad_total"),
-    ("swiglu", "swiglu", "gate * tl.sigmoid(gate) * up", "gate * tl.sigmoid(up) * up"),
-    ("swiglu", "swiglu", "(1.0 + gate * (1.0 - sigmoid))", "(1.0 + gate * sigmoid)"),
-    ("split_rotary", "rotary", "x * c - y * s", "x * c + y * s"),
+    ("swiglu", "gated", "return tl.sigmoid(alpha * gate)", "return tl.sigmoid(-alpha * gate)"),
+    ("swiglu", "gated", "share * (1.0 + alpha * gate * (1.0 - share))", "share * (1.0 + alpha * gate * share)"),
+    ("geglu", "gated", "0.5 + 0.5 * tl.erf(gate", "0.5 + 0.5 * tl.erf(-gate"),
+    ("geglu", "gated", "0.07135481627159768 * gate * gate", "0.07135481627159768 * gate"),
+    ("geglu", "gated", "tl.exp(-0.5 * gate * gate)", "tl.exp(-gate * gate)"),
+    ("geglu", "gated", "0.21406444881479304", "0.07135481627159768"),
+    ("clamped_swiglu", "gated", "of_gate = tl.where(gate > limit, 0.0, upper)", "of_gate = upper"),
+    ("clamped_swiglu", "gated", "(up > limit) | (up < -limit)", "up > limit"),
+    ("clamped_swiglu", "gated", "up = 1.0 + tl.where", "up = tl.where"),
+    ("split_rotary", "rotary", "one, two = (x * c - y * s)", "one, two = (x * c + y * s)"),
+    ("latent_rotary", "rotary", "at + OWN, x * c - y * s, y * c + x * s", "at + OWN, x * c + y * s, y * c - x * s"),
+    (
+        "latent_rotary",
+        "rotary",
+        "head * (OWN + VALUE) + OWN, head * VALUE, VALUE",
+        "head * (OWN + VALUE), head * VALUE, VALUE",
+    ),
+    ("latent_rotary", "rotary", "x * c + y * s, y * c - x * s, half", "x * c - y * s, y * c + x * s, half"),
+    ("latent_rotary", "rotary", "first += x", "first = x"),
     ("split_rotary", "rotary", "part == groups + 1", "part == groups"),
     ("split_rotary", "rotary", "second * c - first * s", "second * c + first * s"),
     ("split_rotary", "rotary", "scale * (first - x * inner)", "scale * (first - y * inner)"),
@@ -56,7 +72,7 @@ ERRORS = [
 ]
 
 
-MODULES = ("norm", "swiglu", "rotary", "loss_head", "softmax", "attention", "block_attention", "paged_attention")
+MODULES = ("norm", "gated", "rotary", "loss_head", "softmax", "attention", "block_attention", "paged_attention")
 
 
 @pytest.fixture

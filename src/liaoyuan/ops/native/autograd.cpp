@@ -64,73 +64,6 @@ Two add_rms_norm_autograd(const Tensor& residual, const Tensor& x, const Tensor&
   return {outputs[0], outputs[1]};
 }
 
-// ---- rotary
-
-Three call_split_rotary(const Tensor& qkv, const Tensor& cosine, const Tensor& sine, int64_t heads, int64_t dim,
-                        const OptionalTensor& query_norm, const OptionalTensor& key_norm, double eps) {
-  static auto op = find<Three(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, const OptionalTensor&,
-                              const OptionalTensor&, double)>("liaoyuan::split_rotary");
-  at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(qkv, cosine, sine, heads, dim, query_norm, key_norm, eps);
-}
-
-struct SplitRotary : Function<SplitRotary> {
-  static variable_list forward(AutogradContext* context, const Tensor& qkv, const Tensor& cosine, const Tensor& sine,
-                               int64_t heads, int64_t dim, const OptionalTensor& query_norm,
-                               const OptionalTensor& key_norm, double eps) {
-    context->save_for_backward({qkv, cosine, sine, value_of(query_norm), value_of(key_norm)});
-    context->saved_data["heads"] = heads;
-    context->saved_data["dim"] = dim;
-    context->saved_data["eps"] = eps;
-    auto [query, key, value] = call_split_rotary(qkv, cosine, sine, heads, dim, query_norm, key_norm, eps);
-    return {query, key, value};
-  }
-  static variable_list backward(AutogradContext* context, variable_list grads) {
-    static auto op = find<Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                const Tensor&, int64_t, int64_t, const OptionalTensor&, const OptionalTensor&, double)>(
-        "liaoyuan::split_rotary_backward");
-    auto saved = context->get_saved_variables();
-    auto [grad_qkv, grad_query_norm, grad_key_norm] =
-        op.call(grads[0], grads[1], grads[2], saved[0], saved[1], saved[2], context->saved_data["heads"].toInt(),
-                context->saved_data["dim"].toInt(), option_of(saved[3]), option_of(saved[4]),
-                context->saved_data["eps"].toDouble());
-    bool normed = saved[3].defined();
-    return {grad_qkv, Tensor(), Tensor(), Tensor(), Tensor(), normed ? grad_query_norm : Tensor(),
-            normed ? grad_key_norm : Tensor(), Tensor()};
-  }
-};
-
-Three split_rotary_autograd(const Tensor& qkv, const Tensor& cosine, const Tensor& sine, int64_t heads, int64_t dim,
-                            const OptionalTensor& query_norm, const OptionalTensor& key_norm, double eps) {
-  if (!needs_graph(qkv, query_norm, key_norm))
-    return call_split_rotary(qkv, cosine, sine, heads, dim, query_norm, key_norm, eps);
-  auto outputs = SplitRotary::apply(qkv, cosine, sine, heads, dim, query_norm, key_norm, eps);
-  return {outputs[0], outputs[1], outputs[2]};
-}
-
-// ---- swiglu
-
-Tensor call_swiglu(const Tensor& gate_up) {
-  static auto op = find<Tensor(const Tensor&)>("liaoyuan::swiglu");
-  at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(gate_up);
-}
-
-struct SwiGlu : Function<SwiGlu> {
-  static Tensor forward(AutogradContext* context, const Tensor& gate_up) {
-    context->save_for_backward({gate_up});
-    return call_swiglu(gate_up);
-  }
-  static variable_list backward(AutogradContext* context, variable_list grads) {
-    static auto op = find<Tensor(const Tensor&, const Tensor&)>("liaoyuan::swiglu_backward");
-    return {op.call(grads[0], context->get_saved_variables()[0])};
-  }
-};
-
-Tensor swiglu_autograd(const Tensor& gate_up) {
-  return needs_graph(gate_up) ? SwiGlu::apply(gate_up) : call_swiglu(gate_up);
-}
-
 // ---- linear
 
 Tensor call_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
@@ -206,12 +139,11 @@ Two attention_autograd(const Tensor& query, const Tensor& key, const Tensor& val
 void register_autograd(torch::Library& library, const std::string& name) {
   if (name == "rms_norm") library.impl("rms_norm", &rms_norm_autograd);
   if (name == "add_rms_norm") library.impl("add_rms_norm", &add_rms_norm_autograd);
-  if (name == "split_rotary") library.impl("split_rotary", &split_rotary_autograd);
-  if (name == "swiglu") library.impl("swiglu", &swiglu_autograd);
   if (name == "linear") library.impl("linear", &linear_autograd);
   if (name == "attention") library.impl("attention", &attention_autograd);
   register_experts_autograd(library, name);
   register_loss_autograd(library, name);
+  register_rows_autograd(library, name);
 }
 
 }  // namespace liaoyuan

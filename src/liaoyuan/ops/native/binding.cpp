@@ -109,88 +109,6 @@ Two add_rms_norm_cpu(const Tensor& residual_, const Tensor& x_, const Tensor& we
   return {total, result};
 }
 
-// ---- rotary
-
-RotaryShape rotary_shape(const Tensor& qkv, const Tensor& cosine, const Tensor& sine, const OptionalTensor& query_norm,
-                         const OptionalTensor& key_norm, int64_t key_heads, int64_t dim, double eps) {
-  TORCH_CHECK(qkv.dim() == 2 && dim > 0 && dim <= 512 && dim % 2 == 0 && key_heads > 0 &&
-                  qkv.size(1) % (key_heads * dim) == 0 && qkv.size(1) / (key_heads * dim) > 2,
-              "the merged projection does not fit its heads");
-  for (const Tensor& angle : {cosine, sine})
-    TORCH_CHECK(angle.scalar_type() == at::kFloat && angle.dim() == 2 && angle.size(0) == qkv.size(0) &&
-                    angle.size(1) == dim / 2,
-                "the angles must be float32 of shape [tokens, dim / 2]");
-  TORCH_CHECK(query_norm.has_value() == key_norm.has_value(), "both heads are normalised, or none");
-  if (query_norm)
-    for (const Tensor& norm : {*query_norm, *key_norm}) {
-      same_type(qkv, norm);
-      TORCH_CHECK(norm.numel() == dim, "a norm's weight does not fit the head");
-    }
-  return {qkv.size(0), key_heads, qkv.size(1) / (key_heads * dim) - 2, dim, float(eps)};
-}
-
-Three split_rotary_cpu(const Tensor& qkv_, const Tensor& cosine_, const Tensor& sine_, int64_t key_heads, int64_t dim,
-                       const OptionalTensor& query_norm_, const OptionalTensor& key_norm_, double eps) {
-  RotaryShape shape = rotary_shape(qkv_, cosine_, sine_, query_norm_, key_norm_, key_heads, dim, eps);
-  Tensor qkv = dense(qkv_), cosine = dense(cosine_), sine = dense(sine_);
-  OptionalTensor query_norm = dense(query_norm_), key_norm = dense(key_norm_);
-  Tensor query = at::empty({shape.rows, key_heads * shape.groups, dim}, qkv.options());
-  Tensor key = at::empty({shape.rows, key_heads, dim}, qkv.options()), value = at::empty_like(key);
-  by_type(qkv, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    split_rotary<T>(in<T>(qkv), in<float>(cosine), in<float>(sine), in<T>(query_norm), in<T>(key_norm), out<T>(query),
-                    out<T>(key), out<T>(value), shape);
-  });
-  return {query, key, value};
-}
-
-Three split_rotary_backward_cpu(const Tensor& grad_query_, const Tensor& grad_key_, const Tensor& grad_value_,
-                                const Tensor& qkv_, const Tensor& cosine_, const Tensor& sine_, int64_t key_heads,
-                                int64_t dim, const OptionalTensor& query_norm_, const OptionalTensor& key_norm_,
-                                double eps) {
-  RotaryShape shape = rotary_shape(qkv_, cosine_, sine_, query_norm_, key_norm_, key_heads, dim, eps);
-  Tensor qkv = dense(qkv_), cosine = dense(cosine_), sine = dense(sine_), grad_query = dense(grad_query_);
-  Tensor grad_key = dense(grad_key_), grad_value = dense(grad_value_);
-  for (const Tensor& grad : {grad_query, grad_key, grad_value}) same_type(qkv, grad);
-  TORCH_CHECK(grad_query.numel() == shape.rows * key_heads * shape.groups * dim &&
-                  grad_key.numel() == shape.rows * key_heads * dim && grad_value.numel() == grad_key.numel(),
-              "a gradient does not fit");
-  OptionalTensor query_norm = dense(query_norm_), key_norm = dense(key_norm_);
-  int64_t norm_size = query_norm ? dim : 0;
-  Tensor grad_qkv = at::empty_like(qkv), grad_query_norm = at::empty({norm_size}, qkv.options());
-  Tensor grad_key_norm = at::empty({norm_size}, qkv.options());
-  by_type(qkv, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    split_rotary_backward<T>(in<T>(grad_query), in<T>(grad_key), in<T>(grad_value), in<T>(qkv), in<float>(cosine),
-                             in<float>(sine), in<T>(query_norm), in<T>(key_norm), out<T>(grad_qkv),
-                             out<T>(grad_query_norm), out<T>(grad_key_norm), shape);
-  });
-  return {grad_qkv, grad_query_norm, grad_key_norm};
-}
-
-// ---- swiglu
-
-Tensor swiglu_cpu(const Tensor& gate_up_) {
-  TORCH_CHECK(gate_up_.dim() == 2 && gate_up_.size(1) % 2 == 0, "gate and up must alternate in the last dimension");
-  Tensor gate_up = dense(gate_up_), result = at::empty({gate_up.size(0), gate_up.size(1) / 2}, gate_up.options());
-  by_type(gate_up, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    swiglu<T>(in<T>(gate_up), out<T>(result), result.size(0), result.size(1));
-  });
-  return result;
-}
-
-Tensor swiglu_backward_cpu(const Tensor& grad_, const Tensor& gate_up_) {
-  same_type(grad_, gate_up_);
-  Tensor grad = dense(grad_), gate_up = dense(gate_up_), result = at::empty_like(gate_up);
-  TORCH_CHECK(gate_up.dim() == 2 && grad.numel() * 2 == gate_up.numel(), "the gradient does not fit");
-  by_type(grad, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    swiglu_backward<T>(in<T>(grad), in<T>(gate_up), out<T>(result), gate_up.size(0), gate_up.size(1) / 2);
-  });
-  return result;
-}
-
 // ---- linear
 
 // Products by torch, through fp32 where that is faster; the result is rounded once, as there.
@@ -271,17 +189,12 @@ void register_kernels(torch::Library& library, const std::string& name) {
   } else if (name == "add_rms_norm") {
     library.impl("add_rms_norm", &add_rms_norm_cpu);
     library.impl("add_rms_norm_backward", &norm_gradients);
-  } else if (name == "split_rotary") {
-    library.impl("split_rotary", &split_rotary_cpu);
-    library.impl("split_rotary_backward", &split_rotary_backward_cpu);
-  } else if (name == "swiglu") {
-    library.impl("swiglu", &swiglu_cpu);
-    library.impl("swiglu_backward", &swiglu_backward_cpu);
   } else if (name == "linear") {
     library.impl("linear", &linear_cpu);
     library.impl("linear_backward", &linear_backward_cpu);
   } else if (!register_attention(library, name) && !register_experts(library, name) &&
-             !register_inference(library, name) && !register_optimiser(library, name) && !register_loss(library, name)) {
+             !register_inference(library, name) && !register_optimiser(library, name) && !register_loss(library, name) &&
+             !register_rows(library, name)) {
     TORCH_CHECK(false, "there is no native kernel called ", name);
   }
 }

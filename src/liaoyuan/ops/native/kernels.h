@@ -40,11 +40,29 @@ void split_rotary_backward(const T* grad_query, const T* grad_key, const T* grad
                            const float* cosine, const float* sine, const T* query_norm, const T* key_norm, T* grad_qkv,
                            T* grad_query_norm, T* grad_key_norm, RotaryShape shape);
 
-// swiglu.cpp. width is that of the result.
+// latent_rotary.cpp: the last `turned` dimensions of a head are rotated; those of the key are shared by all heads.
+// query: [rows, heads, own + turned]; expanded: [rows, heads, own + value_dim]; shared: [rows, turned].
+struct LatentShape {
+  int64_t rows, heads, own, turned, value_dim;
+};
 template <class T>
-void swiglu(const T* gate_up, T* out, int64_t rows, int64_t width);
+void latent_rotary(const T* query, const T* expanded, const T* shared, const float* cosine, const float* sine,
+                   T* turned_query, T* key, T* value, const LatentShape& shape);
 template <class T>
-void swiglu_backward(const T* grad, const T* gate_up, T* grad_gate_up, int64_t rows, int64_t width);
+void latent_rotary_backward(const T* grad_query, const T* grad_key, const T* grad_value, const float* cosine,
+                            const float* sine, T* grad_unturned, T* grad_expanded, T* grad_shared,
+                            const LatentShape& shape);
+
+// gated.cpp: activation(gate) * up of pairs (gate, up) in memory; count: of the results. The clamped one alone has a
+// limit and alpha.
+struct GateKind {
+  enum { silu, gelu, gelu_tanh, clamped_silu } activation;
+  float limit, alpha;
+};
+template <class T>
+void gated(const T* gate_up, T* out, int64_t count, const GateKind& kind);
+template <class T>
+void gated_backward(const T* grad, const T* gate_up, T* grad_gate_up, int64_t count, const GateKind& kind);
 
 // softmax.cpp: a chunk of the logits, columns first, ..., first + columns - 1 of some rows.
 template <class T>

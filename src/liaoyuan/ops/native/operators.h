@@ -24,6 +24,8 @@ bool register_inference(torch::Library& library, const std::string& name);
 bool register_optimiser(torch::Library& library, const std::string& name);
 // Register the kernel of the loss head (binding_loss.cpp); false: there is none of this name.
 bool register_loss(torch::Library& library, const std::string& name);
+// Register a kernel of rotary embedding or gated activations (binding_rows.cpp); false: there is none of this name.
+bool register_rows(torch::Library& library, const std::string& name);
 // Register a kernel of attention (binding_attention.cpp); false: there is none of this name.
 bool register_attention(torch::Library& library, const std::string& name);
 
@@ -31,5 +33,6 @@ bool register_attention(torch::Library& library, const std::string& name);
 void register_autograd(torch::Library& library, const std::string& name);
 void register_experts_autograd(torch::Library& library, const std::string& name);
 void register_loss_autograd(torch::Library& library, const std::string& name);
+void register_rows_autograd(torch::Library& library, const std::string& name);
 
 }  // namespace liaoyuan

@@ -1,73 +1,107 @@
-// Split the merged projection, normalise query and key per head, rotate: one read and one write of each element.
+// Split the merged projection, normalise query and key per head, rotate.
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <vector>
 
-#include "kernels.h"
+#include "rotation.h"
 
 namespace liaoyuan {
 
 namespace {
 
 constexpr int64_t ELEMENTS_PER_TASK = 16384;
-constexpr int MAX_DIM = 512;  // the binding refuses more
 
-struct Head {  // one head in fp32, padded with zeros to whole vectors
-  alignas(64) float x[MAX_DIM + LANES];
-};
-
+// Weights of a norm as fp32, laid out as the heads are; empty: no norm.
 template <class T>
-inline void widen_head(const T* from, Head& head, int64_t dim) {
-  for (int64_t i = 0; i < dim; i += LANES) store(head.x + i, load(from + i, dim - i));
+std::vector<float> widened(const T* norm, const HeadLayout& layout) {
+  if (!norm) return {};
+  std::vector<float> result(size_t(2 * layout.room), 0.0f);
+  for (int64_t i = 0; i < layout.half; ++i) {
+    result[i] = widen(norm[i]);
+    result[layout.room + i] = widen(norm[layout.half + i]);
+  }
+  return result;
 }
 
-inline float inverse_rms(const Head& head, int64_t dim, float eps) {
+// `sum` of vector.h, added in the same order, without a way through memory; and two of them at once.
+#ifdef __AVX512F__
+inline float sum_of_lanes(Vec v) {
+  __m512 x = (__m512)v;
+  __m256 eight = _mm512_castps512_ps256(x) + _mm512_castps512_ps256(_mm512_shuffle_f32x4(x, x, 0xee));
+  __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+  __m128 two = four + _mm_movehl_ps(four, four);
+  return _mm_cvtss_f32(two + _mm_movehdup_ps(two));
+}
+inline void sum_both(Vec a, Vec b, float& sum_a, float& sum_b) {
+  __m512 x = (__m512)a, y = (__m512)b;
+  __m512 eights = _mm512_shuffle_f32x4(x, y, 0x44) + _mm512_shuffle_f32x4(x, y, 0xee);
+  __m512 fours = eights + _mm512_shuffle_f32x4(eights, eights, 0xb1);
+  __m512 twos = fours + _mm512_permute_ps(fours, 0x4e), ones = twos + _mm512_permute_ps(twos, 0xb1);
+  sum_a = _mm512_cvtss_f32(ones);
+  sum_b = _mm256_cvtss_f32(_mm512_castps512_ps256(_mm512_shuffle_f32x4(ones, ones, 0xee)));
+}
+#else
+inline float sum_of_lanes(Vec v) { return sum(v); }
+inline void sum_both(Vec a, Vec b, float& sum_a, float& sum_b) {
+  sum_a = sum(a);
+  sum_b = sum(b);
+}
+#endif
+
+template <class T>
+inline float square_sum_of(const T* head, int64_t room) {
   Vec squares{};
-  for (int64_t i = 0; i < dim; i += LANES) squares += load(head.x + i) * load(head.x + i);
-  return 1.0f / __builtin_sqrtf(sum(squares) / float(dim) + eps);
+  for (int64_t i = 0; i < 2 * room; i += LANES) squares += load_wide(head + i) * load_wide(head + i);
+  return sum_of_lanes(squares);
 }
 
-// Rotate the halves by the angle, or back if direction is -1.
+// Sums of squares become factors that make heads' root mean squares one: all heads of a row at once, by vectors.
+void to_scales(float* sums, int64_t count, int64_t dim, float eps) {
+  for (int64_t i = 0; i < count; ++i) sums[i] = 1.0f / __builtin_sqrtf(sums[i] / float(dim) + eps);
+}
+
 template <class T>
-inline void rotate(const Head& head, const float* cosine, const float* sine, float direction, T* to, int64_t dim) {
-  int64_t half = dim / 2;
-  for (int64_t i = 0; i < half; i += LANES) {
-    Vec c = load(cosine + i, half - i), s = load(sine + i, half - i) * direction;
-    Vec first = load(head.x + i, half - i), second = load(head.x + half + i, half - i);
-    store(to + i, first * c - second * s, half - i);
-    store(to + half + i, second * c + first * s, half - i);
+inline void turn_normed(const T* from, const Angle& angle, const float* norm, float scale, T* to, int64_t room) {
+  Vec factor = splat(scale);
+  for (int64_t i = 0; i < room; i += LANES) {
+    Vec first = load_wide(from + i) * factor * load(norm + i);
+    Vec second = load_wide(from + room + i) * factor * load(norm + room + i);
+    Turned t = turned<1>(first, second, angle, i);
+    store_apart(to + i, t.first, to + room + i, t.second);
   }
 }
 
+// Sums of a head's backward pass: of its squares, and of gradient * weight * x.
 template <class T>
-inline void forward_head(const T* from, const float* cosine, const float* sine, const T* norm, T* to, int64_t dim,
-                         float eps) {
-  Head head;
-  widen_head(from, head, dim);
-  if (norm) {
-    Vec scale = splat(inverse_rms(head, dim, eps));
-    for (int64_t i = 0; i < dim; i += LANES) store(head.x + i, load(head.x + i) * scale * load(norm + i, dim - i));
+inline void sums_of(const T* grad, const T* x, const Angle& angle, const float* norm, int64_t room, float& squares,
+                    float& products) {
+  Vec squared{}, multiplied{};
+  for (int64_t i = 0; i < room; i += LANES) {
+    Turned g = turned<-1>(load_wide(grad + i), load_wide(grad + room + i), angle, i);
+    Vec first = load_wide(x + i), second = load_wide(x + room + i);
+    squared += first * first;
+    squared += second * second;
+    multiplied += g.first * load(norm + i) * first;
+    multiplied += g.second * load(norm + room + i) * second;
   }
-  rotate(head, cosine, sine, 1.0f, to, dim);
+  sum_both(squared, multiplied, squares, products);
 }
 
+// The rotation is done again: that takes less time than to keep its result.
 template <class T>
-inline void backward_head(const T* grad, const T* from, const float* cosine, const float* sine, const T* norm, T* to,
-                          float* grad_norm, int64_t dim, float eps) {
-  Head upper, back;
-  widen_head(grad, upper, dim);
-  if (!norm) return rotate(upper, cosine, sine, -1.0f, to, dim);
-  rotate(upper, cosine, sine, -1.0f, back.x, dim);
-  for (int64_t i = dim; i % LANES; ++i) back.x[i] = 0.0f;
-  Head x;
-  widen_head(from, x, dim);
-  Vec product{};
-  for (int64_t i = 0; i < dim; i += LANES) product += load(x.x + i) * load(back.x + i) * load(norm + i, dim - i);
-  float scale = inverse_rms(x, dim, eps);
-  Vec r = splat(scale), inner = splat(sum(product) * scale * scale / float(dim));
-  for (int64_t i = 0; i < dim; i += LANES) {
-    Vec g = load(back.x + i), v = load(x.x + i);
-    store(to + i, r * (g * load(norm + i, dim - i) - v * inner), dim - i);
-    store(grad_norm + i, load(grad_norm + i) + g * v * r);
+inline void backward_normed(const T* grad, const T* x, const Angle& angle, const float* norm, float scale, float inner,
+                            T* to, float* grad_norm, int64_t room) {
+  Vec r = splat(scale), shift = splat(inner);
+  for (int64_t i = 0; i < room; i += LANES) {
+    Turned g = turned<-1>(load_wide(grad + i), load_wide(grad + room + i), angle, i);
+    Vec first = load_wide(x + i), second = load_wide(x + room + i);
+    store(grad_norm + i, load(grad_norm + i) + g.first * first * r);
+    store(grad_norm + room + i, load(grad_norm + room + i) + g.second * second * r);
+    store_apart(to + i, g.first * load(norm + i) * r - first * shift, to + room + i,
+                g.second * load(norm + room + i) * r - second * shift);
   }
 }
 
@@ -75,24 +109,138 @@ int64_t rows_per_task(const RotaryShape& s) {
   return std::max<int64_t>(1, ELEMENTS_PER_TASK / std::max<int64_t>(s.key_heads * (s.groups + 2) * s.dim, 1));
 }
 
+// A head that is turned: its place in a row of the merged projection, and in one of queries or keys.
+struct Head {
+  int64_t merged, apart;
+  bool is_query;
+};
+
+std::vector<Head> heads_of(const RotaryShape& s) {
+  std::vector<Head> heads;
+  for (int64_t h = 0; h < s.key_heads; ++h) {
+    int64_t first = h * (s.groups + 2) * s.dim;
+    for (int64_t g = 0; g < s.groups; ++g) heads.push_back({first + g * s.dim, (h * s.groups + g) * s.dim, true});
+    heads.push_back({first + s.groups * s.dim, h * s.dim, false});
+  }
+  return heads;
+}
+
+// A row of queries, keys and values.
+template <class T>
+struct Apart {
+  T *query, *key, *value;
+
+  Apart row(int64_t i, const RotaryShape& s) const {
+    int64_t keys = i * s.key_heads * s.dim;
+    return {query + keys * s.groups, key + keys, value + keys};
+  }
+  T* of(const Head& head) const { return (head.is_query ? query : key) + head.apart; }
+};
+
+// Weights of the norms of queries and keys, laid out as heads are; empty: there are none.
+struct Norms {
+  std::vector<float> query, key;
+
+  template <class T>
+  Norms(const T* query_norm, const T* key_norm, const HeadLayout& layout)
+      : query(widened(query_norm, layout)), key(widened(key_norm, layout)) {}
+  explicit operator bool() const { return !query.empty(); }
+  const float* of(const Head& head) const { return (head.is_query ? query : key).data(); }
+};
+
+template <class T>
+void forward_row(const T* qkv, const Angle& angle, const std::vector<Head>& heads, const Norms& norms,
+                 const Apart<T>& to, float* scales, const RotaryShape& s, const HeadLayout& layout) {
+  T space[MAX_ROOM], result[MAX_ROOM];
+  if (norms) {
+    for (size_t n = 0; n < heads.size(); ++n)
+      scales[n] = square_sum_of(layout.laid_out(qkv + heads[n].merged, space), layout.room);
+    to_scales(scales, heads.size(), s.dim, s.eps);
+  }
+  for (size_t n = 0; n < heads.size(); ++n) {
+    T* head = to.of(heads[n]);
+    if (!norms) {
+      turn_head<1>(qkv + heads[n].merged, angle, head, layout);
+      continue;
+    }
+    T* turned = layout.is_dense() ? head : result;
+    turn_normed(layout.laid_out(qkv + heads[n].merged, space), angle, norms.of(heads[n]), scales[n], turned,
+                layout.room);
+    layout.bring_back(turned, head);
+  }
+  for (int64_t h = 0; h < s.key_heads; ++h)
+    copy(qkv + (h * (s.groups + 2) + s.groups + 1) * s.dim, to.value + h * s.dim, s.dim);
+}
+
+constexpr size_t WINDOW = LANES;  // heads whose sums are taken before the first needs its own, so that none waits
+
+// grad_norms: sums of the two norms' gradients, laid out as heads are.
+template <class T>
+void backward_normed_row(const Apart<const T>& grads, const T* qkv, const Angle& angle, const std::vector<Head>& heads,
+                         const Norms& norms, T* grad_qkv, float* grad_norms, const RotaryShape& s,
+                         const HeadLayout& layout) {
+  T space[MAX_ROOM], grad_space[MAX_ROOM], result[MAX_ROOM];
+  float scales[WINDOW] = {}, inner[WINDOW] = {};
+  for (size_t first = 0; first < heads.size(); first += WINDOW) {
+    size_t count = std::min(WINDOW, heads.size() - first);
+    for (size_t n = 0; n < count; ++n) {
+      const Head& head = heads[first + n];
+      sums_of(layout.laid_out(grads.of(head), grad_space), layout.laid_out(qkv + head.merged, space), angle,
+              norms.of(head), layout.room, scales[n], inner[n]);
+    }
+    to_scales(scales, WINDOW, s.dim, s.eps);
+    for (size_t n = 0; n < WINDOW; ++n) inner[n] *= scales[n] * scales[n] * scales[n] / float(s.dim);
+    for (size_t n = 0; n < count; ++n) {
+      const Head& head = heads[first + n];
+      T* turned = layout.is_dense() ? grad_qkv + head.merged : result;
+      backward_normed(layout.laid_out(grads.of(head), grad_space), layout.laid_out(qkv + head.merged, space), angle,
+                      norms.of(head), scales[n], inner[n], turned, grad_norms + (head.is_query ? 0 : 2 * layout.room),
+                      layout.room);
+      layout.bring_back(turned, grad_qkv + head.merged);
+    }
+  }
+}
+
+template <class T>
+void backward_row(const Apart<const T>& grads, const T* qkv, const Angle& angle, const std::vector<Head>& heads,
+                  const Norms& norms, T* grad_qkv, float* grad_norms, const RotaryShape& s, const HeadLayout& layout) {
+  if (norms)
+    backward_normed_row(grads, qkv, angle, heads, norms, grad_qkv, grad_norms, s, layout);
+  else
+    for (const Head& head : heads) turn_head<-1>(grads.of(head), angle, grad_qkv + head.merged, layout);
+  for (int64_t h = 0; h < s.key_heads; ++h)
+    copy(grads.value + h * s.dim, grad_qkv + (h * (s.groups + 2) + s.groups + 1) * s.dim, s.dim);
+}
+
+// The norms' gradients of all tasks, in order, as they lie in memory.
+template <class T>
+void add_up(const std::vector<float>& partial, int64_t tasks, const HeadLayout& layout, T* grad_query_norm,
+            T* grad_key_norm) {
+  int64_t size = 4 * layout.room;
+  for (int64_t i = 0; i < size; i += LANES) {
+    Vec total{};
+    for (int64_t task = 0; task < tasks; ++task) total += load(partial.data() + task * size + i);
+    T* norm = i < 2 * layout.room ? grad_query_norm : grad_key_norm;
+    int64_t place = i % (2 * layout.room), inside = place % layout.room;
+    store(norm + (place < layout.room ? 0 : layout.half) + inside, total, layout.half - inside);
+  }
+}
+
 }  // namespace
 
 template <class T>
 void split_rotary(const T* qkv, const float* cosine, const float* sine, const T* query_norm, const T* key_norm, T* query,
                   T* key, T* value, RotaryShape s) {
-  int64_t step = rows_per_task(s), half = s.dim / 2;
+  HeadLayout layout(s.dim);
+  Norms norms(query_norm, key_norm, layout);
+  std::vector<Head> heads = heads_of(s);
+  int64_t step = rows_per_task(s), width = s.key_heads * (s.groups + 2) * s.dim;
   parallel((s.rows + step - 1) / step, [&](int64_t task) {
-    for (int64_t row = task * step; row < std::min(s.rows, (task + 1) * step); ++row) {
-      const float *c = cosine + row * half, *n = sine + row * half;
-      for (int64_t h = 0; h < s.key_heads; ++h) {
-        const T* from = qkv + (row * s.key_heads + h) * (s.groups + 2) * s.dim;
-        for (int64_t g = 0; g < s.groups; ++g)
-          forward_head(from + g * s.dim, c, n, query_norm, query + ((row * s.key_heads + h) * s.groups + g) * s.dim,
-                       s.dim, s.eps);
-        forward_head(from + s.groups * s.dim, c, n, key_norm, key + (row * s.key_heads + h) * s.dim, s.dim, s.eps);
-        std::memcpy(value + (row * s.key_heads + h) * s.dim, from + (s.groups + 1) * s.dim, size_t(s.dim) * sizeof(T));
-      }
-    }
+    std::vector<float> scales(heads.size());
+    float angles[MAX_ROOM];
+    for (int64_t row = task * step; row < std::min(s.rows, (task + 1) * step); ++row)
+      forward_row(qkv + row * width, laid_out(layout, cosine + row * layout.half, sine + row * layout.half, angles),
+                  heads, norms, Apart<T>{query, key, value}.row(row, s), scales.data(), s, layout);
   });
 }
 
@@ -100,36 +248,20 @@ template <class T>
 void split_rotary_backward(const T* grad_query, const T* grad_key, const T* grad_value, const T* qkv,
                            const float* cosine, const float* sine, const T* query_norm, const T* key_norm, T* grad_qkv,
                            T* grad_query_norm, T* grad_key_norm, RotaryShape s) {
+  HeadLayout layout(s.dim);
+  Norms norms(query_norm, key_norm, layout);
+  std::vector<Head> heads = heads_of(s);
   int64_t step = std::max(rows_per_task(s), (s.rows + 63) / 64), tasks = (s.rows + step - 1) / step;
-  int64_t half = s.dim / 2, padded = (s.dim + LANES - 1) / LANES * LANES;
-  std::vector<float> partial(size_t(std::max<int64_t>(tasks, 1) * 2 * padded), 0.0f);
+  int64_t width = s.key_heads * (s.groups + 2) * s.dim, sums = norms ? 4 * layout.room : 0;
+  std::vector<float> partial(size_t(tasks * sums), 0.0f);
   parallel(tasks, [&](int64_t task) {
-    float *query_sums = partial.data() + task * 2 * padded, *key_sums = query_sums + padded;
-    for (int64_t row = task * step; row < std::min(s.rows, (task + 1) * step); ++row) {
-      const float *c = cosine + row * half, *n = sine + row * half;
-      for (int64_t h = 0; h < s.key_heads; ++h) {
-        int64_t at = (row * s.key_heads + h) * (s.groups + 2) * s.dim;
-        for (int64_t g = 0; g < s.groups; ++g)
-          backward_head(grad_query + ((row * s.key_heads + h) * s.groups + g) * s.dim, qkv + at + g * s.dim, c, n,
-                        query_norm, grad_qkv + at + g * s.dim, query_sums, s.dim, s.eps);
-        int64_t key_at = at + s.groups * s.dim;
-        backward_head(grad_key + (row * s.key_heads + h) * s.dim, qkv + key_at, c, n, key_norm, grad_qkv + key_at,
-                      key_sums, s.dim, s.eps);
-        std::memcpy(grad_qkv + key_at + s.dim, grad_value + (row * s.key_heads + h) * s.dim,
-                    size_t(s.dim) * sizeof(T));
-      }
-    }
+    float angles[MAX_ROOM];
+    for (int64_t row = task * step; row < std::min(s.rows, (task + 1) * step); ++row)
+      backward_row(Apart<const T>{grad_query, grad_key, grad_value}.row(row, s), qkv + row * width,
+                   laid_out(layout, cosine + row * layout.half, sine + row * layout.half, angles), heads, norms,
+                   grad_qkv + row * width, partial.data() + task * sums, s, layout);
   });
-  if (!query_norm) return;
-  for (int64_t i = 0; i < s.dim; i += LANES) {
-    Vec query_sum{}, key_sum{};
-    for (int64_t task = 0; task < tasks; ++task) {
-      query_sum += load(partial.data() + task * 2 * padded + i);
-      key_sum += load(partial.data() + task * 2 * padded + padded + i);
-    }
-    store(grad_query_norm + i, query_sum, s.dim - i);
-    store(grad_key_norm + i, key_sum, s.dim - i);
-  }
+  if (norms) add_up(partial, tasks, layout, grad_query_norm, grad_key_norm);
 }
 
 #define INSTANTIATE(T)                                                                                               \

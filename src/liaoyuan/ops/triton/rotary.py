@@ -187,3 +187,123 @@ def _backward(
             second = scale * (second - y * inner)
     tl.store(result + at, first.to(result.dtype.element_ty), mask=inside)
     tl.store(result + at + DIM // 2, second.to(result.dtype.element_ty), mask=inside)
+
+
+def latent_rotary(
+    query: Tensor, expanded: Tensor, shared: Tensor, cosine: Tensor, sine: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the operator `latent_rotary`."""
+    query, expanded, shared = query.contiguous(), expanded.contiguous(), shared.contiguous()
+    tokens, turned = shared.shape
+    own = query.shape[1] // heads - turned
+    turned_query, key = (query.new_empty(tokens, heads, own + turned) for _ in range(2))
+    value = query.new_empty(tokens, heads, expanded.shape[1] // heads - own)
+    arguments = (query, expanded, shared, cosine.contiguous(), sine.contiguous(), turned_query, key, value)
+    rows, sizes = _latent_tile(own, turned, value.shape[2])
+    launch(_latent_forward, (ceil_div(tokens, rows), heads), query, *arguments, tokens, heads, **sizes)
+    return turned_query, key, value
+
+
+def latent_rotary_backward(
+    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cosine: Tensor, sine: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the backward side of `latent_rotary`."""
+    grads = (grad_query.contiguous(), grad_key.contiguous(), grad_value.contiguous())
+    tokens, heads, dim = grad_key.shape
+    turned, value_dim = 2 * cosine.shape[1], grad_value.shape[2]
+    own = dim - turned
+    widths = (heads * dim, heads * (own + value_dim), turned)
+    results = [grad_key.new_empty(tokens, width) for width in widths]
+    rows, sizes = _latent_tile(own, turned, value_dim)
+    arguments = (*grads, cosine.contiguous(), sine.contiguous(), *results)
+    launch(_latent_backward, (ceil_div(tokens, rows),), grad_key, *arguments, tokens, heads, **sizes)
+    return results[0], results[1], results[2]
+
+
+def _latent_tile(own: int, turned: int, value_dim: int) -> tuple[int, dict[str, int]]:
+    """Return how many tokens a program takes, and the sizes of a head with the room for each."""
+    rooms = [power_of_two(size) for size in (own, turned // 2, value_dim)]
+    rows = max(1, ELEMENTS // max(rooms))
+    sizes = dict(zip(("OWN_ROOM", "HALF_ROOM", "VALUE_ROOM"), rooms, strict=True))
+    return rows, {"OWN": own, "TURNED": turned, "VALUE": value_dim, "ROWS": rows, **sizes}
+
+
+@triton.jit
+def _moved(source, target, token, tokens, from_place, to_place, SIZE: tl.constexpr, ROOM: tl.constexpr):
+    """Copy a stretch of a head of some tokens."""
+    column = tl.arange(0, ROOM)[None, :]
+    inside = (token < tokens)[:, None] & (column < SIZE)
+    tl.store(
+        target + to_place[:, None] + column, tl.load(source + from_place[:, None] + column, mask=inside), mask=inside
+    )
+
+
+@triton.jit
+def _halves(source, token, tokens, place, HALF: tl.constexpr, ROOM: tl.constexpr):
+    """Return both halves of what is rotated of some tokens' heads, fp32."""
+    column = tl.arange(0, ROOM)[None, :]
+    inside = (token < tokens)[:, None] & (column < HALF)
+    at = source + place[:, None] + column
+    first, second = tl.load(at, mask=inside, other=0.0), tl.load(at + HALF, mask=inside, other=0.0)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def _store_halves(target, token, tokens, place, first, second, HALF: tl.constexpr, ROOM: tl.constexpr):
+    column = tl.arange(0, ROOM)[None, :]
+    inside = (token < tokens)[:, None] & (column < HALF)
+    at = target + place[:, None] + column
+    tl.store(at, first.to(target.dtype.element_ty), mask=inside)
+    tl.store(at + HALF, second.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=("tokens",))
+def _latent_forward(
+    query, expanded, shared, cosine, sine, turned_query, key, value, tokens, heads,
+    OWN: tl.constexpr, TURNED: tl.constexpr, VALUE: tl.constexpr, ROWS: tl.constexpr,
+    OWN_ROOM: tl.constexpr, HALF_ROOM: tl.constexpr, VALUE_ROOM: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    head = token * heads + tl.program_id(1)
+    at, half = head * (OWN + TURNED), TURNED // 2
+    _moved(query, turned_query, token, tokens, at, at, OWN, OWN_ROOM)
+    _moved(expanded, key, token, tokens, head * (OWN + VALUE), at, OWN, OWN_ROOM)
+    _moved(expanded, value, token, tokens, head * (OWN + VALUE) + OWN, head * VALUE, VALUE, VALUE_ROOM)
+    column = tl.arange(0, HALF_ROOM)[None, :]
+    inside = (token < tokens)[:, None] & (column < half)
+    c = tl.load(cosine + token[:, None] * half + column, mask=inside, other=0.0)
+    s = tl.load(sine + token[:, None] * half + column, mask=inside, other=0.0)
+    x, y = _halves(query, token, tokens, at + OWN, half, HALF_ROOM)
+    _store_halves(turned_query, token, tokens, at + OWN, x * c - y * s, y * c + x * s, half, HALF_ROOM)
+    x, y = _halves(shared, token, tokens, token * TURNED, half, HALF_ROOM)
+    _store_halves(key, token, tokens, at + OWN, x * c - y * s, y * c + x * s, half, HALF_ROOM)
+
+
+@triton.jit(do_not_specialize=("tokens",))
+def _latent_backward(
+    grad_query, grad_key, grad_value, cosine, sine, query, expanded, shared, tokens, heads,
+    OWN: tl.constexpr, TURNED: tl.constexpr, VALUE: tl.constexpr, ROWS: tl.constexpr,
+    OWN_ROOM: tl.constexpr, HALF_ROOM: tl.constexpr, VALUE_ROOM: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    half = TURNED // 2
+    column = tl.arange(0, HALF_ROOM)[None, :]
+    inside = (token < tokens)[:, None] & (column < half)
+    c = tl.load(cosine + token[:, None] * half + column, mask=inside, other=0.0)
+    s = tl.load(sine + token[:, None] * half + column, mask=inside, other=0.0)
+    first = tl.zeros((ROWS, HALF_ROOM), tl.float32)
+    second = tl.zeros((ROWS, HALF_ROOM), tl.float32)
+    for number in range(heads):
+        head = token * heads + number
+        at = head * (OWN + TURNED)
+        _moved(grad_query, query, token, tokens, at, at, OWN, OWN_ROOM)
+        _moved(grad_key, expanded, token, tokens, at, head * (OWN + VALUE), OWN, OWN_ROOM)
+        _moved(grad_value, expanded, token, tokens, head * VALUE, head * (OWN + VALUE) + OWN, VALUE, VALUE_ROOM)
+        x, y = _halves(grad_query, token, tokens, at + OWN, half, HALF_ROOM)
+        _store_halves(query, token, tokens, at + OWN, x * c + y * s, y * c - x * s, half, HALF_ROOM)
+        x, y = _halves(grad_key, token, tokens, at + OWN, half, HALF_ROOM)
+        first += x
+        second += y
+    _store_halves(
+        shared, token, tokens, token * TURNED, first * c + second * s, second * c - first * s, half, HALF_ROOM
+    )
