@@ -76,14 +76,15 @@ inline void over_row(int64_t width, const Body& body) {
 }
 
 // Ask for 32 elements before they are read, or written: where a row is read twice, or outputs follow inputs, the
-// machine's own guesses come too late. An address past the end does no harm.
+// machine's own guesses come too late. An address past the end does no harm. Inlined, since a function that only asks
+// would be optimised away.
 constexpr int64_t AHEAD = 8192;  // bytes
 template <class T>
-inline void ask(const T* from) {
+[[gnu::always_inline]] inline void ask(const T* from) {
   for (int64_t at = 0; at < TWO; at += 64 / sizeof(T)) __builtin_prefetch(from + at);
 }
 template <class T>
-inline void ask_to_write(T* to) {
+[[gnu::always_inline]] inline void ask_to_write(T* to) {
   for (int64_t at = 0; at < TWO; at += 64 / sizeof(T)) __builtin_prefetch(to + at, 1);
 }
 
