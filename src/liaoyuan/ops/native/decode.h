@@ -93,7 +93,8 @@ void gather_values(const T* const* value, int64_t d, int64_t keys, const float* 
       for (int n = 0; n < WIDE; ++n) {
         WordVec pair = words_of(reinterpret_cast<const uint16_t*>(value[j] + d + 16 * n));
         pair = pair | (WordVec)load(value[j + 1] + d + 16 * n);  // zeros after the last
-        for (int r = 0; r < R; ++r) sums[r][n] = E::dot(sums[r][n], E::spread(pair_at<T>(weights + r * KEY_CHUNK, j)), pair);
+        for (int r = 0; r < R; ++r)
+          sums[r][n] = E::dot(sums[r][n], E::spread(pair_at<T>(weights + r * KEY_CHUNK, j)), pair);
       }
   } else if constexpr (IN_PAIRS<E>) {
     for (int64_t block = 0; block < keys; block += 32) {
