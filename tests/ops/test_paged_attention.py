@@ -74,6 +74,30 @@ def test_a_prompt_in_chunks_of_any_size_has_the_bits_of_the_whole(window, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("query_heads", "key_heads", "dim"), [(3, 3, 32), (10, 2, 64), (7, 1, 96), (8, 4, 16)])
+def test_a_token_is_decoded_with_the_bits_of_its_prompt_beside_any_others(query_heads, key_heads, dim, dtype):
+    """Key heads go through the cache together, more or fewer with the number of sequences and threads."""
+    lengths, threads = (1, 17, 560, 64), torch.get_num_threads()
+    pages = Pages(lengths, key_heads, dim, dtype)
+    pages.fill()
+    query = random(len(lengths), query_heads, dim, dtype=dtype, seed=8)
+    whole = [
+        attention(query[i : i + 1].expand(n, -1, -1), *pages.texts[i], boundaries_of([n]), 0.2)[-1]
+        for i, n in enumerate(lengths)
+    ]
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for first, last in ((0, 4), (2, 3), (1, 3)):
+                counts = torch.tensor(lengths[first:last], dtype=torch.int32)
+                places = (pages.tables[first:last], boundaries_of([1] * (last - first)), counts)
+                found = paged_attention(query[first:last], pages.key, pages.value, *places, 0.2)
+                assert all(torch.equal(a, b) for a, b in zip(found, whole[first:last], strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fresh", [1, 9])
 def test_what_lies_before_the_window_is_not_read(fresh, dtype):
     length, window = 700, 40

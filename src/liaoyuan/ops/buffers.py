@@ -88,7 +88,7 @@ CHECKSUM = register(
         fake=lambda data: data.new_empty((), dtype=torch.int64),
         samples=_samples,
         flops=lambda data: 0,
-        workload=lambda _: (torch.ones(1 << 24, dtype=torch.uint8),),
+        workload=lambda _: (torch.ones(1 << 26, dtype=torch.uint8),),  # more than caches hold, as weights are
         traffic=lambda data: data.nbytes,
         tolerance=dict.fromkeys((*KERNEL_DTYPES, torch.uint8), 0.0),
     )

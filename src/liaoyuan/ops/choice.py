@@ -35,9 +35,11 @@ def takes(operator: Operator, first: Tensor, *others: Tensor | None) -> bool:
     If so `operator.call` computes with it, else its reference is as good, and may know other dtypes.
     """
     dtype = first.dtype
-    if any(other is not None and other.dtype is not dtype for other in others):
-        return False
-    return _through_registered or dtype in _dtypes(operator.name, first.device.type)
+    for other in others:
+        if other is not None and other.dtype is not dtype:
+            return False
+    device = "cpu" if first.is_cpu else first.device.type  # to make a device costs as much as all the rest here
+    return _through_registered or dtype in _dtypes(operator.name, device)
 
 
 @contextlib.contextmanager

@@ -151,6 +151,14 @@ def _workload(dtype: torch.dtype) -> tuple[Any, ...]:
     )
 
 
+def _write_workload(dtype: torch.dtype) -> tuple[Any, ...]:
+    """A prompt's chunk of 2048 tokens, to pages in random order."""
+    key, value = (torch.randn(2048, 8, 128).to(dtype) for _ in range(2))
+    caches = [torch.zeros(256, 16, 8, 128, dtype=dtype) for _ in range(2)]
+    slots = torch.randperm(256)[:128, None] * 16 + torch.arange(16)
+    return key, value, *caches, slots.flatten()
+
+
 def _seen(key_cache: Tensor, block_tables: Tensor, window: int | None) -> int:
     """Return the tokens that each query sees, if every table is full: the lengths are not known when tracing."""
     tokens = block_tables.shape[1] * key_cache.shape[1]
@@ -210,6 +218,7 @@ WRITE_CACHE = register(
         reference=_write_cache,
         fake=lambda *_: None,
         samples=_write_samples,
+        workload=_write_workload,
         flops=lambda *_: 0,
         traffic=lambda key, value, *_: 2 * (key.numel() + value.numel()) * key.element_size(),
     )

@@ -66,6 +66,9 @@ void paged(const T* query, const T* key_cache, const T* value_cache, const int32
   auto cuts_of = [&](int64_t queries) { return (queries * groups + per_task - 1) / per_task; };
   int64_t cuts = std::max<int64_t>(1, cuts_of(longest));
   bool can = can_decode<E>(s.dim, s.value_dim, s.block_size);
+  // Heads that decode together; fewer where threads would have nothing to do.
+  int64_t together = threads() == 1 ? s.key_heads : s.sequences * s.key_heads / (2 * threads());
+  together = std::clamp<int64_t>(together, 1, s.key_heads);
   parallel(s.sequences * cuts * s.key_heads, [&](int64_t task) {
     int64_t head = task % s.key_heads, cut = task / s.key_heads % cuts, sequence = task / s.key_heads / cuts;
     int64_t start = query_starts[sequence], queries = query_starts[sequence + 1] - start;
@@ -77,11 +80,14 @@ void paged(const T* query, const T* key_cache, const T* value_cache, const int32
     rows.last = queries * (cut + 1) / parts;
     Cached<T> cached{key_cache + head * s.dim, value_cache + head * s.value_dim, block_tables + sequence * s.max_blocks,
                      s.block_size, s.key_heads * s.dim, s.key_heads * s.value_dim, s.dim, s.value_dim};
-    if (queries == 1 && can)
-      decode<E>(rows.query, rows.out, rows.sinks, groups, cached, rows.ranges.of(0), s.scale);
-    else
+    if (queries == 1 && can) {
+      if (head % together == 0)
+        decode<E>(rows.query, rows.out, rows.sinks, std::min(together, s.key_heads - head), groups, cached,
+                  rows.ranges.of(0), s.scale);
+    } else {
       attend<E>(rows, [&](int64_t j) { return cached.key(j); }, [&](int64_t j) { return cached.value(j); }, s.dim,
                 s.value_dim, s.scale);
+    }
   });
 }
 

@@ -1,9 +1,12 @@
-// Decode: one query per sequence, its few heads against all cached keys of one key head. The blocked kernel would
-// fill a sixteenth of its tiles. Here lanes are keys for the scores and dimensions for the output.
+// Decode: one query per sequence, its few heads against all cached keys. The blocked kernel would fill a sixteenth of
+// its tiles. Here lanes are keys for the scores and dimensions for the output. Some key heads go through the cache
+// together, so that a page is read once, as a whole.
 //
 // Every sum runs in the order of the blocked kernel (Dot: with its instruction; Amx: even and odd places apart within
 // 32, as the tile instruction does, as products of two bf16 are exact in fp32), so that both give the same bits.
 #pragma once
+#include <type_traits>
+
 #include "ranges.h"
 
 namespace liaoyuan {
@@ -14,7 +17,7 @@ template <class E>
 constexpr bool BY_DOT = requires { E::spread(nullptr); };
 
 template <class T>
-struct Cached {  // one sequence's keys and values of one key head
+struct Cached {  // one sequence's keys and values, of the first of some key heads that lie side by side
   const T *keys, *values;
   const int32_t* table;
   int64_t block_size, key_stride, value_stride, dim, value_dim;
@@ -23,64 +26,75 @@ struct Cached {  // one sequence's keys and values of one key head
   const T* value(int64_t j) const { return values + slot(j) * value_stride; }
 };
 
-// Ask for 16 rows before they are used: a row is one or two cache lines, too short for the machine to guess the next.
-template <class T>
-void prefetch(const T* from, int64_t row_stride, int64_t dim) {
-  for (int i = 0; i < 16; ++i) prefetch(from + i * row_stride, dim);
-}
-
 template <class E>
 bool can_decode(int64_t dim, int64_t value_dim, int64_t block_size) {
   return block_size % 16 == 0 && dim % (IN_PAIRS<E> ? 32 : 16) == 0 && value_dim % 16 == 0;
 }
 
-// scores [R][KEY_CHUNK], of which 16, from 16 keys with lanes for keys (`columns`); query [R][dim], also in fp32.
-template <class E, class T, int R>
+constexpr int KEYS = 32;  // that go through all heads, before the next ones do
+
+// How many times 16 keys R rows score at once: a product waits for the one before it, so that several sums take turns.
+template <int R>
+constexpr int AT_ONCE = sizeof(Vec) > sizeof(Register) ? 1 : R == 4 ? 2 : 4;
+
+// scores [R][KEY_CHUNK], of which 16 * N, from as many keys with lanes for keys (`columns`, 16 keys after the others);
+// query [R][dim], also in fp32.
+template <class E, int N, class T, int R>
 void score(const float* columns, const T* query, const float* wide_query, int64_t dim, float scale, float* scores) {
-  Vec sums[R] = {};
+  Vec sums[R][N] = {};
   if constexpr (BY_DOT<E>) {
     for (int64_t d = 0; d < dim; d += 2) {
-      WordVec words;
-      read(columns + d / 2 * 16, words);
-      for (int r = 0; r < R; ++r) sums[r] = E::dot(sums[r], E::spread(query + r * dim + d), words);
+      WordVec words[N];
+      for (int n = 0; n < N; ++n) read(columns + n * 16 * dim + d / 2 * 16, words[n]);
+      for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) sums[r][n] = E::dot(sums[r][n], E::spread(query + r * dim + d), words[n]);
     }
   } else if constexpr (IN_PAIRS<E>) {
     for (int64_t tile = 0; tile < dim; tile += 32) {
-      Vec even[R] = {}, odd[R] = {};
-      for (int64_t d = tile; d < tile + 32; d += 2) {
-        WordVec words;
-        read(columns + d / 2 * 16, words);
-        Vec first = (Vec)(words << 16), second = (Vec)(words & 0xffff0000u);
-        for (int r = 0; r < R; ++r) {
-          even[r] += first * wide_query[r * dim + d];
-          odd[r] += second * wide_query[r * dim + d + 1];
+      Vec even[R][N] = {}, odd[R][N] = {};
+      for (int64_t d = tile; d < tile + 32; d += 2)
+        for (int n = 0; n < N; ++n) {
+          WordVec words;
+          read(columns + n * 16 * dim + d / 2 * 16, words);
+          Vec first = (Vec)(words << 16), second = (Vec)(words & 0xffff0000u);
+          for (int r = 0; r < R; ++r) {
+            even[r][n] += first * wide_query[r * dim + d];
+            odd[r][n] += second * wide_query[r * dim + d + 1];
+          }
         }
-      }
-      for (int r = 0; r < R; ++r) sums[r] += even[r] + odd[r];
+      for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) sums[r][n] += even[r][n] + odd[r][n];
     }
   } else {
-    for (int64_t d = 0; d < dim; ++d) {
-      Vec column = load(columns + d * 16);
-      for (int r = 0; r < R; ++r) sums[r] += column * wide_query[r * dim + d];
-    }
+    for (int64_t d = 0; d < dim; ++d)
+      for (int n = 0; n < N; ++n) {
+        Vec column = load(columns + n * 16 * dim + d * 16);
+        for (int r = 0; r < R; ++r) sums[r][n] += column * wide_query[r * dim + d];
+      }
   }
-  for (int r = 0; r < R; ++r) store(scores + r * KEY_CHUNK, sums[r] * scale);
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) store(scores + r * KEY_CHUNK + 16 * n, sums[r][n] * scale);
 }
 
-// out [R][dim] += weights [R][keys] times the values, `dim` their width, two vectors of dimensions at a time.
-// Dot: weights are pairs of bf16, still KEY_CHUNK words apart.
+template <class T>
+const T* pair_at(const float* weights, int64_t key) {
+  return reinterpret_cast<const T*>(weights + key / 32 * 32) + key % 32;
+}
+
+// out [R][dim] += weights [R][keys] times the values from element d on, `dim` their width, two vectors of dimensions
+// at a time. Dot: weights are pairs of bf16, those of 32 keys in the first half of their 32 places.
 template <class E, class T, int R, int WIDE>
-void gather_values(const T* const* value, int64_t keys, const float* weights, float* out, int64_t dim) {
+void gather_values(const T* const* value, int64_t d, int64_t keys, const float* weights, float* out, int64_t dim) {
   Vec sums[R][WIDE];
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < WIDE; ++n) sums[r][n] = load(out + r * dim + 16 * n);
   if constexpr (BY_DOT<E>) {
-    const T* weight = reinterpret_cast<const T*>(weights);
     for (int64_t j = 0; j < keys; j += 2)
       for (int n = 0; n < WIDE; ++n) {
-        WordVec pair = words_of(reinterpret_cast<const uint16_t*>(value[j] + 16 * n));
-        pair = pair | (WordVec)load(value[j + 1] + 16 * n);  // zeros after the last
-        for (int r = 0; r < R; ++r) sums[r][n] = E::dot(sums[r][n], E::spread(weight + r * 2 * KEY_CHUNK + j), pair);
+        WordVec pair = words_of(reinterpret_cast<const uint16_t*>(value[j] + d + 16 * n));
+        pair = pair | (WordVec)load(value[j + 1] + d + 16 * n);  // zeros after the last
+        for (int r = 0; r < R; ++r)
+          sums[r][n] = E::dot(sums[r][n], E::spread(pair_at<T>(weights + r * KEY_CHUNK, j)), pair);
       }
   } else if constexpr (IN_PAIRS<E>) {
     for (int64_t block = 0; block < keys; block += 32) {
@@ -89,7 +103,7 @@ void gather_values(const T* const* value, int64_t keys, const float* weights, fl
       for (int64_t j = block; j < end; j += 2)
         for (int odd = 0; odd < 2 && j + odd < end; ++odd)
           for (int n = 0; n < WIDE; ++n) {
-            Vec v = load(value[j + odd] + 16 * n);
+            Vec v = load(value[j + odd] + d + 16 * n);
             for (int r = 0; r < R; ++r) halves[odd][r][n] += v * weights[r * KEY_CHUNK + j + odd];
           }
       for (int r = 0; r < R; ++r)
@@ -98,7 +112,7 @@ void gather_values(const T* const* value, int64_t keys, const float* weights, fl
   } else {
     for (int64_t j = 0; j < keys; ++j)
       for (int n = 0; n < WIDE; ++n) {
-        Vec v = load(value[j] + 16 * n);
+        Vec v = load(value[j] + d + 16 * n);
         for (int r = 0; r < R; ++r) sums[r][n] += v * weights[r * KEY_CHUNK + j];
       }
   }
@@ -106,10 +120,42 @@ void gather_values(const T* const* value, int64_t keys, const float* weights, fl
     for (int n = 0; n < WIDE; ++n) store(out + r * dim + 16 * n, sums[r][n]);
 }
 
+// The same for Dot, 32 * WIDE dimensions at a time: words of two keys part into pairs of the even and of the odd
+// dimensions, and so apart they stay in `out` until the end.
+template <class E, class T, int R, int WIDE>
+void gather_pairs(const T* const* value, int64_t d, int64_t keys, const float* weights, float* out, int64_t dim) {
+  Vec even[R][WIDE], odd[R][WIDE];
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < WIDE; ++n) {
+      even[r][n] = load(out + r * dim + 32 * n);
+      odd[r][n] = load(out + r * dim + 32 * n + 16);
+    }
+  for (int64_t j = 0; j < keys; j += 2)
+    for (int n = 0; n < WIDE; ++n) {
+      WordVec first, second;
+      read(value[j] + d + 32 * n, first);
+      read(value[j + 1] + d + 32 * n, second);  // zeros after the last
+      __builtin_prefetch(value[j + KEYS] + d + 32 * n);
+      __builtin_prefetch(value[j + KEYS + 1] + d + 32 * n);
+      WordVec low = (first & 0xffffu) | (second << 16), high = (first >> 16) | (second & 0xffff0000u);
+      for (int r = 0; r < R; ++r) {
+        WordVec own = E::spread(pair_at<T>(weights + r * KEY_CHUNK, j));
+        even[r][n] = E::dot(even[r][n], own, low);
+        odd[r][n] = E::dot(odd[r][n], own, high);
+      }
+    }
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < WIDE; ++n) {
+      store(out + r * dim + 32 * n, even[r][n]);
+      store(out + r * dim + 32 * n + 16, odd[r][n]);
+    }
+}
+
 // columns: 16 rows of keys, transposed.
-template <class E, class T>
-void transpose_keys(const T* keys, int64_t stride, int64_t dim, float* columns) {
+template <class E, class T, class Meanwhile>
+void transpose_keys(const T* keys, int64_t stride, int64_t dim, float* columns, const Meanwhile& meanwhile) {
   for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) {
+    meanwhile(d);
     if constexpr (IN_PAIRS<E> || sizeof(T) == 4) {
       transpose(keys + d, stride * sizeof(T), columns + d * sizeof(T) * 4);
     } else {  // bf16 without products of pairs: as fp32
@@ -122,64 +168,100 @@ void transpose_keys(const T* keys, int64_t stride, int64_t dim, float* columns) 
   }
 }
 
-// R heads of one query.
-template <class E, class T, int R>
+// Call body(R, row) for `rows` rows, four, two or one of them at a time.
+template <class Body>
+void over_few_rows(int64_t rows, const Body& body) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) body(std::integral_constant<int, 4>{}, row);
+  if (row + 2 <= rows) body(std::integral_constant<int, 2>{}, row), row += 2;
+  if (row < rows) body(std::integral_constant<int, 1>{}, row);
+}
+
+// The query's heads, in rows: `groups` for each of `heads` key heads.
+template <class E, class T>
 struct Decode {
   const Cached<T>& cached;
-  Range seen;
-  float scale;
+  const Range seen;
+  const float scale;
   const T* query;
-  float *wide_query, *out, *scores, *columns, *zeros;
-  const T* value[KEY_CHUNK];
-  float top[R], sums[R] = {};
+  const int64_t heads, groups, rows, dim, value_dim;
+  float *wide_query, *out, *scores, *columns, *zeros, *top, *sums;
+  Vec* best;
+  const T* value[KEY_CHUNK + KEYS] = {};
 
-  Decode(const Cached<T>& cached, Range seen, float scale, const T* query)
-      : cached(cached), seen(seen), scale(scale * LOG2_E), query(query) {
-    int64_t dim = cached.dim, value_dim = cached.value_dim;
-    int64_t size = R * (dim + value_dim + KEY_CHUNK) + 16 * dim + value_dim;
-    wide_query = static_cast<float*>(scratch(0, size_t(size) * sizeof(float)));
-    out = wide_query + R * dim, scores = out + R * value_dim, columns = scores + R * KEY_CHUNK;
-    zeros = columns + 16 * dim;
-    for (int64_t i = 0; i < R * dim; ++i) wide_query[i] = widen(query[i]);
-    std::fill_n(out, R * value_dim, 0.0f);
-    std::fill_n(zeros, value_dim, 0.0f);
-    std::fill_n(top, R, LOWEST);
+  struct Rows {  // sixteen
+    const T* first;
+    int64_t stride;
+    [[gnu::always_inline]] void ask(int64_t d) const {  // a function that only asks would be optimised away
+      for (int i = 0; i < 16; ++i) __builtin_prefetch(first + i * stride + d);
+    }
+  };
+
+  Decode(const Cached<T>& cached, Range seen, float scale, const T* query, int64_t heads, int64_t groups)
+      : cached(cached), seen(seen), scale(scale * LOG2_E), query(query), heads(heads), groups(groups),
+        rows(heads * groups), dim(cached.dim), value_dim(cached.value_dim) {
+    int64_t size = rows * (16 + dim + value_dim + KEY_CHUNK + 2) + KEYS * dim + heads * value_dim;
+    best = static_cast<Vec*>(scratch(0, size_t(size) * sizeof(float)));
+    wide_query = reinterpret_cast<float*>(best + rows), out = wide_query + rows * dim, scores = out + rows * value_dim;
+    columns = scores + rows * KEY_CHUNK, zeros = columns + KEYS * dim, top = zeros + heads * value_dim;
+    sums = top + rows;
+    for (int64_t i = 0; i < rows * dim; ++i) wide_query[i] = widen(query[i]);
+    std::fill_n(out, rows * value_dim, 0.0f);
+    std::fill_n(zeros, heads * value_dim, 0.0f);
+    std::fill_n(top, rows, LOWEST);
+    std::fill_n(sums, rows, 0.0f);
   }
 
   void run() {
     for (int64_t chunk = seen.first / KEY_CHUNK * KEY_CHUNK; chunk < seen.last; chunk += KEY_CHUNK) {
       int64_t begin = std::max(seen.first, chunk) / BLOCK * BLOCK - chunk;
       int64_t count = std::min(seen.last - chunk, KEY_CHUNK);
-      float old[R];
-      std::copy_n(top, R, old);
-      score_chunk(chunk, begin, count);
-      weigh(old, begin, count);
-      add_values(begin, count);
+      for (int64_t row = 0; row < rows; ++row) best[row] = splat(top[row]);
+      for (int64_t j = begin; j < count; j += KEYS) score_keys(chunk, j, std::min<int64_t>(count - j, KEYS), count);
+      over_few_rows(rows, [&](auto few, int64_t row) { weigh<few>(row, begin, count); });
+      for (int64_t j = begin; j < count; j += KEYS) add_values(j, std::min<int64_t>(count - j, KEYS));
     }
   }
 
-  void score_chunk(int64_t chunk, int64_t begin, int64_t count) {
-    Vec best[R];
-    for (int r = 0; r < R; ++r) best[r] = splat(top[r]);
-    for (int64_t j = begin; j < count; j += 16) {
-      const T *keys = cached.key(chunk + j), *values = cached.value(chunk + j);
-      prefetch(values, cached.value_stride, cached.value_dim);
-      if (chunk + j + 16 < seen.last) prefetch(cached.key(chunk + j + 16), cached.key_stride, cached.dim);
-      for (int i = 0; i < 16; ++i) value[j + i] = values + i * cached.value_stride;
-      transpose_keys<E>(keys, cached.key_stride, cached.dim, columns);
-      score<E, T, R>(columns, query, wide_query, cached.dim, scale, scores + j);
-      if (chunk + j < seen.first || chunk + j + 16 > seen.last) hide(chunk + j, scores + j, value + j);
-      for (int r = 0; r < R; ++r) best[r] = maximum(best[r], load(scores + r * KEY_CHUNK + j));
+  // Scores of `count` keys from `first` of the chunk on, which has `all`.
+  void score_keys(int64_t chunk, int64_t first, int64_t count, int64_t all) {
+    int64_t blocks = (count + 15) / 16;
+    for (int64_t head = 0; head < heads; ++head) {
+      for (int64_t n = 0; n < blocks; ++n) {
+        int64_t j = first + 16 * n, next = j + KEYS;
+        Rows ahead = next < all ? Rows{cached.key(chunk + next), cached.key_stride}
+                                : Rows{cached.value(chunk + 16 * n), cached.value_stride};
+        transpose_keys<E>(cached.key(chunk + j) + head * dim, cached.key_stride, dim, columns + n * 16 * dim,
+                          [&](int64_t d) { ahead.ask(head * dim + d); });
+      }
+      over_few_rows(groups, [&](auto few, int64_t row) {
+        constexpr int N = AT_ONCE<few>;
+        row += head * groups;
+        int64_t n = 0;
+        for (; n + N <= blocks; n += N) score_rows<few, N>(row, n, first);
+        for (; n < blocks; ++n) score_rows<few, 1>(row, n, first);
+      });
     }
-    for (int r = 0; r < R; ++r) top[r] = highest(best[r]);
+    for (int64_t j = first; j < first + count; j += 16) {
+      const T* values = cached.value(chunk + j);
+      for (int i = 0; i < 16; ++i) value[j + i] = values + i * cached.value_stride;
+      if (chunk + j < seen.first || chunk + j + 16 > seen.last) hide(chunk + j, scores + j, value + j);
+      for (int64_t row = 0; row < rows; ++row) best[row] = maximum(best[row], load(scores + row * KEY_CHUNK + j));
+    }
+  }
+
+  template <int R, int N>
+  void score_rows(int64_t row, int64_t n, int64_t first) {
+    score<E, N, T, R>(columns + n * 16 * dim, query + row * dim, wide_query + row * dim, dim, scale,
+                      scores + row * KEY_CHUNK + first + 16 * n);
   }
 
   // The pages before a window may be others' by now, and the last one's end was never written.
   void hide(int64_t key, float* cells, const T** values) {
     IntVec first = int32_t(seen.first - key) - lane_numbers(), limit = int32_t(seen.last - 1 - key) - lane_numbers();
     IntVec hidden = unseen(0, first, limit);
-    for (int r = 0; r < R; ++r) {
-      float* cell = cells + r * KEY_CHUNK;
+    for (int64_t row = 0; row < rows; ++row) {
+      float* cell = cells + row * KEY_CHUNK;
       store(cell, choose(hidden, splat(HIDDEN), load(cell)));
     }
     for (int64_t i = 0; i < 16; ++i)
@@ -187,77 +269,86 @@ struct Decode {
   }
 
   // Scores become weights, and what was summed before is brought to the new maximum.
-  void weigh(const float* old, int64_t begin, int64_t count) {
+  template <int R>
+  void weigh(int64_t from, int64_t begin, int64_t count) {
+    float total[R];  // local, so that it stays in registers
+    float* weights = scores + from * KEY_CHUNK;
     for (int r = 0; r < R; ++r) {
-      float* row = scores + r * KEY_CHUNK;
-      float shrink = power_of_two(splat(old[r] - top[r]))[0];
-      sums[r] *= shrink;
-      for (int64_t d = 0; d < cached.value_dim; d += 16) {
-        float* cell = out + r * cached.value_dim + d;
+      float *row = weights + r * KEY_CHUNK, old = top[from + r], most = highest(best[from + r]);
+      float shrink = power_of_two(splat(old - most))[0];
+      top[from + r] = most;
+      total[r] = sums[from + r] * shrink;
+      for (int64_t d = 0; d < value_dim; d += 16) {
+        float* cell = out + (from + r) * value_dim + d;
         store(cell, load(cell) * shrink);
       }
-      for (int64_t j = begin; j < count; j += 16) store(row + j, power_of_two(load(row + j) - top[r]));
+      for (int64_t j = begin; j < count; j += 16) store(row + j, power_of_two(load(row + j) - most));
     }
-    float total[R];  // local, so that it stays in registers
-    std::copy_n(sums, R, total);
-    const float* weights = scores;
     for (int64_t j = begin; j < count; ++j)
       for (int r = 0; r < R; ++r) total[r] += weights[r * KEY_CHUNK + j];
-    std::copy_n(total, R, sums);
-    for (int r = 0; r < R; ++r) narrow(scores + r * KEY_CHUNK + begin, count - begin);
+    std::copy_n(total, R, sums + from);
+    for (int r = 0; r < R; ++r) narrow(weights + r * KEY_CHUNK + begin, count - begin);
   }
 
-  // Weights as the products take them; for Dot the pairs lie together at the beginning.
+  // Weights as the products take them.
   static void narrow(float* weights, int64_t count) {
     if constexpr (BY_DOT<E>)
       for (int64_t j = 0; j < count; j += 32)
-        liaoyuan::write(weights + j / 2, E::narrow(load(weights + j), j + 16 < count ? load(weights + j + 16) : Vec{}));
+        liaoyuan::write(weights + j, E::narrow(load(weights + j), j + 16 < count ? load(weights + j + 16) : Vec{}));
     else if constexpr (IN_PAIRS<E>)
       for (int64_t j = 0; j < count; j += 16) store(weights + j, rounded<BFloat16>(load(weights + j)));
   }
 
-  void add_values(int64_t begin, int64_t count) {
-    int64_t dim = cached.value_dim, d = 0;
-    const T** rows = value + begin;
-    for (; d + 32 <= dim; d += 32) {
-      gather_values<E, T, R, 2>(rows, count - begin, scores + begin, out + d, dim);
-      for (int64_t j = 0; j < count - begin; ++j) rows[j] += 32;
+  // Of `keys` from `first` of the chunk on.
+  void add_values(int64_t first, int64_t keys) {
+    for (int64_t head = 0; head < heads; ++head)
+      over_few_rows(groups, [&](auto few, int64_t row) {
+        row += head * groups;
+        add_values_of<few>(value + first, head * value_dim, keys, scores + row * KEY_CHUNK + first,
+                           out + row * value_dim);
+      });
+  }
+
+  template <int R>
+  void add_values_of(const T* const* from, int64_t offset, int64_t keys, const float* weights, float* to) {
+    constexpr int WIDE = 4 / R;  // times 32 dimensions: eight sums take turns
+    int64_t d = 0;
+    if constexpr (BY_DOT<E>) {
+      for (; d + 32 * WIDE <= value_dim; d += 32 * WIDE)
+        gather_pairs<E, T, R, WIDE>(from, offset + d, keys, weights, to + d, value_dim);
+      for (; d + 32 <= value_dim; d += 32)
+        gather_pairs<E, T, R, 1>(from, offset + d, keys, weights, to + d, value_dim);
     }
-    if (d < dim) gather_values<E, T, R, 1>(rows, count - begin, scores + begin, out + d, dim);
+    for (; d + 32 <= value_dim; d += 32)
+      gather_values<E, T, R, 2>(from, offset + d, keys, weights, to + d, value_dim);
+    if (d < value_dim) gather_values<E, T, R, 1>(from, offset + d, keys, weights, to + d, value_dim);
   }
 
   void write(const float* sinks, T* to) {
-    for (int r = 0; r < R; ++r) {
-      Vec total, most, sink = splat(sinks ? sinks[r] : HIDDEN);
-      Vec factor = finish(splat(top[r]), splat(sums[r]), sink, total, most);
-      for (int64_t d = 0; d < cached.value_dim; d += 16)
-        store(to + r * cached.value_dim + d, load(out + r * cached.value_dim + d) * factor);
+    for (int64_t row = 0; row < rows; ++row) {
+      Vec total, most, sink = splat(sinks ? sinks[row] : HIDDEN);
+      Vec factor = finish(splat(top[row]), splat(sums[row]), sink, total, most);
+      const float* from = out + row * value_dim;
+      T* own = to + row * value_dim;
+      int64_t d = 0;
+      for (; BY_DOT<E> && d + 32 <= value_dim; d += 32) {
+        Vec low, high;
+        zip(load(from + d) * factor, load(from + d + 16) * factor, low, high);
+        store(own + d, low);
+        store(own + d + 16, high);
+      }
+      for (; d < value_dim; d += 16) store(own + d, load(from + d) * factor);
     }
   }
 };
 
-template <class E, class T, int R>
-void decode_rows(const T* query, T* out, const float* sinks, const Cached<T>& cached, Range seen, float scale) {
-  Decode<E, T, R> rows(cached, seen, scale, query);
+// query [heads * groups, dim], out [heads * groups, value_dim], sinks [heads * groups] or null.
+template <class E, class T>
+void decode(const T* query, T* out, const float* sinks, int64_t heads, int64_t groups, const Cached<T>& cached,
+            Range seen, float scale) {
+  Decode<E, T> rows(cached, seen, scale, query, heads, groups);
   rows.run();
   rows.write(sinks, out);
-}
-
-// query [groups, dim], out [groups, value_dim], sinks [groups] or null.
-template <class E, class T>
-void decode(const T* query, T* out, const float* sinks, int64_t groups, const Cached<T>& cached, Range seen,
-            float scale) {
-  for (int64_t row = 0; row < groups;) {
-    const T* q = query + row * cached.dim;
-    T* o = out + row * cached.value_dim;
-    const float* s = sinks ? sinks + row : nullptr;
-    if (groups - row >= 4)
-      decode_rows<E, T, 4>(q, o, s, cached, seen, scale), row += 4;
-    else if (groups - row >= 2)
-      decode_rows<E, T, 2>(q, o, s, cached, seen, scale), row += 2;
-    else
-      decode_rows<E, T, 1>(q, o, s, cached, seen, scale), row += 1;
-  }
 }
 
 }  // namespace liaoyuan

@@ -1,8 +1,8 @@
 // RMSNorm, alone and joined with the residual addition; forward and backward in one pass over memory each.
 #include <algorithm>
-#include <vector>
 
 #include "kernels.h"
+#include "stream.h"
 
 namespace liaoyuan {
 
@@ -12,14 +12,34 @@ constexpr int64_t ELEMENTS_PER_TASK = 32768;
 
 int64_t rows_per_task(int64_t width) { return std::max<int64_t>(1, ELEMENTS_PER_TASK / std::max<int64_t>(width, 1)); }
 
+float inverse_root(float squares, int64_t width, float eps) {
+  return 1.0f / __builtin_sqrtf(squares / float(width) + eps);
+}
+
+// Of 64 elements at a time, since one addition takes as long as four; the order depends on the width alone.
 template <class T>
-float inverse_rms(const T* x, int64_t width, float eps) {
-  Vec squares{};
-  for (int64_t i = 0; i < width; i += LANES) {
-    Vec v = load(x + i, width - i);
-    squares += v * v;
+float square_sum_of(const T* x, int64_t width, T* to) {
+  Two even{}, odd{};
+  int64_t i = 0;
+  for (; i + 2 * TWO <= width; i += 2 * TWO) {
+    ask_to_write(to + i);
+    ask_to_write(to + i + TWO);
+    Two v = load_two(x + i), next = load_two(x + i + TWO);
+    even += v * v;
+    odd += next * next;
   }
-  return 1.0f / __builtin_sqrtf(sum(squares) / float(width) + eps);
+  over_row(width - i, [&](int64_t at, auto count) {
+    Two v = load_two(x + i + at, count);
+    even += v * v;
+  });
+  return fold(even + odd);
+}
+
+template <class T>
+void add(const T* a, const T* b, T* total, int64_t width) {
+  over_row(width, [&](int64_t i, auto count) {
+    store_two(total + i, load_two(a + i, count) + load_two(b + i, count), count);
+  });
 }
 
 }  // namespace
@@ -31,52 +51,97 @@ void rms_norm(const T* residual, const T* x, const T* weight, T* total, T* out, 
     for (int64_t row = task * step; row < std::min(rows, (task + 1) * step); ++row) {
       const T* in = x + row * width;
       if (residual) {
-        for (int64_t i = 0; i < width; i += LANES) {
-          Vec v = load(residual + row * width + i, width - i) + load(in + i, width - i);
-          store(total + row * width + i, v, width - i);
-        }
+        add(residual + row * width, in, total + row * width, width);
         in = total + row * width;
       }
-      Vec scale = splat(inverse_rms(in, width, eps));
-      for (int64_t i = 0; i < width; i += LANES)
-        store(out + row * width + i, load(in + i, width - i) * scale * load(weight + i, width - i), width - i);
+      T* to = out + row * width;
+      Vec scale = splat(inverse_root(square_sum_of(in, width, to), width, eps));
+      over_row(width, [&](int64_t i, auto count) {
+        if (!residual) ask(in + i + AHEAD / sizeof(T));
+        store_two(to + i, load_two(in + i, count) * scale * load_two(weight + i, count), count);
+      });
     }
   });
 }
+
+namespace {
+
+template <class T>
+struct RowGradient {
+  const T *grad_total, *grad, *x;
+  T* grad_in;
+  Vec scale, inner;
+
+  RowGradient() = default;
+  RowGradient(const T* grad_total, const T* grad, const T* x, const T* weight, T* grad_in, int64_t width, float eps)
+      : grad_total(grad_total), grad(grad), x(x), grad_in(grad_in) {
+    Two squares{}, product{};
+    over_row(width, [&](int64_t i, auto count) {
+      ask_to_write(grad_in + i);
+      Two v = load_two(x + i, count);
+      squares += v * v;
+      product += v * load_two(grad + i, count) * load_two(weight + i, count);
+    });
+    float root = inverse_root(fold(squares), width, eps);
+    scale = splat(root), inner = splat(fold(product) * root * root / float(width));
+  }
+};
+
+constexpr int TOGETHER = 4;  // rows, so that the sums of the weight's gradient are loaded and stored once for so many
+
+// The rows' gradients, and what they add to the weight's, row after row.
+template <int ROWS, class T>
+void rows_backward(const RowGradient<T>* row, const T* weight, float* sums, int64_t width) {
+  over_row(width, [&](int64_t i, auto count) {
+    Two w = load_two(weight + i, count), total = load_two(sums + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      Two v = load_two(row[r].x + i, count), upper = load_two(row[r].grad + i, count);
+      Two result = (upper * w - v * row[r].inner) * row[r].scale;
+      if (row[r].grad_total) {
+        ask(row[r].grad_total + i + TOGETHER * width);
+        result += load_two(row[r].grad_total + i, count);
+      }
+      store_two(row[r].grad_in + i, result, count);
+      total += upper * v * row[r].scale;
+      ask(row[r].x + i + TOGETHER * width);
+      ask(row[r].grad + i + TOGETHER * width);
+    }
+    store_two(sums + i, total);
+  });
+}
+
+}  // namespace
 
 template <class T>
 void rms_norm_backward(const T* grad_total, const T* grad, const T* total, const T* weight, T* grad_in, T* grad_weight,
                        int64_t rows, int64_t width, float eps) {
   // The weight's gradient is summed within a task and then over tasks in their order; the cut depends on the shape alone.
   int64_t step = std::max(rows_per_task(width), (rows + 63) / 64), tasks = (rows + step - 1) / step;
-  int64_t padded = (width + LANES - 1) / LANES * LANES;
-  std::vector<float> partial(size_t(std::max<int64_t>(tasks, 1) * padded), 0.0f);
+  int64_t padded = (width + TWO - 1) / TWO * TWO;
+  auto* partial = static_cast<float*>(scratch(0, size_t(std::max<int64_t>(tasks, 1) * padded) * sizeof(float)));
   parallel(tasks, [&](int64_t task) {
-    float* sums = partial.data() + task * padded;
-    for (int64_t row = task * step; row < std::min(rows, (task + 1) * step); ++row) {
-      const T *x = total + row * width, *g = grad + row * width;
-      Vec squares{}, product{};
-      for (int64_t i = 0; i < width; i += LANES) {
-        Vec v = load(x + i, width - i);
-        squares += v * v;
-        product += v * load(g + i, width - i) * load(weight + i, width - i);
+    float* sums = partial + task * padded;
+    std::fill_n(sums, padded, 0.0f);
+    int64_t end = std::min(rows, (task + 1) * step);
+    for (int64_t row = task * step; row < end; row += TOGETHER) {
+      RowGradient<T> group[TOGETHER];
+      int count = int(std::min<int64_t>(TOGETHER, end - row));
+      for (int r = 0; r < count; ++r) {
+        int64_t at = (row + r) * width;
+        group[r] = {grad_total ? grad_total + at : nullptr, grad + at, total + at, weight, grad_in + at, width, eps};
       }
-      float scale = 1.0f / __builtin_sqrtf(sum(squares) / float(width) + eps);
-      Vec r = splat(scale), inner = splat(sum(product) * scale * scale / float(width));
-      for (int64_t i = 0; i < width; i += LANES) {
-        Vec v = load(x + i, width - i), upper = load(g + i, width - i);
-        Vec result = r * (upper * load(weight + i, width - i) - v * inner);
-        if (grad_total) result += load(grad_total + row * width + i, width - i);
-        store(grad_in + row * width + i, result, width - i);
-        store(sums + i, load(sums + i) + upper * v * r);
-      }
+      if (count == TOGETHER)
+        rows_backward<TOGETHER>(group, weight, sums, width);
+      else
+        for (int r = 0; r < count; ++r) rows_backward<1>(group + r, weight, sums, width);
     }
   });
-  for (int64_t i = 0; i < width; i += LANES) {
-    Vec whole{};
-    for (int64_t task = 0; task < tasks; ++task) whole += load(partial.data() + task * padded + i);
-    store(grad_weight + i, whole, width - i);
-  }
+  over_row(width, [&](int64_t i, auto count) {
+    Two whole{};
+    for (int64_t task = 0; task < tasks; ++task) whole += load_two(partial + task * padded + i);
+    store_two(grad_weight + i, whole, count);
+  });
 }
 
 #define INSTANTIATE(T)                                                                                              \

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "stream.h"
 
 namespace liaoyuan {
 
@@ -73,18 +74,18 @@ double square_sum(const T* x, int64_t count) {
     int64_t end = std::min(count, (task + 1) * PER_TASK);
     double total = 0;
     for (int64_t chunk = task * PER_TASK; chunk < end; chunk += CHUNK) {
-      Vec sums[4] = {};
+      Two sums[2] = {};
       int64_t stop = std::min(end, chunk + CHUNK), i = chunk;
-      for (; i + 4 * LANES <= stop; i += 4 * LANES)
-        for (int k = 0; k < 4; ++k) {
-          Vec v = load(x + i + k * LANES);
+      for (; i + 2 * TWO <= stop; i += 2 * TWO)
+        for (int k = 0; k < 2; ++k) {
+          Two v = load_two(x + i + k * TWO);
           sums[k] += v * v;
         }
-      for (; i < stop; i += LANES) {
-        Vec v = load(x + i, stop - i);
+      over_row(stop - i, [&](int64_t at, auto left) {
+        Two v = load_two(x + i + at, left);
         sums[0] += v * v;
-      }
-      total += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+      });
+      total += fold(sums[0] + sums[1]);
     }
     partial[task] = total;
   });

@@ -1,9 +1,11 @@
 // The way of tokens to their experts: the choice of experts, rows sorted by expert, and their weighted sum back.
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
+#include "stream.h"
 
 namespace liaoyuan {
 
@@ -16,58 +18,106 @@ template <class Body>
 void over_rows(int64_t rows, const Body& body) {
   parallel((rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK, [&](int64_t task) {
     for (int64_t row = task * ROWS_PER_TASK; row < std::min(rows, (task + 1) * ROWS_PER_TASK); ++row) body(row);
+    settle();
   });
 }
 
 // ---- choice
 
 void softmax_row(const float* logits, float* scores, int64_t count) {
-  float most = LOWEST;
-  for (int64_t i = 0; i < count; ++i) most = std::max(most, logits[i]);
-  Vec total{};
+  Vec most = splat(LOWEST), total{};
+  const IntVec lane = lane_numbers();
+  for (int64_t i = 0; i < count; i += LANES)
+    most = maximum(choose(lane < int32_t(count - i), load(logits + i, count - i), splat(LOWEST)), most);
+  most = splat(highest(most));
   for (int64_t i = 0; i < count; i += LANES) {
-    float power[LANES];
-    store(power, exponential(load(logits + i, count - i) - splat(most)));
-    for (int64_t j = std::min<int64_t>(LANES, count - i); j < LANES; ++j) power[j] = 0;
-    total += load(power);
-    store(scores + i, load(power), count - i);
+    Vec power = choose(lane < int32_t(count - i), exponential(load(logits + i, count - i) - most), Vec{});
+    total += power;
+    store(scores + i, power);
   }
-  Vec inverse = splat(1.0f / sum(total));
-  for (int64_t i = 0; i < count; i += LANES) store(scores + i, load(scores + i, count - i) * inverse, count - i);
+  Vec inverse = splat(1.0f / fold(total));
+  for (int64_t i = 0; i < count; i += LANES) store(scores + i, load(scores + i) * inverse);
 }
 
+int64_t padded(int64_t experts) { return (experts + LANES - 1) / LANES * LANES; }
+
+// scores has `padded` places.
 void score_row(const float* logits, float* scores, const RouteShape& s) {
   if (!s.sigmoid) return softmax_row(logits, scores, s.experts);
-  for (int64_t i = 0; i < s.experts; i += LANES)
-    store(scores + i, sigmoid(load(logits + i, s.experts - i)), s.experts - i);
+  for (int64_t i = 0; i < s.experts; i += LANES) store(scores + i, sigmoid(load(logits + i, s.experts - i)));
 }
 
-// The places of the `kept` largest, the largest first, of equals the first. What is no number counts as the least.
-void largest(const float* values, int64_t count, int64_t kept, int64_t* places) {
-  auto value = [&](int64_t i) { return values[i] == values[i] ? values[i] : LOWEST; };
-  int64_t held = 0;
+// ---- the largest of sixteen rows at once, one row a lane
+
+// Integers in the order of the numbers, and the way back. What is no number counts as the least number.
+constexpr int32_t NOTHING = std::numeric_limits<int32_t>::min();  // less than all of them
+IntVec pick(IntVec condition, IntVec yes, IntVec no) { return (IntVec)choose(condition, (Vec)yes, (Vec)no); }
+IntVec turned(IntVec bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+IntVec key_of(Vec value) { return turned((IntVec)choose(value != value, splat(LOWEST), value)); }
+Vec value_of(IntVec key) { return (Vec)turned(key); }
+
+struct Best {
+  IntVec key, place;
+};
+
+// The K largest of [count][16] keys after `last`, the largest first, of equals the first.
+template <int K, bool AFTER>
+void largest_few(const IntVec* keys, int64_t count, Best last, Best* found) {
+  Best best[K];
+  for (int j = 0; j < K; ++j) best[j] = {IntVec{} + NOTHING, IntVec{}};
   for (int64_t i = 0; i < count; ++i) {
-    float own = value(i);
-    if (held == kept && !(own > value(places[kept - 1]))) continue;
-    int64_t at = held < kept ? held++ : kept - 1;
-    for (; at > 0 && own > value(places[at - 1]); --at) places[at] = places[at - 1];
-    places[at] = i;
+    IntVec key = keys[i], here = IntVec{} + int32_t(i);
+    if (AFTER) key = pick((last.key > key) | (~(last.key != key) & (here > last.place)), key, IntVec{} + NOTHING);
+#pragma GCC unroll 8
+    for (int j = K - 1; j > 0; --j) {
+      IntVec own = key > best[j].key, above = key > best[j - 1].key;
+      best[j].place = pick(above, best[j - 1].place, pick(own, here, best[j].place));
+      best[j].key = pick(above, best[j - 1].key, pick(own, key, best[j].key));
+    }
+    IntVec first = key > best[0].key;
+    best[0] = {pick(first, key, best[0].key), pick(first, here, best[0].place)};
+  }
+  std::copy_n(best, K, found);
+}
+
+template <int K>
+int64_t some(const IntVec* keys, int64_t count, int64_t at, Best* found) {
+  if (at)
+    largest_few<K, true>(keys, count, found[at - 1], found + at);
+  else
+    largest_few<K, false>(keys, count, Best{}, found);
+  return at + K;
+}
+
+// `found` has room for seven more than are kept.
+void largest(const IntVec* keys, int64_t count, int64_t kept, Best* found) {
+  for (int64_t at = 0; at < kept;) {
+    int64_t left = kept - at;
+    at = left > 4   ? some<8>(keys, count, at, found)
+         : left > 2 ? some<4>(keys, count, at, found)
+         : left > 1 ? some<2>(keys, count, at, found)
+                    : some<1>(keys, count, at, found);
   }
 }
 
 // Experts outside the best groups can no longer be chosen.
-void limit_to_groups(float* values, const RouteShape& s, float* totals, int64_t* places) {
+void limit_to_groups(IntVec* keys, const RouteShape& s, IntVec* totals, Best* best) {
   int64_t size = s.experts / s.groups, summed = std::min(s.group_best, size);
   for (int64_t group = 0; group < s.groups; ++group) {
-    largest(values + group * size, size, summed, places);
-    totals[group] = 0;
-    for (int64_t i = 0; i < summed; ++i) totals[group] += values[group * size + places[i]];
+    largest(keys + group * size, size, summed, best);
+    Vec total{};
+    for (int64_t i = 0; i < summed; ++i) total += value_of(best[i].key);
+    totals[group] = key_of(total);
   }
-  largest(totals, s.groups, s.kept_groups, places);
-  for (int64_t group = 0; group < s.groups; ++group)
-    if (std::find(places, places + s.kept_groups, group) == places + s.kept_groups)
-      std::fill(values + group * size, values + (group + 1) * size, LOWEST);
+  largest(totals, s.groups, s.kept_groups, best);
+  for (int64_t group = 0; group < s.groups; ++group) {
+    IntVec is_kept{};
+    for (int64_t i = 0; i < s.kept_groups; ++i) is_kept = is_kept | ~(best[i].place != IntVec{} + int32_t(group));
+    for (int64_t i = group * size; i < (group + 1) * size; ++i) keys[i] = pick(is_kept, keys[i], key_of(splat(LOWEST)));
+  }
 }
+
+// ---- choice
 
 constexpr float TINY = 1e-20f;  // keeps weights finite where all scores vanish
 
@@ -79,26 +129,54 @@ float normaliser(const float* scores, const int64_t* chosen, const RouteShape& s
   return 1.0f / (total + TINY);
 }
 
+struct RouteSpace {  // of sixteen rows
+  IntVec *keys, *totals;
+  float* scores;  // [16][padded]
+  Best* best;
+
+  explicit RouteSpace(int64_t experts) {
+    int64_t width = padded(experts);
+    keys = static_cast<IntVec*>(scratch(0, size_t(width * 3 + (width + 8) * 2) * sizeof(IntVec)));
+    totals = keys + width, scores = reinterpret_cast<float*>(totals + width);
+    best = reinterpret_cast<Best*>(scores + LANES * width);
+  }
+};
+
+// The first `count` of sixteen rows.
+void route_rows(const float* logits, const float* bias, float* weights, int64_t* chosen, int64_t count,
+                const RouteShape& s) {
+  RouteSpace space(s.experts);
+  int64_t width = padded(s.experts);
+  for (int64_t r = 0; r < LANES; ++r)
+    score_row(logits + std::min(r, count - 1) * s.experts, space.scores + r * width, s);
+  for (int64_t i = 0; i < width; i += LANES)
+    transpose(space.scores + i, width * int64_t(sizeof(float)), space.keys + i);
+  for (int64_t i = 0; i < s.experts; ++i) space.keys[i] = key_of((Vec)space.keys[i] + (bias ? bias[i] : 0.0f));
+  if (s.groups > 1) limit_to_groups(space.keys, s, space.totals, space.best);
+  largest(space.keys, s.experts, s.kept, space.best);
+  for (int64_t r = 0; r < count; ++r) {
+    const float* scores = space.scores + r * width;
+    int64_t* own = chosen + r * s.kept;
+    for (int64_t i = 0; i < s.kept; ++i) own[i] = reinterpret_cast<const int32_t*>(&space.best[i].place)[r];
+    float factor = s.scale * normaliser(scores, own, s);
+    for (int64_t i = 0; i < s.kept; ++i) weights[r * s.kept + i] = scores[own[i]] * factor;
+  }
+}
+
 }  // namespace
 
 void route(const float* logits, const float* bias, float* weights, int64_t* chosen, const RouteShape& s) {
-  over_rows(s.rows, [&](int64_t row) {
-    float* scores = static_cast<float*>(scratch(0, size_t(s.experts * 4 * sizeof(float) + 64)));
-    float *values = scores + s.experts, *totals = values + s.experts;
-    int64_t *own = chosen + row * s.kept, *places = static_cast<int64_t*>(scratch(1, size_t(s.experts) * 8));
-    score_row(logits + row * s.experts, scores, s);
-    for (int64_t i = 0; i < s.experts; ++i) values[i] = bias ? scores[i] + bias[i] : scores[i];
-    if (s.groups > 1) limit_to_groups(values, s, totals, places);
-    largest(values, s.experts, s.kept, own);
-    float factor = s.scale * normaliser(scores, own, s);
-    for (int64_t i = 0; i < s.kept; ++i) weights[row * s.kept + i] = scores[own[i]] * factor;
+  parallel((s.rows + LANES - 1) / LANES, [&](int64_t task) {
+    int64_t row = task * LANES;
+    route_rows(logits + row * s.experts, bias, weights + row * s.kept, chosen + row * s.kept,
+               std::min<int64_t>(LANES, s.rows - row), s);
   });
 }
 
 void route_backward(const float* grad, const float* logits, const int64_t* chosen, float* grad_logits,
                     const RouteShape& s) {
   over_rows(s.rows, [&](int64_t row) {
-    float* scores = static_cast<float*>(scratch(0, size_t(s.experts) * sizeof(float) + 64));
+    float* scores = static_cast<float*>(scratch(0, size_t(padded(s.experts)) * sizeof(float)));
     const int64_t* own = chosen + row * s.kept;
     const float* upper = grad + row * s.kept;
     float* result = grad_logits + row * s.experts;
@@ -132,8 +210,21 @@ bool sort_by_expert(const int64_t* chosen, int64_t count, int64_t experts, int64
 }
 
 void gather_rows(const char* x, const int64_t* order, char* rows, int64_t count, int64_t per_token, int64_t row_bytes) {
+  bool whole = is_aligned(rows, row_bytes), past = whole && is_beyond_caches(count * row_bytes);
   over_rows(count, [&](int64_t row) {
-    std::memcpy(rows + row * row_bytes, x + order[row] / per_token * row_bytes, size_t(row_bytes));
+    const char* from = x + order[row] / per_token * row_bytes;
+    char* to = rows + row * row_bytes;
+    if (!whole) return void(std::memcpy(to, from, size_t(row_bytes)));
+    for (int64_t at = 0; at < row_bytes; at += 64) {
+      WordVec words;
+      read(from + at, words);
+      if (past) {
+        write_past(to + at, words);
+      } else {
+        __builtin_prefetch(to + at + AHEAD, 1);
+        write(to + at, words);
+      }
+    }
   });
 }
 
@@ -150,32 +241,76 @@ template <class T>
 void combine_rows(const T* rows, const int64_t* places, const float* weights, T* out, int64_t tokens, int64_t per_token,
                   int64_t width) {
   over_rows(tokens, [&](int64_t token) {
-    const int64_t* own = places + token * per_token;
-    for (int64_t at = 0; at < width; at += LANES) {
-      Vec total{};
+    const int64_t *own = places + token * per_token, *next = token + 1 < tokens ? own + per_token : own;
+    over_row(width, [&](int64_t at, auto count) {
+      Two total{};
       for (int64_t i = 0; i < per_token; ++i) {
-        Vec row = load(rows + own[i] * width + at, width - at);
+        ask(rows + next[i] * width + at);
+        Two row = load_two(rows + own[i] * width + at, count);
         total += weights ? row * splat(weights[token * per_token + i]) : row;
       }
-      store(out + token * width + at, total, width - at);
+      store_two(out + token * width + at, total, count);
+    });
+  });
+}
+
+namespace {
+
+template <class T>
+struct RowBack {
+  const T *from, *next;  // next: what is asked for meanwhile
+  T *to, *next_to;
+  Vec weight;
+};
+
+// Rows of one token: their gradients, and those of their weights.
+template <class Full, int ROWS, class T>
+void combined_backward(const T* grad, const RowBack<T>* row, float* grad_weights, int64_t width) {
+  Two inner[ROWS] = {};
+  over_row<Full>(width, [&](int64_t at, auto count) {
+    Two upper = load_two(grad + at, count);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      ask(row[r].next + at);
+      if (std::is_same_v<Full, Whole>) ask_to_write(row[r].next_to + at);
+      inner[r] += upper * load_two(row[r].from + at, count);
+      store_two(row[r].to + at, upper * row[r].weight, count);
+    }
+  });
+  for (int r = 0; r < ROWS; ++r) grad_weights[r] = fold(inner[r]);
+}
+
+template <class Full, class T>
+void combine_backward(const T* grad, const T* rows, const int64_t* places, const float* weights, T* grad_rows,
+                      float* grad_weights, int64_t tokens, int64_t per_token, int64_t width) {
+  constexpr int TOGETHER = 4;
+  over_rows(tokens, [&](int64_t token) {
+    const T* upper = grad + token * width;
+    int64_t end = (token + 1) * per_token, last = tokens * per_token - 1;
+    for (int64_t i = token * per_token, count; i < end; i += count) {
+      count = end - i >= TOGETHER ? TOGETHER : 1;
+      RowBack<T> group[TOGETHER];
+      for (int r = 0; r < count; ++r) {
+        int64_t here = places[i + r] * width, next = places[std::min(i + r + count, last)] * width;
+        group[r] = {rows + here, rows + next, grad_rows + here, grad_rows + next, splat(weights[i + r])};
+      }
+      if (count == TOGETHER)
+        combined_backward<Full, TOGETHER>(upper, group, grad_weights + i, width);
+      else
+        combined_backward<Full, 1>(upper, group, grad_weights + i, width);
     }
   });
 }
 
+}  // namespace
+
 template <class T>
 void combine_rows_backward(const T* grad, const T* rows, const int64_t* places, const float* weights, T* grad_rows,
                            float* grad_weights, int64_t tokens, int64_t per_token, int64_t width) {
-  over_rows(tokens, [&](int64_t token) {
-    for (int64_t i = token * per_token; i < (token + 1) * per_token; ++i) {
-      Vec inner{}, weight = splat(weights[i]);
-      for (int64_t at = 0; at < width; at += LANES) {
-        Vec upper = load(grad + token * width + at, width - at);
-        inner += upper * load(rows + places[i] * width + at, width - at);
-        store(grad_rows + places[i] * width + at, upper * weight, width - at);
-      }
-      grad_weights[i] = sum(inner);
-    }
-  });
+  int64_t row_bytes = width * int64_t(sizeof(T));
+  bool past = is_beyond_caches(tokens * per_token * row_bytes) && is_aligned(grad_rows, row_bytes);
+  (past ? combine_backward<Past, T> : combine_backward<Whole, T>)(grad, rows, places, weights, grad_rows, grad_weights,
+                                                                  tokens, per_token, width);
 }
 
 #define INSTANTIATE(T)                                                                                               \

@@ -1,51 +1,93 @@
 // The next token of every row: penalties, grammar mask, temperature, top-k, top-p, min-p and the draw, row by row.
 //
-// A row of logits is read from memory once and worked on in the caches. Filters leave the best so many tokens, so only
-// candidates near the peak are sorted, and more of them if these do not suffice. Sums run over chunks of 64 in fp32,
-// then in fp64; a row's bits depend on that row alone.
+// A row of logits is read from memory once and worked on in the caches; weights are computed where they are used, since
+// that costs less than to keep them. Filters leave the best so many tokens, so only candidates near the peak are looked
+// at, and more of them if these do not suffice. Sums run over chunks of 64 in fp32, then in fp64; a row's bits depend
+// on that row alone.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "kernels.h"
+#include "stream.h"
 
 namespace liaoyuan {
 
 namespace {
 
-constexpr int64_t CHUNK = 64;
+constexpr int64_t CHUNK = 64, BLOCK = LANES * CHUNK;  // a block has as many chunks as a vector has lanes
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 // Least weights of candidates, against the peak's, one after the other until they suffice.
-constexpr float CANDIDATES[] = {0x1p-2f, 0x1p-4f, 0x1p-7f, 0x1p-14f, 0x1p-24f, 0.0f};
+constexpr float CANDIDATES[] = {0x1p-2f,  0x1p-4f,  0x1p-6f,  0x1p-8f,  0x1p-10f,
+                                0x1p-12f, 0x1p-15f, 0x1p-18f, 0x1p-24f, 0.0f};
 
 struct Candidate {
   float weight;
   int32_t token;
 };
-bool is_before(const Candidate& a, const Candidate& b) {
+// No function, since a type of its own lets sorting inline it.
+constexpr auto is_before = [](const Candidate& a, const Candidate& b) {
   return a.weight != b.weight ? a.weight > b.weight : a.token < b.token;
-}
+};
 
 struct Drawn {
   int64_t token;
   double share;  // of what the filters left
 };
 
-// scores [padded] = the logits in fp32, nothing past the end; returns the highest.
+// Sixteen of a row's scores, nothing past its end.
 template <class T>
-float read_row(const T* logits, int64_t vocabulary, int64_t padded, float* scores) {
+Vec scores_at(const T* scores, int64_t i, int64_t count) {
+  if (i + LANES <= count) return load(scores + i);
+  if (i >= count) return splat(NOTHING);
+  return choose(lane_numbers() < int32_t(count - i), load(scores + i, count - i), splat(NOTHING));
+}
+
+// body(block, load) for each block of a row, with a function that loads 32 scores of the block, in whatever order; only
+// in the last block it must look for the end.
+template <class T, class Body>
+void over_blocks(const T* scores, int64_t count, const Body& body) {
+  int64_t block = 0;
+  for (; (block + 1) * BLOCK <= count; ++block)
+    body(block, [from = scores + block * BLOCK](int64_t i) { return load_two(from + i); });
+  if (block * BLOCK < count)
+    body(block, [=, first = block * BLOCK](int64_t i) {
+      return Two{scores_at(scores, first + i, count), scores_at(scores, first + i + LANES, count)};
+    });
+}
+
+// The sum of each of sixteen vectors, in the order of `sum`; or the highest lane.
+template <class Join>
+Vec fold_each(const Vec* parts, const Join& join) {
+  Vec lane[LANES];
+  transpose(parts, sizeof(Vec), lane);
+#pragma GCC unroll 4
+  for (int width = LANES / 2; width; width /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) lane[i] = join(lane[i], lane[i + width]);
+  return lane[0];
+}
+
+int64_t blocks_of(int64_t count) { return (count + BLOCK - 1) / BLOCK; }
+
+// tops: the highest score of every chunk; returns that of the row.
+template <class T>
+float find_tops(const T* scores, int64_t count, float* tops) {
   Vec best = splat(NOTHING);
-  const IntVec lane = lane_numbers();
-  for (int64_t i = 0; i < padded; i += LANES) {
-    Vec v = splat(NOTHING);
-    if (i + LANES <= vocabulary)
-      v = load(logits + i);
-    else if (i < vocabulary)
-      v = choose(lane < int32_t(vocabulary - i), load(logits + i, vocabulary - i), v);
-    best = maximum(v, best);
-    store(scores + i, v);
-  }
+  over_blocks(scores, count, [&](int64_t block, auto score) {
+    Vec parts[LANES];
+    for (int64_t c = 0; c < LANES; ++c) {
+      parts[c] = splat(NOTHING);
+      for (int64_t i = 0; i < CHUNK; i += TWO) {
+        Two some = score(c * CHUNK + i);
+        parts[c] = maximum(some.second, maximum(some.first, parts[c]));
+      }
+    }
+    Vec top = fold_each(parts, maximum);
+    store(tops + block * LANES, top);
+    best = maximum(top, best);
+  });
   return highest(best);
 }
 
@@ -65,23 +107,24 @@ void penalise(float* scores, const int64_t* history, int64_t length, int64_t pro
   }
 }
 
-void forbid(float* scores, const uint32_t* bits, int64_t padded, int64_t words) {
+void forbid(float* scores, int64_t count, const uint32_t* bits, int64_t words) {
   IntVec bit{};
   int32_t powers[LANES];
   for (int i = 0; i < LANES; ++i) powers[i] = 1 << i;
   read(powers, bit);
-  for (int64_t i = 0; i < padded; i += LANES) {
+  for (int64_t i = 0; i < count; i += LANES) {
     uint32_t word = i / 32 < words ? bits[i / 32] >> (i % 32) & 0xffffu : 0;
     IntVec allowed = (bit & int32_t(word)) != IntVec{};
-    store(scores + i, choose(allowed, load(scores + i), splat(NOTHING)));
+    store(scores + i, choose(allowed, scores_at(scores, i, count), splat(NOTHING)), count - i);
   }
 }
 
-int64_t first_highest(const float* scores, int64_t padded) {
+template <class T>
+int64_t first_highest(const T* scores, int64_t count) {
   Vec best = splat(NOTHING);
   IntVec place{}, lane = lane_numbers();
-  for (int64_t i = 0; i < padded; i += LANES) {
-    Vec v = load(scores + i);
+  for (int64_t i = 0; i < count; i += LANES) {
+    Vec v = scores_at(scores, i, count);
     auto higher = v > best;
     place = (IntVec)choose(higher, (Vec)(lane + int32_t(i)), (Vec)place);
     best = choose(higher, v, best);
@@ -92,52 +135,79 @@ int64_t first_highest(const float* scores, int64_t padded) {
   return place[found];
 }
 
-// weights = exp((scores - peak) / temperature), sums: of its chunks; returns the total.
-double weigh(const float* scores, float peak, float temperature, int64_t padded, float* weights, float* sums) {
-  double total = 0;
-  float inverse = 1.0f / temperature;
-  for (int64_t i = 0; i < padded; i += CHUNK) {
-    Vec part{};
-    for (int64_t j = i; j < i + CHUNK; j += LANES) {
-      Vec weight = exponential((load(scores + j) - peak) * inverse);
-      store(weights + j, weight);
-      part += weight;
-    }
-    sums[i / CHUNK] = sum(part);
-    total += sums[i / CHUNK];
+// What tokens weigh: exp((score - peak) / temperature).
+template <class T>
+struct Weights {
+  const T* scores;
+  int64_t count;
+  float peak, inverse;  // of the temperature
+
+  Vec of(Vec score) const { return exponential((score - peak) * inverse); }
+  Vec at(int64_t i) const { return of(scores_at(scores, i, count)); }
+  // sums: of the chunks; returns the total.
+  double add_up(float* sums) const {
+    double total = 0;
+    over_blocks(scores, count, [&](int64_t block, auto score) {
+      Vec parts[LANES] = {};
+      for (int64_t c = 0; c < LANES; ++c)
+        for (int64_t i = 0; i < CHUNK; i += TWO) {
+          Two some = score(c * CHUNK + i);
+          parts[c] += of(some.first);
+          parts[c] += of(some.second);
+        }
+      float* own = sums + block * LANES;
+      store(own, fold_each(parts, [](Vec a, Vec b) { return a + b; }));
+      for (int i = 0; i < LANES; ++i) total += own[i];
+    });
+    return total;
   }
-  return total;
-}
+};
 
 // The first token whose running sum exceeds goal.
-Drawn draw(const float* weights, const float* sums, double total, double uniform, int64_t padded) {
+template <class T>
+Drawn draw(const Weights<T>& weights, const float* sums, double total, double uniform) {
   double goal = uniform * total, sum = 0;
   int64_t chunk = 0, last = 0;
-  for (int64_t i = 0; i < padded / CHUNK; ++i) {
+  for (int64_t i = 0; i < blocks_of(weights.count) * LANES; ++i) {
     if (sums[i] > 0) last = i;
     if (sum + sums[i] > goal) break;
     sum += sums[i];
     chunk = i + 1;
   }
   chunk = std::min(chunk, last);
-  int64_t token = -1;
-  for (int64_t i = chunk * CHUNK; i < (chunk + 1) * CHUNK; ++i) {
-    if (weights[i] > 0) token = i;  // rounding may leave the goal above the chunk: then its last token
-    sum += weights[i];
-    if (sum > goal && token >= 0) break;
+  float own[CHUNK];
+  for (int64_t i = 0; i < CHUNK; i += LANES) store(own + i, weights.at(chunk * CHUNK + i));
+  int64_t at = -1;
+  for (int64_t i = 0; i < CHUNK; ++i) {
+    if (own[i] > 0) at = i;  // rounding may leave the goal above the chunk: then its last token
+    sum += own[i];
+    if (sum > goal && at >= 0) break;
   }
-  return {token, token < 0 ? 0 : weights[token] / total};
+  return at < 0 ? Drawn{-1, 0} : Drawn{chunk * CHUNK + at, own[at] / total};
 }
 
-// In the order of the vocabulary.
-std::vector<Candidate> candidates(const float* weights, const float* sums, int64_t padded, float least) {
-  std::vector<Candidate> found;
-  for (int64_t i = 0; i < padded; i += CHUNK) {
-    if (sums[i / CHUNK] < least || sums[i / CHUNK] == 0) continue;
-    for (int64_t j = i; j < i + CHUNK; ++j)
-      if (weights[j] >= least && weights[j] > 0) found.push_back({weights[j], int32_t(j)});
+template <class Body>
+void each_bit(uint32_t bits, const Body& body) {
+  for (; bits; bits &= bits - 1) body(__builtin_ctz(bits));
+}
+
+// Add the tokens that weigh at least `least`, more than nothing, and less than `below`.
+template <class T>
+void add_candidates(const Weights<T>& weights, const float* tops, float least, float below,
+                    std::vector<Candidate>& found) {
+  constexpr float LOWEST_POWER = -88, MARGIN = 1e-4f;  // exponential is zero below, and wrong by much less
+  float power = std::max(LOWEST_POWER, std::log(least) - MARGIN), less = least > 0 ? std::nextafter(least, 0.0f) : 0;
+  for (int64_t block = 0; block < blocks_of(weights.count); ++block) {
+    IntVec some = (load(tops + block * LANES) - weights.peak) * weights.inverse > power;
+    each_bit(bits_of(some), [&](int chunk) {
+      int64_t first = block * BLOCK + chunk * CHUNK;
+      for (int64_t i = first; i < first + CHUNK; i += LANES) {
+        Vec weight = weights.at(i);
+        IntVec here = (weight > less) & (weight < below);
+        each_bit(bits_of(here), [&](int lane) { found.push_back({weight[lane], int32_t(i + lane)}); });
+      }
+    });
   }
-  return found;
 }
 
 double mass_of(const std::vector<Candidate>& candidates) {
@@ -146,38 +216,55 @@ double mass_of(const std::vector<Candidate>& candidates) {
   return mass;
 }
 
+// The best so many to the front, sorted, if `from` of them are already.
+void sort_best(std::vector<Candidate>& found, size_t from, size_t to) {
+  if (to < found.size()) std::nth_element(found.begin() + from, found.begin() + to, found.end(), is_before);
+  std::sort(found.begin() + from, found.begin() + to, is_before);
+}
+
+// How many of the best have at least this mass; they are sorted, a few at first, since a few suffice as a rule.
+size_t count_to_mass(std::vector<Candidate>& found, double goal) {
+  double mass = 0;
+  for (size_t i = 0, sorted = 0; i < found.size(); ++i) {
+    if (i > 0 && !(mass < goal)) return i;
+    if (i == sorted) sort_best(found, i, sorted = std::min(found.size(), 4 * i + 64));
+    mass += found[i].weight;
+  }
+  return found.size();
+}
+
 // What the filters leave of all tokens, from the best on.
 void filter(std::vector<Candidate>& found, const SamplingRow& row, double total) {
-  if (row.top_k > 0 && double(found.size()) > row.top_k) {
-    std::nth_element(found.begin(), found.begin() + int64_t(row.top_k), found.end(), is_before);
-    found.resize(size_t(row.top_k));
+  bool sorts_all = row.top_k > 0 || !(row.top_p < 1);
+  if (sorts_all) {
+    size_t count = row.top_k > 0 && double(found.size()) > row.top_k ? size_t(row.top_k) : found.size();
+    sort_best(found, 0, count);
+    found.resize(count);
   }
-  std::sort(found.begin(), found.end(), is_before);
   size_t count = found.size();
-  if (row.top_p < 1) {
-    double goal = row.top_p * (row.top_k > 0 ? mass_of(found) : total), mass = 0;
-    size_t i = 0;
-    for (; i < count && (i == 0 || mass < goal); ++i) mass += found[i].weight;
-    count = i;
-  }
+  if (row.top_p < 1) count = count_to_mass(found, row.top_p * (row.top_k > 0 ? mass_of(found) : total));
   while (count > 1 && found[count - 1].weight < row.min_p * found[0].weight) --count;
   found.resize(count);
 }
 
-std::vector<Candidate> left_by_filters(const float* weights, const float* sums, double total, const SamplingRow& row,
-                                       int64_t padded) {
+template <class T>
+std::vector<Candidate> left_by_filters(const Weights<T>& weights, const float* tops, double total,
+                                       const SamplingRow& row) {
   // What min_p drops counts for top_p; without that it need not be looked at.
   float floor = row.top_p >= 1 && row.min_p > 0 ? float(row.min_p) * 0.999f : 0;
-  for (float least : CANDIDATES) {
-    bool is_enough = least <= floor || (row.top_k == 0 && row.min_p >= least);
-    std::vector<Candidate> found = candidates(weights, sums, padded, std::max(least, floor));
-    is_enough = is_enough || (row.top_k > 0 ? double(found.size()) >= row.top_k
-                                            : row.top_p < 1 && mass_of(found) > row.top_p * total);
-    if (!is_enough) continue;
-    filter(found, row, total);
-    return found;
+  std::vector<Candidate> found;
+  float below = 2;  // no token weighs so much
+  for (float level : CANDIDATES) {
+    float least = std::max(level, floor);
+    add_candidates(weights, tops, least, below, found);
+    below = least;
+    bool is_enough = level <= floor || (row.top_k == 0 && row.min_p >= level) ||
+                     (row.top_k > 0 ? double(found.size()) >= row.top_k
+                                    : row.top_p < 1 && mass_of(found) > row.top_p * total);
+    if (is_enough) break;
   }
-  return {};
+  filter(found, row, total);
+  return found;
 }
 
 Drawn draw_filtered(const std::vector<Candidate>& left, double uniform) {
@@ -188,31 +275,59 @@ Drawn draw_filtered(const std::vector<Candidate>& left, double uniform) {
   return {-1, 0};
 }
 
+struct SamplingSpace {
+  float *tops, *sums, *scores;
+  explicit SamplingSpace(int64_t vocabulary) {
+    int64_t chunks = blocks_of(vocabulary) * LANES;
+    tops = static_cast<float*>(scratch(0, size_t(2 * chunks + vocabulary) * sizeof(float)));
+    sums = tops + chunks, scores = sums + chunks;
+  }
+};
+
+// total: of the weights at temperature 1, or less than zero if it is not known.
+template <class T>
+Drawn draw_warm(const Weights<T>& weights, const SamplingSpace& space, double total, const SamplingRow& row) {
+  bool is_filtered = row.top_k > 0 || row.top_p < 1 || row.min_p > 0;
+  bool uses_total = !is_filtered || (row.top_k == 0 && row.top_p < 1);
+  if (uses_total && (total < 0 || row.temperature != 1)) total = weights.add_up(space.sums);
+  return is_filtered ? draw_filtered(left_by_filters(weights, space.tops, total, row), row.uniform)
+                     : draw(weights, space.sums, total, row.uniform);
+}
+
+// From scores that differ from the logits, or that are the logits.
+template <class T>
+Drawn draw_row(const T* scores, int64_t vocabulary, float peak, double total, const SamplingSpace& space,
+               const SamplingRow& row) {
+  if (row.temperature == 0) return {first_highest(scores, vocabulary), 1};
+  return draw_warm(Weights<T>{scores, vocabulary, peak, 1.0f / float(row.temperature)}, space, total, row);
+}
+
+// The row with penalties and mask; its highest score.
+template <class T>
+float change(const T* logits, const SamplingRow& row, const SamplingInputs& inputs, int64_t at, int64_t vocabulary,
+             const SamplingSpace& space) {
+  for (int64_t i = 0; i < vocabulary; i += LANES)
+    store(space.scores + i, load(logits + i, vocabulary - i), vocabulary - i);
+  if (inputs.history)
+    penalise(space.scores, inputs.history + at * inputs.history_length, inputs.history_length, inputs.prompts[at], row,
+             vocabulary);
+  if (inputs.mask) forbid(space.scores, vocabulary, inputs.mask + at * inputs.mask_words, inputs.mask_words);
+  return find_tops(space.scores, vocabulary, space.tops);
+}
+
 template <class T>
 void sample_row(const T* logits, const SamplingRow& row, const SamplingInputs& inputs, int64_t at, int64_t vocabulary,
                 int64_t* token, float* log_prob, float* filtered) {
-  int64_t padded = (vocabulary + CHUNK - 1) / CHUNK * CHUNK;
-  float* scores = static_cast<float*>(scratch(0, size_t(2 * padded + padded / CHUNK) * sizeof(float)));
-  float *weights = scores + padded, *sums = weights + padded;
-  float raw_peak = read_row(logits, vocabulary, padded, scores), peak = raw_peak;
-  double raw_total = weigh(scores, raw_peak, 1.0f, padded, weights, sums), total = raw_total;
+  SamplingSpace space(vocabulary);
+  float raw_peak = find_tops(logits, vocabulary, space.tops), peak = raw_peak;
+  double raw_total = Weights<T>{logits, vocabulary, raw_peak, 1.0f}.add_up(space.sums);
   bool is_changed = inputs.history || inputs.mask;
-  if (inputs.history)
-    penalise(scores, inputs.history + at * inputs.history_length, inputs.history_length, inputs.prompts[at], row,
-             vocabulary);
-  if (inputs.mask) forbid(scores, inputs.mask + at * inputs.mask_words, padded, inputs.mask_words);
-  int64_t best = is_changed || row.temperature == 0 ? first_highest(scores, padded) : -1;
-  if (is_changed) peak = scores[best];
-  Drawn drawn{best, 1};
-  bool is_usable = std::isfinite(peak) && std::isfinite(raw_total);
-  if (row.temperature > 0 && is_usable) {
-    if (is_changed || row.temperature != 1)
-      total = weigh(scores, peak, float(row.temperature), padded, weights, sums);
-    bool is_filtered = row.top_k > 0 || row.top_p < 1 || row.min_p > 0;
-    drawn = is_filtered ? draw_filtered(left_by_filters(weights, sums, total, row, padded), row.uniform)
-                        : draw(weights, sums, total, row.uniform, padded);
-  }
-  bool found = is_usable && drawn.token >= 0;
+  if (is_changed) peak = change(logits, row, inputs, at, vocabulary, space);
+  Drawn drawn{-1, 1};
+  if (std::isfinite(peak) && std::isfinite(raw_total))
+    drawn = is_changed ? draw_row(space.scores, vocabulary, peak, -1, space, row)
+                       : draw_row(logits, vocabulary, peak, raw_total, space, row);
+  bool found = drawn.token >= 0;
   *token = found ? drawn.token : -1;
   *log_prob = found ? float(widen(logits[drawn.token]) - raw_peak - std::log(raw_total)) : NAN;
   *filtered = found ? float(std::log(drawn.share)) : NAN;
