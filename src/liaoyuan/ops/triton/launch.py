@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 ELEMENTS = 1024  # of a program that works element by element: eight for each thread of four warps
-MAX_WIDTH = 16384  # of a row that a program holds whole: 32 elements for each thread of 16 warps
+# Of a row that a program holds whole: 32 elements for each thread of 16 warps; on Ascend what lets the seven rows of
+# the widest kernel into the 96 KiB that its compiler has for tensors when it loads ahead.
+MAX_WIDTH = {"cuda": 16384, "npu": 2048}
 PARTIAL_SUMS = 256  # programs among which rows are dealt out for a weight's gradient: two for each of 128 processors
 MAX_PROGRAMS = 65535  # of a launch that Ascend's runtime takes: kernels that work on elements or rows go round
 UNBOUNDED = 2**30  # a window that no text fills
@@ -34,6 +36,11 @@ class Tile:
     depth: int = 0
     warps: int = 4
     stages: int = 2
+
+
+def fits(width: int, on: Tensor) -> bool:
+    """Return whether a program can hold a row of this width whole, on the device of a tensor."""
+    return width <= MAX_WIDTH.get(on.device.type, MAX_WIDTH["cuda"])
 
 
 def row_warps(block: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from liaoyuan.ops.operator import OPERATORS
 from liaoyuan.ops.route import TINY
-from liaoyuan.ops.triton.launch import ELEMENTS, MAX_WIDTH, ceil_div, launch, power_of_two, programs
+from liaoyuan.ops.triton.launch import ELEMENTS, ceil_div, fits, launch, power_of_two, programs
 
 NOTHING = tl.constexpr(TINY)
 
@@ -28,7 +28,7 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Compute the operator `route`."""
     rows, experts = logits.shape
-    if experts > MAX_WIDTH:
+    if not fits(experts, logits):
         asked = (kept, scoring, groups, kept_groups, group_best, normalise, scale)
         return OPERATORS["route"].reference(logits, bias, *asked)
     logits = logits.contiguous()
@@ -45,7 +45,7 @@ def route(
 def route_backward(grad: Tensor, logits: Tensor, chosen: Tensor, scoring: str, normalise: bool, scale: float) -> Tensor:
     """Compute the backward side of `route`."""
     (rows, experts), kept = logits.shape, chosen.shape[1]
-    if experts > MAX_WIDTH:
+    if not fits(experts, logits):
         gradient = OPERATORS["route"].gradient
         assert gradient is not None
         return gradient.reference(grad, logits, chosen, scoring, normalise, scale)
