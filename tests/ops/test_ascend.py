@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from liaoyuan.ops.operator import OPERATORS
+
 TESTS = Path(__file__).parents[1]
 USED_BY = {
     "npu_rms_norm": {"rms_norm", "split_rotary"},
@@ -40,6 +42,24 @@ def test_without_torch_npu_the_reference_computes_and_says_why(found):
     for kernel, reason in found["without"].values():
         assert kernel == "reference" and "torch_npu is not installed" in reason and "pip install torch_npu" in reason
     assert found["loaded_without"] == []
+
+
+def test_a_torch_npu_that_cannot_be_imported_costs_speed_alone(found):
+    for kernel, reason in found["broken"].values():
+        assert kernel == "reference" and "torch_npu cannot be imported (libhccl.so" in reason
+
+
+def test_tensors_with_gaps_and_empty_ones_are_taken(found):
+    assert set(found["edges"]) == set(found["names"])
+    for name, differences in found["edges"].items():
+        assert max(differences) < (2e-2 if name == "quantised_linear" else 2e-5), name
+    assert found["none"] == dict.fromkeys(found["names"], True)
+
+
+@pytest.mark.parametrize("name", ["attention", "grouped_linear", "rms_norm", "add_rms_norm", "permute_rows", "route"])
+def test_they_are_tried_before_triton_where_they_take_as_few_passes(name):
+    names = [kernel.name for kernel in OPERATORS[name].kernels if "npu" in kernel.devices]
+    assert names == ["npu", "triton"]
 
 
 def test_with_torch_npu_every_operator_that_has_one_uses_the_vendor_s(found):

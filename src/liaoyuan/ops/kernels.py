@@ -55,7 +55,11 @@ def triton(module: str, exact: bool = True) -> Kernel:
 def _ascend(name: str, device: str) -> Callable[[bool], None]:
     if not importlib.util.find_spec("torch_npu"):
         raise LiaoyuanError("torch_npu is not installed: Ascend's own operators cannot be had (pip install torch_npu).")
-    return functools.partial(_put_behind, importlib.import_module("liaoyuan.ops.ascend"), name, device)
+    try:
+        module = importlib.import_module("liaoyuan.ops.ascend")
+    except Exception as error:  # it loads libraries of the driver, which fail in their own ways
+        raise LiaoyuanError(f"torch_npu cannot be imported ({error}): Ascend's own operators cannot be had.") from error
+    return functools.partial(_put_behind, module, name, device)
 
 
 # torch_npu's fused operators; of the bits of their rows nothing is documented
