@@ -1,7 +1,7 @@
 """Ascend's own fused operators, from `torch_npu`, for the operators whose specification they meet.
 
 Each function is called like an operator and its backward side, with the arguments of their schemas. Signatures and
-limits are those of Ascend's documentation of `torch_npu` (op-plugin, docs/zh/custom_APIs/torch_npu, read in August
+limits are those of Ascend's documentation of `torch_npu` (op-plugin, docs/zh/custom_APIs/torch_npu, as of August
 2026); each docstring names its page. What a vendor's operator does not take is computed by the reference.
 Imported only where `torch_npu` is; nothing else imports it.
 """

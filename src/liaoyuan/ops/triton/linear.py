@@ -42,8 +42,7 @@ def _run(kernel: Any, left: Tensor, right: Tensor, bias: Tensor | None, out: Ten
     launch(kernel, grid, out, *arguments, *numbers, **sizes, **options)
 
 
-@triton.jit
-def _tile(
+def _product(
     left, right, bias, out, rows, columns, depth, left_row, left_inner, right_inner, right_column,
     BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -60,25 +59,6 @@ def _tile(
     tl.store(at, result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=("rows",))
-def _by_rows(
-    left, right, bias, out, rows, columns, depth, left_row, left_inner, right_inner, right_column,
-    BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Multiply a batch by a matrix: the number of rows is the batch's."""
-    _tile(
-        left, right, bias, out, rows, columns, depth, left_row, left_inner, right_inner, right_column,
-        BIAS, ROWS, COLUMNS, DEPTH,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=("depth",))
-def _over_rows(
-    left, right, bias, out, rows, columns, depth, left_row, left_inner, right_inner, right_column,
-    BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Sum over a batch for the weight's gradient: the inner dimension is the batch's."""
-    _tile(
-        left, right, bias, out, rows, columns, depth, left_row, left_inner, right_inner, right_column,
-        BIAS, ROWS, COLUMNS, DEPTH,
-    )  # fmt: skip
+# the number that is the batch's: of a batch times a matrix the rows, of a weight's gradient the inner dimension
+_by_rows = triton.jit(_product, do_not_specialize=("rows",))
+_over_rows = triton.jit(_product, do_not_specialize=("depth",))

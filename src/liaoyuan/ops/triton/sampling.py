@@ -1,8 +1,8 @@
 """The next token of a row of logits: one program reads the row again and again, and sorts nothing.
 
-Masses are whole numbers, weights in units of 2^-40 of the largest: their sums have no order, so a row's token depends
-neither on the tile nor on the card. What stays of a row is the beginning of its ranking, from the heaviest token on; it
-ends at a weight that is found bit by bit, since the bits of positive numbers rise with them.
+Masses are whole numbers, weights in units of 2^-40 of the largest: their sums have no order, so that a row has the same
+token whatever the tile. What stays of it is the beginning of its ranking, from the heaviest token on; it ends at a
+weight that is found bit by bit, since the bits of positive numbers rise with them.
 """
 
 import torch
