@@ -1,15 +1,17 @@
 """A device that exists nowhere, for `test_device.py`: its tensors live in CPU memory behind torch's own dispatcher.
 
-Torch sees a back end of its own kind, called `standin`, with autograd. A call that mixes its tensors with tensors
-of the CPU fails, as on a real device, so code that makes a tensor on the CPU by oversight does not pass. Global to
-the process: import it in a process of its own.
+Torch sees a back end of its own kind, called `standin` as a rule, with autograd. A call that mixes its tensors with
+tensors of the CPU fails, as on a real device, so code that makes a tensor on the CPU by oversight does not pass. Global
+to the process: import it in a process of its own.
 """
+
+import os
 
 import torch
 from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-NAME = "standin"
+NAME = os.environ.get("STAND_IN_NAME", "standin")  # what torch calls it
 SEEN: set[str] = set()  # operators that ran on the device
 DEVICE_KERNEL = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 # copies between two devices

@@ -74,7 +74,7 @@ class Router(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         # As a group of one: its bits do not depend on the number of rows, so neither does the choice.
         bias = None if self.bias is None else wide(self.bias)[None]
-        return grouped_linear(x, wide(self.weight)[None], torch.tensor([len(x)]), bias)
+        return grouped_linear(x, wide(self.weight)[None], x.new_full((1,), len(x), dtype=torch.long), bias)
 
 
 class ExpertWeights(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE, triton
+from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs, wide
 
 
@@ -182,7 +182,7 @@ def _workload(dtype: torch.dtype) -> tuple[Any, ...]:
 ATTENTION = register(
     Operator(
         name="attention",
-        kernels=(NATIVE, triton("attention")),
+        kernels=(NATIVE, ASCEND, triton("attention")),
         schema="(Tensor query, Tensor key, Tensor value, Tensor boundaries, float scale, int? window=None, "
         "Tensor? sinks=None) -> (Tensor, Tensor)",
         reference=_reference,

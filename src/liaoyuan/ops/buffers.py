@@ -8,7 +8,7 @@ from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE
+from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import KERNEL_DTYPES, Operator, register
 
 STEP = 0x9E3779B97F4A7C15 - 2**64  # as int64, like the two factors
@@ -82,7 +82,10 @@ def _samples(_: torch.dtype) -> Iterator[tuple[Tensor]]:
 CHECKSUM = register(
     Operator(
         name="checksum",
-        kernels=(replace(NATIVE, dtypes=(*KERNEL_DTYPES, torch.uint8)),),  # of any tensor, as bytes
+        kernels=(
+            replace(NATIVE, dtypes=(*KERNEL_DTYPES, torch.uint8)),  # of any tensor, as bytes
+            replace(triton("buffers"), dtypes=(torch.uint8,)),
+        ),
         schema="(Tensor data) -> Tensor",
         reference=_checksum,
         fake=lambda data: data.new_empty((), dtype=torch.int64),

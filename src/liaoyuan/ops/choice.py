@@ -192,7 +192,7 @@ def _first_that_passes(operator: Operator, device: str) -> OperatorStatus:
                 why = "chosen in the configuration" if wanted else "passed its self-test"
                 return replace(chosen, kernel=kernel.name, reason=why, exact=kernel.exact, dtypes=kernel.dtypes)
             reasons.append(reason)
-    return replace(chosen, reason=" ".join(reasons) or f"no kernel for {device} yet")
+    return replace(chosen, reason="; ".join(reason.rstrip(".") for reason in reasons) or f"no kernel for {device} yet")
 
 
 def _reason_against(operator: Operator, kernel: Kernel, device: str) -> str | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE
+from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs
 
 
@@ -90,7 +90,7 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 GROUPED_LINEAR = register(
     Operator(
         name="grouped_linear",
-        kernels=(NATIVE,),
+        kernels=(NATIVE, ASCEND, triton("grouped_linear")),
         schema="(Tensor x, Tensor weight, Tensor sizes, Tensor? bias) -> Tensor",
         reference=_grouped_linear,
         fake=lambda x, weight, sizes, bias: x.new_empty(x.shape[0], weight.shape[1]),

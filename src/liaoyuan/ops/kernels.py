@@ -1,4 +1,4 @@
-"""Where kernels come from: the C++ library for CPUs, Triton for CUDA and Ascend."""
+"""Where kernels come from: the C++ library for CPUs, Triton for CUDA and Ascend, Ascend's own operators."""
 
 import functools
 import importlib
@@ -13,6 +13,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.build import find_library
 from liaoyuan.ops.operator import Kernel
 
+ACCELERATOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "npu": "PrivateUse1"}
 
 
@@ -48,9 +49,21 @@ def triton(module: str, exact: bool = True) -> Kernel:
             raise LiaoyuanError("Triton is not installed: accelerators use plain PyTorch (pip install triton).")
         return functools.partial(_put_behind, importlib.import_module(f"liaoyuan.ops.triton.{module}"), name, device)
 
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    return Kernel("triton", ("cuda", "npu"), load, dtypes, exact)
+    return Kernel("triton", ("cuda", "npu"), load, ACCELERATOR_DTYPES, exact)
 
+
+def _ascend(name: str, device: str) -> Callable[[bool], None]:
+    if not importlib.util.find_spec("torch_npu"):
+        raise LiaoyuanError("torch_npu is not installed: Ascend's own operators cannot be had (pip install torch_npu).")
+    try:
+        module = importlib.import_module("liaoyuan.ops.ascend")
+    except Exception as error:  # it loads libraries of the driver, which fail in their own ways
+        raise LiaoyuanError(f"torch_npu cannot be imported ({error}): Ascend's own operators cannot be had.") from error
+    return functools.partial(_put_behind, module, name, device)
+
+
+# torch_npu's fused operators; of the bits of their rows nothing is documented
+ASCEND = Kernel("npu", ("npu",), _ascend, ACCELERATOR_DTYPES, exact=False)
 
 _behind: dict[tuple[str, str], torch.library.Library] = {}
 

@@ -1,6 +1,7 @@
 """The linear layer, whose backward pass computes the weight's gradient faster than PyTorch's does on CPUs in bf16."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE_INEXACT
-from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs
+from liaoyuan.ops.kernels import NATIVE_INEXACT, triton
+from liaoyuan.ops.operator import HALF_DTYPES, Gradient, Operator, pull_back, register, save_inputs, saved_inputs
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,7 +55,10 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 LINEAR = register(
     Operator(
         name="linear",
-        kernels=(NATIVE_INEXACT,),  # for many rows torch's own product, whose bits depend on their number
+        kernels=(
+            NATIVE_INEXACT,  # for many rows torch's own product, whose bits depend on their number
+            replace(triton("linear"), dtypes=HALF_DTYPES),  # matrix units multiply no fp32
+        ),
         schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
         reference=F.linear,
         fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),

@@ -5,6 +5,7 @@ AdamW is that of Loshchilov and Hutter 2019 (arXiv 1711.05101, alg. 2). A bf16 w
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from liaoyuan.device import Device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE
-from liaoyuan.ops.operator import Operator, register, wide
+from liaoyuan.ops.kernels import NATIVE, triton
+from liaoyuan.ops.operator import KERNEL_DTYPES, Operator, register, wide
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration; Jordan et al. 2024
 ITERATIONS = 5
@@ -161,7 +162,7 @@ def _adamw_workload(dtype: torch.dtype) -> tuple[Any, ...]:
 ADAMW_STEP = register(
     Operator(
         name="adamw_step",
-        kernels=(NATIVE,),
+        kernels=(NATIVE, replace(triton("optimiser"), dtypes=KERNEL_DTYPES)),
         schema="(Tensor(a!) weight, Tensor gradient, Tensor(b!) first, Tensor(c!) second, float[] rates, int key, "
         "int offset) -> ()",
         reference=_adamw_step,
@@ -176,7 +177,7 @@ ADAMW_STEP = register(
 SQUARE_SUM = register(
     Operator(
         name="square_sum",
-        kernels=(NATIVE,),
+        kernels=(NATIVE, triton("optimiser")),
         schema="(Tensor x) -> Tensor",
         reference=_square_sum,
         fake=lambda x: x.new_empty((), dtype=torch.float64),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE
+from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs, wide
 
 
@@ -136,7 +136,7 @@ def _bytes(x: Tensor, rows: int) -> int:
 PERMUTE_ROWS = register(
     Operator(
         name="permute_rows",
-        kernels=(NATIVE,),
+        kernels=(NATIVE, ASCEND, triton("permutation")),
         schema="(Tensor x, Tensor chosen, int count) -> (Tensor, Tensor, Tensor)",
         reference=_permute_rows,
         fake=lambda x, chosen, count: (
@@ -162,7 +162,7 @@ PERMUTE_ROWS = register(
 COMBINE_ROWS = register(
     Operator(
         name="combine_rows",
-        kernels=(NATIVE,),
+        kernels=(NATIVE, triton("permutation")),
         schema="(Tensor rows, Tensor order, Tensor weights) -> Tensor",
         reference=_combine_rows,
         fake=lambda rows, order, weights: rows.new_empty(weights.shape[0], rows.shape[1]),

@@ -6,7 +6,7 @@ fp8 is e4m3 of Micikevicius et al. 2022, arXiv 2209.05433).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE
+from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
 from liaoyuan.ops.operator import Operator, register, wide
 
 Kind = Literal["int8", "int4", "fp8"]
@@ -186,7 +186,7 @@ def _traffic(x: Tensor, data: Tensor, scales: Tensor, zeros: Tensor | None, *_: 
 QUANTISED_LINEAR = register(
     Operator(
         name="quantised_linear",
-        kernels=(NATIVE,),
+        kernels=(NATIVE, triton("quantised_linear"), replace(ASCEND, dtypes=(torch.bfloat16,))),
         schema="(Tensor x, Tensor data, Tensor scales, Tensor? zeros, Tensor? bias, str kind, int group) -> Tensor",
         reference=_quantised_linear,
         fake=lambda x, data, *_: x.new_empty(x.shape[0], data.shape[0]),

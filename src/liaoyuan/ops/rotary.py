@@ -15,7 +15,7 @@ from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE, triton
+from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs, wide
 
 MAX_DIM = 512  # of a head in the native kernel
@@ -174,7 +174,7 @@ def _workload(dtype: torch.dtype) -> tuple[Any, ...]:
 SPLIT_ROTARY = register(
     Operator(
         name="split_rotary",
-        kernels=(NATIVE, triton("rotary")),
+        kernels=(NATIVE, triton("rotary"), ASCEND),
         schema="(Tensor qkv, Tensor cosine, Tensor sine, int heads, int dim, Tensor? query_norm, Tensor? key_norm, "
         "float eps) -> (Tensor, Tensor, Tensor)",
         reference=_split_rotary,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE
+from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, wide
 
 TINY = 1e-20  # keeps weights finite where all scores vanish
@@ -153,7 +153,7 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 ROUTE = register(
     Operator(
         name="route",
-        kernels=(replace(NATIVE, dtypes=(torch.float32,)),),
+        kernels=tuple(replace(kernel, dtypes=(torch.float32,)) for kernel in (NATIVE, ASCEND, triton("route"))),
         schema="(Tensor logits, Tensor? bias, int kept, str scoring, int groups, int kept_groups, int group_best, "
         "bool normalise, float scale) -> (Tensor, Tensor)",
         reference=_route,

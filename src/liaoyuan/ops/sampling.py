@@ -13,7 +13,7 @@ from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE
+from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import Operator, register, wide
 
 COLUMNS = {  # of the settings, with what leaves a row as it is
@@ -100,7 +100,7 @@ def _sample_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     raw = wide(logits)
     temperature, top_k, top_p, min_p, *penalties, uniform = settings.double()[:, :, None].unbind(1)
-    scores = raw if history is None or prompt_lengths is None else _penalised(raw, history, prompt_lengths, *penalties)
+    scores = raw if history is None or prompt_lengths is None else penalised(raw, history, prompt_lengths, *penalties)
     if mask is not None:
         bits = mask[:, :, None] >> torch.arange(32, device=mask.device) & 1
         scores = scores.masked_fill(bits.flatten(1)[:, : scores.shape[1]] == 0, -torch.inf)
@@ -120,7 +120,7 @@ def _sample_tokens(
     return found[0].squeeze(1), found[1].squeeze(1), found[2].squeeze(1)
 
 
-def _penalised(
+def penalised(
     scores: Tensor, history: Tensor, prompt_lengths: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
 ) -> Tensor:
     is_generated = torch.arange(history.shape[1], device=history.device) >= prompt_lengths[:, None]
@@ -198,7 +198,7 @@ def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 SAMPLE_TOKENS = register(
     Operator(
         name="sample_tokens",
-        kernels=(NATIVE,),
+        kernels=(NATIVE, triton("sampling")),
         schema="(Tensor logits, Tensor settings, Tensor? history, Tensor? prompt_lengths, Tensor? mask)"
         " -> (Tensor, Tensor, Tensor)",
         reference=_sample_tokens,

@@ -22,6 +22,9 @@ from liaoyuan.ops.operator import OPERATORS, outputs_and_gradients
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
+WITH_KINDS = ("quantised_linear", "route", "sample_tokens")  # each kind of their inputs has a kernel of its own
+
+
 class Card:
     """What Triton asks of a driver before it compiles."""
 
@@ -65,6 +68,8 @@ def inputs(name, dtype, head_dims):
     else:
         operator = OPERATORS[name]
         yield operator.workload(dtype) if operator.workload else list(operator.samples(dtype))[-1]
+        if name in WITH_KINDS:
+            yield from operator.samples(dtype)
 
 
 def main(capability=80, dtypes="bfloat16,float32", *head_dims):

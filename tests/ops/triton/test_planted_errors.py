@@ -69,10 +69,42 @@ ERRORS = [
     ("paged_attention", "paged_attention", "position = total - end + token", "position = token"),
     ("paged_attention", "paged_attention", "range(parts)", "range(1, parts)"),
     ("write_cache", "paged_attention", "(slot >= 0)", "(slot > 0)"),
+    ("linear", "product", "range(first, last, DEPTH)", "range(first + DEPTH, last, DEPTH)"),
+    ("linear", "product", "rest // height", "rest // NEIGHBOURS"),
+    ("linear", "linear", "result += tl.load(bias", "result -= tl.load(bias"),
+    ("grouped_linear", "grouped_linear", "tl.cast(expert, tl.int64) * of_expert", "tl.cast(0, tl.int64) * of_expert"),
+    ("grouped_linear", "grouped_linear", "first = tl.load(starts + expert)", "first = tl.load(starts + expert) + 1"),
+    ("grouped_linear", "grouped_linear", "summed += tl.sum(tl.load(read", "summed = tl.sum(tl.load(read"),
+    ("route", "route", "values += tl.load(bias", "values -= tl.load(bias"),
+    ("route", "route", "own = tl.sum(tl.where(is_best, scores", "own = tl.sum(tl.where(is_best, values"),
+    ("route", "route", "for _ in range(group_best)", "for _ in range(1)"),
+    ("route", "route", "(grad_scores - is_chosen * shared[:, None])", "(grad_scores - shared[:, None])"),
+    ("permute_rows", "permutation", "tl.load(order + row) // per_token", "tl.load(order + row) % per_token"),
+    ("permute_rows", "permutation", "scatter_(0, order, places)", "copy_(order)"),
+    (
+        "combine_rows",
+        "permutation",
+        "value *= tl.load(weights + choices + choice)",
+        "value *= tl.load(weights + choices)",
+    ),
+    ("combine_rows", "permutation", "tl.store(grad_weights + choice,", "tl.store(grad_weights + row,"),
+    ("quantised_linear", "quantised_linear", "(exponent + 120)", "(exponent + 119)"),
+    ("quantised_linear", "quantised_linear", "- zero[None, :]", "- ZERO"),
+    ("quantised_linear", "quantised_linear", "(4 * plane)) & 15", "(4 * plane)) & 7"),
+    ("quantised_linear", "quantised_linear", "at // GROUP, mask", "at // depth, mask"),
+    ("adamw_step", "optimiser", "(slope - mean)", "(slope + mean)"),
+    ("adamw_step", "optimiser", "(tl.sqrt(square) * scale + eps)", "(tl.sqrt(square * scale) + eps)"),
+    ("square_sum", "optimiser", "tl.sum(value * value, 0)", "tl.sum(value, 0)"),
+    ("checksum", "buffers", "(place + 1) * SPACING", "place * SPACING"),
+    ("checksum", "buffers", "own += _mixed(", "own -= _mixed("),
+    ("sample_tokens", "sampling", "running <= target", "running < target"),
+    ("sample_tokens", "sampling", "(column % 32)) & 1", "(column % 31)) & 1"),
+    ("sample_tokens", "sampling", "mass + (top_k - number) * own", "mass"),
+    ("sample_tokens", "sampling", "tl.maximum(_share(kept, top_p), 1)", "tl.maximum(_share(whole, top_p), 1)"),
 ]
 
-
-MODULES = ("norm", "gated", "rotary", "loss_head", "softmax", "attention", "block_attention", "paged_attention")
+KEPT = ("__init__", "launch")  # no kernels are in them
+MODULES = tuple(sorted(path.stem for path in Path(package.__file__).parent.glob("*.py") if path.stem not in KEPT))
 
 
 @pytest.fixture

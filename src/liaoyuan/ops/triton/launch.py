@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 ELEMENTS = 1024  # of a program that works element by element: eight for each thread of four warps
-MAX_WIDTH = 16384  # of a row that a program holds whole: 32 elements for each thread of 16 warps
+# Of a row that a program holds whole: 32 elements for each thread of 16 warps; on Ascend what lets the seven rows of
+# the widest kernel into the 96 KiB that its compiler has for tensors when it loads ahead.
+MAX_WIDTH = {"cuda": 16384, "npu": 2048}
 PARTIAL_SUMS = 256  # programs among which rows are dealt out for a weight's gradient: two for each of 128 processors
+MAX_PROGRAMS = 65535  # of a launch that Ascend's runtime takes: kernels that work on elements or rows go round
 UNBOUNDED = 2**30  # a window that no text fills
 MAX_HEAD_DIM = 256  # a tile of queries, keys, values and their sums must fit a processor's registers
 
@@ -33,6 +36,11 @@ class Tile:
     depth: int = 0
     warps: int = 4
     stages: int = 2
+
+
+def fits(width: int, on: Tensor) -> bool:
+    """Return whether a program can hold a row of this width whole, on the device of a tensor."""
+    return width <= MAX_WIDTH.get(on.device.type, MAX_WIDTH["cuda"])
 
 
 def row_warps(block: int) -> int:
@@ -80,6 +88,18 @@ def logits_tile(dtype: torch.dtype) -> Tile:
     return Tile(64, 128, depth=64, stages=3)
 
 
+def product_tile(dtype: torch.dtype) -> Tile:
+    """Return the tile of linear layers: of few rows, since a token that is decoded has the bits of one among many."""
+    if dtype is torch.float32:
+        return Tile(64, 64, depth=16)
+    return Tile(64, 128, depth=64, stages=4)
+
+
+def quantised_tile() -> Tile:
+    """Return the tile of products with weights of few bits, whose bytes are what decoding waits for: few rows."""
+    return Tile(16, 64, depth=32, stages=4)
+
+
 def power_of_two(n: int, least: int = 1) -> int:
     """Return the least power of two that is at least n."""
     return max(least, 1 << max(n - 1, 0).bit_length())
@@ -88,6 +108,11 @@ def power_of_two(n: int, least: int = 1) -> int:
 def ceil_div(n: int, size: int) -> int:
     """Return how many parts of this size n things make."""
     return -(-n // size)
+
+
+def programs(parts: int) -> int:
+    """Return how many programs share so many parts, each taking every so-manieth."""
+    return min(parts, MAX_PROGRAMS)
 
 
 def launch(kernel: Any, grid: Sequence[int], on: Tensor, *arguments: Any, **options: Any) -> None:

@@ -6,12 +6,12 @@ import triton.language as tl
 from torch import Tensor
 
 from liaoyuan.ops.operator import OPERATORS
-from liaoyuan.ops.triton.launch import MAX_WIDTH, PARTIAL_SUMS, ceil_div, launch, power_of_two, row_warps
+from liaoyuan.ops.triton.launch import PARTIAL_SUMS, ceil_div, fits, launch, power_of_two, programs, row_warps
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute the operator `rms_norm`."""
-    if x.shape[-1] > MAX_WIDTH:
+    if not fits(x.shape[-1], x):
         return OPERATORS["rms_norm"].reference(x, weight, eps)
     x = x.contiguous()
     out = x.new_empty(x.shape)
@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Compute the operator `add_rms_norm`."""
-    if x.shape[-1] > MAX_WIDTH:
+    if not fits(x.shape[-1], x):
         return OPERATORS["add_rms_norm"].reference(residual, x, weight, eps)
     total, out = x.new_empty(x.shape), x.new_empty(x.shape)
     _run_forward(residual.contiguous(), x.contiguous(), weight, total, out, eps, add=True)
@@ -38,7 +38,7 @@ def add_rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Compute the backward side of `add_rms_norm`, and without `grad_total` that of `rms_norm`."""
     width = total.shape[-1]
-    if width > MAX_WIDTH:
+    if not fits(width, total):
         return _wide_backward(grad_total, grad, total, weight, eps)
     grad, total = grad.contiguous(), total.contiguous()
     upper = grad if grad_total is None else grad_total.contiguous()
@@ -59,8 +59,8 @@ def _run_forward(
     width = x.shape[-1]
     block = power_of_two(width)
     rows = x.numel() // max(width, 1)
-    arguments = (residual, x, weight.contiguous(), total, out, width, eps)
-    launch(_forward, (rows,), x, *arguments, ADD=add, BLOCK=block, num_warps=row_warps(block))
+    arguments = (residual, x, weight.contiguous(), total, out, rows, width, eps)
+    launch(_forward, (programs(rows),), x, *arguments, ADD=add, BLOCK=block, num_warps=row_warps(block))
 
 
 def _wide_backward(
@@ -71,20 +71,21 @@ def _wide_backward(
     return gradient.reference(grad_total, grad, total, weight, eps)
 
 
-@triton.jit
-def _forward(residual, x, weight, total, out, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=("rows",))
+def _forward(residual, x, weight, total, out, rows, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.arange(0, BLOCK)
     inside = place < width
-    at = tl.program_id(0).to(tl.int64) * width + place
-    value = tl.load(x + at, mask=inside, other=0.0)
-    if ADD:
-        added = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32) + value.to(tl.float32)
-        value = added.to(value.dtype)  # the norm is that of the sum as it is stored
-        tl.store(total + at, value, mask=inside)
-    wide = value.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / width + eps)
     factor = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, (wide * scale * factor).to(value.dtype), mask=inside)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        at = tl.cast(row, tl.int64) * width + place
+        value = tl.load(x + at, mask=inside, other=0.0)
+        if ADD:
+            added = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32) + value.to(tl.float32)
+            value = added.to(value.dtype)  # the norm is that of the sum as it is stored
+            tl.store(total + at, value, mask=inside)
+        wide = value.to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / width + eps)
+        tl.store(out + at, (wide * scale * factor).to(value.dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=("rows", "share"))

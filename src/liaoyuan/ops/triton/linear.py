@@ -1,0 +1,64 @@
+"""The linear layer: a program takes a tile of the result and sums over the whole inner dimension, in one order.
+
+A vendor's product is chosen by the number of rows, so that a row has other bits in another batch; this one is not.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from liaoyuan.ops.triton.launch import ceil_div, launch, product_tile
+from liaoyuan.ops.triton.product import multiply, tile_place
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute the operator `linear`."""
+    x, weight = x.contiguous(), weight.contiguous()
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    _run(_by_rows, x, weight.t(), bias, out)
+    return out
+
+
+def linear_backward(grad: Tensor, x: Tensor, weight: Tensor, with_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the backward side of `linear`."""
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    grad_x, grad_weight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+    _run(_by_rows, grad, weight, None, grad_x)
+    _run(_over_rows, grad.t(), x, None, grad_weight)
+    return grad_x, grad_weight, grad.sum(0) if with_bias else grad.new_empty(0)
+
+
+def _run(kernel: Any, left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Write left @ right + bias to `out`; left and right may be transposed."""
+    (rows, depth), columns = left.shape, right.shape[1]
+    tile = product_tile(left.dtype)
+    grid = (ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns),)
+    arguments = (left, right, out if bias is None else bias.contiguous(), out)
+    numbers = (rows, columns, depth, *left.stride(), *right.stride())
+    sizes = {"BIAS": bias is not None, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    launch(kernel, grid, out, *arguments, *numbers, **sizes, **options)
+
+
+def _product(
+    left, right, bias, out, rows, columns, depth, left_row, left_inner, right_inner, right_column,
+    BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Write one tile of the product."""
+    at_row, at_column = tile_place(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS))
+    row, column = at_row * ROWS + tl.arange(0, ROWS), at_column * COLUMNS + tl.arange(0, COLUMNS)
+    result = multiply(
+        left, left_row, left_inner, right, right_inner, right_column, row, rows, column, columns, 0, depth, DEPTH
+    )
+    if BIAS:
+        result += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    at = out + row.to(tl.int64)[:, None] * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(at, result.to(out.dtype.element_ty), mask=inside)
+
+
+# the number that is the batch's: of a batch times a matrix the rows, of a weight's gradient the inner dimension
+_by_rows = triton.jit(_product, do_not_specialize=("rows",))
+_over_rows = triton.jit(_product, do_not_specialize=("depth",))
