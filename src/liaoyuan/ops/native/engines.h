@@ -10,7 +10,7 @@
 
 #include "amx.h"
 #include "kernels.h"
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -108,6 +108,9 @@ struct LaneProducts : VectorProducts<LaneProducts<T>, float> {
   static Vec along(const T* from, int64_t values) { return load(from, values); }
   // A word of each of up to 16 items that lie side by side; `next` is the second value's row, or null.
   static Vec across(const T* row, const T*, int64_t items) { return load(row, items); }
+  // The same of SIDE items.
+  static constexpr int SIDE = LANES;
+  static void side_by_side(const T* row, const T*, float* to) { write(to, load(row)); }
 };
 
 struct PairWords {
@@ -126,6 +129,22 @@ struct PairWords {
     WordVec low = (WordVec)load(row, items) >> 16;
     return (Vec)(next ? low | (WordVec)load(next, items) : low);
   }
+#ifdef __AVX512BW__
+  static constexpr int SIDE = 2 * LANES;
+  static void side_by_side(const BFloat16* row, const BFloat16* next, uint32_t* to) {
+    __m512i low = _mm512_loadu_si512(row), high = _mm512_loadu_si512(next);
+    __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                     36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(low, first, high));
+    _mm512_storeu_si512(to + LANES, _mm512_permutex2var_epi16(low, second, high));
+  }
+#else
+  static constexpr int SIDE = LANES;
+  static void side_by_side(const BFloat16* row, const BFloat16* next, uint32_t* to) {
+    write(to, across(row, next, LANES));
+  }
+#endif
 };
 
 #ifdef __AVX512BF16__

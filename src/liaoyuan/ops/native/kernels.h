@@ -122,25 +122,11 @@ void multiply(const Product<T>& product) { multiply(&product, 1); }
 // by one where there is no AVX-512.
 bool bf16_is_slow();
 
-// grouped_linear.cpp: rows starts[e] ... starts[e + 1] - 1 belong to expert e, whose weight is [outer, inner].
+// grouped_linear.cpp: rows starts[e] ... starts[e + 1] - 1 belong to expert e; sums [experts, columns].
 struct Groups {
   const int64_t* starts;
   int64_t experts;
 };
-// Bytes of `space` that the first two (for x of depth `inner`, grad of depth `outer`) and the third need.
-template <class T>
-int64_t grouped_space(int64_t rows, int64_t depth);
-template <class T>
-int64_t grouped_weight_space(const Groups& groups, int64_t inner);
-template <class T>
-void grouped_linear(const T* x, const T* weight, const T* bias, T* out, void* space, const Groups& groups,
-                    int64_t inner, int64_t outer);
-template <class T>
-void grouped_linear_input(const T* grad, const T* weight, T* grad_x, void* space, const Groups& groups, int64_t inner,
-                          int64_t outer);
-template <class T>
-void grouped_linear_weight(const T* grad, const T* x, T* grad_weight, void* space, const Groups& groups, int64_t inner,
-                           int64_t outer);
 template <class T>
 void grouped_sum(const T* rows, T* sums, const Groups& groups, int64_t columns);
 

@@ -15,6 +15,9 @@ namespace {
 // Panels that a task packs for itself, cut by cut, stay in the first cache: along the depth one of them, across it
 // several, since rows are then read side by side.
 constexpr int64_t CUT_ALONG = 64, CUT_ACROSS = 16, PANELS_ACROSS = 8;
+// Where there is but one panel the other operand is read once: in long pieces, as memory likes it.
+constexpr int64_t ONE_PANEL = 1 << 14;  // words of a cut: 64 KiB
+constexpr int64_t TASK_ITEMS = 128;     // at least
 
 int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -34,7 +37,13 @@ void words_across(const Source<T>& s, int64_t first, int64_t width, int64_t step
   for (int64_t i = 0; i < steps; ++i) {
     int64_t at = (step + i) * E::VALUES;
     const T* row = s.matrix + at * s.stride + first;
-    for (int64_t n = 0; n < width; n += LANES) {
+    int64_t n = 0;
+    if (at + 1 < s.depth)
+      for (; n + E::SIDE <= std::min(width, s.count - first); n += E::SIDE) {
+        __builtin_prefetch(row + AHEAD * s.stride + n, 0, 2);
+        E::side_by_side(row + n, row + s.stride + n, to + i * to_stride + n);
+      }
+    for (; n < width; n += LANES) {
       int64_t items = std::min<int64_t>(s.count - first - n, LANES);
       __builtin_prefetch(row + AHEAD * s.stride + n, 0, 2);
       Vec words{};
@@ -131,13 +140,16 @@ class Plan {
     panels = parts(vectors * LANES, E::PANEL);
     strips = parts(items.count, E::STRIP);
     cut = !as_it_goes ? E::CUT : lanes.along ? CUT_ALONG : CUT_ACROSS;
+    if (panels == 1 && turned) cut = std::max(cut, ONE_PANEL / (vectors * LANES * E::STEP) * E::STEP);
     task_panels = !as_it_goes ? E::TASK_PANELS : lanes.along ? 1 : PANELS_ACROSS;
-    task_strips = std::max<int64_t>(1, E::TASK_STRIPS * std::min(panels, task_panels) / task_panels);
+    task_strips = std::max(TASK_ITEMS / E::STRIP, E::TASK_STRIPS * std::min(panels, task_panels) / task_panels);
     stride = padded(items.along ? cut : steps);
     near = items.along && must_be_copied();
     added = p.bias || p.residual;
   }
 
+  int64_t lane_count() const { return lanes.count; }
+  bool lanes_are_rows() const { return turned; }
   int64_t words() const {  // of memory that all tasks share
     return (as_it_goes ? 0 : vectors * LANES * steps) + (items.along ? 0 : strips * E::STRIP * stride);
   }
@@ -172,12 +184,15 @@ class Plan {
       for (int64_t j = j_first; j < j_end; ++j) {
         Items<Word> strip = near ? copied(j, step, count, copy) : shared(j, step);
         for (int64_t i = i_first; i < i_end; ++i) {
-          const Word* panel = as_it_goes ? fresh + (begin(i) - begin(i_first)) * count
-                                         : packed_panels + begin(i) * steps + step * width(i);
-          float* block = sums + (steps > cut ? (j - j_first) * task_panels + i - i_first : 0) * BLOCK;
-          E::strip(strip, std::min<int64_t>(E::STRIP, items.count - j * E::STRIP), panel, width(i), count, step > 0,
-                   block);
-          if (step + cut >= steps) turned ? store_turned(i, j, block) : store_rows(i, j, block);
+          int64_t lane = begin(i), wide = begin(i + 1) - lane;
+          Block block{lane, std::min(wide, lanes.count - lane), j * E::STRIP,
+                      std::min<int64_t>(E::STRIP, items.count - j * E::STRIP)};
+          const Word* panel = as_it_goes ? fresh + (lane - begin(i_first)) * count
+                                         : packed_panels + lane * steps + step * wide;
+          float* own = sums + (steps > cut ? (j - j_first) * task_panels + i - i_first : 0) * BLOCK;
+          if (step + cut >= steps && !turned) expect(block);
+          E::strip(strip, block.items, panel, wide, count, step > 0, own);
+          if (step + cut >= steps) turned ? store_turned(block, own) : store_rows(block, own);
         }
       }
     } while ((step += cut) < steps);
@@ -197,7 +212,6 @@ class Plan {
 
   // Panels of equal width, as far as lanes allow: two of 32 rather than one of 48 and one of 16.
   int64_t begin(int64_t panel) const { return (vectors * panel + panels - 1) / panels * LANES; }
-  int64_t width(int64_t panel) const { return begin(panel + 1) - begin(panel); }
 
   int64_t panel_tasks() const { return as_it_goes ? 0 : parts(panels, task_panels); }
   // Panels one after the other, each [count, width], of the words from `step`.
@@ -206,7 +220,7 @@ class Plan {
     for (int64_t k = 0; k < count; k += lanes.along ? count : ROWS)
       for (int64_t i = from; i < end; ++i) {
         Word* panel = to + (begin(i) - begin(from)) * count;
-        int64_t wide = width(i);
+        int64_t wide = begin(i + 1) - begin(i);
         if (lanes.along)
           words_along<E>(lanes, begin(i), wide, step, count, panel);
         else
@@ -233,24 +247,34 @@ class Plan {
     put(p.c + at, sums, count);
   }
 
-  void store_rows(int64_t i, int64_t j, const float* sums) const {
-    int64_t rows = std::min<int64_t>(E::STRIP, items.count - j * E::STRIP);
-    int64_t columns = std::min(width(i), lanes.count - begin(i));
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t n = 0; n < columns; n += LANES)
-        finish(j * E::STRIP + r, begin(i) + n, load(sums + r * E::PANEL + n), columns - n);
+  struct Block {
+    int64_t lane, lanes, item, items;  // where it begins, and how much of it there is
+  };
+  void expect(const Block& b) const {
+    for (int64_t r = 0; r < b.items; ++r)
+      for (int64_t n = 0; n < b.lanes; n += 64 / sizeof(T))
+        __builtin_prefetch(p.c + (b.item + r) * p.shape.c_stride + b.lane + n, 1);
+  }
+  void store_rows(const Block& b, const float* sums) const {
+    bool whole = b.lanes == E::PANEL && !added;
+    for (int64_t r = 0; r < b.items && whole; ++r) {  // the usual case, short enough for products of little depth
+      T* to = p.c + (b.item + r) * p.shape.c_stride + b.lane;
+#pragma GCC unroll 4
+      for (int64_t n = 0; n < E::PANEL; n += LANES) put(to + n, load(sums + r * E::PANEL + n));
+    }
+    for (int64_t r = 0; r < b.items && !whole; ++r)
+      for (int64_t n = 0; n < b.lanes; n += LANES)
+        finish(b.item + r, b.lane + n, load(sums + r * E::PANEL + n), b.lanes - n);
   }
 
   // Whole lines of memory are written at a time.
-  void store_turned(int64_t i, int64_t j, const float* sums) const {
-    alignas(64) float block[E::STRIP / LANES][LANES * LANES];
-    int64_t columns = std::min<int64_t>(E::STRIP, items.count - j * E::STRIP);
-    int64_t rows = std::min(width(i), lanes.count - begin(i));
-    for (int64_t r = 0; r < rows; r += LANES) {
-      for (int64_t n = 0; n < columns; n += LANES) transpose(sums + n * E::PANEL + r, E::PANEL * 4, block[n / LANES]);
-      for (int64_t k = 0; k < std::min<int64_t>(LANES, rows - r); ++k)
-        for (int64_t n = 0; n < columns; n += LANES)
-          finish(begin(i) + r + k, j * E::STRIP + n, load(block[n / LANES] + k * LANES), columns - n);
+  void store_turned(const Block& b, const float* sums) const {
+    alignas(64) float tiles[E::STRIP / LANES][LANES * LANES];
+    for (int64_t r = 0; r < b.lanes; r += LANES) {
+      for (int64_t n = 0; n < b.items; n += LANES) transpose(sums + n * E::PANEL + r, E::PANEL * 4, tiles[n / LANES]);
+      for (int64_t k = 0; k < std::min<int64_t>(LANES, b.lanes - r); ++k)
+        for (int64_t n = 0; n < b.items; n += LANES)
+          finish(b.lane + r + k, b.item + n, load(tiles[n / LANES] + k * LANES), b.items - n);
     }
   }
 };
@@ -268,15 +292,46 @@ void over_tasks(const Plans& plans, const Count& count, const Body& body) {
 }
 
 template <class E, class T>
-void multiply_with(const Product<T>* products, int64_t count) {
-  std::vector<Plan<E, T>> plans(products, products + count);
-  std::vector<int64_t> starts;
+void run_plans(std::vector<Plan<E, T>>& plans) {
   int64_t words = 0;
-  for (const auto& plan : plans) starts.push_back(words), words += plan.words();
+  for (const auto& plan : plans) words += plan.words();
   auto* memory = static_cast<typename E::Word*>(scratch(3, size_t(words) * 4));
-  for (size_t i = 0; i < plans.size(); ++i) plans[i].use(memory + starts[i]);
+  for (auto& plan : plans) plan.use(memory), memory += plan.words();
   over_tasks(plans, [](const auto& plan) { return plan.pack_tasks(); }, [](const auto& p, int64_t i) { p.pack(i); });
   over_tasks(plans, [](const auto& plan) { return plan.tasks(); }, [](const auto& p, int64_t i) { p.run(i); });
+  plans.clear();
+}
+
+// The part of a product that has `count` rows (or columns) from `first`.
+template <class T>
+Product<T> part_of(Product<T> p, bool of_rows, int64_t first, int64_t count) {
+  MatrixShape& s = p.shape;
+  int64_t at = of_rows ? first * s.c_stride : first;
+  p.c += at;
+  if (p.residual) p.residual += at;
+  if (p.bias && !of_rows) p.bias += first;
+  if (of_rows)
+    p.a += s.a_transposed ? first : first * s.a_stride, s.rows = count;
+  else
+    p.b += s.b_transposed ? first * s.b_stride : first, s.columns = count;
+  return p;
+}
+
+template <class E, class T>
+void multiply_with(const Product<T>* products, int64_t count) {
+  constexpr int64_t MOST = 1 << 24;  // packed words at a time: 64 MiB
+  std::vector<Plan<E, T>> plans;
+  int64_t words = 0;
+  for (const Product<T>* p = products; p < products + count; ++p) {
+    Plan<E, T> whole(*p);
+    int64_t all = whole.lane_count(), pieces = std::max<int64_t>(1, parts(whole.words(), MOST));
+    int64_t step = parts(parts(all, pieces), E::PANEL) * E::PANEL;
+    for (int64_t first = 0; first < all; first += step) {
+      plans.emplace_back(part_of(*p, whole.lanes_are_rows(), first, std::min(step, all - first)));
+      if ((words += plans.back().words()) >= MOST) run_plans(plans), words = 0;
+    }
+  }
+  run_plans(plans);
 }
 
 }  // namespace
