@@ -10,6 +10,9 @@
 #define HAS_AMX
 #include <immintrin.h>
 #endif
+#ifdef EMULATED_AMX
+#undef __AMX_BF16__  // also where there are units
+#endif
 
 namespace liaoyuan {
 
