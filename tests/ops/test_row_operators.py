@@ -1,9 +1,9 @@
-"""Norms and the linear layer against their definitions in fp64."""
+"""Norms against their definitions in fp64."""
 
 import pytest
 import torch
 
-from liaoyuan.ops import add_rms_norm, exact_rows, linear, rms_norm
+from liaoyuan.ops import add_rms_norm, rms_norm
 from tests.ops.cases import difference, random
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
@@ -56,46 +56,3 @@ def test_an_unused_output_of_add_rms_norm_gives_no_gradient():
     assert torch.equal(torch.autograd.grad(total.sum(), x, retain_graph=True)[0], torch.ones(5, 16))
     expected = torch.autograd.grad(normed(residual + x, weight, 1e-6).pow(2).sum(), x)[0]
     assert difference(torch.autograd.grad(out.pow(2).sum(), x)[0], expected) < 1e-5
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize(
-    ("rows", "width", "out"),
-    [(1, 1, 1), (1, 64, 96), (7, 24, 40), (33, 96, 17), (64, 600, 64), (700, 70, 1100), (0, 8, 3)],
-)
-def test_linear(rows, width, out, with_bias, dtype):
-    x, weight, bias = (
-        random(*size, dtype=dtype, seed=i) for i, size in enumerate([(rows, width), (out, width), (out,)])
-    )
-
-    def definition(x, weight, bias):
-        return x @ weight.t() if bias is None else x @ weight.t() + bias
-
-    inputs = (x, weight, bias if with_bias else None)
-    compare(linear, definition, inputs, dtype, (0, 1, 2) if with_bias else (0, 1))
-
-
-@pytest.mark.parametrize(
-    ("width", "out", "with_bias"), [(96, 50, False), (1100, 130, True), (77, 33, True), (1, 1, False)]
-)
-def test_the_bits_of_a_linear_row_depend_on_it_alone(width, out, with_bias):
-    rows = min(exact_rows(), 200)
-    if not rows:
-        pytest.skip("torch's own product makes no such promise")
-    x, weight = random(rows, width, dtype=torch.bfloat16), random(out, width, dtype=torch.bfloat16, seed=1)
-    bias = random(out, dtype=torch.bfloat16, seed=2) if with_bias else None
-    whole = linear(x, weight, bias)
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        try:
-            for count in (1, 2, 3, 5, 8, 9, 16, 17, 33, 48, 49, 64, 96, 97, 150, rows):
-                for first in {0, min(7, max(rows - count, 0)), max(rows - count, 0)}:
-                    part = x[first : first + count]
-                    assert torch.equal(linear(part, weight, bias), whole[first : first + count]), (
-                        threads,
-                        first,
-                        count,
-                    )
-        finally:
-            torch.set_num_threads(1)

@@ -4,7 +4,6 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -35,7 +34,6 @@ def _load_library() -> str | None:
 
 
 NATIVE = Kernel("native", ("cpu",), _native)  # compiled from ops/native/
-NATIVE_INEXACT = replace(NATIVE, exact=False)
 
 
 def triton(module: str, exact: bool = True) -> Kernel:

@@ -1,5 +1,10 @@
-"""The linear layer, whose backward pass computes the weight's gradient faster than PyTorch's does on CPUs in bf16."""
+"""The linear layer, with a bias and a residual stream added before the one rounding; the bits of a row are its own.
 
+PyTorch's product on CPUs gives other bits for the same row in another batch, since its library chooses the order of
+summation by the number of rows; the kernels here have one order for all.
+"""
+
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -9,25 +14,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE_INEXACT, triton
-from liaoyuan.ops.operator import HALF_DTYPES, Gradient, Operator, pull_back, register, save_inputs, saved_inputs
+from liaoyuan.ops.kernels import NATIVE, triton
+from liaoyuan.ops.operator import HALF_DTYPES, Gradient, Operator, pull_back, register, wide
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x @ weight^T + bias: x [N, K], weight [O, K], bias [O] or None -> [N, O]."""
-    if x.dim() == 2 and takes(LINEAR, x, weight, bias):
-        return LINEAR.call(x, weight, bias)
-    return F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Return x @ weight^T + bias + residual, summed in fp32 and rounded once.
+
+    Args:
+        x: [..., K]; weight: [O, K]; bias: [O]; residual: [..., O], the stream that the layer adds to.
+
+    Raises:
+        ValueError: the residual does not have the shape of the result. RuntimeError: other shapes do not fit.
+    """
+    if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
+        raise ValueError(
+            f"residual {tuple(residual.shape)} does not fit x {tuple(x.shape)} and the weight {tuple(weight.shape)}"
+        )
+    if x.dim() == 2 and takes(LINEAR, x, weight, bias, residual):
+        return LINEAR.call(x, weight, bias, residual)
+    return _linear(x, weight, bias, residual)
 
 
 def exact_rows() -> int:
-    """Return up to how many rows the bits of a row of a bf16 product depend on it alone, on this machine's CPU.
+    """Return up to how many rows the bits of a row of a product depend on it alone, on this machine's CPU.
 
-    All of them where AVX-512 multiplies bf16, 64 with AMX units, none else.
+    Any number, or none where there is no kernel and the product is PyTorch's own.
     """
-    return (
-        int(torch.ops.liaoyuan_native.exact_linear_rows()) if takes(LINEAR, torch.empty(0, dtype=torch.bfloat16)) else 0
-    )
+    return sys.maxsize if takes(LINEAR, torch.empty(0)) else 0
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if residual is None:
+        return F.linear(x, weight, bias)
+    return (wide(F.linear(x, weight, bias)) + wide(residual)).to(x.dtype)
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, with_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,39 +59,51 @@ def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, with_bias: bool) -> 
     return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(weight.shape[0] if with_bias else 0)
 
 
-def _apply(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, weight, bias = saved_inputs(ctx)
-    grad_x, grad_weight, grad_bias = torch.ops.liaoyuan.linear_backward(grad, x, weight, bias is not None)
-    return grad_x, grad_weight, None if bias is None else grad_bias
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, *added = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.added = [tensor is not None for tensor in added]
+
+
+def _apply(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    with_bias, with_residual = ctx.added
+    grad_x, grad_weight, grad_bias = torch.ops.liaoyuan.linear_backward(grad, *ctx.saved_tensors, with_bias)
+    return grad_x, grad_weight, grad_bias if with_bias else None, grad if with_residual else None
 
 
 def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(8)
-    for rows, width, out, with_bias in ((3, 24, 40, True), (70, 600, 96, False), (600, 64, 130, True)):
-        x, weight = (torch.randn(n, width, generator=generator).to(dtype) for n in (rows, out))
-        yield x, weight, torch.randn(out, generator=generator).to(dtype) if with_bias else None
+    sizes = ((3, 24, 40, True, False), (70, 600, 96, False, True), (600, 64, 130, True, True))
+    for rows, width, out, with_bias, with_residual in sizes:
+        x, weight, bias, residual = (
+            torch.randn(shape, generator=generator).to(dtype)
+            for shape in ((rows, width), (out, width), (out,), (rows, out))
+        )
+        yield x, weight, bias if with_bias else None, residual if with_residual else None
+
+
+def _traffic(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> int:
+    results = len(x) * len(weight) * (1 if residual is None else 2)
+    return (x.numel() + weight.numel() + results) * x.element_size()
 
 
 LINEAR = register(
     Operator(
         name="linear",
-        kernels=(
-            NATIVE_INEXACT,  # for many rows torch's own product, whose bits depend on their number
-            replace(triton("linear"), dtypes=HALF_DTYPES),  # matrix units multiply no fp32
-        ),
-        schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-        reference=F.linear,
-        fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
+        kernels=(NATIVE, replace(triton("linear"), dtypes=HALF_DTYPES)),  # cards' matrix units multiply no fp32
+        schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor",
+        reference=_linear,
+        fake=lambda x, weight, bias, residual: x.new_empty(x.shape[0], weight.shape[0]),
         samples=_samples,
-        flops=lambda x, weight, bias: 2 * x.numel() * weight.shape[0],
-        workload=lambda dtype: (torch.randn(2048, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype), None),
-        traffic=lambda x, weight, bias: (x.numel() + weight.numel() + len(x) * len(weight)) * x.element_size(),
+        flops=lambda x, weight, bias, residual: 2 * x.numel() * weight.shape[0],
+        workload=lambda dtype: (torch.randn(2048, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype), None, None),
+        traffic=_traffic,
         gradient=Gradient(
-            inputs=(0, 1, 2),
+            inputs=(0, 1, 2, 3),
             schema="(Tensor grad, Tensor x, Tensor weight, bool with_bias) -> (Tensor, Tensor, Tensor)",
             reference=_backward,
             fake=_fake_backward,
-            save=save_inputs,
+            save=_save,
             apply=_apply,
             flops=lambda grad, x, weight, with_bias: 4 * x.numel() * weight.shape[0],
         ),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liaoyuan.ops.kernels import NATIVE_INEXACT, triton
+from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, wide
 
 KEPT_LOGITS = 2**25  # elements of logits that are kept for the backward pass: 64 MiB in bf16
@@ -127,7 +127,7 @@ def _traffic(hidden: Tensor, weight: Tensor, *_: Any) -> int:
 LOSS_HEAD = register(
     Operator(
         name="loss_head",
-        kernels=(NATIVE_INEXACT, triton("loss_head")),  # exact in bf16 where products are; those of fp32 are torch's
+        kernels=(NATIVE, triton("loss_head")),
         schema="(Tensor hidden, Tensor weight, Tensor targets, int first, int vocabulary, bool moments, bool keep) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=_reference,

@@ -72,6 +72,7 @@ ERRORS = [
     ("linear", "product", "range(first, last, DEPTH)", "range(first + DEPTH, last, DEPTH)"),
     ("linear", "product", "rest // height", "rest // NEIGHBOURS"),
     ("linear", "linear", "result += tl.load(bias", "result -= tl.load(bias"),
+    ("linear", "linear", "result += tl.load(residual", "result -= tl.load(residual"),
     ("grouped_linear", "grouped_linear", "tl.cast(expert, tl.int64) * of_expert", "tl.cast(0, tl.int64) * of_expert"),
     ("grouped_linear", "grouped_linear", "first = tl.load(starts + expert)", "first = tl.load(starts + expert) + 1"),
     ("grouped_linear", "grouped_linear", "summed += tl.sum(tl.load(read", "summed = tl.sum(tl.load(read"),

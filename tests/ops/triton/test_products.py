@@ -15,23 +15,24 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 
 @FEW
-@given(rows=st.integers(0, 150), width=WIDTHS, out=WIDTHS, with_bias=st.booleans())
-def test_linear(use, rows, width, out, with_bias):
+@given(rows=st.integers(0, 150), width=WIDTHS, out=WIDTHS, with_bias=st.booleans(), with_residual=st.booleans())
+def test_linear(use, rows, width, out, with_bias, with_residual):
     bias = random(out, seed=2) if with_bias else None
-    agree(use("linear"), random(rows, width), random(out, width, seed=1), bias)
+    residual = random(rows, out, seed=3) if with_residual else None
+    agree(use("linear"), random(rows, width), random(out, width, seed=1), bias, residual)
 
 
 def test_linear_takes_transposed_inputs(use):
-    agree(use("linear"), random(40, 70).t(), random(40, 33, seed=1).t(), random(66, seed=2)[::2])
+    agree(use("linear"), random(40, 70).t(), random(40, 33, seed=1).t(), random(66, seed=2)[::2], None)
 
 
 @DTYPES
 def test_a_row_of_a_linear_layer_has_the_same_bits_in_any_batch(use, dtype):
     x, weight, bias = random(150, 100, dtype=dtype), random(70, 100, dtype=dtype, seed=1), random(70, dtype=dtype)
     operator = use("linear")
-    whole = operator.call(*place(x, weight, bias))
+    whole = operator.call(*place(x, weight, bias, None))
     for rows in (slice(0, 1), slice(0, 16), slice(66, 67), slice(3, 150)):
-        assert torch.equal(operator.call(*place(x[rows], weight, bias)), whole[rows])
+        assert torch.equal(operator.call(*place(x[rows], weight, bias, None)), whole[rows])
     backward = torch.ops.liaoyuan.linear_backward
     grad = random(150, 70, dtype=dtype, seed=3)
     grads = backward(*place(grad, x, weight, False))[0]

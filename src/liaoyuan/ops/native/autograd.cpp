@@ -66,29 +66,34 @@ Two add_rms_norm_autograd(const Tensor& residual, const Tensor& x, const Tensor&
 
 // ---- linear
 
-Tensor call_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  static auto op = find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>("liaoyuan::linear");
+Tensor call_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual) {
+  static auto op =
+      find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&)>("liaoyuan::linear");
   at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(x, weight, bias);
+  return op.call(x, weight, bias, residual);
 }
 
 struct Linear : Function<Linear> {
-  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& residual) {
     context->save_for_backward({x, weight});
     context->saved_data["bias"] = bias.has_value();
-    return call_linear(x, weight, bias);
+    context->saved_data["residual"] = residual.has_value();
+    return call_linear(x, weight, bias, residual);
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
     static auto op = find<Three(const Tensor&, const Tensor&, const Tensor&, bool)>("liaoyuan::linear_backward");
     auto saved = context->get_saved_variables();
-    bool with_bias = context->saved_data["bias"].toBool();
+    bool with_bias = context->saved_data["bias"].toBool(), with_residual = context->saved_data["residual"].toBool();
     auto [grad_x, grad_weight, grad_bias] = op.call(grads[0], saved[0], saved[1], with_bias);
-    return {grad_x, grad_weight, with_bias ? grad_bias : Tensor()};
+    return {grad_x, grad_weight, with_bias ? grad_bias : Tensor(), with_residual ? grads[0] : Tensor()};
   }
 };
 
-Tensor linear_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  return needs_graph(x, weight, bias) ? Linear::apply(x, weight, bias) : call_linear(x, weight, bias);
+Tensor linear_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& residual) {
+  if (!needs_graph(x, weight, bias, residual)) return call_linear(x, weight, bias, residual);
+  return Linear::apply(x, weight, bias, residual);
 }
 
 // ---- attention

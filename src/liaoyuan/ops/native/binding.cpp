@@ -7,14 +7,11 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
 #include <atomic>
 #include <cstdlib>
-#include <limits>
 #include <map>
 #include <memory>
 
@@ -111,61 +108,31 @@ Two add_rms_norm_cpu(const Tensor& residual_, const Tensor& x_, const Tensor& we
 
 // ---- linear
 
-// Products by torch, through fp32 where that is faster; the result is rounded once, as there.
-bool through_fp32(const Tensor& like) {
-  static const bool slow = bf16_is_slow();
-  return slow && like.scalar_type() == at::kBFloat16;
-}
-Tensor product(const Tensor& a, const Tensor& b) {
-  if (through_fp32(a)) return at::mm(a.to(at::kFloat), b.to(at::kFloat)).to(at::kBFloat16);
-  return at::mm(a, b);
-}
-void product_into(Tensor& out, const Tensor& a, const Tensor& b) {
-  if (through_fp32(a))
-    out.copy_(at::mm(a.to(at::kFloat), b.to(at::kFloat)));
-  else
-    at::mm_out(out, a, b);
+// a b^T (+ bias), rounded once: a [rows, depth], b [columns, depth].
+template <class T>
+void rows_product(const Tensor& a, const Tensor& b, const OptionalTensor& bias, const OptionalTensor& residual,
+                  const Tensor& result) {
+  int64_t depth = a.size(1), columns = b.size(0);
+  MatrixShape shape{a.size(0), columns, depth, false, true, depth, depth, columns};
+  multiply<T>({in<T>(a), in<T>(b), out<T>(result), shape, in<T>(bias), in<T>(residual)});
 }
 
-// grad^T x: torch's own product for this storage order is two to three times slower in bf16.
-void weight_gradient(const Tensor& out_, const Tensor& grad, const Tensor& x) {
-  if (grad.scalar_type() == at::kBFloat16 && out_.is_contiguous() && grad.size(0) > 0) {
-    MatrixShape shape{grad.size(1), x.size(1), grad.size(0), true, false, grad.size(1), x.size(1), x.size(1)};
-    if (multiply(in<BFloat16>(grad), in<BFloat16>(x), nullptr, out<BFloat16>(out_), shape)) return;
-  }
-  Tensor result = out_;
-  product_into(result, grad.t(), x);
-}
-
-constexpr int64_t FEW_ROWS = 64;  // with more, torch's own product is faster where there are AMX units
-
-// Up to how many rows the bits of a row of a bf16 product depend on it alone.
-int64_t exact_linear_rows() {
-  BFloat16 nothing{};
-  if (dots_pairs()) return std::numeric_limits<int64_t>::max();
-  return multiply(&nothing, &nothing, nullptr, &nothing, {}) ? FEW_ROWS : 0;
-}
-
-Tensor linear_cpu(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_) {
+Tensor linear_cpu(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_,
+                  const OptionalTensor& residual_) {
   same_type(x_, weight_);
-  TORCH_CHECK(x_.dim() == 2 && weight_.dim() == 2 && x_.size(1) == weight_.size(1), "the weight does not fit");
+  TORCH_CHECK(x_.dim() == 2 && weight_.dim() == 2 && x_.size(1) == weight_.size(1), "x ", x_.sizes(),
+              " does not fit the weight ", weight_.sizes());
   Tensor x = dense(x_), weight = dense(weight_);
-  OptionalTensor bias = dense(bias_);
+  OptionalTensor bias = dense(bias_), residual = dense(residual_);
+  Tensor result = at::empty({x.size(0), weight.size(0)}, x.options());
   if (bias) same_type(x, *bias);
-  TORCH_CHECK(!bias || bias->numel() == weight.size(0), "the bias does not fit");
-  constexpr int64_t MATRIX_ROWS = 2;  // so few cost no more than widening the weight
-  if (x.scalar_type() == at::kBFloat16) {
-    Tensor result = at::empty({x.size(0), weight.size(0)}, x.options());
-    MatrixShape shape{x.size(0), weight.size(0), x.size(1), false, true, x.size(1), x.size(1), weight.size(0)};
-    const BFloat16 *left = in<BFloat16>(x), *right = in<BFloat16>(weight), *shift = in<BFloat16>(bias);
-    if (x.size(0) <= FEW_ROWS && multiply(left, right, shift, out<BFloat16>(result), shape)) return result;
-    if (multiply_dot(left, right, shift, out<BFloat16>(result), shape)) return result;
-  }
-  if (through_fp32(x) && x.size(0) > MATRIX_ROWS) {
-    OptionalTensor wide = bias ? OptionalTensor(bias->to(at::kFloat)) : std::nullopt;
-    return at::linear(x.to(at::kFloat), weight.to(at::kFloat), wide).to(at::kBFloat16);
-  }
-  return at::linear(x, weight, bias);
+  TORCH_CHECK(!bias || bias->sizes() == weight.sizes().slice(0, 1), "bias ", bias->sizes(),
+              " does not fit the weight ", weight.sizes());
+  if (residual) same_shape(result, *residual);
+  by_type(x, [&](auto* type) {
+    rows_product<std::remove_pointer_t<decltype(type)>>(x, weight, bias, residual, result);
+  });
+  return result;
 }
 
 Three linear_backward_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& weight_, bool with_bias) {
@@ -173,11 +140,16 @@ Three linear_backward_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& w
   same_type(x_, grad_);
   TORCH_CHECK(x_.dim() == 2 && weight_.dim() == 2 && grad_.dim() == 2 && grad_.size(0) == x_.size(0) &&
                   grad_.size(1) == weight_.size(0) && x_.size(1) == weight_.size(1),
-              "the gradient does not fit");
+              "the gradient ", grad_.sizes(), " does not fit x ", x_.sizes(), " and the weight ", weight_.sizes());
   Tensor grad = dense(grad_), x = dense(x_), weight = dense(weight_);
-  Tensor grad_weight = at::empty_like(weight);
-  weight_gradient(grad_weight, grad, x);
-  return {product(grad, weight), grad_weight, with_bias ? at::sum(grad, 0) : at::empty({0}, x.options())};
+  Tensor grad_x = at::empty_like(x), grad_weight = at::empty_like(weight);
+  int64_t rows = x.size(0), inner = x.size(1), outer = weight.size(0);
+  by_type(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    multiply<T>({in<T>(grad), in<T>(weight), out<T>(grad_x), {rows, inner, outer, false, false, outer, inner, inner}});
+    multiply<T>({in<T>(grad), in<T>(x), out<T>(grad_weight), {outer, inner, rows, true, false, outer, inner, inner}});
+  });
+  return {grad_x, grad_weight, with_bias ? at::sum(grad, 0) : at::empty({0}, x.options())};
 }
 
 // ---- choice
@@ -214,7 +186,6 @@ void use(std::string name, bool on) {
 
 TORCH_LIBRARY(liaoyuan_native, library) { 
   library.def("use(str name, bool on) -> ()", &use);
-  library.def("exact_linear_rows() -> int", &exact_linear_rows);
 }
 
 }  // namespace liaoyuan

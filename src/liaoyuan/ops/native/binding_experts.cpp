@@ -33,17 +33,13 @@ void check_grouped(const Tensor& x, const Tensor& weight) {
               " does not fit the weight ", weight.sizes());
 }
 
-Tensor space_of(int64_t bytes) { return at::empty({bytes}, at::TensorOptions(at::kByte)); }
-
-// Matrix units are faster for any number of rows; each group is then a product of its own.
-bool has_matrix_units(const Tensor& like) {
-  static const bool here = multiply(nullptr, nullptr, nullptr, nullptr, MatrixShape{});
-  return here && like.scalar_type() == at::kBFloat16;
-}
-
-template <class Body>
-void over_groups(const std::vector<int64_t>& starts, const Body& body) {
-  for (size_t e = 0; e + 1 < starts.size(); ++e) body(int64_t(e), starts[e], starts[e + 1] - starts[e]);
+// out = left right for each expert's rows; `shape` and the operands' places belong to its rows first ... first + count.
+template <class T, class Body>
+void over_groups(const std::vector<int64_t>& starts, const Body& product_of) {
+  std::vector<Product<T>> products;
+  for (size_t e = 0; e + 1 < starts.size(); ++e)
+    products.push_back(product_of(int64_t(e), starts[e], starts[e + 1] - starts[e]));
+  multiply(products.data(), int64_t(products.size()));
 }
 
 Tensor grouped_linear_cpu(const Tensor& x_, const Tensor& weight_, const Tensor& sizes, const OptionalTensor& bias_) {
@@ -56,34 +52,14 @@ Tensor grouped_linear_cpu(const Tensor& x_, const Tensor& weight_, const Tensor&
   TORCH_CHECK(!bias || bias->sizes() == at::IntArrayRef({experts, outer}), "bias ", bias->sizes(),
               " does not fit the weight ", weight.sizes());
   Tensor result = at::empty({rows, outer}, x.options());
-  if (has_matrix_units(x)) {
-    over_groups(starts, [&](int64_t e, int64_t first, int64_t count) {
-      multiply(in<BFloat16>(x) + first * inner, in<BFloat16>(weight) + e * outer * inner,
-               bias ? in<BFloat16>(bias) + e * outer : nullptr, out<BFloat16>(result) + first * outer,
-               {count, outer, inner, false, true, inner, inner, outer});
-    });
-    return result;
-  }
   by_type(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    Tensor space = space_of(grouped_space<T>(rows, inner));
-    grouped_linear<T>(in<T>(x), in<T>(weight), in<T>(bias), out<T>(result), space.data_ptr(), {starts.data(), experts},
-                      inner, outer);
+    over_groups<T>(starts, [&](int64_t e, int64_t first, int64_t count) {
+      return Product<T>{in<T>(x) + first * inner, in<T>(weight) + e * outer * inner, out<T>(result) + first * outer,
+                        {count, outer, inner, false, true, inner, inner, outer}, bias ? in<T>(bias) + e * outer : nullptr};
+    });
   });
   return result;
-}
-
-void matrix_unit_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                           const std::vector<int64_t>& starts, const Tensor& grad_x, const Tensor& grad_weight) {
-  int64_t outer = weight.size(1), inner = weight.size(2);
-  over_groups(starts, [&](int64_t e, int64_t first, int64_t count) {
-    const BFloat16* own = in<BFloat16>(grad) + first * outer;
-    BFloat16* to = out<BFloat16>(grad_weight) + e * outer * inner;
-    if (count == 0) return std::fill(to, to + outer * inner, BFloat16{0});
-    multiply(own, in<BFloat16>(weight) + e * outer * inner, nullptr, out<BFloat16>(grad_x) + first * inner,
-             {count, inner, outer, false, false, outer, inner, inner});
-    multiply(own, in<BFloat16>(x) + first * inner, nullptr, to, {outer, inner, count, true, false, outer, inner, inner});
-  });
 }
 
 Three grouped_linear_backward_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& weight_, const Tensor& sizes,
@@ -96,18 +72,17 @@ Three grouped_linear_backward_cpu(const Tensor& grad_, const Tensor& x_, const T
   Tensor grad = dense(grad_), x = dense(x_), weight = dense(weight_);
   Tensor grad_x = at::empty_like(x), grad_weight = at::empty_like(weight);
   Tensor grad_bias = at::empty({with_bias ? experts : 0, outer}, x.options());
-  bool matrix_units = has_matrix_units(x);
-  if (matrix_units) matrix_unit_gradients(grad, x, weight, starts, grad_x, grad_weight);
   by_type(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    Groups groups{starts.data(), experts};
-    if (!matrix_units) {
-      Tensor space = space_of(grouped_space<T>(rows, outer));
-      grouped_linear_input<T>(in<T>(grad), in<T>(weight), out<T>(grad_x), space.data_ptr(), groups, inner, outer);
-      space = space_of(grouped_weight_space<T>(groups, inner));
-      grouped_linear_weight<T>(in<T>(grad), in<T>(x), out<T>(grad_weight), space.data_ptr(), groups, inner, outer);
-    }
-    if (with_bias) grouped_sum<T>(in<T>(grad), out<T>(grad_bias), groups, outer);
+    over_groups<T>(starts, [&](int64_t e, int64_t first, int64_t count) {
+      return Product<T>{in<T>(grad) + first * outer, in<T>(weight) + e * outer * inner, out<T>(grad_x) + first * inner,
+                        {count, inner, outer, false, false, outer, inner, inner}};
+    });
+    over_groups<T>(starts, [&](int64_t e, int64_t first, int64_t count) {
+      return Product<T>{in<T>(grad) + first * outer, in<T>(x) + first * inner, out<T>(grad_weight) + e * outer * inner,
+                        {outer, inner, count, true, false, outer, inner, inner}};
+    });
+    if (with_bias) grouped_sum<T>(in<T>(grad), out<T>(grad_bias), {starts.data(), experts}, outer);
   });
   return {grad_x, grad_weight, grad_bias};
 }

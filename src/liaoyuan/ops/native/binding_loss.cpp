@@ -5,7 +5,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -28,20 +27,12 @@ Tensor chunk_buffer(int64_t rows, int64_t columns, const Tensor& like) {
 }
 
 // c = a b, where all have rows or columns without gaps.
-void product(Tensor c, const Tensor& a, const Tensor& b) {
-  if (a.scalar_type() == at::kBFloat16) {
-    bool a_turned = a.stride(1) != 1, b_turned = b.stride(1) != 1;
-    MatrixShape shape{a.size(0), b.size(1), a.size(1), a_turned, b_turned, a.stride(a_turned), b.stride(b_turned),
-                      c.stride(0)};
-    if (multiply_dot(in<BFloat16>(a), in<BFloat16>(b), nullptr, out<BFloat16>(c), shape)) return;
-    if (a_turned && multiply(in<BFloat16>(a), in<BFloat16>(b), nullptr, out<BFloat16>(c), shape)) return;
-    static const bool slow = bf16_is_slow();
-    if (slow) {
-      c.copy_(at::mm(a.to(at::kFloat), b.to(at::kFloat)));
-      return;
-    }
-  }
-  at::mm_out(c, a, b);
+template <class T>
+void product(const Tensor& c, const Tensor& a, const Tensor& b) {
+  bool a_turned = a.stride(1) != 1, b_turned = b.stride(1) != 1;
+  MatrixShape shape{a.size(0), b.size(1), a.size(1), a_turned, b_turned, a.stride(a_turned), b.stride(b_turned),
+                    c.stride(0)};
+  multiply<T>({in<T>(a), in<T>(b), out<T>(c), shape});
 }
 
 struct Head {
@@ -80,7 +71,7 @@ void read_rows(const Head& head, int64_t begin, int64_t rows, bool moments, cons
   in_parts(head.columns, COLUMNS, [&](int64_t first, int64_t columns) {
     Tensor logits = kept.numel() ? kept.narrow(0, begin, rows).narrow(1, first, columns)
                                  : chunk_buffer(rows, columns, hidden);
-    product(logits, hidden, head.weight.narrow(0, first, columns).t());
+    product<T>(logits, hidden, head.weight.narrow(0, first, columns).t());
     LogitChunk<const T> chunk{in<T>(logits), logits.stride(0), rows, columns, head.first + first};
     read_logits<T>(chunk, head.target(begin), states + begin, first == 0, moments);
   });
@@ -147,16 +138,16 @@ void backward_into(const Head& head, const std::vector<LogitGradient>& grads, bo
       if (kept.numel())
         source = kept.narrow(0, begin, rows).narrow(1, first, columns);
       else
-        product(logits, hidden, weight.t());
+        product<T>(logits, hidden, weight.t());
       LogitChunk<const T> chunk{in<T>(source), source.stride(0), rows, columns, head.first + first};
       logit_gradients<T>(chunk, out<T>(logits), head.target(begin), grads.data() + begin, moments);
       Tensor to = one_block ? weight_out : part.narrow(0, 0, columns);
-      product(to, logits.t(), hidden);
+      product<T>(to, logits.t(), hidden);
       if (!one_block)
         add_part<T>(in<T>(to), out<float>(weight_sum), out<T>(weight_out), to.numel(), begin == 0,
                     begin + rows == head.rows);
       to = one_strip ? hidden_out : part.narrow(0, 0, rows);
-      product(to, logits, weight);
+      product<T>(to, logits, weight);
       if (!one_strip)
         add_part<T>(in<T>(to), out<float>(hidden_sum) + begin * width, out<T>(hidden_out), to.numel(), first == 0,
                     first + columns == head.columns);

@@ -119,7 +119,7 @@ inline void zip(Vec even, Vec odd, Vec& low, Vec& high) {
   high = both(even.high, odd.high);
 }
 
-inline void transpose_eight(const char* from, int64_t from_stride, float* to) {  // `to` has rows of 16 words
+inline void transpose_eight(const char* from, int64_t from_stride, char* to, int64_t to_stride) {
   __m256 row[8], pair[8], four[8];
   for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(from + i * from_stride));
   for (int i = 0; i < 8; i += 2) {
@@ -132,15 +132,18 @@ inline void transpose_eight(const char* from, int64_t from_stride, float* to) { 
       four[i + 2 * k + 1] = _mm256_shuffle_ps(pair[i + k], pair[i + k + 2], 0xee);
     }
   for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(to + i * 16, _mm256_permute2f128_ps(four[i], four[i + 4], 0x20));
-    _mm256_storeu_ps(to + (i + 4) * 16, _mm256_permute2f128_ps(four[i], four[i + 4], 0x31));
+    __m256 upper = _mm256_permute2f128_ps(four[i], four[i + 4], 0x20);
+    __m256 lower = _mm256_permute2f128_ps(four[i], four[i + 4], 0x31);
+    _mm256_storeu_ps(reinterpret_cast<float*>(to + i * to_stride), upper);
+    _mm256_storeu_ps(reinterpret_cast<float*>(to + (i + 4) * to_stride), lower);
   }
 }
-inline void transpose(const void* from, int64_t from_stride, void* to) {  // 16 x 16 words; stride in bytes
+// 16 x 16 words; strides in bytes.
+inline void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride = 64) {
   for (int i = 0; i < 2; ++i)
     for (int j = 0; j < 2; ++j)
       transpose_eight(static_cast<const char*>(from) + i * 8 * from_stride + j * 32, from_stride,
-                      static_cast<float*>(to) + j * 8 * 16 + i * 8);
+                      static_cast<char*>(to) + j * 8 * to_stride + i * 32, to_stride);
 }
 #else
 inline WordVec words_of(const uint16_t* from) {
@@ -167,10 +170,21 @@ inline void zip(Vec even, Vec odd, Vec& low, Vec& high) {
   read(all, low);
   read(all + 16, high);
 }
-inline void transpose(const void* from, int64_t from_stride, void* to) {
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j)
-      std::memcpy(static_cast<char*>(to) + (j * 16 + i) * 4, static_cast<const char*>(from) + i * from_stride + j * 4, 4);
+// 16 x 16 words, by four; strides in bytes.
+inline void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride = 64) {
+  const QuarterInt low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 16; j += 4) {
+      QuarterVec row[4];
+      for (int k = 0; k < 4; ++k)
+        std::memcpy(&row[k], static_cast<const char*>(from) + (i + k) * from_stride + j * 4, sizeof row[k]);
+      QuarterVec a = __builtin_shuffle(row[0], row[1], low), b = __builtin_shuffle(row[2], row[3], low);
+      QuarterVec c = __builtin_shuffle(row[0], row[1], high), d = __builtin_shuffle(row[2], row[3], high);
+      QuarterVec turned[4] = {__builtin_shuffle(a, b, first), __builtin_shuffle(a, b, second),
+                              __builtin_shuffle(c, d, first), __builtin_shuffle(c, d, second)};
+      for (int k = 0; k < 4; ++k)
+        std::memcpy(static_cast<char*>(to) + (j + k) * to_stride + i * 4, &turned[k], sizeof turned[k]);
+    }
 }
 #endif
 

@@ -130,44 +130,32 @@ void block_attention_backward(const float* grad, const float* delta, const float
                               const T* key, const T* value, const int64_t* first, const int64_t* last,
                               float* grad_query, float* grad_key, float* grad_value, BlockShape shape);
 
-// matrix.cpp: c [rows, columns] = op(a) op(b) (+ bias), bf16 in and out, summed in fp32. Each element is summed along
-// `depth` in the same order whatever the other sizes are. Returns false where there are no AMX units.
+// matrix.cpp: c [rows, columns] = op(a) op(b) (+ bias [columns] + residual [rows, columns]), summed in fp32 and rounded
+// once. Each element is summed along `depth` in the same order whatever the other sizes are.
 struct MatrixShape {
   int64_t rows, columns, depth;
   bool a_transposed;  // a is stored [depth, rows], else [rows, depth]
   bool b_transposed;  // b is stored [columns, depth], else [depth, columns]
-  int64_t a_stride, b_stride, c_stride;
+  int64_t a_stride, b_stride, c_stride;  // the residual's is that of c
 };
-bool multiply(const BFloat16* a, const BFloat16* b, const BFloat16* bias, BFloat16* c, MatrixShape shape);
+template <class T>
+struct Product {
+  const T *a, *b;
+  T* c;
+  MatrixShape shape;
+  const T *bias = nullptr, *residual = nullptr;
+};
+// All at once: their tasks are shared out together.
+template <class T>
+void multiply(const Product<T>* products, int64_t count);
+template <class T>
+void multiply(const Product<T>& product) { multiply(&product, 1); }
 
-// matrix_dot.cpp: the same by AVX-512's dot products of bf16; false where there are none, or AMX units to do better.
-bool multiply_dot(const BFloat16* a, const BFloat16* b, const BFloat16* bias, BFloat16* c, const MatrixShape& shape);
-
-bool dots_pairs();  // whether it would compute anything
-
-// Whether torch's own product of bf16 matrices is many times slower here than that of fp32: it takes the elements one
-// by one where there is no AVX-512.
-bool bf16_is_slow();
-
-// grouped_linear.cpp: rows starts[e] ... starts[e + 1] - 1 belong to expert e, whose weight is [outer, inner].
+// grouped_linear.cpp: rows starts[e] ... starts[e + 1] - 1 belong to expert e; sums [experts, columns].
 struct Groups {
   const int64_t* starts;
   int64_t experts;
 };
-// Bytes of `space` that the first two (for x of depth `inner`, grad of depth `outer`) and the third need.
-template <class T>
-int64_t grouped_space(int64_t rows, int64_t depth);
-template <class T>
-int64_t grouped_weight_space(const Groups& groups, int64_t inner);
-template <class T>
-void grouped_linear(const T* x, const T* weight, const T* bias, T* out, void* space, const Groups& groups,
-                    int64_t inner, int64_t outer);
-template <class T>
-void grouped_linear_input(const T* grad, const T* weight, T* grad_x, void* space, const Groups& groups, int64_t inner,
-                          int64_t outer);
-template <class T>
-void grouped_linear_weight(const T* grad, const T* x, T* grad_weight, void* space, const Groups& groups, int64_t inner,
-                           int64_t outer);
 template <class T>
 void grouped_sum(const T* rows, T* sums, const Groups& groups, int64_t columns);
 

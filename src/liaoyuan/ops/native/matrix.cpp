@@ -1,244 +1,355 @@
-// Products of bf16 matrices in AMX tiles, for any of the four storage orders.
+// Products of matrices for any of the four storage orders, by the micro-kernel that suits the machine (engines.h).
 //
-// torch's product for a weight's gradient (a transposed) runs at a third of the speed of the others, and its bits
-// depend on the number of rows; here both operands are packed into tiles first, and the order of summation is that
-// of the depth alone. Few rows (decode) swap the roles, so that the weight's tiles are read where they lie.
-#include <algorithm>
+// The lanes' operand is the left one where the right one is a weight stored along the depth: so the weight can be read
+// where it lies, and the product comes out turned. Up to a few rows it is the weight that lies along the lanes, packed
+// by each task as it goes. Each element is summed along the depth in one order whatever the other sizes are, and in
+// whichever panel it falls: a row's bits depend on it alone.
+#include <vector>
 
-#include "tiles.h"
+#include "engines.h"
 
 namespace liaoyuan {
 
-#ifdef __AMX_BF16__
 namespace {
 
-constexpr int64_t DEPTH = Amx::DEPTH, TILE = Amx::TILE;
-constexpr int64_t GROUP = 16;     // strips of 32 rows, or panels of 32 columns, that are worked on together
-constexpr int64_t DEPTH_CUT = 16;  // tiles of the depth between two visits of a block: 512 elements stay in the caches
-constexpr int64_t FEW_ROWS = 64;  // up to here the roles are swapped
+// Panels that a task packs for itself, cut by cut, stay in the first cache: along the depth one of them, across it
+// several, since rows are then read side by side.
+constexpr int64_t CUT_ALONG = 64, CUT_ACROSS = 16, PANELS_ACROSS = 8;
+// Where there is but one panel the other operand is read once: in long pieces, as memory likes it.
+constexpr int64_t ONE_PANEL = 1 << 14;  // words of a cut: 64 KiB
+constexpr int64_t TASK_ITEMS = 128;     // at least
 
-int64_t tiles(int64_t depth) { return (depth + DEPTH - 1) / DEPTH; }
-int64_t blocks(int64_t count) { return (count + BLOCK - 1) / BLOCK; }
+int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// 16 rows of up to 32 elements as they are stored, zeros past the ends.
-void copy_tile(const BFloat16* from, int64_t stride, int64_t rows, int64_t count, BFloat16* to) {
-  for (int64_t r = 0; r < 16; ++r) {
-    BFloat16* row = to + r * DEPTH;
-    if (r < rows && count >= DEPTH) {
-      std::memcpy(row, from + r * stride, 64);
-    } else {
-      std::memset(row, 0, 64);
-      if (r < rows && count > 0) std::memcpy(row, from + r * stride, size_t(count) * 2);
-    }
-  }
-}
-
-// Rows that shall run along the depth: 32 rows of 16 elements, each two rows side by side.
-void pair_tile(const BFloat16* from, int64_t stride, int64_t rows, int64_t count, BFloat16* to) {
-  alignas(64) BFloat16 padded[32 * 16];
-  if (rows < 32 || count < 16) {
-    std::memset(padded, 0, sizeof padded);
-    for (int64_t r = 0; r < std::min<int64_t>(rows, 32) && count > 0; ++r)
-      std::memcpy(padded + r * 16, from + r * stride, size_t(std::min<int64_t>(count, 16)) * 2);
-    from = padded, stride = 16;
-  }
-  for (int64_t p = 0; p < 16; ++p) {
-    __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 2 * p * stride));
-    __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + (2 * p + 1) * stride));
-    __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    _mm512_store_si512(to + p * DEPTH, _mm512_permutexvar_epi16(Amx::zip(), both));
-  }
-}
-
-struct Source {  // op(matrix): `count` rows of `depth` elements; along: stored with the depth along its rows
-  const BFloat16* matrix;
+template <class T>
+struct Source {  // `count` items of `depth` elements; along: an item's elements follow each other
+  const T* matrix;
   int64_t stride, count, depth;
   bool along;
 };
 
-// Strips of 32 rows, over the depth's tiles k ... k_end, one strip every `step` words, as left operand or (turned)
-// as right operand of the transpose: tile (m, k) at 2k + m. Strips are packed together since a row of the source
-// that runs across them is one piece of memory.
-void pack(const Source& s, bool turned, int64_t strip, int64_t strip_end, int64_t k, int64_t k_end, BFloat16* to,
-          int64_t step) {
-  alignas(64) BFloat16 tile[TILE];
-  for (int64_t at_k = k; at_k < k_end; ++at_k)
-    for (int64_t half = 2 * strip; half < 2 * strip_end; ++half) {
-      BFloat16* place = to + (half / 2 - strip) * step + ((at_k - k) * 2 + half % 2) * TILE;
-      BFloat16* first = s.along == turned ? tile : place;
-      int64_t rows = s.count - half * 16, steps = s.depth - at_k * DEPTH;
-      if (s.along)
-        copy_tile(s.matrix + half * 16 * s.stride + at_k * DEPTH, s.stride, rows, steps, first);
-      else
-        pair_tile(s.matrix + at_k * DEPTH * s.stride + half * 16, s.stride, steps, rows, first);
-      if (first == tile) transpose(tile, 64, place);
-    }
-}
-
-void store_block(const float* block, int64_t from_stride, const BFloat16* bias, BFloat16* c, int64_t stride,
-                 int64_t rows, int64_t columns) {
-  if (columns >= BLOCK && !bias) {
-    for (int64_t r = 0; r < std::min<int64_t>(rows, BLOCK); ++r) {
-      const float* row = block + r * from_stride;
-      __m512bh both = _mm512_cvtne2ps_pbh(_mm512_load_ps(row + 16), _mm512_load_ps(row));
-      std::memcpy(c + r * stride, &both, 64);
-    }
-    return;
-  }
-  for (int64_t n = 0; n < std::min<int64_t>(columns, BLOCK); n += 16) {
-    Vec shift = bias ? load(bias + n, columns - n) : Vec{};
-    for (int64_t r = 0; r < std::min<int64_t>(rows, BLOCK); ++r)
-      store(c + r * stride + n, load(block + r * from_stride + n) + shift, columns - n);
-  }
-}
-
-// The same of a block whose transpose is wanted: c [columns, rows].
-void store_turned(const float* block, int64_t from_stride, BFloat16* c, int64_t stride, int64_t rows, int64_t columns) {
-  alignas(64) float tile[256];
-  for (int64_t r = 0; r < std::min<int64_t>(rows, BLOCK); r += 16)
-    for (int64_t n = 0; n < std::min<int64_t>(columns, BLOCK); n += 16) {
-      transpose(block + r * from_stride + n, from_stride * 4, tile);
-      for (int64_t i = n; i < std::min<int64_t>(columns, n + 16); ++i)
-        store(c + i * stride + r, load(tile + (i - n) * 16), rows - r);
-    }
-}
-
-// One task computes up to GROUP strips of rows, GROUP panels of columns at a time: what it reads and its sums stay in
-// the second-level cache. The right operand is packed ahead for all; the left one by each task when it needs it.
-void many_rows(const BFloat16* a, const BFloat16* b, const BFloat16* bias, BFloat16* c, const MatrixShape& s,
-               bool turned = false) {
-  int64_t depth = tiles(s.depth), panel = depth * 2 * TILE, panels = blocks(s.columns), strips = blocks(s.rows);
-  Source left_source{a, s.a_stride, s.rows, s.depth, !s.a_transposed};
-  Source right_source{b, s.b_stride, s.columns, s.depth, s.b_transposed};
-  BFloat16* right = static_cast<BFloat16*>(scratch(3, size_t(panels * panel) * 2));
-  int64_t cuts = (depth + DEPTH_CUT - 1) / DEPTH_CUT;
-  parallel((panels + GROUP - 1) / GROUP * cuts, [&](int64_t task) {
-    int64_t j = task / cuts * GROUP, k = task % cuts * DEPTH_CUT;
-    pack(right_source, true, j, std::min(panels, j + GROUP), k, std::min(depth, k + DEPTH_CUT),
-         right + j * panel + k * 2 * TILE, panel);
-  });
-  int64_t group = std::clamp<int64_t>(strips / 4, 1, GROUP);
-  parallel((strips + group - 1) / group, [&](int64_t task) {
-    constexpr int64_t STRIP = DEPTH_CUT * 2 * TILE;
-    int64_t first = task * group, count = std::min(strips - first, group), width = cuts > 1 ? GROUP * BLOCK : BLOCK;
-    BFloat16* left = static_cast<BFloat16*>(scratch(0, size_t(group * STRIP) * 2));
-    float* sums = static_cast<float*>(scratch(1, size_t((cuts > 1 ? group : 1) * BLOCK * width) * sizeof(float)));
-    Amx::begin();
-    for (int64_t j_first = 0; j_first < panels; j_first += GROUP)
-      for (int64_t k = 0; k < depth; k += DEPTH_CUT) {
-        int64_t k_end = std::min(depth, k + DEPTH_CUT), j_end = std::min(panels, j_first + GROUP);
-        if (cuts > 1 || j_first == 0) pack(left_source, false, first, first + count, k, k_end, left, STRIP);
-        for (int64_t i = 0; i < count; ++i)
-          for (int64_t j = j_first; j < j_end; ++j) {
-            float* block = cuts > 1 ? sums + i * BLOCK * width + (j - j_first) * BLOCK : sums;
-            Amx::multiply<2>(block, width, k > 0, left + i * STRIP, 1, 2, right + j * panel + k * 2 * TILE, 1, 2,
-                             k_end - k);
-            if (k_end < depth) continue;
-            if (turned)
-              store_turned(block, width, c + j * BLOCK * s.c_stride + (first + i) * BLOCK, s.c_stride,
-                           s.rows - (first + i) * BLOCK, s.columns - j * BLOCK);
-            else
-              store_block(block, width, bias ? bias + j * BLOCK : nullptr,
-                          c + (first + i) * BLOCK * s.c_stride + j * BLOCK, s.c_stride,
-                          s.rows - (first + i) * BLOCK, s.columns - j * BLOCK);
-          }
+// Items first ... first + width - 1, a multiple of 16, their words step ... step + steps - 1, as a block [steps, width]
+// with `to_stride` words from row to row; zeros past the ends. Of a matrix stored across the depth.
+template <class E, class T>
+void words_across(const Source<T>& s, int64_t first, int64_t width, int64_t step, int64_t steps, typename E::Word* to,
+                  int64_t to_stride) {
+  constexpr int64_t AHEAD = 16;  // rows
+  for (int64_t i = 0; i < steps; ++i) {
+    int64_t at = (step + i) * E::VALUES;
+    const T* row = s.matrix + at * s.stride + first;
+    int64_t n = 0;
+    if (at + 1 < s.depth)
+      for (; n + E::SIDE <= std::min(width, s.count - first); n += E::SIDE) {
+        __builtin_prefetch(row + AHEAD * s.stride + n, 0, 2);
+        E::side_by_side(row + n, row + s.stride + n, to + i * to_stride + n);
       }
-    Amx::end();
-  });
-}
-
-// c^T = b^T a^T with b stored [columns, depth]: its tiles are loaded from where they are.
-template <int COLUMNS>
-void few_rows_block(const BFloat16* b, int64_t stride, const BFloat16* right, int64_t depth, float* block) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t k = 0; k < depth; ++k) {
-    _tile_loadd(4, b + k * DEPTH, stride * 2);
-    _tile_loadd(6, right + 2 * k * TILE, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, b + 16 * stride + k * DEPTH, stride * 2);
-    _tile_dpbf16ps(1, 5, 6);
-    if (COLUMNS == 2) {
-      _tile_loadd(7, right + (2 * k + 1) * TILE, 64);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+    for (; n < width; n += LANES) {
+      int64_t items = std::min<int64_t>(s.count - first - n, LANES);
+      __builtin_prefetch(row + AHEAD * s.stride + n, 0, 2);
+      Vec words{};
+      if (items > 0 && at < s.depth) words = E::across(row + n, at + 1 < s.depth ? row + s.stride + n : nullptr, items);
+      write(to + i * to_stride + n, words);
     }
   }
-  _tile_stored(0, block, BLOCK * 4);
-  _tile_stored(1, block + 16 * BLOCK, BLOCK * 4);
-  if (COLUMNS == 2) {
-    _tile_stored(2, block + 16, BLOCK * 4);
-    _tile_stored(3, block + 16 * BLOCK + 16, BLOCK * 4);
-  }
 }
 
-void few_rows(const BFloat16* a, const BFloat16* b, const BFloat16* bias, BFloat16* c, const MatrixShape& s) {
-  int64_t depth = tiles(s.depth), strip = depth * 2 * TILE, panels = blocks(s.rows);
-  BFloat16* right = static_cast<BFloat16*>(scratch(3, size_t(panels * strip) * 2));
-  pack({a, s.a_stride, s.rows, s.depth, true}, true, 0, panels, 0, depth, right, strip);
-  constexpr int64_t ROWS_PER_TASK = 128;
-  parallel((s.columns + ROWS_PER_TASK - 1) / ROWS_PER_TASK, [&](int64_t task) {
-    alignas(64) float block[BLOCK * BLOCK], tile[256];
-    Amx::begin();
-    for (int64_t at = task * ROWS_PER_TASK; at < std::min(s.columns, (task + 1) * ROWS_PER_TASK); at += BLOCK) {
-      const BFloat16* rows = b + at * s.b_stride;
-      int64_t stride = s.b_stride;
-      if (at + BLOCK > s.columns || s.depth % DEPTH) {  // a ragged end: through a padded copy
-        BFloat16* copy = static_cast<BFloat16*>(scratch(0, size_t(strip) * 2));
-        std::memset(copy, 0, size_t(strip) * 2);
-        stride = depth * DEPTH;
-        for (int64_t r = 0; r < std::min<int64_t>(BLOCK, s.columns - at); ++r)
-          std::memcpy(copy + r * stride, rows + r * s.b_stride, size_t(s.depth) * 2);
-        rows = copy;
+// The same of a matrix stored along the depth; 16 items, up to 16 steps.
+template <class E, class T>
+void turned_words(const Source<T>& s, int64_t first, int64_t step, int64_t steps, typename E::Word* to,
+                  int64_t to_stride) {
+  constexpr int64_t AHEAD = 256;  // bytes
+  int64_t at = step * E::VALUES, values = s.depth - at, items = std::clamp<int64_t>(s.count - first, 0, LANES);
+  const T* from = s.matrix + first * s.stride + at;
+  for (int64_t i = 0; i < items; ++i)  // more rows than the hardware follows
+    __builtin_prefetch(reinterpret_cast<const char*>(from + i * s.stride) + AHEAD, 0, 2);
+  if (E::IN_PLACE && items == LANES && values >= LANES * E::VALUES && steps == LANES)
+    return transpose(from, s.stride * int64_t(sizeof(T)), to, to_stride * 4);
+  alignas(64) float rows[LANES * LANES] = {}, block[LANES * LANES];
+  for (int64_t i = 0; i < items && values > 0; ++i) store(rows + i * LANES, E::along(from + i * s.stride, values));
+  transpose(rows, LANES * 4, block);
+  for (int64_t i = 0; i < steps; ++i) std::memcpy(to + i * to_stride, block + i * LANES, LANES * 4);
+}
+
+template <class E, class T>
+void words_along(const Source<T>& s, int64_t first, int64_t width, int64_t step, int64_t steps, typename E::Word* to) {
+  for (int64_t n = 0; n < width; n += LANES)
+    for (int64_t i = 0; i < steps; i += LANES)
+      turned_words<E>(s, first + n, step + i, std::min<int64_t>(LANES, steps - i), to + i * width + n, width);
+}
+
+// Items first ... first + count - 1 as rows of words step ... step + words - 1, a multiple of 16.
+template <class E, class T>
+void pack_items(const Source<T>& s, int64_t first, int64_t count, int64_t step, int64_t words, typename E::Word* to,
+                int64_t stride) {
+  for (int64_t i = 0; i < count; i += s.along ? 1 : LANES)
+    for (int64_t k = 0; k < words; k += LANES) {
+      typename E::Word* place = to + i * stride + k;
+      if (s.along) {
+        int64_t at = (step + k) * E::VALUES;
+        bool none = first + i >= s.count || at >= s.depth;
+        write(place, none ? Vec{} : E::along(s.matrix + (first + i) * s.stride + at, s.depth - at));
+      } else {
+        alignas(64) typename E::Word block[LANES * LANES];
+        words_across<E>(s, first + i, LANES, step + k, LANES, block, LANES);
+        transpose(block, LANES * 4, place, stride * 4);
       }
-      for (int64_t j = 0; j < panels; ++j) {
-        int64_t count = std::min<int64_t>(BLOCK, s.rows - j * BLOCK);
-        if (count > 16)
-          few_rows_block<2>(rows, stride, right + j * strip, depth, block);
+    }
+}
+
+void put(float* to, Vec value) { store(to, value); }
+void put(BFloat16* to, Vec value) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)value));
+#else
+  store(to, value);
+#endif
+}
+// Up to 16 of a row's elements, rounded once.
+template <class T>
+void put(T* to, Vec value, int64_t count) {
+  if (count >= LANES) return put(to, value);
+  T full[LANES];
+  put(full, value);
+  std::memcpy(to, full, size_t(count) * sizeof(T));
+}
+
+// One product, cut into tasks: first those that pack, then those that multiply.
+template <class E, class T>
+class Plan {
+  using Word = typename E::Word;
+  Product<T> p;
+  Source<T> lanes, items;
+  bool turned;      // the lanes are the result's rows
+  bool as_it_goes;  // panels are packed by the tasks that multiply, for few items
+  bool added;       // a bias or a residual
+  bool near;        // strips are copied by the tasks that multiply, cut by cut
+  int64_t steps, cut, vectors, panels, strips, stride, task_panels, task_strips;
+  Word *packed_panels = nullptr, *packed_items = nullptr;
+
+ public:
+  explicit Plan(const Product<T>& product) : p(product) {
+    const MatrixShape& s = p.shape;
+    Source<T> left{p.a, s.a_stride, s.rows, s.depth, !s.a_transposed};
+    Source<T> right{p.b, s.b_stride, s.columns, s.depth, s.b_transposed};
+    as_it_goes = s.rows <= (right.along ? E::FEW : E::STRIP);
+    turned = right.along && !as_it_goes;
+    lanes = turned ? left : right;
+    items = turned ? right : left;
+    steps = parts(s.depth, E::VALUES * E::STEP) * E::STEP;
+    vectors = parts(lanes.count, LANES);
+    panels = parts(vectors * LANES, E::PANEL);
+    strips = parts(items.count, E::STRIP);
+    cut = !as_it_goes ? E::CUT : lanes.along ? CUT_ALONG : CUT_ACROSS;
+    if (panels == 1 && turned) cut = std::max(cut, ONE_PANEL / (vectors * LANES * E::STEP) * E::STEP);
+    task_panels = !as_it_goes ? E::TASK_PANELS : lanes.along ? 1 : PANELS_ACROSS;
+    task_strips = std::max(TASK_ITEMS / E::STRIP, E::TASK_STRIPS * std::min(panels, task_panels) / task_panels);
+    stride = padded(items.along ? cut : steps);
+    near = items.along && must_be_copied();
+    added = p.bias || p.residual;
+  }
+
+  int64_t lane_count() const { return lanes.count; }
+  bool lanes_are_rows() const { return turned; }
+  int64_t words() const {  // of memory that all tasks share
+    return (as_it_goes ? 0 : vectors * LANES * steps) + (items.along ? 0 : strips * E::STRIP * stride);
+  }
+  void use(Word* memory) {
+    packed_panels = memory;
+    packed_items = memory + (as_it_goes ? 0 : vectors * LANES * steps);
+  }
+
+  int64_t pack_tasks() const { return panel_tasks() + (items.along ? 0 : strips); }
+  void pack(int64_t task) const {
+    if (int64_t j = task - panel_tasks(); j >= 0)
+      return pack_items<E>(items, j * E::STRIP, E::STRIP, 0, parts(steps, LANES) * LANES,
+                           packed_items + j * E::STRIP * stride, stride);
+    pack_panels(task * task_panels, std::min(panels, (task + 1) * task_panels), 0, steps,
+                packed_panels + begin(task * task_panels) * steps);
+  }
+
+  int64_t tasks() const { return parts(panels, task_panels) * parts(strips, task_strips); }
+  void run(int64_t task) const {
+    int64_t groups = parts(strips, task_strips);
+    int64_t i_first = task / groups * task_panels, i_end = std::min(panels, i_first + task_panels);
+    int64_t j_first = task % groups * task_strips, j_end = std::min(strips, j_first + task_strips);
+    constexpr int64_t BLOCK = E::STRIP * E::PANEL, BLOCKS = std::max(E::TASK_PANELS * E::TASK_STRIPS, PANELS_ACROSS);
+    float* sums = static_cast<float*>(scratch(1, size_t(BLOCK * BLOCKS) * 4));
+    auto* copy = static_cast<Word*>(near ? scratch(0, size_t(E::STRIP * stride) * 4) : nullptr);
+    alignas(64) Word fresh[std::max(CUT_ALONG, CUT_ACROSS * PANELS_ACROSS) * E::PANEL];
+    E::begin();
+    int64_t step = 0;
+    do {  // once where there is no depth: the sums are zero
+      int64_t count = std::min(cut, steps - step);
+      if (as_it_goes) pack_panels(i_first, i_end, step, count, fresh);
+      for (int64_t j = j_first; j < j_end; ++j) {
+        Items<Word> strip = near ? copied(j, step, count, copy) : shared(j, step);
+        for (int64_t i = i_first; i < i_end; ++i) {
+          int64_t lane = begin(i), wide = begin(i + 1) - lane;
+          Block block{lane, std::min(wide, lanes.count - lane), j * E::STRIP,
+                      std::min<int64_t>(E::STRIP, items.count - j * E::STRIP)};
+          const Word* panel = as_it_goes ? fresh + (lane - begin(i_first)) * count
+                                         : packed_panels + lane * steps + step * wide;
+          float* own = sums + (steps > cut ? (j - j_first) * task_panels + i - i_first : 0) * BLOCK;
+          if (step + cut >= steps && !turned) expect(block);
+          E::strip(strip, block.items, panel, wide, count, step > 0, own);
+          if (step + cut >= steps) turned ? store_turned(block, own) : store_rows(block, own);
+        }
+      }
+    } while ((step += cut) < steps);
+    E::end();
+  }
+
+ private:
+  // An odd number of lines from item to item, so that they fall into all sets of a cache.
+  static int64_t padded(int64_t words) { return (parts(words, LANES) | 1) * LANES; }
+
+  bool must_be_copied() const {
+    constexpr int64_t CROWDED = 1024;  // bytes: rows at a multiple of it fall into few sets
+    if (!E::IN_PLACE || p.shape.depth % (E::VALUES * E::STEP) || items.stride % E::VALUES) return true;
+    if (E::WHOLE_STRIPS) return panels > 2 || items.count % E::STRIP;
+    return false;
+  }
+
+  // Panels of equal width, as far as lanes allow: two of 32 rather than one of 48 and one of 16.
+  int64_t begin(int64_t panel) const { return (vectors * panel + panels - 1) / panels * LANES; }
+
+  int64_t panel_tasks() const { return as_it_goes ? 0 : parts(panels, task_panels); }
+  // Panels one after the other, each [count, width], of the words from `step`.
+  void pack_panels(int64_t from, int64_t end, int64_t step, int64_t count, Word* to) const {
+    constexpr int64_t ROWS = 4;  // are read side by side
+    for (int64_t k = 0; k < count; k += lanes.along ? count : ROWS)
+      for (int64_t i = from; i < end; ++i) {
+        Word* panel = to + (begin(i) - begin(from)) * count;
+        int64_t wide = begin(i + 1) - begin(i);
+        if (lanes.along)
+          words_along<E>(lanes, begin(i), wide, step, count, panel);
         else
-          few_rows_block<1>(rows, stride, right + j * strip, depth, block);
-        for (int64_t o = 0; o < BLOCK && at + o < s.columns; o += 16)
-          for (int64_t n = 0; n < count; n += 16) {
-            transpose(block + o * BLOCK + n, BLOCK * 4, tile);
-            Vec shift = bias ? load(bias + at + o, s.columns - at - o) : Vec{};
-            for (int64_t r = n; r < std::min(count, n + 16); ++r)
-              store(c + (j * BLOCK + r) * s.c_stride + at + o, load(tile + (r - n) * 16) + shift, s.columns - at - o);
-          }
+          words_across<E>(lanes, begin(i), wide, step + k, std::min(count - k, ROWS), panel + k * wide, wide);
       }
+  }
+
+  Items<Word> shared(int64_t j, int64_t step) const {
+    if (!items.along) return {packed_items + j * E::STRIP * stride + step, stride};
+    return {reinterpret_cast<const Word*>(items.matrix + j * E::STRIP * items.stride) + step, items.stride / E::VALUES};
+  }
+  Items<Word> copied(int64_t j, int64_t step, int64_t count, Word* to) const {
+    int64_t rows = E::WHOLE_STRIPS ? E::STRIP : std::min<int64_t>(E::STRIP, items.count - j * E::STRIP);
+    pack_items<E>(items, j * E::STRIP, rows, step, parts(count, LANES) * LANES, to, stride);
+    return {to, stride};
+  }
+
+  // `count` elements of the result's row `row` from `column`.
+  void finish(int64_t row, int64_t column, Vec sums, int64_t count) const {
+    int64_t at = row * p.shape.c_stride + column;
+    if (!added && count >= LANES) return put(p.c + at, sums);
+    if (p.bias) sums += load(p.bias + column, count);
+    if (p.residual) sums += load(p.residual + at, count);
+    put(p.c + at, sums, count);
+  }
+
+  struct Block {
+    int64_t lane, lanes, item, items;  // where it begins, and how much of it there is
+  };
+  void expect(const Block& b) const {
+    for (int64_t r = 0; r < b.items; ++r)
+      for (int64_t n = 0; n < b.lanes; n += 64 / sizeof(T))
+        __builtin_prefetch(p.c + (b.item + r) * p.shape.c_stride + b.lane + n, 1);
+  }
+  void store_rows(const Block& b, const float* sums) const {
+    bool whole = b.lanes == E::PANEL && !added;
+    for (int64_t r = 0; r < b.items && whole; ++r) {  // the usual case, short enough for products of little depth
+      T* to = p.c + (b.item + r) * p.shape.c_stride + b.lane;
+#pragma GCC unroll 4
+      for (int64_t n = 0; n < E::PANEL; n += LANES) put(to + n, load(sums + r * E::PANEL + n));
     }
-    Amx::end();
+    for (int64_t r = 0; r < b.items && !whole; ++r)
+      for (int64_t n = 0; n < b.lanes; n += LANES)
+        finish(b.item + r, b.lane + n, load(sums + r * E::PANEL + n), b.lanes - n);
+  }
+
+  // Whole lines of memory are written at a time.
+  void store_turned(const Block& b, const float* sums) const {
+    alignas(64) float tiles[E::STRIP / LANES][LANES * LANES];
+    for (int64_t r = 0; r < b.lanes; r += LANES) {
+      for (int64_t n = 0; n < b.items; n += LANES) transpose(sums + n * E::PANEL + r, E::PANEL * 4, tiles[n / LANES]);
+      for (int64_t k = 0; k < std::min<int64_t>(LANES, b.lanes - r); ++k)
+        for (int64_t n = 0; n < b.items; n += LANES)
+          finish(b.lane + r + k, b.item + n, load(tiles[n / LANES] + k * LANES), b.items - n);
+    }
+  }
+};
+
+// Call body(plan, task) for the tasks of all plans, each of which has count(plan) of them.
+template <class Plans, class Count, class Body>
+void over_tasks(const Plans& plans, const Count& count, const Body& body) {
+  std::vector<int64_t> ends;
+  int64_t total = 0;
+  for (const auto& plan : plans) ends.push_back(total += count(plan));
+  parallel(total, [&](int64_t task) {
+    size_t which = size_t(std::upper_bound(ends.begin(), ends.end(), task) - ends.begin());
+    body(plans[which], task - (which ? ends[which - 1] : 0));
   });
+}
+
+template <class E, class T>
+void run_plans(std::vector<Plan<E, T>>& plans) {
+  int64_t words = 0;
+  for (const auto& plan : plans) words += plan.words();
+  auto* memory = static_cast<typename E::Word*>(scratch(3, size_t(words) * 4));
+  for (auto& plan : plans) plan.use(memory), memory += plan.words();
+  over_tasks(plans, [](const auto& plan) { return plan.pack_tasks(); }, [](const auto& p, int64_t i) { p.pack(i); });
+  over_tasks(plans, [](const auto& plan) { return plan.tasks(); }, [](const auto& p, int64_t i) { p.run(i); });
+  plans.clear();
+}
+
+// The part of a product that has `count` rows (or columns) from `first`.
+template <class T>
+Product<T> part_of(Product<T> p, bool of_rows, int64_t first, int64_t count) {
+  MatrixShape& s = p.shape;
+  int64_t at = of_rows ? first * s.c_stride : first;
+  p.c += at;
+  if (p.residual) p.residual += at;
+  if (p.bias && !of_rows) p.bias += first;
+  if (of_rows)
+    p.a += s.a_transposed ? first : first * s.a_stride, s.rows = count;
+  else
+    p.b += s.b_transposed ? first * s.b_stride : first, s.columns = count;
+  return p;
+}
+
+template <class E, class T>
+void multiply_with(const Product<T>* products, int64_t count) {
+  constexpr int64_t MOST = 1 << 24;  // packed words at a time: 64 MiB
+  std::vector<Plan<E, T>> plans;
+  int64_t words = 0;
+  for (const Product<T>* p = products; p < products + count; ++p) {
+    Plan<E, T> whole(*p);
+    int64_t all = whole.lane_count(), pieces = std::max<int64_t>(1, parts(whole.words(), MOST));
+    int64_t step = parts(parts(all, pieces), E::PANEL) * E::PANEL;
+    for (int64_t first = 0; first < all; first += step) {
+      plans.emplace_back(part_of(*p, whole.lanes_are_rows(), first, std::min(step, all - first)));
+      if ((words += plans.back().words()) >= MOST) run_plans(plans), words = 0;
+    }
+  }
+  run_plans(plans);
 }
 
 }  // namespace
-#endif
 
-bool multiply(const BFloat16* a, const BFloat16* b, const BFloat16* bias, BFloat16* c, MatrixShape shape) {
-#ifdef __AMX_BF16__
-  if (!amx_permitted()) return false;
-  if (shape.rows == 0 || shape.columns == 0) return true;
-  if (shape.rows <= FEW_ROWS && !shape.a_transposed && shape.b_transposed)
-    few_rows(a, b, bias, c, shape);
-  else if (shape.a_transposed && !bias && shape.columns > shape.rows)  // the larger operand is packed by the tasks
-    many_rows(b, a, nullptr, c,
-              {shape.columns, shape.rows, shape.depth, !shape.b_transposed, !shape.a_transposed, shape.b_stride,
-               shape.a_stride, shape.c_stride},
-              true);
-  else
-    many_rows(a, b, bias, c, shape);
-  return true;
-#else
-  return false;
-#endif
+template <>
+void multiply(const Product<float>* products, int64_t count) {
+  multiply_with<LaneProducts<float>>(products, count);
 }
 
-bool bf16_is_slow() {
-#if defined(__x86_64__) && !defined(__AVX512BW__)
-  return true;
+template <>
+void multiply(const Product<BFloat16>* products, int64_t count) {
+#ifdef HAS_AMX
+  if (amx_permitted()) return multiply_with<TileProducts>(products, count);
+#endif
+#ifdef __AVX512BF16__
+  multiply_with<PairProducts>(products, count);
 #else
-  return false;
+  multiply_with<LaneProducts<BFloat16>>(products, count);
 #endif
 }
 

@@ -11,6 +11,7 @@
 #pragma once
 #include <type_traits>
 
+#include "amx.h"
 #include "kernels.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -187,23 +188,12 @@ struct Dot : Pairs {
 };
 #endif
 
-#ifdef __AMX_BF16__
-bool amx_permitted();  // asks the kernel of the operating system once
-
-struct Amx : Pairs {
-  static void begin() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
-  static void end() { _tile_release(); }
-
+#if defined(HAS_AMX) && defined(__AVX512BF16__)
+struct Amx : Pairs, Tiles {
   template <int COLUMNS>
   static void multiply(float* c, int64_t ldc, bool add, const BFloat16* left, int64_t left_m, int64_t left_k,
                        const BFloat16* right, int64_t right_n, int64_t right_k, int64_t depth) {
+    written();
     float *c0 = c, *c1 = c + 16 * ldc;
     if (add) {
       _tile_loadd(0, c0, ldc * 4);
@@ -246,7 +236,7 @@ struct Amx : Pairs {
 // Call body with the best engine for bf16 here.
 template <class Body>
 void with_bf16_engine(const Body& body) {
-#ifdef __AMX_BF16__
+#if defined(HAS_AMX) && defined(__AVX512BF16__)
   if (amx_permitted()) return body(Amx{});
 #endif
 #ifdef __AVX512BF16__

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <immintrin.h>
 
 namespace liaoyuan {
 
@@ -43,25 +44,29 @@ inline void zip(Vec even, Vec odd, Vec& low, Vec& high) {
   high = __builtin_shuffle(even, odd, places + 8);
 }
 
-inline void transpose(const void* from, int64_t from_stride, void* to) {  // 16 x 16 words; stride in bytes
-  WordVec row[16];
-  for (int i = 0; i < 16; ++i)
-    std::memcpy(&row[i], static_cast<const char*>(from) + i * from_stride, sizeof row[i]);
-  const WordVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#pragma GCC unroll 4
-  for (uint32_t width = 1; width < 16; width *= 2) {
-    WordVec upper = (WordVec)((lane & width) != 0);
-    WordVec first = (upper & (lane + 16 - width)) | (~upper & lane);
-    WordVec second = (upper & (lane + 16)) | (~upper & (lane + width));
-#pragma GCC unroll 16
-    for (uint32_t i = 0; i < 16; ++i) {
-      if (i & width) continue;
-      WordVec a = row[i], b = row[i + width];
-      row[i] = __builtin_shuffle(a, b, first);
-      row[i + width] = __builtin_shuffle(a, b, second);
-    }
+// 16 x 16 words; strides in bytes.
+inline void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride = 64) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(static_cast<const char*>(from) + i * from_stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
   }
-  for (int i = 0; i < 16; ++i) std::memcpy(static_cast<uint32_t*>(to) + i * 16, &row[i], sizeof row[i]);
+  for (int i = 0; i < 16; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      a[i + 2 * k] = _mm512_unpacklo_epi64(b[i + k], b[i + k + 2]);
+      a[i + 2 * k + 1] = _mm512_unpackhi_epi64(b[i + k], b[i + k + 2]);
+    }
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; k += 8) {
+      b[i + k] = _mm512_shuffle_i32x4(a[i + k], a[i + k + 4], 0x88);
+      b[i + k + 4] = _mm512_shuffle_i32x4(a[i + k], a[i + k + 4], 0xdd);
+    }
+  auto write_row = [&](int i, __m512i row) { _mm512_storeu_si512(static_cast<char*>(to) + i * to_stride, row); };
+  for (int i = 0; i < 8; ++i) {
+    write_row(i, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+    write_row(i + 8, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+  }
 }
 
 }  // namespace liaoyuan

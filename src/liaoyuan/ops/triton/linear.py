@@ -13,11 +13,11 @@ from liaoyuan.ops.triton.launch import ceil_div, launch, product_tile
 from liaoyuan.ops.triton.product import multiply, tile_place
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Compute the operator `linear`."""
     x, weight = x.contiguous(), weight.contiguous()
     out = x.new_empty(x.shape[0], weight.shape[0])
-    _run(_by_rows, x, weight.t(), bias, out)
+    _run(_by_rows, x, weight.t(), bias, residual, out)
     return out
 
 
@@ -25,26 +25,28 @@ def linear_backward(grad: Tensor, x: Tensor, weight: Tensor, with_bias: bool) ->
     """Compute the backward side of `linear`."""
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     grad_x, grad_weight = x.new_empty(x.shape), weight.new_empty(weight.shape)
-    _run(_by_rows, grad, weight, None, grad_x)
-    _run(_over_rows, grad.t(), x, None, grad_weight)
+    _run(_by_rows, grad, weight, None, None, grad_x)
+    _run(_over_rows, grad.t(), x, None, None, grad_weight)
     return grad_x, grad_weight, grad.sum(0) if with_bias else grad.new_empty(0)
 
 
-def _run(kernel: Any, left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Write left @ right + bias to `out`; left and right may be transposed."""
+def _run(kernel: Any, left: Tensor, right: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    """Write left @ right + bias + residual to `out`; left and right may be transposed."""
     (rows, depth), columns = left.shape, right.shape[1]
     tile = product_tile(left.dtype)
     grid = (ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns),)
-    arguments = (left, right, out if bias is None else bias.contiguous(), out)
+    added = [out if x is None else x.contiguous() for x in (bias, residual)]
+    arguments = (left, right, *added, out)
     numbers = (rows, columns, depth, *left.stride(), *right.stride())
-    sizes = {"BIAS": bias is not None, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    flags = {"BIAS": bias is not None, "RESIDUAL": residual is not None}
+    sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    launch(kernel, grid, out, *arguments, *numbers, **sizes, **options)
+    launch(kernel, grid, out, *arguments, *numbers, **flags, **sizes, **options)
 
 
 def _product(
-    left, right, bias, out, rows, columns, depth, left_row, left_inner, right_inner, right_column,
-    BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    left, right, bias, residual, out, rows, columns, depth, left_row, left_inner, right_inner, right_column,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of the product."""
     at_row, at_column = tile_place(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS))
@@ -54,9 +56,11 @@ def _product(
     )
     if BIAS:
         result += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    at = out + row.to(tl.int64)[:, None] * columns + column[None, :]
+    at = row.to(tl.int64)[:, None] * columns + column[None, :]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    tl.store(at, result.to(out.dtype.element_ty), mask=inside)
+    if RESIDUAL:
+        result += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
 # the number that is the batch's: of a batch times a matrix the rows, of a weight's gradient the inner dimension
