@@ -33,7 +33,7 @@ void check_grouped(const Tensor& x, const Tensor& weight) {
               " does not fit the weight ", weight.sizes());
 }
 
-// out = left right for each expert's rows; `shape` and the operands' places belong to its rows first ... first + count.
+// The products of all experts together: product_of(expert, first, count) is that of its rows.
 template <class T, class Body>
 void over_groups(const std::vector<int64_t>& starts, const Body& product_of) {
   std::vector<Product<T>> products;
@@ -55,8 +55,9 @@ Tensor grouped_linear_cpu(const Tensor& x_, const Tensor& weight_, const Tensor&
   by_type(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     over_groups<T>(starts, [&](int64_t e, int64_t first, int64_t count) {
+      MatrixShape shape{count, outer, inner, false, true, inner, inner, outer};
       return Product<T>{in<T>(x) + first * inner, in<T>(weight) + e * outer * inner, out<T>(result) + first * outer,
-                        {count, outer, inner, false, true, inner, inner, outer}, bias ? in<T>(bias) + e * outer : nullptr};
+                        shape, bias ? in<T>(bias) + e * outer : nullptr};
     });
   });
   return result;
