@@ -10,8 +10,10 @@ from torch import Tensor
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import NATIVE_INEXACT
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs
+from liaoyuan.ops.shapes import takes_shapes
 
 
+@takes_shapes(x="float [..., K]", weight="same [O, K]", bias="same [O]")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x @ weight^T + bias: x [N, K], weight [O, K], bias [O] or None -> [N, O]."""
     if x.dim() == 2 and takes(LINEAR, x, weight, bias):

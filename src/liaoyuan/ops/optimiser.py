@@ -15,6 +15,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import NATIVE
 from liaoyuan.ops.operator import Operator, register, wide
+from liaoyuan.ops.shapes import takes_shapes
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration; Jordan et al. 2024
 ITERATIONS = 5
@@ -72,6 +73,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([square_sum(x) for x in tensors]).sum().sqrt()
 
 
+@takes_shapes(x="float [...]")
 def square_sum(x: Tensor) -> Tensor:
     """Return the sum of squares, fp64 []; within 1024 elements summed in fp32, so that these must be below 1e18."""
     return SQUARE_SUM.call(x) if takes(SQUARE_SUM, x) else _square_sum(x)

@@ -13,10 +13,18 @@ from torch import Tensor
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs, wide
+from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
 MAX_DIM = 512  # of a head in the native kernel
 
 
+@takes_shapes(
+    qkv="float [N, _]",
+    cosine="float [N, D/2]",
+    sine="float [N, D/2]",
+    query_norm="float [D]",
+    key_norm="float [D]",
+)
 def split_rotary(
     qkv: Tensor,
     cosine: Tensor,
@@ -34,10 +42,21 @@ def split_rotary(
         cosine, sine: [N, D / 2] fp32, the angles of each token's position.
         query_norm, key_norm: [D] weights of QK-norm, or None.
     """
+    _check(qkv, cosine, num_key_value_heads, head_dim, query_norm)
     arguments = (qkv, cosine, sine, num_key_value_heads, head_dim, query_norm, key_norm, eps)
     if head_dim <= MAX_DIM and cosine.dtype is torch.float32 and takes(SPLIT_ROTARY, qkv, query_norm, key_norm):
         return SPLIT_ROTARY.call(*arguments)
     return _split_rotary(*arguments)
+
+
+def _check(qkv: Tensor, cosine: Tensor, heads: int, dim: int, norm: Tensor | None) -> None:
+    given = f"split_rotary: qkv {list(qkv.shape)}, {heads} key-value heads of {dim}"
+    if heads < 1 or dim < 1 or qkv.shape[1] % (heads * dim) or qkv.shape[1] < 3 * heads * dim:
+        raise ShapeError(f"{given} do not fit: each needs queries, a key and a value.")
+    if cosine.shape[1] != dim // 2 or dim % 2:
+        raise ShapeError(f"{given}, and cosine {list(cosine.shape)} do not fit: there is an angle for two columns.")
+    if norm is not None and norm.shape[0] != dim:
+        raise ShapeError(f"{given}, and query_norm {list(norm.shape)} do not fit: a weight for each column of a head.")
 
 
 def _split_rotary(

@@ -10,10 +10,14 @@ from torch import Tensor
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs
+from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
 
+@takes_shapes(gate_up="float [..., _]")
 def swiglu(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up: [N, 2 * I] -> [N, I]; gate and up alternate (gate 0, up 0, gate 1, ...)."""
+    if gate_up.shape[-1] % 2:
+        raise ShapeError(f"swiglu: gate_up {list(gate_up.shape)} has no column for each of its gates.")
     if gate_up.dim() == 2 and takes(SWIGLU, gate_up):
         return SWIGLU.call(gate_up)
     return _swiglu(gate_up)

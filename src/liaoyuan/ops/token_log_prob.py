@@ -13,10 +13,12 @@ from torch import Tensor
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import NATIVE_INEXACT, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, wide
+from liaoyuan.ops.shapes import takes_shapes
 
 KEPT_LOGITS = 2**25  # elements of logits that are kept for the backward pass: 64 MiB in bf16
 
 
+@takes_shapes(hidden="float [N, H]", weight="same [V, H]", targets="int64 [N]")
 def token_log_prob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return log softmax(hidden @ weight^T)[target]: every loss of the project is a function of it.
 
