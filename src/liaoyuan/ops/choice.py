@@ -157,11 +157,16 @@ def self_test(operator: Operator, kernel: Kernel, device: str) -> str | None:
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
-    """Return max |actual - expected| / max |expected|, in fp32; nan if shapes differ or values are not finite."""
+    """Return max |actual - expected| / max |expected|, in fp32; nan if shapes differ or values are not finite.
+
+    Whole numbers (places, counts) are equal, or infinitely different.
+    """
     if actual.shape != expected.shape:
         return float("nan")
     if not expected.numel():
         return 0.0
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(actual, expected) else float("inf")
     difference = (actual.float() - expected.float()).abs().max()
     return float(difference / expected.float().abs().max().clamp_min(1e-30)) if difference else 0.0
 

@@ -69,8 +69,8 @@ def _split_rotary(
     key_norm: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups = qkv.view(qkv.shape[0], heads, -1, dim)
-    query = groups[:, :, :-2].reshape(qkv.shape[0], -1, dim)
+    groups = qkv.unflatten(1, (heads, -1, dim))
+    query = groups[:, :, :-2].flatten(1, 2)
     key, value = groups[:, :, -2], groups[:, :, -1].contiguous()
     if query_norm is not None and key_norm is not None:
         query, key = _normalise(query, query_norm, eps), _normalise(key, key_norm, eps)

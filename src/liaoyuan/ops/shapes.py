@@ -17,7 +17,8 @@ from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 MOST_REMEMBERED = 10_000  # forms of one function's arguments
 KINDS: dict[str, tuple[torch.dtype, ...]] = {
     "float": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
