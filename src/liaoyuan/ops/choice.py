@@ -20,6 +20,7 @@ from torch import Tensor
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.operator import OPERATORS, Kernel, Operator, cast, outputs_and_gradients
 
+LONG = 0.2  # seconds of measuring an operator, after which no further call is timed
 REFERENCE, AUTO = "reference", "auto"
 
 _lock = threading.RLock()
@@ -37,7 +38,7 @@ def takes(operator: Operator, first: Tensor, *others: Tensor | None) -> bool:
     dtype = first.dtype
     if any(other is not None and other.dtype is not dtype for other in others):
         return False
-    return _through_registered or dtype in _dtypes(operator.name, first.device.type)
+    return _through_registered or _has_kernel(operator.name, first.device.type, dtype)
 
 
 @contextlib.contextmanager
@@ -172,8 +173,12 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
 
 
 @torch.compiler.assume_constant_result
-def _dtypes(name: str, device: str) -> tuple[torch.dtype, ...]:
-    return _choose(name, device).dtypes
+def _has_kernel(name: str, device: str, dtype: torch.dtype) -> bool:
+    known = _choose(name, device).dtypes
+    if known and dtype not in known and dtype.is_floating_point and len(known) > 1:
+        names = " and ".join(_short(one) for one in known if one.is_floating_point)
+        _warn(f"The kernels for {device} take {names}: the slower references compute {_short(dtype)}.")
+    return dtype in known
 
 
 @functools.cache
@@ -195,6 +200,8 @@ def _first_that_passes(operator: Operator, device: str) -> OperatorStatus:
                 why = "chosen in the configuration" if wanted else "passed its self-test"
                 return replace(chosen, kernel=kernel.name, reason=why, exact=kernel.exact, dtypes=kernel.dtypes)
             reasons.append(reason)
+    if device != "meta" and not any(device in kernel.devices for one in OPERATORS.values() for kernel in one.kernels):
+        _warn(f"No operator has a kernel for {device} yet: the slower references are used there.")
     return replace(chosen, reason=" ".join(reasons) or f"no kernel for {device} yet")
 
 
@@ -218,6 +225,10 @@ def _reason_against(operator: Operator, kernel: Kernel, device: str) -> str | No
     return reason
 
 
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @functools.cache
 def _warn(text: str) -> None:
     _log.warning("%s", text)
@@ -237,10 +248,11 @@ def _measure(chosen: OperatorStatus, dtype: torch.dtype, matrix_rate: float, mem
 
 
 def _seconds(function: Callable[..., Any], sample: tuple[Any, ...], repeats: int = 5) -> float:
+    """Return the time of the fastest call; of few where one is long."""
     with torch.no_grad():
         function(*sample)
-        times = []
-        for _ in range(repeats):
+        times: list[float] = []
+        while len(times) < repeats and sum(times) < LONG:
             start = time.perf_counter()
             function(*sample)
             if sample[0].device.type != "cpu":
