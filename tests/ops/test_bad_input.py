@@ -128,6 +128,12 @@ def test_a_library_that_was_torn_later_is_made_again(copier: Path) -> None:
         os.truncate(library, library.stat().st_size // 2)
 
 
+def test_kernels_are_built_ahead(copier: Path) -> None:
+    said, _ = run(copier, "-m", "liaoyuan", "ops", "build")
+    (library,) = (copier / "cache").rglob("*.so")
+    assert said == f"The CPU kernels are in {library}.\n"
+
+
 def test_processes_that_build_at_once_compile_once(copier: Path) -> None:
     """The second process waits for the lock and finds what the first one made; leftovers of a killed one are gone."""
     leftover = copier / "cache" / "liaoyuan" / "kernels" / ".part-killed"

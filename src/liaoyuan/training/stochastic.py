@@ -46,7 +46,9 @@ class StochasticAdamW:
     def _update(self, weight: Weight, group: dict[str, Any]) -> None:
         master = weight.master
         assert master.grad is not None
-        state = self.state.setdefault(master, fresh_state(master))
+        if master not in self.state:
+            self.state[master] = fresh_state(master)
+        state = self.state[master]
         state["step"] += 1
         tensors = (master, master.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
         for begin, end, offset in runs(weight):
