@@ -2,12 +2,14 @@
 refused if it is wrong, and plain about mistakes.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 import types
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,18 +270,15 @@ def by_row(operator: Operator, one: Drawing, sample: Sample, chosen: Tensor, row
     return [out.detach() for out in found] + list(gradients)
 
 
-class torch_threads:  # noqa: N801
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
     """Compute with so many threads."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __enter__(self) -> None:
-        self._before = torch.get_num_threads()
-        torch.set_num_threads(self._count)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self._before)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def workload(operator: Operator, dtype: torch.dtype) -> Sample:
@@ -431,8 +430,6 @@ OWN_BYTES = 12 * 2**20  # of a thread's buffers, and of pages that the allocator
 
 
 def resident() -> int:
-    from pathlib import Path
-
     (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS:")]
     return 1024 * int(line.split()[1])
 

@@ -23,7 +23,6 @@ MOST_REMEMBERED = 10_000  # forms of one function's arguments
 KINDS: dict[str, tuple[torch.dtype, ...]] = {
     "float": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "same": (),  # the dtype of the first tensor
-    "fp32/fp64": (torch.float32, torch.float64),
     "fp64": (torch.float64,),
     "int32": (torch.int32,),
     "int64": (torch.int64,),
