@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from liaoyuan import ops
@@ -351,6 +352,18 @@ def test_public_functions_are_compiled_whole(name: str) -> None:
     assert len(compiled) == len(expected)
     for a, b in zip(compiled, expected, strict=True):
         assert difference(a, b, floor=1.0) < 1e-5
+
+
+def test_sizes_may_be_symbols() -> None:
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return ops.rms_norm(x, weight, 1e-6)
+
+    x, weight = torch.randn(4, 8), torch.ones(8)
+    assert torch.equal(make_fx(norm, tracing_mode="symbolic")(x, weight)(x[:3], weight), norm(x[:3], weight))
+    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (3, 2, 7):
+        x = torch.randn(rows, 8)
+        assert torch.equal(compiled(x, weight), norm(x, weight))
 
 
 def called(function: Callable[..., Any], arguments: dict[str, Any]) -> list[Tensor]:

@@ -75,13 +75,16 @@ def takes_shapes(
         def checked(*arguments: P.args, **named: P.kwargs) -> R:
             given = len(arguments)
             tensors: Any = [arguments[place] if place < given else named.get(name) for place, name in places]
-            if torch.compiler.is_compiling():
+            forms: tuple[Any, ...] = ()
+            if not torch.compiler.is_compiling():
+                forms = tuple([None if x is None else (x.shape, x.dtype, x.device) for x in tensors])
+            try:
+                is_known = bool(forms) and forms in fitting
+            except TypeError:  # sizes are symbols
+                is_known, forms = False, ()
+            if not is_known:
                 _check(function.__name__, tensors, expected, multiple)
-                return function(*arguments, **named)
-            forms = tuple([None if x is None else (x.shape, x.dtype, x.device) for x in tensors])
-            if forms not in fitting:
-                _check(function.__name__, tensors, expected, multiple)
-                if len(fitting) < MOST_REMEMBERED:
+                if forms and len(fitting) < MOST_REMEMBERED:
                     fitting.add(forms)
             return function(*arguments, **named)
 
