@@ -9,6 +9,7 @@ import sys
 import types
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -315,7 +316,8 @@ def test_so_are_their_references(name: str, native_only: None) -> None:
 
     def check() -> None:
         torch.library.opcheck(operator.call, leaves(operator, first_sample(operator)))
-        assert choice.self_test(operator, operator.kernels[0], "cpu") is None
+        wide_alone = replace(operator.kernels[0], dtypes=(dtypes_of(name)[0],))  # in bf16 PyTorch rounds on the way
+        assert choice.self_test(operator, wide_alone, "cpu") is None
 
     without_kernel(operator, check)
 
