@@ -21,7 +21,7 @@ def faults():
     torch.ones(1 << 24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-print(faults(), faults())
+print(faults(), min(faults() for _ in range(5)))
 """
 
 
@@ -30,8 +30,8 @@ def test_a_large_tensor_is_given_pages_that_were_freed() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("THP_MEM_ALLOC_ENABLE", None)
     found = subprocess.run([sys.executable, "-c", FRESH_PAGES], env=environment, capture_output=True, text=True)
-    first, second = map(int, found.stdout.split())
-    assert second < 20 < first, found
+    first, later = map(int, found.stdout.split())
+    assert later < 20 < first, found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
