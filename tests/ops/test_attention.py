@@ -214,11 +214,11 @@ def test_wrong_boundaries_are_refused():
 
 def test_wrong_shapes_are_refused_with_their_sizes():
     q, k, v, ends = random(8, 4, 16), random(8, 2, 16), random(8, 2, 16), boundaries_of([8])
-    with pytest.raises(RuntimeError, match=r"query \[8, 4, 16\] and key \[8, 3, 16\]"):
+    with pytest.raises(ValueError, match=r"query \[8, 4, 16\] and key \[8, 3, 16\] do not fit: Hq, 4, is no multiple"):
         attention(q, random(8, 3, 16), random(8, 3, 16), ends, 1.0)
-    with pytest.raises(RuntimeError, match=r"key \[8, 2, 16\] and value \[7, 2, 16\]"):
+    with pytest.raises(ValueError, match=r"value \[7, 2, 16\] does not fit query \[8, 4, 16\]: N is 7 and 8"):
         attention(q, k, v[:7], ends, 1.0)
-    with pytest.raises(RuntimeError, match=r"sinks \[3\] do not fit 4 query heads"):
+    with pytest.raises(ValueError, match=r"sinks \[3\] does not fit query \[8, 4, 16\]: Hq is 3 and 4"):
         attention(q, k, v, ends, 1.0, None, random(3))
     with pytest.raises((RuntimeError, ValueError), match="a window of -1 tokens"):
         attention(q, k, v, ends, 1.0, -1)

@@ -154,10 +154,10 @@ def test_sizes_that_do_not_add_up_are_refused(sizes, function):
 @pytest.mark.parametrize(
     ("x", "weight", "sizes", "bias", "said"),
     [
-        ((7, 9), (2, 6, 10), (2,), None, r"x \(7, 9\) does not fit the weight \(2, 6, 10\)"),
-        ((7, 10), (6, 10), (2,), None, r"x \(7, 10\) does not fit the weight \(6, 10\)"),
-        ((7, 10), (2, 6, 10), (3,), None, r"sizes \(3,\) must be those of the 2 experts"),
-        ((7, 10), (2, 6, 10), (2,), (2, 5), r"bias \(2, 5\) does not fit the weight \(2, 6, 10\)"),
+        ((7, 9), (2, 6, 10), (2,), None, r"weight \[2, 6, 10\] does not fit x \[7, 9\]: K is 10 and 9"),
+        ((7, 10), (6, 10), (2,), None, r"weight \[6, 10\] is not \[E, O, K\]"),
+        ((7, 10), (2, 6, 10), (3,), None, r"sizes \[3\] does not fit weight \[2, 6, 10\]: E is 3 and 2"),
+        ((7, 10), (2, 6, 10), (2,), (2, 5), r"bias \[2, 5\] does not fit weight \[2, 6, 10\]: O is 5 and 6"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(x, weight, sizes, bias, said):

@@ -181,5 +181,5 @@ def test_lists_and_shapes_that_do_not_fit_are_named():
     weights, first, second = state([(3, 4)])
     with pytest.raises(LiaoyuanError, match="lists of one length, not 1, 0, 1, 1, 1"):
         adamw_step(weights, [], first, second, 1, 1e-3)
-    with pytest.raises(LiaoyuanError, match=r"Tensor 0 of an AdamW step has shapes \[3, 4\], \[4, 3\], \[3, 4\]"):
+    with pytest.raises(LiaoyuanError, match=r"tensors 0 .* weights \[3, 4\] float32 cpu, gradients \[4, 3\]"):
         adamw_step(weights, [random(4, 3)], first, second, 1, 1e-3)

@@ -120,7 +120,7 @@ def test_even_wild_logits_name_experts_that_exist(value):
     [
         ((9,), "9 of 8 experts cannot be chosen"),
         ((2, "tanh"), "not tanh"),
-        ((2, "sigmoid", torch.zeros(7)), r"bias \(7,\) does not fit logits \(3, 8\)"),
+        ((2, "sigmoid", torch.zeros(7)), r"bias \[7\] does not fit logits \[3, 8\]"),
         ((2, "softmax", None, 3), "of 3 groups cannot be chosen.* of 8"),
         ((5, "softmax", None, 4, 2), "5 of 8 experts cannot be chosen from 2 of 4 groups"),
     ],
@@ -195,9 +195,9 @@ def test_rows_that_do_not_fit_are_refused(dtype):
     x, chosen = random(3, 4, dtype=dtype), torch.tensor([[0], [1], [2]])
     with pytest.raises(RuntimeError, match="expert"):
         permute_rows(x, chosen, 2)
-    with pytest.raises(ValueError, match=r"x \(3, 4\) does not fit chosen \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"chosen \[2, 1\] does not fit x \[3, 4\]"):
         permute_rows(x, chosen[:2], 3)
-    with pytest.raises(ValueError, match=r"weights \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"weights \[2, 1\]"):
         combine_rows(x, torch.arange(3), torch.ones(2, 1))
 
 

@@ -1,5 +1,6 @@
 """Whole runs in a layout: losses, gradient norms, expert load and the exported model are those of one process."""
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import torch
 
 from liaoyuan.data import Batch
 from liaoyuan.models import config_from_dict
-from liaoyuan.parallel import Layout, Shape, World, lay_out, resolve
+from liaoyuan.parallel import Layout, Shape, World, lay_out, own_block, resolve
+from liaoyuan.parallel.simulated import simulate
 from liaoyuan.rundir import read_metrics
-from liaoyuan.training import TrainConfig, train
+from liaoyuan.training import AdamW, TrainConfig, train
 from tests.parallel.layouts import LENGTH, MODELS, ROWS, batches_of, model_of
 from tests.parallel.processes import run
 
@@ -117,3 +119,39 @@ def test_a_run_goes_on_under_another_layout(
             assert (whole[tensor] - expected[tensor]).abs().max() < 2e-4, tensor
     steps = [row["step"] for row in read_metrics(tmp_path / "many" / "metrics.jsonl")]
     assert steps == [0, 1, 2, 3]
+
+
+HELD = {
+    "fsdp 3": (3, "dense", Layout(), 1),
+    "fsdp 2 x tp 2": (4, "dense", Layout(tp=2), 1),
+    "pp 2, tied": (2, "tied", Layout(pp=2, fsdp=1), 4),
+    "ep 2 x fsdp 2": (4, "latent", Layout(ep=2), 1),
+}
+
+
+def updated(world: World, kind: str, layout: Layout, microbatches: int) -> dict[str, torch.Tensor]:
+    """Return the whole weights after two updates of bf16 weights without masters, by gradients that are given."""
+    layout = resolve(layout, world.size, Shape(config_from_dict(MODELS[kind]), LENGTH, 12, microbatches))
+    world = world.arrange(layout)
+    program = lay_out(model_of(kind, torch.bfloat16), layout, world)
+    optimiser = AdamW(program.named_parameters(), world=world, master_dtype=torch.bfloat16)
+    for step in range(2):
+        for weight in optimiser.weights:
+            generator = torch.Generator().manual_seed(zlib.crc32(weight.name.encode()) + step)
+            slope = torch.randn(weight.parameter.shape, generator=generator)
+            starts, shape = own_block(weight.parameter)
+            cut = tuple(slice(start, start + size) for start, size in zip(starts, shape, strict=True))
+            weight.master.grad = slope[cut].contiguous()
+        optimiser.update(1e-3)
+        for weight in optimiser.weights:
+            weight.master.grad = None
+    return {name: tensor.clone() for name, tensor in program.whole_tensors()}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_weights_held_in_bf16_are_rounded_alike_in_every_layout(name: str) -> None:
+    size, kind, layout, microbatches = HELD[name]
+    expected = updated(World(), kind, Layout(), 1)
+    for found in simulate(size, updated, kind, layout, microbatches):
+        assert found.keys() == expected.keys()
+        assert not [tensor for tensor in expected if not torch.equal(found[tensor], expected[tensor])]

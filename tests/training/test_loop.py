@@ -89,13 +89,21 @@ def test_microbatches_give_the_gradient_of_one_batch(tiny_config: ModelConfig, t
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "ways"),
+    [
+        (torch.float32, {"optimiser": "adamw"}),
+        (torch.float32, {"optimiser": "muon"}),
+        (torch.bfloat16, {"optimiser": "adamw"}),
+        (torch.bfloat16, {"optimiser": "muon"}),
+        (torch.bfloat16, {"optimiser": "adamw", "master_dtype": "bfloat16"}),
+    ],
+)
 def test_a_run_that_broke_off_ends_bit_for_bit_as_one_that_did_not(
-    optimiser: str, dtype: torch.dtype, tiny_config: ModelConfig, tmp_path: Path
+    dtype: torch.dtype, ways: dict[str, str], tiny_config: ModelConfig, tmp_path: Path
 ) -> None:
     config = with_dtype(tiny_config, dtype)
-    settings = CONFIG.model_copy(update={"optimiser": optimiser})
+    settings = CONFIG.model_copy(update=ways)
     expected = trained(config, tmp_path / "whole", settings, microbatches=2)
     good = invented_batches(config, 2)
 
@@ -149,17 +157,20 @@ class Run:
                 return word
 
 
+@pytest.mark.parametrize("master_dtype", ["float32", "bfloat16"])
 def test_kill_9_at_any_step_then_the_same_command_ends_with_the_same_weights(
-    tiny_config: ModelConfig, tmp_path: Path
+    master_dtype: str, tiny_config: ModelConfig, tmp_path: Path
 ) -> None:
-    expected = trained(tiny_config, tmp_path / "whole")
+    config = with_dtype(tiny_config, getattr(torch, master_dtype))
+    settings = CONFIG.model_copy(update={"master_dtype": master_dtype})
+    expected = trained(config, tmp_path / "whole", settings)
     for step in (1, 6):  # before the first state, and between two
-        run = Run(tiny_config, CONFIG, tmp_path / "killed")
+        run = Run(config, settings, tmp_path / "killed")
         run.wait_for_step(step)
         run.process.kill()
         run.process.join()
         assert run.process.exitcode == -signal.SIGKILL
-    assert_same(expected, trained(tiny_config, tmp_path / "killed"))
+    assert_same(expected, trained(config, tmp_path / "killed", settings))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -6,15 +6,17 @@ Everything is measured or asked now, in this process; it takes a few seconds and
 import importlib.metadata
 import importlib.util
 import json as json_text
-import os
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from liaoyuan.errors import LiaoyuanError
 
 VERSIONS = ("liaoyuan", "torch", "numpy", "tokenizers", "safetensors")
 DTYPES = ("bfloat16", "float32")
@@ -56,7 +58,7 @@ def diagnose(process: Any) -> dict[str, Any]:
         "process": process_facts(process),
         "rates": rates(),
         "kernels": kernels(),
-        "cache": str(cache_folder()),
+        "cache": cache(),
         "missing": [dict(zip(("part", "without", "add"), row, strict=True)) for row in missing()],
     }
 
@@ -135,9 +137,14 @@ def measured_kernels() -> list[dict[str, Any]]:
     return [{name: getattr(row, name) for name in KERNEL_FACTS} for row in rows]
 
 
-def cache_folder() -> Path:
-    """Return where compiled kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "liaoyuan"
+def cache() -> str:
+    """Return where compiled kernels are kept, or why they are not."""
+    from liaoyuan.ops.build import cache_folder
+
+    try:
+        return str(cache_folder())
+    except LiaoyuanError as error:
+        return f"none: {error}"
 
 
 def missing() -> Iterator[tuple[str, str, str]]:
@@ -220,22 +227,32 @@ def show_operators(rows: list[dict[str, Any]], json: bool) -> None:
     if json:
         print(json_text.dumps(rows, indent=2))
         return
-    table = _grid("", "operator", "device", "kernel", "speed", "of limit", "exact", "")
+    table, shared = _grid("", "operator", "device", "kernel", "speed", "of limit", "exact", ""), _shared_reasons(rows)
     for row in rows:
         gain = f"{row['speed_up']:.1f}x" if row["speed_up"] else "-"
         exact = {True: "yes", False: "no", None: "-"}[row["exact"]]
         share = f"{row['limit_share']:.0%}"
-        why = row["reason"] if row["kernel"] == "reference" else ""
+        why = row["reason"] if row["kernel"] == "reference" and row["reason"] not in shared else ""
         table.add_row(row["operator"], row["device"], row["kernel"], gain, share, exact, why)
     console = Console(highlight=False)
     console.print(table)
+    for reason in shared:
+        console.print(f"reference: {reason}", soft_wrap=True)
     console.print("speed: against the reference. limit: the best rates of matrix products and copies measured now.")
 
 
+def _shared_reasons(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the reasons for which several operators have no kernel: they are said once, below the table."""
+    counts = Counter(row["reason"] for row in rows if row["kernel"] == "reference")
+    return [reason for reason, count in counts.items() if count > 1]
+
+
 def _kernels_table(rows: list[dict[str, Any]]) -> Any:
+    shared = _shared_reasons(rows)
     table = _grid("\nOperators (speeds: liaoyuan doctor ops)", "operator", "kernel", "why")
     for row in rows:
-        table.add_row(row["operator"], row["kernel"], row["reason"])
+        table.add_row(row["operator"], row["kernel"], "see below" if row["reason"] in shared else row["reason"])
+    table.caption, table.caption_justify = "\n".join(f"reference: {reason}" for reason in shared) or None, "left"
     return table
 
 

@@ -1,4 +1,4 @@
-"""`liaoyuan ops compare` and `liaoyuan ops profile`: where two runs part, and where a step's time goes."""
+"""`liaoyuan ops`: where two runs part (compare), where a step's time goes (profile), kernels made ahead (build)."""
 
 import json as json_format
 from pathlib import Path
@@ -16,7 +16,9 @@ DIFFERENT = 1  # exit status of `compare` where the two differ beyond tolerance
 ROWS, LENGTH = 2, 256  # of the batch that is compared, where --tokens does not say otherwise
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Operators: compare two runs, or profile a step of one."
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Operators: compare two runs, profile a step of one, build the kernels.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -93,6 +95,17 @@ def profile(
     else:
         show_profile(found)
         print(*([f"\nThe picture is {out / 'profile.html'}."] if out else []))
+
+
+@app.command()
+def build() -> None:
+    """Compile the CPU kernels for this machine now; otherwise it happens when they are first used."""
+    from liaoyuan.cli.progress import bar
+    from liaoyuan.ops import build as compile_kernels
+
+    with bar("Kernels") as report:
+        library = compile_kernels(report)
+    print(f"The CPU kernels are in {library}.")
 
 
 def _mode(prefill: bool, decode: bool) -> "Mode":

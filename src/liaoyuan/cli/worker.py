@@ -4,6 +4,7 @@
 the command line. A worker whose only trouble is that another one is gone says so in one line; the traceback is noise.
 """
 
+import logging
 import os
 import sys
 import traceback
@@ -25,6 +26,8 @@ def main() -> None:
     die_with(int(launcher))
     beat = Heartbeat(Path(folder), int(os.environ["RANK"]))  # torch's agent tells each worker its rank so
     progress.heartbeat.set(beat)
+    if int(os.environ.get("LOCAL_RANK", "0")):  # what one host lacks is said by one of its processes
+        logging.getLogger("liaoyuan.ops").setLevel(logging.ERROR)
     sys.argv = ["liaoyuan", *arguments]
     code = _run()
     beat.end(code)

@@ -13,8 +13,17 @@ from torch import Tensor
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs, wide
+from liaoyuan.ops.shapes import takes_shapes
 
 
+@takes_shapes(
+    query="float [N, Hq, D]",
+    key="same [N, Hk, D]",
+    value="same [N, Hk, Dv]",
+    boundaries="int32 [_]",
+    sinks="float [Hq]",
+    multiple=("Hq", "Hk"),
+)
 def attention(
     query: Tensor,
     key: Tensor,

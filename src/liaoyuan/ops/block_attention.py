@@ -11,8 +11,17 @@ from torch import Tensor
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, register, save_inputs, saved_inputs, wide
+from liaoyuan.ops.shapes import takes_shapes
 
 
+@takes_shapes(
+    query="float [N, Hq, D]",
+    key="same [M, Hk, D]",
+    value="same [M, Hk, Dv]",
+    first="int64 [N]",
+    last="int64 [N]",
+    multiple=("Hq", "Hk"),
+)
 def block_attention(
     query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -30,6 +39,17 @@ def block_attention(
     return _reference(query, key, value, first, last, scale)
 
 
+@takes_shapes(
+    grad="float [N, Hq, Dv]",
+    delta="float [N, Hq]",
+    log_sum_exp="float [N, Hq]",
+    query="float [N, Hq, D]",
+    key="float [M, Hk, D]",
+    value="float [M, Hk, Dv]",
+    first="int64 [N]",
+    last="int64 [N]",
+    multiple=("Hq", "Hk"),
+)
 def block_attention_backward(
     grad: Tensor,
     delta: Tensor,

@@ -1,27 +1,32 @@
 """Compile the C++ kernels for this machine, once, into the user's cache folder.
 
 The library's name is a hash of everything that it depends on (sources, compiler, flags, torch, this CPU), so a
-change of any of them compiles anew and an old library is never loaded by mistake. A failed build leaves its
-reason beside where the library would be, so that it is not tried again by every process.
+change of any of them compiles anew and an old library is never loaded by mistake. Beside it lies the hash of its bytes:
+one that a crash has torn is made again. A failed build leaves its reason there, so that it is not tried again by every
+process; what may pass (a killed compiler, a full disk) is tried again after a while.
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.rundir import Progress, Report, silent, write_atomic
+from liaoyuan.rundir import TEMPORARY, Progress, Report, silent, write_atomic
 
 NATIVE = Path(__file__).parent / "native"
 KERNEL_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
@@ -33,36 +38,64 @@ WITH_TORCH = (
     *("binding_inference.cpp", "binding_optimiser.cpp", "binding_loss.cpp", "autograd_loss.cpp"),
     *("binding_rows.cpp", "autograd_rows.cpp"),
 )
+PATIENCE = 600.0  # seconds for which a failure that may pass is not tried again
+PASSING = ("Killed signal", "No space left on device", "Disk quota exceeded", "Cannot allocate memory")
+LOADS = "import sys, torch; torch.ops.load_library(sys.argv[1])"
+
+_log = logging.getLogger("liaoyuan.ops")
+
+
+class LibraryError(LiaoyuanError):
+    """There is no library; `may_pass`: there may be one if it is tried again later."""
+
+    def __init__(self, message: str, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 def build(report: Report = silent) -> Path:
     """Compile the kernels unless this machine has them already, and return the library.
 
     Raises:
-        LiaoyuanError: there is no C++ compiler, or it does not accept the sources; the references work without.
+        LiaoyuanError: there is no C++ compiler, or it does not accept the sources, or the cache folder cannot be
+            written; the references work without.
     """
     target = library_path()
-    if target.exists():
+    if _is_whole(target):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and then finds the library
-        if not target.exists():
-            try:
-                _compile(target, report)
-            except LiaoyuanError as error:
-                write_atomic(_failure_note(target), str(error))
-                raise
+    with _folder_errors(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (target.parent / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and then finds the library
+            if not _is_whole(target):
+                _build_alone(target, report)
     return target
 
 
 def find_library() -> Path:
-    """Return the library as `build` does, but do not try again what failed before."""
+    """Return the library as `build` does, but do not try again what failed before, and say that it takes a while."""
     target = library_path()
-    note = _failure_note(target)
-    if not target.exists() and note.exists():
-        raise LiaoyuanError(note.read_text(encoding="utf-8"))
+    if _is_whole(target):
+        return target
+    for note, age in ((_note(target), float("inf")), (_note(target, may_pass=True), PATIENCE)):
+        with contextlib.suppress(OSError):
+            if time.time() - note.stat().st_mtime < age:
+                raise LibraryError(note.read_text(encoding="utf-8"))
+    _log.warning("Compiling the CPU kernels for this machine, once; it takes some minutes (ahead: liaoyuan ops build).")
     return build()
+
+
+def cache_folder() -> Path:
+    """Return where what is made for this machine is kept. Raises LiaoyuanError if the user has no home folder."""
+    cache = os.environ.get("XDG_CACHE_HOME")  # the desktop convention for where caches go
+    if cache:
+        return Path(cache) / "liaoyuan"
+    try:
+        return Path.home() / ".cache" / "liaoyuan"
+    except RuntimeError:
+        raise LibraryError(
+            "There is no home folder for compiled kernels, so the slower references are used: set HOME."
+        ) from None
 
 
 def library_path() -> Path:
@@ -72,33 +105,76 @@ def library_path() -> Path:
     for source in sorted(NATIVE.iterdir()):
         parts += [source.name, source.read_text(encoding="utf-8")]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-    cache = os.environ.get("XDG_CACHE_HOME")  # the desktop convention for where caches go
-    folder = Path(cache) if cache else Path.home() / ".cache"
-    return folder / "liaoyuan" / "kernels" / f"{digest}.so"
+    return cache_folder() / "kernels" / f"{digest}.so"
 
 
 def compiler() -> str:
     """Return the path of the C++ compiler."""
     found = shutil.which("g++") or shutil.which("c++")
     if not found:
-        raise LiaoyuanError("There is no C++ compiler (g++), so the slower reference operators are used.")
+        raise LibraryError("There is no C++ compiler (g++), so the slower references are used.")
     return found
 
 
-def _compile(target: Path, report: Report) -> None:
+def _build_alone(target: Path, report: Report) -> None:
+    """Compile while no other process does; leave the library and its hash, or the reason why there is none."""
+    for torn in target.parent.glob(f"{TEMPORARY}*"):  # of a process that was killed
+        shutil.rmtree(torn, ignore_errors=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=TEMPORARY) as folder:
+            library = _compiled(Path(folder), report)
+            _try(library)
+            write_atomic(_hash_of(target), _hash(library))
+            library.replace(target)
+    except LibraryError as error:
+        with contextlib.suppress(LiaoyuanError):  # a full disk has no room for a note either
+            write_atomic(_note(target, error.may_pass), str(error))
+        raise
+    report(Progress(1, 1, "file", "compiling kernels"))
+
+
+def _compiled(folder: Path, report: Report) -> Path:
     sources = sorted(NATIVE.glob("*.cpp"), key=lambda path: path.name not in WITH_TORCH)  # the longest first
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as folder:
-        objects = [Path(folder) / f"{source.stem}.o" for source in sources]
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            commands = [
-                [compiler(), *_flags(s), "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)
-            ]
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    commands = [[compiler(), *_flags(s), "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        try:
             for done, _ in enumerate(pool.map(_run, commands)):
                 report(Progress(done + 1, len(sources) + 1, "file", "compiling kernels"))
-        library = Path(folder) / "kernels.so"
-        _run([compiler(), "-shared", *map(str, objects), *_libraries(), "-o", str(library)])
-        library.replace(target)
-    report(Progress(len(sources) + 1, len(sources) + 1, "file", "compiling kernels"))
+        except LibraryError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    library = folder / "kernels.so"
+    _run([compiler(), "-shared", *map(str, objects), *_libraries(), "-o", str(library)])
+    return library
+
+
+def _try(library: Path) -> None:
+    """Load a new library in a process of its own: one that is torn could take this one with it."""
+    if not sys.executable:
+        return
+    result = subprocess.run(
+        [sys.executable, "-c", LOADS, str(library)], capture_output=True, text=True, errors="replace"
+    )
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or [f"signal {-result.returncode}"])[-1]
+        raise LibraryError(f"The compiled kernels cannot be loaded, so the references are used: {reason}")
+
+
+def _is_whole(target: Path) -> bool:
+    """Return whether the library is there, with the bytes that it had when it was made."""
+    try:
+        return _hash(target) == _hash_of(target).read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def _hash(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def _hash_of(target: Path) -> Path:
+    return target.with_suffix(".sha256")
 
 
 def _flags(source: Path) -> Sequence[str]:
@@ -119,9 +195,28 @@ def _libraries() -> list[str]:
 
 def _run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if result.returncode:
-        error = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[:200])
-        raise LiaoyuanError(f"The kernels could not be compiled, so the references are used: {error.strip()}")
+    if not result.returncode:
+        return
+    lines = result.stderr.strip().splitlines()
+    if result.returncode < 0:
+        lines.append(f"{Path(command[0]).name} was killed by signal {-result.returncode}")
+    told = next((line for line in lines if any(sign in line for sign in PASSING)), None)
+    error = told or next((line for line in lines if "error" in line), lines[-1] if lines else "no reason was given")
+    raise LibraryError(
+        f"The kernels could not be compiled, so the references are used: {error.strip()[:300]}",
+        may_pass=told is not None or result.returncode < 0,
+    )
+
+
+@contextlib.contextmanager
+def _folder_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LibraryError(
+            f"Compiled kernels cannot be kept in {folder} ({error.strerror or error}), so the slower references are "
+            "used. Set XDG_CACHE_HOME to a folder that can be written."
+        ) from error
 
 
 @functools.cache
@@ -140,5 +235,6 @@ def _cpu() -> str:
     return platform.machine() + "\n".join(sorted(set(lines)))
 
 
-def _failure_note(target: Path) -> Path:
-    return target.with_suffix(".failed")
+def _note(target: Path, may_pass: bool = False) -> Path:
+    """Return where the reason stands why there is no library."""
+    return target.with_suffix(".interrupted" if may_pass else ".failed")

@@ -20,6 +20,7 @@ from torch import Tensor
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.operator import OPERATORS, Kernel, Operator, cast, outputs_and_gradients
 
+LONG = 0.2  # seconds of measuring an operator, after which no further call is timed
 REFERENCE, AUTO = "reference", "auto"
 
 _lock = threading.RLock()
@@ -39,7 +40,7 @@ def takes(operator: Operator, first: Tensor, *others: Tensor | None) -> bool:
         if other is not None and other.dtype is not dtype:
             return False
     device = "cpu" if first.is_cpu else first.device.type  # to make a device costs as much as all the rest here
-    return _through_registered or dtype in _dtypes(operator.name, device)
+    return _through_registered or _has_kernel(operator.name, device, dtype)
 
 
 @contextlib.contextmanager
@@ -159,18 +160,27 @@ def self_test(operator: Operator, kernel: Kernel, device: str) -> str | None:
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
-    """Return max |actual - expected| / max |expected|, in fp32; nan if shapes differ or values are not finite."""
+    """Return max |actual - expected| / max |expected|, in fp32; nan if shapes differ or values are not finite.
+
+    Whole numbers (places, counts) are equal, or infinitely different.
+    """
     if actual.shape != expected.shape:
         return float("nan")
     if not expected.numel():
         return 0.0
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(actual, expected) else float("inf")
     difference = (actual.float() - expected.float()).abs().max()
     return float(difference / expected.float().abs().max().clamp_min(1e-30)) if difference else 0.0
 
 
 @torch.compiler.assume_constant_result
-def _dtypes(name: str, device: str) -> tuple[torch.dtype, ...]:
-    return _choose(name, device).dtypes
+def _has_kernel(name: str, device: str, dtype: torch.dtype) -> bool:
+    known = _choose(name, device).dtypes
+    if known and dtype not in known and dtype.is_floating_point and len(known) > 1:
+        names = " and ".join(_short(one) for one in known if one.is_floating_point)
+        _warn(f"The kernels for {device} take {names}: the slower references compute {_short(dtype)}.")
+    return dtype in known
 
 
 @functools.cache
@@ -192,6 +202,8 @@ def _first_that_passes(operator: Operator, device: str) -> OperatorStatus:
                 why = "chosen in the configuration" if wanted else "passed its self-test"
                 return replace(chosen, kernel=kernel.name, reason=why, exact=kernel.exact, dtypes=kernel.dtypes)
             reasons.append(reason)
+    if device != "meta" and not any(device in kernel.devices for one in OPERATORS.values() for kernel in one.kernels):
+        _warn(f"No operator has a kernel for {device} yet: the slower references are used there.")
     return replace(chosen, reason="; ".join(reason.rstrip(".") for reason in reasons) or f"no kernel for {device} yet")
 
 
@@ -215,6 +227,10 @@ def _reason_against(operator: Operator, kernel: Kernel, device: str) -> str | No
     return reason
 
 
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @functools.cache
 def _warn(text: str) -> None:
     _log.warning("%s", text)
@@ -234,10 +250,11 @@ def _measure(chosen: OperatorStatus, dtype: torch.dtype, matrix_rate: float, mem
 
 
 def _seconds(function: Callable[..., Any], sample: tuple[Any, ...], repeats: int = 5) -> float:
+    """Return the time of the fastest call; of few where one is long."""
     with torch.no_grad():
         function(*sample)
-        times = []
-        for _ in range(repeats):
+        times: list[float] = []
+        while len(times) < repeats and sum(times) < LONG:
             start = time.perf_counter()
             function(*sample)
             if sample[0].device.type != "cpu":

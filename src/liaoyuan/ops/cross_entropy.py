@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.loss_head import LOSS_HEAD, keeps, reference
+from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
 
 class LogitStatistics(NamedTuple):
@@ -36,6 +36,7 @@ class LogitStatistics(NamedTuple):
 ReadLogits = Callable[[Tensor, Tensor, Tensor, bool], LogitStatistics]  # of `logit_statistics`
 
 
+@takes_shapes(hidden="float [N, H]", weight="same [V, H]", targets="int64 [N]")
 def logit_statistics(
     hidden: Tensor,
     weight: Tensor,
@@ -53,9 +54,10 @@ def logit_statistics(
             the target is elsewhere, and `mean` is this part's share of it.
 
     Raises:
-        LiaoyuanError: the shapes do not fit; RuntimeError or IndexError: a target is not in the vocabulary.
+        ShapeError: the shapes do not fit; RuntimeError or IndexError: a target is not in the vocabulary.
     """
-    _check(hidden, weight, targets)
+    if not len(weight):
+        raise ShapeError(f"logit_statistics: the head {list(weight.shape)} has no token.")
     whole = weight.shape[0] if vocabulary is None else vocabulary
     if takes(LOSS_HEAD, hidden, weight):
         *found, _ = LOSS_HEAD.call(hidden, weight, targets, first, whole, moments, keeps(hidden, weight))
@@ -129,10 +131,12 @@ def linear_cross_entropy(
         read: another way to read the logits, of a head that is spread over processes for instance.
 
     Raises:
-        LiaoyuanError: the shapes do not fit.
+        ShapeError: the shapes do not fit.
     """
     if weights is not None and weights.shape != targets.shape:
-        raise LiaoyuanError(f"There are {list(weights.shape)} weights of {list(targets.shape)} targets.")
+        raise ShapeError(
+            f"linear_cross_entropy: there are {list(weights.shape)} weights of {list(targets.shape)} targets."
+        )
     penalties = Penalties(z_loss, label_smoothing)
     found = read(hidden, weight, targets, penalties.moments)
     share = torch.ones_like(found.chosen) if weights is None else weights.to(found.chosen.dtype)
@@ -167,10 +171,3 @@ def merge_statistics(part: LogitStatistics, highest: Callable[[Tensor], Tensor],
     if not moments:
         return LogitStatistics(chosen, log_sum_exp, part.entropy, part.mean)
     return LogitStatistics(chosen, log_sum_exp, more[1] / total + total.log(), more[0])
-
-
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
-        raise LiaoyuanError(f"Hidden states {list(hidden.shape)} do not fit a head {list(weight.shape)}.")
-    if targets.shape != hidden.shape[:1]:
-        raise LiaoyuanError(f"There are {list(targets.shape)} targets for hidden states {list(hidden.shape)}.")

@@ -11,26 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs
+from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
 
+@takes_shapes(gate_up="float [..., _]")
 def swiglu(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up: [N, 2 * I] -> [N, I]; gate and up alternate (gate 0, up 0, gate 1, ...).
 
     Raises:
-        LiaoyuanError: the last dimension is odd; so do the others here.
+        ShapeError: the last dimension is odd; so do the others here.
     """
     return _computed(SWIGLU, gate_up)
 
 
+@takes_shapes(gate_up="float [..., _]")
 def geglu(gate_up: Tensor, approximate: bool = False) -> Tensor:
     """Return gelu(gate) * up, as `swiglu` does; `approximate`: by tanh ("gelu_pytorch_tanh"), else by erf ("gelu")."""
     return _computed(GEGLU, gate_up, approximate)
 
 
+@takes_shapes(gate_up="float [..., _]")
 def clamped_swiglu(gate_up: Tensor, limit: float, alpha: float) -> Tensor:
     """Return (up + 1) * gate * sigmoid(alpha * gate), as `swiglu` does.
 
@@ -41,7 +44,9 @@ def clamped_swiglu(gate_up: Tensor, limit: float, alpha: float) -> Tensor:
 
 def _computed(operator: Operator, gate_up: Tensor, *settings: Any) -> Tensor:
     if gate_up.shape[-1] % 2:
-        raise LiaoyuanError(f"gate_up {list(gate_up.shape)} is no pairs of gate and up: its last dimension is odd.")
+        raise ShapeError(
+            f"{operator.name}: gate_up {list(gate_up.shape)} is odd in its last dimension, which has pairs."
+        )
     if gate_up.dim() == 2 and takes(operator, gate_up):
         return operator.call(gate_up, *settings)
     return operator.reference(gate_up, *settings)

@@ -13,8 +13,10 @@ from torch import Tensor
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs
+from liaoyuan.ops.shapes import takes_shapes
 
 
+@takes_shapes(x="float [N, K]", weight="same [E, O, K]", sizes="int32/int64 [E]", bias="same [E, O]")
 def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return each expert's rows times its weight: [N, O].
 
@@ -26,19 +28,9 @@ def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, bias: Tensor | None
     Raises:
         ValueError: shapes do not fit. RuntimeError: the sizes do not add up to N.
     """
-    _check(x, weight, sizes, bias)
     if takes(GROUPED_LINEAR, x, weight, bias):
         return GROUPED_LINEAR.call(x, weight, sizes, bias)
     return _grouped_linear(x, weight, sizes, bias)
-
-
-def _check(x: Tensor, weight: Tensor, sizes: Tensor, bias: Tensor | None) -> None:
-    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2]:
-        raise ValueError(f"x {tuple(x.shape)} does not fit the weight {tuple(weight.shape)}: [N, K] and [E, O, K]")
-    if sizes.shape != weight.shape[:1]:
-        raise ValueError(f"sizes {tuple(sizes.shape)} must be those of the {len(weight)} experts of the weight")
-    if bias is not None and bias.shape != weight.shape[:2]:
-        raise ValueError(f"bias {tuple(bias.shape)} does not fit the weight {tuple(weight.shape)}")
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, bias: Tensor | None) -> Tensor:

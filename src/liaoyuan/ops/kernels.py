@@ -28,8 +28,10 @@ def _load_library() -> str | None:
     """Load the native library; return why it cannot be, or None."""
     try:
         torch.ops.load_library(find_library())
-    except (LiaoyuanError, OSError) as error:
+    except LiaoyuanError as error:
         return str(error)
+    except OSError as error:
+        return f"The compiled kernels cannot be loaded, so the references are used: {error}"
     return None
 
 

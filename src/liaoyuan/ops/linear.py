@@ -16,8 +16,10 @@ from torch import Tensor
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import HALF_DTYPES, Gradient, Operator, pull_back, register, wide
+from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
 
+@takes_shapes(x="float [..., K]", weight="same [O, K]", bias="same [O]", residual="same [..., O]")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Return x @ weight^T + bias + residual, summed in fp32 and rounded once.
 
@@ -25,12 +27,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
         x: [..., K]; weight: [O, K]; bias: [O]; residual: [..., O], the stream that the layer adds to.
 
     Raises:
-        ValueError: the residual does not have the shape of the result. RuntimeError: other shapes do not fit.
+        ShapeError: the shapes or dtypes do not fit.
     """
-    if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
-        raise ValueError(
-            f"residual {tuple(residual.shape)} does not fit x {tuple(x.shape)} and the weight {tuple(weight.shape)}"
-        )
+    if residual is not None and residual.shape[:-1] != x.shape[:-1]:
+        raise ShapeError(f"linear: residual {list(residual.shape)} has not the rows of x {list(x.shape)}.")
     if x.dim() == 2 and takes(LINEAR, x, weight, bias, residual):
         return LINEAR.call(x, weight, bias, residual)
     return _linear(x, weight, bias, residual)

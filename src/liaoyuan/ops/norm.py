@@ -9,8 +9,10 @@ from torch import Tensor
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs, wide
+from liaoyuan.ops.shapes import takes_shapes
 
 
+@takes_shapes(x="float [..., H]", weight="float [H]")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return `x / rms(x) * weight` over the last dimension; computed in fp32, returned in x's dtype.
 
@@ -21,9 +23,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _rms_norm(x, weight, eps)
 
 
+@takes_shapes(residual="float [N, H]", x="float [N, H]", weight="float [H]")
 def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return `(residual + x, rms_norm(residual + x))`: [N, H], [N, H] -> ([N, H], [N, H])."""
-    if takes(ADD_RMS_NORM, x, residual, weight) and residual.shape == x.shape:
+    if takes(ADD_RMS_NORM, x, residual, weight):
         return ADD_RMS_NORM.call(residual, x, weight, eps)
     return _add_rms_norm(residual, x, weight, eps)
 

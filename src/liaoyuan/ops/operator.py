@@ -5,6 +5,7 @@ registered through `torch.library` as `liaoyuan::name`, so that autograd, fake t
 Which kernel computes it on a device is decided in `choice.py`.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,8 +100,10 @@ class Operator:
         if self.gradient:
             LIBRARY.define(f"{self.name}_backward{self.gradient.schema}", tags=(torch.Tag.pt2_compliant_tag,))
             _register(f"{self.name}_backward", self.gradient.reference, self.gradient.fake)
+            count = len(getattr(torch.ops.liaoyuan, self.name).default._schema.arguments)
+            apply = functools.partial(_apply_if_any, self.gradient.apply, count)
             torch.library.register_autograd(
-                f"liaoyuan::{self.name}", self.gradient.apply, setup_context=self.gradient.save, lib=LIBRARY
+                f"liaoyuan::{self.name}", apply, setup_context=self.gradient.save, lib=LIBRARY
             )
             _count_flops(f"{self.name}_backward", self.gradient.flops)
         _count_flops(self.name, self.flops)
@@ -148,6 +151,11 @@ def pull_back(
     return [torch.zeros_like(x) if g is None else g for x, g in zip(sources, found, strict=True)]
 
 
+def _apply_if_any(apply: Callable[..., Any], count: int, ctx: Any, *grads: Tensor | None) -> Any:
+    """Return the gradients of an operator's inputs; none if no output has one (what follows does not depend on it)."""
+    return (None,) * count if all(grad is None for grad in grads) else apply(ctx, *grads)
+
+
 def _register(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"liaoyuan::{name}", fake, lib=LIBRARY)
@@ -175,9 +183,9 @@ def outputs_and_gradients(operator: Operator, function: Callable[..., Any], samp
     leaves = [x.clone().requires_grad_(i in wanted) if isinstance(x, Tensor) else x for i, x in enumerate(sample)]
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    compared = [out for out in outputs if out.requires_grad]
+    followed = [out for out in outputs if out.requires_grad]
     generator = torch.Generator().manual_seed(0)
-    grads = [torch.randn(out.shape, generator=generator).to(out) for out in compared]
+    grads = [torch.randn(out.shape, generator=generator).to(out) for out in followed]
     sources = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-    found = torch.autograd.grad(compared, sources, grads, allow_unused=True)
-    return [out.detach() for out in compared] + [g for g in found if g is not None]
+    found = torch.autograd.grad(followed, sources, grads, allow_unused=True)
+    return [out.detach() for out in outputs] + [g for g in found if g is not None]

@@ -16,6 +16,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import KERNEL_DTYPES, Operator, register, wide
+from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration; Jordan et al. 2024
 ITERATIONS = 5
@@ -57,9 +58,7 @@ def adamw_step(
     rates = [1 - learning_rate * weight_decay, learning_rate / (1 - first**step), 1 - first, second, 1 - second, scale]
     for place, tensors in enumerate(zip(weights, gradients, exp_avgs, exp_avg_sqs, strict=True)):
         weight, gradient, exp_avg, exp_avg_sq = tensors
-        if any(x.shape != weight.shape for x in tensors):
-            shapes = ", ".join(str([*x.shape]) for x in tensors)
-            raise LiaoyuanError(f"Tensor {place} of an AdamW step has shapes {shapes}.")
+        _check(place, tensors)
         slope = gradient if gradient.dtype in (weight.dtype, torch.float32) else gradient.float()
         function = ADAMW_STEP.call if takes(ADAMW_STEP, weight) else _adamw_step
         key, offset = _key(seed, step, place), offsets[place] if offsets else 0
@@ -73,6 +72,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([square_sum(x) for x in tensors]).sum().sqrt()
 
 
+@takes_shapes(x="float [...]")
 def square_sum(x: Tensor) -> Tensor:
     """Return the sum of squares, fp64 []; within 1024 elements summed in fp32, so that these must be below 1e18."""
     return SQUARE_SUM.call(x) if takes(SQUARE_SUM, x) else _square_sum(x)
@@ -102,6 +102,15 @@ def newton_schulz(matrices: Tensor) -> Tensor:
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return (x.mT if is_tall else x).float().reshape(matrices.shape)
+
+
+def _check(place: int, tensors: Sequence[Tensor]) -> None:
+    weight = tensors[0]
+    if all(x.shape == weight.shape and x.device == weight.device and x.is_floating_point() for x in tensors):
+        return
+    names = ("weights", "gradients", "exp_avgs", "exp_avg_sqs")
+    given = (f"{name} {list(x.shape)} {str(x.dtype)[6:]} {x.device}" for name, x in zip(names, tensors, strict=True))
+    raise ShapeError(f"adamw_step: tensors {place} are not floats of one shape on one device: {', '.join(given)}.")
 
 
 def _adamw_step(

@@ -12,8 +12,19 @@ from torch import Tensor
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import Operator, register
+from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
 
+@takes_shapes(
+    query="float [N, Hq, D]",
+    key_cache="same [B, block_size, Hk, D]",
+    value_cache="same [B, block_size, Hk, Dv]",
+    block_tables="int32 [S, _]",
+    query_starts="int32 [_]",
+    lengths="int32 [S]",
+    sinks="float [Hq]",
+    multiple=("Hq", "Hk"),
+)
 def paged_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -38,12 +49,22 @@ def paged_attention(
     Returns:
         [N, Hq, Dv] in the dtype of query. Rows after query_starts[S] are zero.
     """
+    if query_starts.shape[0] != lengths.shape[0] + 1:
+        shapes = f"query_starts {list(query_starts.shape)} and lengths {list(lengths.shape)}"
+        raise ShapeError(f"paged_attention: {shapes} do not fit: [S + 1] and [S].")
     arguments = (query, key_cache, value_cache, block_tables, query_starts, lengths, scale, window, sinks)
     if takes(PAGED_ATTENTION, query, key_cache, value_cache):
         return PAGED_ATTENTION.call(*arguments)
     return _paged_attention(*arguments)
 
 
+@takes_shapes(
+    key="float [N, Hk, D]",
+    value="same [N, Hk, Dv]",
+    key_cache="same [B, block_size, Hk, D]",
+    value_cache="same [B, block_size, Hk, Dv]",
+    slots="int64 [N]",
+)
 def write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
     """Write new keys and values into the cache, in place.
 

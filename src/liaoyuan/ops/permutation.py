@@ -13,8 +13,10 @@ from torch import Tensor
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs, wide
+from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
 
+@takes_shapes(x="float [N, H]", chosen="int64 [N, K]")
 def permute_rows(x: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Copy each token's row for each expert that it chose, and sort the copies by expert.
 
@@ -29,13 +31,12 @@ def permute_rows(x: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor,
     Raises:
         ValueError: shapes do not fit. RuntimeError: an expert that does not exist was chosen.
     """
-    if x.dim() != 2 or chosen.dim() != 2 or len(x) != len(chosen):
-        raise ValueError(f"x {tuple(x.shape)} does not fit chosen {tuple(chosen.shape)}: [N, H] and [N, K]")
     if takes(PERMUTE_ROWS, x):
         return PERMUTE_ROWS.call(x, chosen, count)
     return _permute_rows(x, chosen, count)
 
 
+@takes_shapes(rows="float [N*K, H]", order="int64 [N*K]", weights="float [N, K]")
 def combine_rows(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """Return each token's weighted sum of its rows: the way back of `permute_rows`.
 
@@ -48,10 +49,9 @@ def combine_rows(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     Raises:
         ValueError: shapes do not fit. RuntimeError: the order is no permutation.
     """
-    if rows.dim() != 2 or weights.dim() != 2 or not len(rows) == order.numel() == weights.numel():
-        raise ValueError(
-            f"rows {tuple(rows.shape)}, order {tuple(order.shape)} and weights {tuple(weights.shape)} do not fit: "
-            "[N * K, H], [N * K] and [N, K]"
+    if len(rows) != weights.numel():
+        raise ShapeError(
+            f"combine_rows: rows {list(rows.shape)} are not one for each of the weights {list(weights.shape)}."
         )
     if takes(COMBINE_ROWS, rows):
         return COMBINE_ROWS.call(rows, order, weights.float())

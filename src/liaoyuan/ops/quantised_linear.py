@@ -17,6 +17,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
 from liaoyuan.ops.operator import Operator, register, wide
+from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
 Kind = Literal["int8", "int4", "fp8"]
 GROUPS = {"int8": (None, 32, 64, 128), "int4": (32, 64, 128), "fp8": (None,)}
@@ -89,6 +90,7 @@ def dequantise(weight: QuantisedWeight) -> Tensor:
     return _dequantise(weight.data, weight.scales, weight.zeros, weight.kind, weight.group or 0, weight.shape[1])
 
 
+@takes_shapes(x="float [..., K]", bias="float [O]")
 def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None) -> Tensor:
     """Return x @ dequantise(weight)^T + bias: x [..., K], bias [O] or None -> [..., O], of x's dtype.
 
@@ -100,7 +102,7 @@ def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = N
     out, depth = weight.shape
     if x.shape[-1:] != (depth,) or (bias is not None and bias.shape != (out,)):
         given = f"x {list(x.shape)}" + (f" and bias {list(bias.shape)}" if bias is not None else "")
-        raise LiaoyuanError(f"{given} do not fit a quantised weight [{out}, {depth}]: x needs {depth} columns.")
+        raise ShapeError(f"{given} do not fit a quantised weight [{out}, {depth}]: x needs {depth} columns.")
     rows = x.reshape(-1, depth) if x.dim() != 2 else x
     function = QUANTISED_LINEAR.call if takes(QUANTISED_LINEAR, x, bias) else _quantised_linear
     result = function(rows, weight.data, weight.scales, weight.zeros, bias, weight.kind, weight.group or 0)

@@ -13,14 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs, wide
+from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
 MAX_DIM = 512  # of a head in the native kernel
 
 
+@takes_shapes(
+    qkv="float [N, _]",
+    cosine="float [N, D/2]",
+    sine="float [N, D/2]",
+    query_norm="float [D]",
+    key_norm="float [D]",
+)
 def split_rotary(
     qkv: Tensor,
     cosine: Tensor,
@@ -39,23 +46,22 @@ def split_rotary(
         query_norm, key_norm: [D] weights of QK-norm, or None.
 
     Raises:
-        LiaoyuanError: the projection or the angles do not fit the heads.
+        ShapeError: the projection or the angles do not fit the heads.
     """
-    if (
-        head_dim % 2
-        or qkv.shape[1] % (num_key_value_heads * head_dim)
-        or qkv.shape[1] < 3 * num_key_value_heads * head_dim
-    ):
-        raise LiaoyuanError(
-            f"qkv {list(qkv.shape)} does not fit {num_key_value_heads} key-value heads of {head_dim} dimensions."
-        )
-    _check_angles(cosine, sine, len(qkv), head_dim)
+    _check(qkv, cosine, num_key_value_heads, head_dim, query_norm)
     arguments = (qkv, cosine, sine, num_key_value_heads, head_dim, query_norm, key_norm, eps)
     if head_dim <= MAX_DIM and cosine.dtype is torch.float32 and takes(SPLIT_ROTARY, qkv, query_norm, key_norm):
         return SPLIT_ROTARY.call(*arguments)
     return _split_rotary(*arguments)
 
 
+@takes_shapes(
+    query="float [N, _]",
+    expanded="same [N, _]",
+    shared="same [N, _]",
+    cosine="float [N, R/2]",
+    sine="float [N, R/2]",
+)
 def latent_rotary(
     query: Tensor, expanded: Tensor, shared: Tensor, cosine: Tensor, sine: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,28 +74,34 @@ def latent_rotary(
         cosine, sine: [N, R / 2] fp32, the angles of each token's position.
 
     Raises:
-        LiaoyuanError: the sizes do not fit each other.
+        ShapeError: the sizes do not fit each other.
     """
     turned = shared.shape[1]
     own = query.shape[1] // heads - turned
     if turned % 2 or query.shape[1] % heads or expanded.shape[1] % heads or not 0 <= own <= expanded.shape[1] // heads:
-        raise LiaoyuanError(
-            f"query {list(query.shape)}, expanded {list(expanded.shape)} and shared {list(shared.shape)} "
-            f"do not fit {heads} heads."
+        raise ShapeError(
+            f"latent_rotary: query {list(query.shape)}, expanded {list(expanded.shape)} and shared "
+            f"{list(shared.shape)} do not fit {heads} heads."
         )
-    _check_angles(cosine, sine, len(query), turned)
+    if cosine.shape[1] != turned // 2:
+        raise ShapeError(
+            f"latent_rotary: cosine {list(cosine.shape)} does not fit shared {list(shared.shape)}: there is an angle "
+            "for two columns."
+        )
     arguments = (query, expanded, shared, cosine, sine, heads)
     if turned <= MAX_DIM and cosine.dtype is torch.float32 and takes(LATENT_ROTARY, query, expanded, shared):
         return LATENT_ROTARY.call(*arguments)
     return _latent_rotary(*arguments)
 
 
-def _check_angles(cosine: Tensor, sine: Tensor, tokens: int, dim: int) -> None:
-    if cosine.shape != (tokens, dim // 2) or sine.shape != cosine.shape:
-        raise LiaoyuanError(
-            f"cosine {list(cosine.shape)} and sine {list(sine.shape)} must be [{tokens}, {dim // 2}]: "
-            "an angle for each token and pair of dimensions."
-        )
+def _check(qkv: Tensor, cosine: Tensor, heads: int, dim: int, norm: Tensor | None) -> None:
+    given = f"split_rotary: qkv {list(qkv.shape)}, {heads} key-value heads of {dim}"
+    if heads < 1 or dim < 1 or qkv.shape[1] % (heads * dim) or qkv.shape[1] < 3 * heads * dim:
+        raise ShapeError(f"{given} do not fit: each needs queries, a key and a value.")
+    if cosine.shape[1] != dim // 2 or dim % 2:
+        raise ShapeError(f"{given}, and cosine {list(cosine.shape)} do not fit: there is an angle for two columns.")
+    if norm is not None and norm.shape[0] != dim:
+        raise ShapeError(f"{given}, and query_norm {list(norm.shape)} do not fit: a weight for each column of a head.")
 
 
 def _split_rotary(
@@ -102,8 +114,8 @@ def _split_rotary(
     key_norm: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups = qkv.view(qkv.shape[0], heads, -1, dim)
-    query = groups[:, :, :-2].reshape(qkv.shape[0], -1, dim)
+    groups = qkv.unflatten(1, (heads, -1, dim))
+    query = groups[:, :, :-2].flatten(1, 2)
     key, value = groups[:, :, -2], groups[:, :, -1].contiguous()
     if query_norm is not None and key_norm is not None:
         query, key = _normalise(query, query_norm, eps), _normalise(key, key_norm, eps)

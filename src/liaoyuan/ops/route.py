@@ -15,10 +15,12 @@ from torch import Tensor
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, wide
+from liaoyuan.ops.shapes import takes_shapes
 
 TINY = 1e-20  # keeps weights finite where all scores vanish
 
 
+@takes_shapes(logits="float [N, E]", bias="float [E]")
 def route(
     logits: Tensor,
     kept: int,
@@ -46,7 +48,7 @@ def route(
     Raises:
         ValueError: so many experts cannot be chosen, or the bias does not fit.
     """
-    _check(logits, kept, scoring, bias, groups, kept_groups, group_best)
+    _check(logits, kept, scoring, groups, kept_groups, group_best)
     logits = wide(logits)
     bias = None if bias is None else bias.detach().to(logits.dtype)
     options = (kept, scoring, groups, kept_groups, group_best, normalise, scale)
@@ -55,14 +57,10 @@ def route(
     return _route(logits, bias, *options)
 
 
-def _check(
-    logits: Tensor, kept: int, scoring: str, bias: Tensor | None, groups: int, kept_groups: int, group_best: int
-) -> None:
-    if logits.dim() != 2 or scoring not in ("softmax", "sigmoid"):
-        raise ValueError(f"logits {tuple(logits.shape)} must be [N, E], and scoring softmax or sigmoid, not {scoring}")
+def _check(logits: Tensor, kept: int, scoring: str, groups: int, kept_groups: int, group_best: int) -> None:
+    if scoring not in ("softmax", "sigmoid"):
+        raise ValueError(f"scoring must be softmax or sigmoid, not {scoring}")
     experts = logits.shape[1]
-    if bias is not None and bias.shape != (experts,):
-        raise ValueError(f"bias {tuple(bias.shape)} does not fit logits {tuple(logits.shape)}")
     if groups < 1 or experts % groups or not 1 <= kept_groups <= groups or group_best < 1:
         raise ValueError(f"{kept_groups} of {groups} groups cannot be chosen, by their {group_best} best, of {experts}")
     if not 1 <= kept <= experts // groups * kept_groups:

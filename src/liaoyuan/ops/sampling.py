@@ -15,6 +15,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import Operator, register, wide
+from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
 COLUMNS = {  # of the settings, with what leaves a row as it is
     "temperature": 1.0,
@@ -56,6 +57,13 @@ def sampling_settings(rows: int, **columns: Any) -> Tensor:
     return torch.stack([value.expand(rows) for value in values], 1)
 
 
+@takes_shapes(
+    logits="float [R, V]",
+    settings="fp64 [R, 8]",
+    history="int64 [R, L]",
+    prompt_lengths="int64 [R]",
+    mask="bool/int32 [R, _]",
+)
 def sample_tokens(
     logits: Tensor,
     settings: Tensor,
@@ -79,7 +87,10 @@ def sample_tokens(
         LiaoyuanError: sizes do not fit.
     """
     rows, vocabulary = logits.shape
-    _check(logits, settings, history, prompt_lengths, mask)
+    words = vocabulary if mask is not None and mask.dtype is torch.bool else -(-vocabulary // 32)
+    if mask is not None and mask.shape[1] != words:
+        shapes = f"mask {list(mask.shape)} does not fit logits {list(logits.shape)}"
+        raise ShapeError(f"sample_tokens: {shapes}: it must be {[rows, words]}.")
     if history is not None and prompt_lengths is None:
         prompt_lengths = torch.zeros(rows, dtype=torch.int64, device=logits.device)
     if mask is not None and mask.dtype is torch.bool:
@@ -144,23 +155,6 @@ def _filtered(weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> t
     # With top_p at 1, rounding must not drop the tail.
     left = left.masked_fill((before >= top_p * left.sum(-1, keepdim=True)) & (rank > 0) & (top_p < 1), 0.0)
     return left.masked_fill(ranked < min_p * ranked[:, :1], 0.0), order
-
-
-def _check(
-    logits: Tensor, settings: Tensor, history: Tensor | None, prompt_lengths: Tensor | None, mask: Tensor | None
-) -> None:
-    rows, vocabulary = logits.shape
-    wanted: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
-        "settings": (settings, [(rows, len(COLUMNS))]),
-        "history": (history, [(rows, history.shape[-1] if history is not None else 0)]),
-        "prompt_lengths": (prompt_lengths, [(rows,)]),
-        "mask": (mask, [(rows, vocabulary if mask is not None and mask.dtype is torch.bool else -(-vocabulary // 32))]),
-    }
-    for name, (tensor, shapes) in wanted.items():
-        if tensor is not None and tuple(tensor.shape) not in shapes:
-            raise LiaoyuanError(
-                f"{name} {list(tensor.shape)} does not fit logits {list(logits.shape)}: it must be {list(shapes[0])}."
-            )
 
 
 def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from liaoyuan.checkpoint.training_state import CheckpointConfig, Checkpointer
@@ -55,6 +56,7 @@ class TrainConfig(Config):
     optimiser: Literal["adamw", "muon"] = "adamw"
     z_loss: float = Field(0.0, ge=0)  # see `ops.Penalties`
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    master_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: no masters, weights are rounded by chance
     balance_rate: float = Field(1e-3, ge=0)  # step of the routers' balancing bias (sigmoid scores only)
     spikes: SpikeConfig = SpikeConfig()
     seed: int = 0
@@ -158,9 +160,16 @@ def train(
 
 def make_optimiser(model: Decoder | Program, config: TrainConfig, world: World | None = None) -> Optimiser:
     """Return the optimiser that `config` asks for, over all trained weights of `model`."""
-    kind = Muon if config.optimiser == "muon" else AdamW
-    betas = (config.beta1, config.beta2)
-    return kind(model.named_parameters(), betas=betas, weight_decay=config.weight_decay, world=world)
+    betas, rounded = (config.beta1, config.beta2), config.master_dtype == "bfloat16"
+    if config.optimiser == "adamw":
+        dtype = torch.bfloat16 if rounded else torch.float32
+        named = model.named_parameters()
+        return AdamW(named, betas, weight_decay=config.weight_decay, world=world, master_dtype=dtype, seed=config.seed)
+    if rounded:
+        raise LiaoyuanError(
+            "train.master_dtype = 'bfloat16' is for train.optimiser = 'adamw': Muon keeps fp32 masters."
+        )
+    return Muon(model.named_parameters(), betas=betas, weight_decay=config.weight_decay, world=world)
 
 
 @dataclass(frozen=True)
@@ -209,7 +218,8 @@ def _resume(
     if found is None:
         return TrainResult(), SpikeGuard(config.spikes)
     _, extra = found
-    settings, wanted = extra["config"], config.model_dump(mode="json")
+    defaults = TrainConfig(steps=config.steps).model_dump(mode="json")  # of keys that are newer than the run
+    settings, wanted = defaults | extra["config"], config.model_dump(mode="json")
     for key in wanted:
         if settings.get(key) != wanted[key]:
             raise LiaoyuanError(

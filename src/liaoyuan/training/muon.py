@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from liaoyuan.ops import newton_schulz
 from liaoyuan.parallel import Owners, World
-from liaoyuan.training.optimiser import (
-    INFINITE,
-    AdamW,
+from liaoyuan.training.optimiser import INFINITE, AdamW
+from liaoyuan.training.weights import (
     Weight,
     copy_masters,
     drop_gradients,

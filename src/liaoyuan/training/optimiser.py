@@ -1,42 +1,33 @@
 """AdamW over fp32 master weights: a weight in lower precision is the rounded copy of its master.
 
+Or without masters, where bf16 weights are rounded by chance (`stochastic.py`).
+
 Works on whole tensors and on this process's shards (FSDP). Every tensor of the state has a name, so a checkpoint
 is a plain dictionary.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.parallel import World, copies, local
+from liaoyuan.parallel import World
+from liaoyuan.training.stochastic import StochasticAdamW, fresh_state
+from liaoyuan.training.weights import (
+    Weight,
+    copy_masters,
+    drop_gradients,
+    fitting,
+    gather_and_clip,
+    gather_gradients,
+    load_masters,
+    master_copies,
+    trained_weights,
+)
 
 INFINITE = float("inf")
-
-
-@dataclass(frozen=True, eq=False)
-class Weight:
-    """One trained tensor: the parameter, this process's part of it, and that part's fp32 master.
-
-    `master` shares the memory of `part` if the parameter is fp32. Gradients are gathered in `master.grad`.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    part: Tensor
-    master: Tensor
-
-    @property
-    def is_copied(self) -> bool:
-        return self.part.dtype != self.master.dtype
-
-    @property
-    def is_table(self) -> bool:
-        """Whether this is the token embedding or the output head."""
-        return self.name.endswith(("embed_tokens.weight", "lm_head.weight"))
 
 
 class Optimiser(Protocol):
@@ -70,15 +61,39 @@ class AdamW:
         weight_decay: float = 0.1,
         decay_tables: bool = False,
         world: World | None = None,
+        master_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
     ) -> None:
-        """`parameters` are `model.named_parameters()`; `world` adds up the gradient norm over the shards."""
+        """`parameters` are `model.named_parameters()`; `world` adds up the gradient norm over the shards.
+
+        Args:
+            master_dtype: bf16 updates bf16 weights in place, rounded by chance that follows from `seed`.
+
+        Raises:
+            LiaoyuanError: no weight has the dtype in which masters are to be held.
+        """
         self._world = world or World()
-        self.weights = trained_weights(parameters)
-        self._settings = {"betas": list(betas), "eps": eps, "weight_decay": weight_decay, "decay_tables": decay_tables}
+        self.weights = trained_weights(parameters, master_dtype)
+        rounded = master_dtype is not torch.float32
+        if rounded and not any(weight.master.dtype is master_dtype for weight in self.weights):
+            raise LiaoyuanError(
+                "train.master_dtype = 'bfloat16' is for a model in bf16: set model.dtype = 'bfloat16' too."
+            )
+        self._settings: dict[str, Any] = {
+            "betas": list(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decay_tables": decay_tables,
+        }
         decayed = [w.master for w in self.weights if w.parameter.ndim > 1 and (decay_tables or not w.is_table)]
         spared = [w.master for w in self.weights if not any(w.master is master for master in decayed)]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-        self._inner = _torch_adamw([group for group in groups if group["params"]], betas, eps)
+        groups = [group for group in groups if group["params"]]
+        self._inner: torch.optim.AdamW | StochasticAdamW = (
+            StochasticAdamW(self.weights, groups, betas, eps, seed) if rounded else _torch_adamw(groups, betas, eps)
+        )
+        if rounded:
+            self._settings |= {"master_dtype": "bfloat16", "seed": seed}
 
     def accumulate(self) -> None:
         """Gather the gradients of a backward pass in fp32; needed only between microbatches."""
@@ -129,84 +144,8 @@ class AdamW:
     def _fresh(self, weight: Weight) -> dict[str, Tensor]:
         """Return the state of a weight before its first update."""
         place = weight.master.device if self._inner.defaults["fused"] else "cpu"  # where torch keeps the count
-        moments = {key: torch.zeros_like(weight.master) for key in ("exp_avg", "exp_avg_sq")}
-        return {"step": torch.zeros((), device=place), **moments}
-
-
-def trained_weights(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Weight]:
-    """Return the trained ones of `parameters` with their fp32 masters."""
-    weights = []
-    for name, parameter in parameters:
-        if parameter.requires_grad:
-            part = local(parameter.detach())
-            master = part.detach() if part.dtype == torch.float32 else part.float()
-            weights.append(Weight(name, parameter, part, master))
-    return weights
-
-
-def gather_gradients(weights: Iterable[Weight]) -> None:
-    """Add each parameter's gradient to that of its master, in fp32, and drop it."""
-    for weight in weights:
-        gradient = weight.parameter.grad
-        if gradient is None:
-            continue
-        gradient = local(gradient)
-        if weight.master.grad is None:
-            weight.master.grad = gradient.to(weight.master.dtype)
-        else:
-            weight.master.grad.add_(gradient)
-        weight.parameter.grad = None
-
-
-def gather_and_clip(weights: list[Weight], clip: float, world: World) -> float:
-    """Gather the gradients, scale them so that their global norm is at most `clip`, return the norm before."""
-    gather_gradients(weights)
-    gradients = [weight.master.grad for weight in weights if weight.master.grad is not None]
-    norm = float(world.sum(_square_sum(weights)).sqrt())
-    if clip < norm < float("inf"):
-        for gradient in gradients:
-            gradient.mul_(clip / norm)
-    return norm
-
-
-def _square_sum(weights: list[Weight]) -> Tensor:
-    """Return the sum of this process's squared gradients; what several processes hold alike counts once among them."""
-    held: dict[int, list[Tensor]] = {}
-    for weight in weights:
-        if weight.master.grad is not None:
-            held.setdefault(copies(weight.parameter), []).append(weight.master.grad)
-    sums = [torch.nn.utils.get_total_norm(gradients).square() / count for count, gradients in held.items()]
-    return torch.stack(sums).sum() if sums else torch.zeros(())
-
-
-def copy_masters(weights: Iterable[Weight]) -> None:
-    """Round the masters into the weights of lower precision."""
-    copied = [weight for weight in weights if weight.is_copied]
-    if copied:
-        torch._foreach_copy_([weight.part for weight in copied], [weight.master for weight in copied])
-
-
-def drop_gradients(weights: Iterable[Weight]) -> None:
-    for weight in weights:
-        weight.master.grad = None
-
-
-def master_copies(weights: Iterable[Weight]) -> dict[str, Tensor]:
-    return {f"{weight.name}.master": weight.master for weight in weights if weight.is_copied}
-
-
-def load_masters(weights: Iterable[Weight], state: Mapping[str, Tensor]) -> None:
-    for weight in weights:
-        if weight.is_copied:
-            weight.master.copy_(fitting(state, f"{weight.name}.master", weight.master.shape))
-    copy_masters(weights)
-
-
-def fitting(state: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
-    """Return a copy of `state[name]`, which must have this shape."""
-    if name not in state or state[name].shape != shape:
-        raise LiaoyuanError(f"The checkpoint's optimiser state has no '{name}' of shape {tuple(shape)}.")
-    return state[name].clone()
+        fresh = fresh_state(weight.master)
+        return {**fresh, "step": fresh["step"].to(place)}
 
 
 def _torch_adamw(groups: list[dict[str, Any]], betas: tuple[float, float], eps: float) -> torch.optim.AdamW:

@@ -122,6 +122,7 @@ struct Attention : Function<Attention> {
     static auto op = find<Four(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double,
                                std::optional<int64_t>, const OptionalTensor&, const Tensor&, const Tensor&)>(
         "liaoyuan::attention_backward");
+    if (!grads[0].defined()) return variable_list(7);
     auto saved = context->get_saved_variables();
     auto [grad_query, grad_key, grad_value, grad_sinks] =
         op.call(grads[0], saved[0], saved[1], saved[2], saved[3], context->saved_data["scale"].toDouble(),

@@ -1,4 +1,6 @@
 // The differentiable side of the loss head; see autograd.cpp.
+#include <algorithm>
+
 #include "autograd.h"
 
 namespace liaoyuan {
@@ -30,6 +32,8 @@ struct LossHead : Function<LossHead> {
         find<Two(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                  const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,
                  int64_t)>("liaoyuan::loss_head_backward");
+    if (std::none_of(grads.begin(), grads.end(), [](const Tensor& grad) { return grad.defined(); }))
+      return variable_list(7);
     auto saved = context->get_saved_variables();
     auto [grad_hidden, grad_weight] =
         op.call(option_of(grads[0]), option_of(grads[1]), option_of(grads[2]), option_of(grads[3]), saved[0], saved[1],
