@@ -225,9 +225,9 @@ def test_a_target_outside_the_vocabulary_is_refused(target, dtype):
 @pytest.mark.parametrize(
     ("hidden", "weight", "targets", "said"),
     [
-        ((3, 8), (5, 7), 3, r"\[3, 8\] do not fit a head \[5, 7\]"),
-        ((3, 8), (0, 8), 3, r"\[3, 8\] do not fit a head \[0, 8\]"),
-        ((3, 8), (5, 8), 4, r"\[4\] targets for hidden states \[3, 8\]"),
+        ((3, 8), (5, 7), 3, r"weight \[5, 7\] does not fit hidden \[3, 8\]"),
+        ((3, 8), (0, 8), 3, r"head \[0, 8\] has no token"),
+        ((3, 8), (5, 8), 4, r"targets \[4\] does not fit hidden \[3, 8\]"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(hidden, weight, targets, said):

@@ -214,7 +214,7 @@ def test_an_unused_output_gives_no_gradient():
     [
         ({"qkv": torch.zeros(3, 30)}, r"qkv \[3, 30\].* 1 key-value heads of 8"),
         ({"qkv": torch.zeros(3, 16)}, r"qkv \[3, 16\]"),
-        ({"cosine": torch.zeros(2, 4)}, r"cosine \[2, 4\] and sine \[3, 4\] must be \[3, 4\]"),
+        ({"cosine": torch.zeros(2, 4)}, r"cosine \[2, 4\] does not fit qkv \[3, 32\]"),
     ],
 )
 def test_wrong_sizes_are_refused_by_name(change, said):
@@ -229,7 +229,7 @@ def test_wrong_sizes_are_refused_by_name(change, said):
         ((23, 20, 8), 3, r"query \[3, 23\], expanded \[3, 20\] and shared \[3, 8\] do not fit 2 heads"),
         ((24, 6, 8), 3, r"expanded \[3, 6\]"),
         ((8, 20, 8), 3, r"query \[3, 8\]"),
-        ((24, 20, 8), 4, r"must be \[3, 4\]"),
+        ((24, 20, 8), 4, r"cosine \[4, 4\] does not fit query \[3, 24\]"),
     ],
 )
 def test_latent_sizes_that_do_not_fit_are_refused_by_name(widths, rows, said):

@@ -42,7 +42,7 @@ ERRORS = [
     ("split_rotary", "rotary", "second * c - first * s", "second * c + first * s"),
     ("split_rotary", "rotary", "scale * (first - x * inner)", "scale * (first - y * inner)"),
     ("loss_head", "loss_head", "summed * shrink + tl.sum(power, 1)", "summed + tl.sum(power, 1)"),
-    ("loss_head", "loss_head", "range(0, parts)", "range(1, parts)"),
+    ("loss_head", "loss_head", "range(parts)", "range(1, parts)"),
     ("loss_head", "loss_head", "(first + begin + column)[None, :] == target", "(begin + column)[None, :] == target"),
     ("loss_head", "loss_head", "(products + summed * shift) * shrink", "products * shrink"),
     ("loss_head", "loss_head", "total / vocabulary", "total / rows"),
