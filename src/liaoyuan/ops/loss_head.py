@@ -14,7 +14,7 @@ from torch import Tensor
 from liaoyuan.ops.kernels import NATIVE, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, wide
 
-KEPT_LOGITS = 2**25  # elements of logits that are kept for the backward pass: 64 MiB in bf16
+KEPT_LOGITS = 2**26  # elements of logits that are kept for the backward pass: 128 MiB in bf16
 
 
 def keeps(hidden: Tensor, weight: Tensor) -> bool:
