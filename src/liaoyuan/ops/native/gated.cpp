@@ -44,7 +44,7 @@ template <class Activation, class T>
                                 int64_t count) {
   for (int64_t i = 0; i < count; i += LANES) {
     Pair pair = load_pair(gate_up + 2 * i);
-    Vec upper = load_wide(grad + i);
+    Vec upper = load(grad + i);
     Point gate = activation.at(pair.gate);
     store_pairs(grad_gate_up + 2 * i, upper * activation.factor(pair.up) * gate.slope,
                 activation.passed(upper * gate.value, pair.up));

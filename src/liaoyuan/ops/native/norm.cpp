@@ -32,7 +32,7 @@ float square_sum_of(const T* x, int64_t width, T* to) {
     Two v = load_two(x + i + at, count);
     even += v * v;
   });
-  return fold(even + odd);
+  return sum(even + odd);
 }
 
 template <class T>
@@ -82,8 +82,8 @@ struct RowGradient {
       squares += v * v;
       product += v * load_two(grad + i, count) * load_two(weight + i, count);
     });
-    float root = inverse_root(fold(squares), width, eps);
-    scale = splat(root), inner = splat(fold(product) * root * root / float(width));
+    float root = inverse_root(sum(squares), width, eps);
+    scale = splat(root), inner = splat(sum(product) * root * root / float(width));
   }
 };
 

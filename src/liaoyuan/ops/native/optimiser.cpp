@@ -85,7 +85,7 @@ double square_sum(const T* x, int64_t count) {
         Two v = load_two(x + i + at, left);
         sums[0] += v * v;
       });
-      total += fold(sums[0] + sums[1]);
+      total += sum(sums[0] + sums[1]);
     }
     partial[task] = total;
   });

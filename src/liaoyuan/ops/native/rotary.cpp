@@ -54,7 +54,7 @@ inline void sum_both(Vec a, Vec b, float& sum_a, float& sum_b) {
 template <class T>
 inline float square_sum_of(const T* head, int64_t room) {
   Vec squares{};
-  for (int64_t i = 0; i < 2 * room; i += LANES) squares += load_wide(head + i) * load_wide(head + i);
+  for (int64_t i = 0; i < 2 * room; i += LANES) squares += load(head + i) * load(head + i);
   return sum_of_lanes(squares);
 }
 
@@ -67,8 +67,8 @@ template <class T>
 inline void turn_normed(const T* from, const Angle& angle, const float* norm, float scale, T* to, int64_t room) {
   Vec factor = splat(scale);
   for (int64_t i = 0; i < room; i += LANES) {
-    Vec first = load_wide(from + i) * factor * load(norm + i);
-    Vec second = load_wide(from + room + i) * factor * load(norm + room + i);
+    Vec first = load(from + i) * factor * load(norm + i);
+    Vec second = load(from + room + i) * factor * load(norm + room + i);
     Turned t = turned<1>(first, second, angle, i);
     store_apart(to + i, t.first, to + room + i, t.second);
   }
@@ -80,8 +80,8 @@ inline void sums_of(const T* grad, const T* x, const Angle& angle, const float* 
                     float& products) {
   Vec squared{}, multiplied{};
   for (int64_t i = 0; i < room; i += LANES) {
-    Turned g = turned<-1>(load_wide(grad + i), load_wide(grad + room + i), angle, i);
-    Vec first = load_wide(x + i), second = load_wide(x + room + i);
+    Turned g = turned<-1>(load(grad + i), load(grad + room + i), angle, i);
+    Vec first = load(x + i), second = load(x + room + i);
     squared += first * first;
     squared += second * second;
     multiplied += g.first * load(norm + i) * first;
@@ -96,8 +96,8 @@ inline void backward_normed(const T* grad, const T* x, const Angle& angle, const
                             T* to, float* grad_norm, int64_t room) {
   Vec r = splat(scale), shift = splat(inner);
   for (int64_t i = 0; i < room; i += LANES) {
-    Turned g = turned<-1>(load_wide(grad + i), load_wide(grad + room + i), angle, i);
-    Vec first = load_wide(x + i), second = load_wide(x + room + i);
+    Turned g = turned<-1>(load(grad + i), load(grad + room + i), angle, i);
+    Vec first = load(x + i), second = load(x + room + i);
     store(grad_norm + i, load(grad_norm + i) + g.first * first * r);
     store(grad_norm + room + i, load(grad_norm + room + i) + g.second * second * r);
     store_apart(to + i, g.first * load(norm + i) * r - first * shift, to + room + i,

@@ -70,7 +70,7 @@ inline Turned turned(Vec first, Vec second, const Angle& angle, int64_t i) {
 template <int direction, class From, class To>
 inline void turn(const From* from, const Angle& angle, To* to, int64_t room) {
   for (int64_t i = 0; i < room; i += LANES) {
-    Turned t = turned<direction>(load_wide(from + i), load_wide(from + room + i), angle, i);
+    Turned t = turned<direction>(load(from + i), load(from + room + i), angle, i);
     store_apart(to + i, t.first, to + room + i, t.second);
   }
 }

@@ -35,7 +35,7 @@ void softmax_row(const float* logits, float* scores, int64_t count) {
     total += power;
     store(scores + i, power);
   }
-  Vec inverse = splat(1.0f / fold(total));
+  Vec inverse = splat(1.0f / sum(total));
   for (int64_t i = 0; i < count; i += LANES) store(scores + i, load(scores + i) * inverse);
 }
 
@@ -277,7 +277,7 @@ void combined_backward(const T* grad, const RowBack<T>* row, float* grad_weights
       store_two(row[r].to + at, upper * row[r].weight, count);
     }
   });
-  for (int r = 0; r < ROWS; ++r) grad_weights[r] = fold(inner[r]);
+  for (int r = 0; r < ROWS; ++r) grad_weights[r] = sum(inner[r]);
 }
 
 template <class Full, class T>

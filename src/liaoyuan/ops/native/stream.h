@@ -3,7 +3,7 @@
 #pragma once
 #include <algorithm>
 
-#include "vector.h"
+#include "rounding.h"
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
@@ -36,24 +36,7 @@ inline void store_two(float* to, const Two& value, Whole = {}) {
   store(to, value.first);
   store(to + LANES, value.second);
 }
-inline WordVec rounded_pairs(const Two& value) {
-  return (rounded_words(value.first) >> 16) | (rounded_words(value.second) & 0xffff0000u);
-}
-#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
-inline WordVec narrowed_pairs(const Two& value) {
-  // The instruction rounds as `rounded_words` does, but makes zeros of denormal numbers.
-  constexpr int DENORMAL = 0x20;
-  __m512 first = (__m512)value.first, second = (__m512)value.second;
-  if (__builtin_expect(
-          !_kortestz_mask16_u8(_mm512_fpclass_ps_mask(first, DENORMAL), _mm512_fpclass_ps_mask(second, DENORMAL)), 0))
-    return rounded_pairs(value);
-  const __m512i zipped = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return (WordVec)_mm512_permutexvar_epi16(zipped, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-}
-#else
-inline WordVec narrowed_pairs(const Two& value) { return rounded_pairs(value); }
-#endif
+inline WordVec narrowed_pairs(const Two& value) { return rounded_pairs(value.first, value.second); }
 inline void store_two(BFloat16* to, const Two& value, Whole = {}) { write(to, narrowed_pairs(value)); }
 
 // Fewer than 32, in their order; the others are zero, and are not written.
@@ -133,17 +116,6 @@ inline uint32_t bits_of(IntVec mask) {
 #endif
 }
 
-// As `sum`, in the same order, in registers.
-#ifdef __AVX512F__
-inline float fold(Vec v) {
-  const IntVec lane = lane_numbers();
-#pragma GCC unroll 4
-  for (int width = LANES / 2; width; width /= 2) v += __builtin_shuffle(v, lane + width);
-  return v[0];
-}
-#else
-inline float fold(Vec v) { return sum(v); }
-#endif
-inline float fold(const Two& value) { return fold(value.first + value.second); }
+inline float sum(const Two& value) { return sum(value.first + value.second); }
 
 }  // namespace liaoyuan
