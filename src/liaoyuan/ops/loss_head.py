@@ -117,7 +117,7 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 def _workload(dtype: torch.dtype) -> tuple[Any, ...]:
     weight = (torch.randn(32768, 512) * 0.05).to(dtype)
     targets = torch.randint(len(weight), (1024,))
-    return torch.randn(1024, 512).to(dtype), weight, targets, 0, len(weight), False, False
+    return torch.randn(1024, 512).to(dtype), weight, targets, 0, len(weight), False, True
 
 
 def _traffic(hidden: Tensor, weight: Tensor, *_: Any) -> int:

@@ -1,8 +1,8 @@
 // Products of matrices for any of the four storage orders, by the micro-kernel that suits the machine (engines.h).
 //
-// The lanes' operand is the left one where the right one is a weight stored along the depth: so the weight can be read
-// where it lies, and the product comes out turned. Up to a few rows it is the weight that lies along the lanes, packed
-// by each task as it goes. Each element is summed along the depth in one order whatever the other sizes are, and in
+// The lanes' operand is the right one, as a rule a weight, packed once; with few rows for its depth it is the left one
+// where the weight is stored along the depth: so the weight can be read where it lies, and the product comes out turned.
+// Up to a few rows the weight lies along the lanes again, packed by each task as it goes. Each element is summed along the depth in one order whatever the other sizes are, and in
 // whichever panel it falls: a row's bits depend on it alone.
 #include <vector>
 
@@ -132,7 +132,7 @@ class Plan {
     Source<T> left{p.a, s.a_stride, s.rows, s.depth, !s.a_transposed};
     Source<T> right{p.b, s.b_stride, s.columns, s.depth, s.b_transposed};
     as_it_goes = s.rows <= (right.along ? E::FEW : E::STRIP);
-    turned = right.along && !as_it_goes;
+    turned = right.along && !as_it_goes && s.rows < s.depth / 2;  // else turning the result costs more than packing
     lanes = turned ? left : right;
     items = turned ? right : left;
     steps = parts(s.depth, E::VALUES * E::STEP) * E::STEP;
