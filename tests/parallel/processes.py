@@ -1,9 +1,12 @@
 """Jobs on several processes that form a process group."""
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import random
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -54,6 +57,7 @@ def _run(
     connection: Connection, rank: int, size: int, port: int, job: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(TIMEOUT_S - 5, file=sys.__stderr__)  # where it hangs, if it does
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     try:
@@ -68,6 +72,13 @@ def _run(
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody listens on, below those that the system gives to outgoing connections meanwhile."""
+    chance = random.SystemRandom()
+    while True:
+        port = chance.randrange(15000, 32000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
