@@ -1,5 +1,8 @@
 """Packed attention: every document as if it were alone, forward and backward, in any split of the batch."""
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -173,6 +176,31 @@ def test_a_long_document_is_cut_into_parts_whose_gradients_add_up(dtype, window)
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+FEW_BYTES = """
+import resource, torch
+from pathlib import Path
+from liaoyuan.ops import attention
+
+def gradients(lengths):
+    q, k, v = (torch.randn(sum(lengths), heads, 32).bfloat16().requires_grad_() for heads in (4, 1, 1))
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    out = attention(q, k, v, boundaries, 0.2, 64)
+    return torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+
+gradients([1024])
+held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 3 * 2**29, resource.RLIM_INFINITY))
+gradients([200_000, *[1024] * 50])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the size of a process")
+def test_documents_that_are_cut_ask_for_memory_by_their_own_length():
+    """Beside a long document, many that are long enough to be cut: in 1.5 GiB, of which inputs and results take 0.5."""
+    found = subprocess.run([sys.executable, "-c", FEW_BYTES], env=os.environ, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-1000:]
 
 
 def test_results_are_the_same_twice_and_with_two_threads():

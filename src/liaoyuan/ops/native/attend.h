@@ -154,8 +154,6 @@ struct BlockSoftmax {
 template <class E, class T, class Out, int COLUMNS>
 void attend_block(const Rows<T, Out>& rows, int64_t row, int64_t count, Workspace<E>& work, float scale) {
   work.keys.left([&](int i) { return i < count ? rows.query_at(row + i, work.keys.dim) : nullptr; }, work.left);
-  for (int64_t next = row + BLOCK; next < std::min(row + 2 * BLOCK, rows.last * rows.groups); ++next)
-    prefetch(rows.query_at(next, work.keys.dim), work.keys.dim);
   work.keys.right_transposed(work.left, work.query);
   BlockRanges seen(rows.ranges, rows.groups, row, count);
   BlockSoftmax<E, COLUMNS> softmax(work, seen, scale);

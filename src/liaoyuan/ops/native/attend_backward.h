@@ -122,7 +122,6 @@ struct Backward {
     for (int64_t group = begin_block / KEY_GROUP * KEY_GROUP; group < end_block; group += KEY_GROUP) {
       int64_t group_end = std::min(end_block, group + KEY_GROUP);
       for (int64_t b = std::max(group, begin_block); b < group_end; ++b) {
-        prefetch_rows(last + b - begin_block);
         Range rows = rows_that_see(work, b, last - first);
         if (rows.first >= rows.last) continue;
         for (int64_t r = rows.first; r < rows.last; ++r) one_block(work, b, r, b - group);
@@ -131,14 +130,6 @@ struct Backward {
       add_query_gradients(work, group, group_end, last - first);
     }
     write_query_rows(work, first, last);
-  }
-
-  // Ask for a block of the next strip's rows: between two cuts of a row by heads the machine cannot guess the next.
-  void prefetch_rows(int64_t block) const {
-    for (int64_t row = block * BLOCK; row < std::min((block + 1) * BLOCK, queries * groups); ++row) {
-      prefetch(query + offset(row), packing.dim);
-      prefetch(grad + grad_offset(row), values.dim);
-    }
   }
 
   // The strip's blocks of rows, of `count`, from the first to the last that sees block b of keys.

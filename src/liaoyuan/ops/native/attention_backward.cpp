@@ -10,24 +10,29 @@ namespace liaoyuan {
 
 namespace {
 
-constexpr int64_t ROWS_PER_PART = 2048, PARTS = 4;
+// Parts: at most so many of a key head, and of all of a document's, as each has sums of its own in memory.
+constexpr int64_t ROWS_PER_PART = 2048, PARTS = 4, ALL_PARTS = 16;
 
 struct Document {
-  int64_t start, length, parts, first_part;  // the last: among the parts of all cut documents
+  int64_t start, length, parts, sums;  // the last: rows of parts' sums for a key head before this document's
 };
 
-std::vector<Document> documents_of(const int32_t* boundaries, int64_t count, int64_t groups) {
-  std::vector<Document> documents;
-  int64_t before = 0;
-  for (int64_t m = 0; m < count; ++m) {
-    int64_t length = boundaries[m + 1] - boundaries[m];
-    if (length == 0) continue;
-    int64_t parts = std::clamp<int64_t>(length * groups / ROWS_PER_PART, 1, PARTS);
-    documents.push_back({boundaries[m], length, parts, before});
-    if (parts > 1) before += parts;
+struct Documents {
+  std::vector<Document> all;
+  int64_t most = 1, sums = 0;  // parts of a document; rows of parts' sums for a key head
+
+  Documents(const int32_t* boundaries, int64_t count, int64_t groups, int64_t key_heads) {
+    int64_t limit = std::clamp<int64_t>(ALL_PARTS / key_heads, 1, PARTS);
+    for (int64_t m = 0; m < count; ++m) {
+      int64_t length = boundaries[m + 1] - boundaries[m];
+      if (length == 0) continue;
+      int64_t parts = std::clamp<int64_t>(length * groups / ROWS_PER_PART, 1, limit);
+      all.push_back({boundaries[m], length, parts, sums});
+      if (parts > 1) sums += parts * length;
+      most = std::max(most, parts);
+    }
   }
-  return documents;
-}
+};
 
 // Blocks of rows of about the same work: a row sees as many keys as there are rows before it.
 Range cut(int64_t blocks, int64_t part, int64_t parts) {
@@ -69,14 +74,14 @@ Backward<E, T, T, T> one_head(const T* grad, const float* delta, const float* lo
   };
 }
 
-// to [rows, stride], of which `dim`: the sum of parts [rows, dim], `part_size` floats apart.
+// to [rows, stride], of which `dim`: the sum of parts [count, rows, dim].
 template <class T>
-void add_parts(const float* parts, int64_t count, int64_t part_size, int64_t rows, int64_t dim, T* to, int64_t stride) {
+void add_parts(const float* parts, int64_t count, int64_t rows, int64_t dim, T* to, int64_t stride) {
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t d = 0; d < dim; d += LANES) {
       const float* from = parts + row * dim + d;
       Vec total = load(from, dim - d);
-      for (int64_t part = 1; part < count; ++part) total += load(from + part * part_size, dim - d);
+      for (int64_t part = 1; part < count; ++part) total += load(from + part * rows * dim, dim - d);
       store(to + row * stride + d, total, dim - d);
     }
 }
@@ -84,34 +89,28 @@ void add_parts(const float* parts, int64_t count, int64_t part_size, int64_t row
 template <class E, class T>
 void backward(const T* grad, const float* delta, const float* log_sum_exp, const T* query, const T* key, const T* value,
               const int32_t* boundaries, T* grad_query, T* grad_key, T* grad_value, const PackedShape& s) {
-  std::vector<Document> documents = documents_of(boundaries, s.documents, s.query_heads / s.key_heads);
-  int64_t most = 1, longest = 0, cut_parts = 0;
-  for (const Document& one : documents) {
-    most = std::max(most, one.parts);
-    if (one.parts > 1) longest = std::max(longest, one.length), cut_parts = one.first_part + one.parts;
-  }
-  const int64_t key_size = longest * s.dim, part_size = longest * (s.dim + s.value_dim);
-  std::unique_ptr<float[]> sums(new float[size_t(cut_parts * s.key_heads * part_size)]);
-  auto sums_of = [&](const Document& one, int64_t head, int64_t part) {
-    return sums.get() + ((one.first_part * s.key_heads + head * one.parts) + part) * part_size;
-  };
-  parallel(int64_t(documents.size()) * most * s.key_heads, [&](int64_t task) {
-    const Document& one = documents[size_t(task / s.key_heads / most)];
+  const Documents documents(boundaries, s.documents, s.query_heads / s.key_heads, s.key_heads);
+  const int64_t count = int64_t(documents.all.size()), most = documents.most;
+  std::unique_ptr<float[]> sums(new float[size_t(documents.sums * s.key_heads * (s.dim + s.value_dim))]);
+  float *key_sums = sums.get(), *value_sums = key_sums + documents.sums * s.key_heads * s.dim;
+  auto place = [&](const Document& one, int64_t head) { return documents.sums * head + one.sums; };
+  parallel(count * most * s.key_heads, [&](int64_t task) {
+    const Document& one = documents.all[size_t(task / s.key_heads / most)];
     int64_t head = task % s.key_heads, part = task / s.key_heads % most;
     if (part >= one.parts) return;
     auto work = one_head<E>(grad, delta, log_sum_exp, query, key, value, grad_query, grad_key, grad_value, s, one, head);
     if (one.parts == 1) return work.run();
-    float* to = sums_of(one, head, part);
-    work.run(cut(work.row_blocks(), part, one.parts), to, to + key_size, s.dim, s.value_dim);
+    int64_t row = place(one, head) + part * one.length;
+    work.run(cut(work.row_blocks(), part, one.parts), key_sums + row * s.dim, value_sums + row * s.value_dim, s.dim,
+             s.value_dim);
   });
-  if (cut_parts == 0) return;
-  parallel(int64_t(documents.size()) * s.key_heads, [&](int64_t task) {
-    const Document& one = documents[size_t(task / s.key_heads)];
-    int64_t head = task % s.key_heads, row = one.start * s.key_heads + head;
+  if (documents.sums == 0) return;
+  parallel(count * s.key_heads, [&](int64_t task) {
+    const Document& one = documents.all[size_t(task / s.key_heads)];
+    int64_t head = task % s.key_heads, row = one.start * s.key_heads + head, from = place(one, head);
     if (one.parts == 1) return;
-    const float* from = sums_of(one, head, 0);
-    add_parts(from, one.parts, part_size, one.length, s.dim, grad_key + row * s.dim, s.key_heads * s.dim);
-    add_parts(from + key_size, one.parts, part_size, one.length, s.value_dim, grad_value + row * s.value_dim,
+    add_parts(key_sums + from * s.dim, one.parts, one.length, s.dim, grad_key + row * s.dim, s.key_heads * s.dim);
+    add_parts(value_sums + from * s.value_dim, one.parts, one.length, s.value_dim, grad_value + row * s.value_dim,
               s.key_heads * s.value_dim);
   });
 }

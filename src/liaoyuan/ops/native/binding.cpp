@@ -21,19 +21,19 @@
 
 namespace liaoyuan {
 
+int64_t threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
 void run_tasks(int64_t tasks, const void* body, void (*task)(const void*, int64_t)) {
-  int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(tasks, at::get_num_threads());
-  if (threads <= 1) {
+  int64_t workers = std::min(tasks, threads());
+  if (workers <= 1) {
     for (int64_t i = 0; i < tasks; ++i) task(body, i);
     return;
   }
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     for (int64_t i = next++; i < tasks; i = next++) task(body, i);
   });
 }
-
-int64_t threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 void* scratch(int slot, size_t bytes) {
   struct Buffer {

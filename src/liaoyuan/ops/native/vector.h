@@ -46,12 +46,6 @@ inline void store(BFloat16* to, Vec value) {
   to_halves(reinterpret_cast<uint16_t*>(to), rounded_words(value) >> 16);
 }
 
-// Ask for a row of `count` elements before it is used. Inlined always: GCC takes a call that only asks for no work.
-template <class T>
-[[gnu::always_inline]] inline void prefetch(const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);
-}
-
 // The first `count` lanes; the others are zero, and are not written.
 template <class T>
 inline Vec load(const T* from, int64_t count) {
