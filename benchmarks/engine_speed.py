@@ -25,6 +25,7 @@ import torch  # noqa: E402  (after the allocator's settings, which hold for ever
 import transformers  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
+from liaoyuan import ops  # noqa: E402
 from liaoyuan.checkpoint import save_model  # noqa: E402
 from liaoyuan.device import cpu_name, select_device  # noqa: E402
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams  # noqa: E402
@@ -42,6 +43,7 @@ Side = Callable[[list[list[int]], int], int]  # (prompts, new tokens) -> tokens 
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
+    ops.configure(dict(pair.partition("=")[::2] for pair in options.ops))
     print(f"{cpu_name()}, {options.threads} threads, {options.dtype}")
     rows = []
     for name in options.models:
@@ -74,6 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out the compiled step")
     parser.add_argument("--continuous", action="store_true", help="also generate_batch (needs psutil; slow to start)")
     parser.add_argument("--only-ours", action="store_true")
+    parser.add_argument("--ops", nargs="*", default=[], metavar="NAME=KERNEL", help="as [ops] of a run file, for ours")
     parser.add_argument("--json", help="where to write the figures")
     return parser.parse_args()
 

@@ -151,7 +151,7 @@ void multiply(const Product<T>* products, int64_t count);
 template <class T>
 void multiply(const Product<T>& product) { multiply(&product, 1); }
 
-// grouped_linear.cpp: rows starts[e] ... starts[e + 1] - 1 belong to expert e; sums [experts, columns].
+// routing.cpp: rows starts[e] ... starts[e + 1] - 1 belong to expert e; sums [experts, columns].
 struct Groups {
   const int64_t* starts;
   int64_t experts;
