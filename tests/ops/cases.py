@@ -1,10 +1,12 @@
 """Inputs for every operator, and what is asked of a result."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}  # and how far a result may be off
 RAGGED = {
     "one token": (1,),
     "short documents": (3, 1, 2),
@@ -53,3 +55,35 @@ def difference(actual: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
         return 0.0
     actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(floor))
+
+
+def compare(function, definition, inputs, dtype, differentiable):
+    """Check outputs and gradients of `function` against `definition` in fp64."""
+    given = [x.detach().requires_grad_(i in differentiable) if torch.is_tensor(x) else x for i, x in enumerate(inputs)]
+    exact = [x.detach().double().requires_grad_(i in differentiable) if torch.is_tensor(x) and x.is_floating_point()
+             else x for i, x in enumerate(inputs)]  # fmt: skip
+    outputs, expected = function(*given), definition(*exact)
+    outputs, expected = ((x,) if torch.is_tensor(x) else x for x in (outputs, expected))
+    grads = [random(*x.shape, seed=50 + i) for i, x in enumerate(outputs)]
+    found = torch.autograd.grad(outputs, [given[i] for i in differentiable],
+                                [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])  # fmt: skip
+    wanted = torch.autograd.grad(expected, [exact[i] for i in differentiable],
+                                 [g.to(o.dtype).double() for g, o in zip(grads, outputs, strict=True)])  # fmt: skip
+    for a, b in zip((*outputs, *found), (*expected, *wanted), strict=True):
+        assert a.shape == b.shape
+        assert difference(a, b, floor=0.1) < DTYPES[dtype]  # a norm of width 1 has hardly any gradient
+
+
+def normed(x, weight, eps):
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Compute with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

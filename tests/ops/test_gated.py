@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops import clamped_swiglu, geglu, status, swiglu
-from tests.ops.cases import random
-from tests.ops.test_row_operators import DTYPES, compare
+from tests.ops.cases import DTYPES, compare, random
 
 LIMIT, ALPHA = 7.0, 1.702
 FUNCTIONS = {

@@ -2,13 +2,12 @@
 refused if it is wrong, and plain about mistakes.
 """
 
-import contextlib
 import os
 import subprocess
 import sys
 import types
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from liaoyuan.ops import choice
 from liaoyuan.ops.kernels import _put_behind
 from liaoyuan.ops.operator import OPERATORS, Kernel, Operator, cast, outputs_and_gradients
 from liaoyuan.ops.shapes import ShapeError
-from tests.ops.cases import difference
+from tests.ops.cases import difference, torch_threads
 from tests.ops.drawing import DRAWINGS, Draw, Drawing, Sample
 
 BOTH = (torch.float32, torch.bfloat16)
@@ -270,17 +269,6 @@ def by_row(operator: Operator, one: Drawing, sample: Sample, chosen: Tensor, row
     grads = [torch.randn(rows, *out.shape[1:], generator=generator)[chosen].to(out) for out in followed]
     gradients = torch.autograd.grad(followed, [given[i] for i in places], grads)
     return [out.detach() for out in found] + list(gradients)
-
-
-@contextlib.contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Compute with so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def workload(operator: Operator, dtype: torch.dtype) -> Sample:

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models.rotary import Rotary, head_order, rotary_angles
 from liaoyuan.ops import latent_rotary, split_rotary, status
-from tests.ops.cases import difference, random
-from tests.ops.test_row_operators import DTYPES, compare, normed
+from tests.ops.cases import DTYPES, compare, difference, normed, random
 
 DIMS = (2, 6, 24, 32, 48, 64, 80, 128)
 

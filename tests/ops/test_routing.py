@@ -210,3 +210,39 @@ def test_an_order_that_is_no_permutation_is_refused(order, native_only):
 def test_weights_vanish_together_without_a_nan():
     weights, _ = route(torch.full((2, 4), -200.0), 2, "sigmoid")
     assert all(map(math.isfinite, weights.flatten().tolist()))
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 1024), (torch.float32, 528)])
+def test_rows_of_experts_larger_than_the_caches_are_those_of_small_ones(dtype, width):
+    """So many go past the caches; a part of them does not."""
+    tokens, per_token = 2_200, 8
+    x, weights = random(tokens, width, dtype=dtype), random(tokens, per_token, seed=1)
+    chosen = torch.rand(tokens, 16, generator=torch.Generator().manual_seed(2)).topk(per_token, -1).indices
+    rows, order, _ = permute_rows(x, chosen, 16)
+    assert rows.nbytes > 2**25 and torch.equal(rows, x[order // per_token])
+    grad = random(tokens, width, dtype=dtype, seed=3)
+
+    def back(first: int, last: int) -> tuple[Tensor, ...]:
+        here = (order >= first * per_token) & (order < last * per_token)
+        own = rows[here].requires_grad_()
+        factors = weights[first:last].clone().requires_grad_()
+        out = combine_rows(own, order[here] - first * per_token, factors)
+        return here, out, *torch.autograd.grad(out, (own, factors), grad[first:last])
+
+    _, out, grad_rows, grad_weights = back(0, tokens)
+    for first, last in ((0, 3), (900, 1_000), (tokens - 1, tokens)):
+        here, part, part_rows, part_weights = back(first, last)
+        assert torch.equal(part, out[first:last]) and torch.equal(part_weights, grad_weights[first:last])
+        assert torch.equal(part_rows, grad_rows[here])
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 8, 9, 20, 40])
+def test_experts_that_are_alike_are_chosen_in_their_order(kept):
+    """Scores of few values, so that most are equal; more than eight experts are found in several rounds."""
+    scores = torch.randint(3, (37, 40), generator=torch.Generator().manual_seed(kept)).float()
+    bias = torch.randint(2, (40,), generator=torch.Generator().manual_seed(1)).float()
+    for scoring in ("softmax", "sigmoid"):
+        chosen = route(scores, kept, scoring, bias)[1]
+        for row, own in zip(scores, chosen, strict=True):
+            values = (row.softmax(0) if scoring == "softmax" else row.sigmoid()) + bias
+            assert own.tolist() == sorted(range(40), key=lambda e: (-values[e].item(), e))[:kept]

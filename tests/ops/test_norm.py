@@ -1,13 +1,39 @@
-"""What holds for a row wherever it stands: how its elements are rounded, and that its bits are its own."""
+"""Norms against their definitions in fp64; how their elements are rounded, and that a row's bits are its own."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from liaoyuan.ops import add_rms_norm, combine_rows, permute_rows, rms_norm, route
-from tests.ops.cases import random
+from liaoyuan.ops import add_rms_norm, rms_norm
+from tests.ops.cases import DTYPES, compare, difference, normed, random, torch_threads
 
-DTYPES = (torch.float32, torch.bfloat16)
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 24), (200, 320), (0, 16)])
+def test_norms(rows, width, dtype):
+    x, residual = random(rows, width, dtype=dtype), random(rows, width, dtype=dtype, seed=1)
+    weight = 1 + 0.1 * random(width, seed=2).to(dtype)
+    compare(rms_norm, normed, (x, weight, 1e-5), dtype, (0, 1))
+
+    def added(residual, x, weight, eps):
+        stored = (residual + x).detach().to(dtype).double()
+        total = residual + x + (stored - (residual + x).detach())
+        return total, normed(total, weight, eps)
+
+    compare(add_rms_norm, added, (residual, x, weight, 1e-5), dtype, (0, 1, 2))
+
+
+def test_norm_takes_any_leading_shape_and_strides():
+    x, weight = random(4, 6, 32).transpose(0, 1), torch.ones(32)
+    assert difference(rms_norm(x, weight, 1e-6), normed(x.double(), weight.double(), 1e-6)) < 1e-6
+
+
+def test_an_unused_output_of_add_rms_norm_gives_no_gradient():
+    x, residual, weight = random(5, 16).requires_grad_(), random(5, 16, seed=1).requires_grad_(), random(16, seed=2)
+    total, out = add_rms_norm(residual, x, weight, 1e-6)
+    assert torch.equal(torch.autograd.grad(total.sum(), x, retain_graph=True)[0], torch.ones(5, 16))
+    expected = torch.autograd.grad(normed(residual + x, weight, 1e-6).pow(2).sum(), x)[0]
+    assert difference(torch.autograd.grad(out.pow(2).sum(), x)[0], expected) < 1e-5
 
 
 def bits(x: Tensor) -> Tensor:
@@ -61,50 +87,11 @@ def test_threads_change_no_bit_of_a_norm(dtype):
         out = rms_norm(x, weight, 1e-6)
         return [out.detach(), *torch.autograd.grad(out, (x, weight), grad)]
 
-    once, threads = both(), torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    once = both()
+    with torch_threads(2):
         assert all(torch.equal(a, b) for a, b in zip(once, both(), strict=True))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_a_strided_row_is_normed_as_its_copy():
     x, weight = random(40, 9, 64, dtype=torch.bfloat16)[:, 2], random(64, dtype=torch.bfloat16, seed=1)
     assert torch.equal(rms_norm(x, weight, 1e-6), rms_norm(x.contiguous(), weight, 1e-6))
-
-
-@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 1024), (torch.float32, 528)])
-def test_rows_of_experts_larger_than_the_caches_are_those_of_small_ones(dtype, width):
-    """So many go past the caches; a part of them does not."""
-    tokens, per_token = 2_200, 8
-    x, weights = random(tokens, width, dtype=dtype), random(tokens, per_token, seed=1)
-    chosen = torch.rand(tokens, 16, generator=torch.Generator().manual_seed(2)).topk(per_token, -1).indices
-    rows, order, _ = permute_rows(x, chosen, 16)
-    assert rows.nbytes > 2**25 and torch.equal(rows, x[order // per_token])
-    grad = random(tokens, width, dtype=dtype, seed=3)
-
-    def back(first: int, last: int) -> tuple[Tensor, ...]:
-        here = (order >= first * per_token) & (order < last * per_token)
-        own = rows[here].requires_grad_()
-        factors = weights[first:last].clone().requires_grad_()
-        out = combine_rows(own, order[here] - first * per_token, factors)
-        return here, out, *torch.autograd.grad(out, (own, factors), grad[first:last])
-
-    _, out, grad_rows, grad_weights = back(0, tokens)
-    for first, last in ((0, 3), (900, 1_000), (tokens - 1, tokens)):
-        here, part, part_rows, part_weights = back(first, last)
-        assert torch.equal(part, out[first:last]) and torch.equal(part_weights, grad_weights[first:last])
-        assert torch.equal(part_rows, grad_rows[here])
-
-
-@pytest.mark.parametrize("kept", [1, 2, 3, 8, 9, 20, 40])
-def test_experts_that_are_alike_are_chosen_in_their_order(kept):
-    """Scores of few values, so that most are equal; more than eight experts are found in several rounds."""
-    scores = torch.randint(3, (37, 40), generator=torch.Generator().manual_seed(kept)).float()
-    bias = torch.randint(2, (40,), generator=torch.Generator().manual_seed(1)).float()
-    for scoring in ("softmax", "sigmoid"):
-        chosen = route(scores, kept, scoring, bias)[1]
-        for row, own in zip(scores, chosen, strict=True):
-            values = (row.softmax(0) if scoring == "softmax" else row.sigmoid()) + bias
-            assert own.tolist() == sorted(range(40), key=lambda e: (-values[e].item(), e))[:kept]
