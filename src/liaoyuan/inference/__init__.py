@@ -3,8 +3,21 @@
 `Engine.generate` for evaluation and rollouts; `EngineThread` for a server.
 """
 
+from liaoyuan.inference.constraint import Constraint, ConstraintState
 from liaoyuan.inference.engine import Engine, EngineConfig
-from liaoyuan.inference.request import Completion, Event, Request, SamplingParams
+from liaoyuan.inference.request import Completion, Event, PromptLogprobs, Request, SamplingParams
 from liaoyuan.inference.runner import Busy, EngineThread
 
-__all__ = ["Busy", "Completion", "Engine", "EngineConfig", "EngineThread", "Event", "Request", "SamplingParams"]
+__all__ = [
+    "Busy",
+    "Completion",
+    "Constraint",
+    "ConstraintState",
+    "Engine",
+    "EngineConfig",
+    "EngineThread",
+    "Event",
+    "PromptLogprobs",
+    "Request",
+    "SamplingParams",
+]

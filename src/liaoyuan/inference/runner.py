@@ -4,17 +4,20 @@ Only that thread touches the engine; clients leave it commands (add, abort) that
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.engine import Engine
 from liaoyuan.inference.request import Event, Request, RequestId
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class Busy(LiaoyuanError):  # noqa: N818  (a state, not a fault)
@@ -55,6 +58,18 @@ class EngineThread:
         """
         self._refuse(request)
         return self._stream(request)
+
+    async def call(self, work: Callable[[Engine], Result]) -> Result:
+        """Return `work(engine)`, done by the engine's thread between two steps.
+
+        Raises:
+            LiaoyuanError: the engine is not running. Whatever `work` raises is raised here.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Result] = loop.create_future()
+        if not self._command(lambda: _answer(loop, done, lambda: work(self._engine))):
+            raise LiaoyuanError("The engine is not running.")
+        return await done
 
     def health(self) -> dict[str, Any]:
         """Return whether the thread lives, how often the engine failed and why last, and `Engine.statistics()`."""
@@ -160,6 +175,21 @@ class _Client:
 
     loop: asyncio.AbstractEventLoop
     queue: "asyncio.Queue[Event | LiaoyuanError]"
+
+
+def _answer(loop: asyncio.AbstractEventLoop, done: "asyncio.Future[Result]", work: Callable[[], Result]) -> None:
+    """Do some work and leave what comes of it to whoever waits on `loop`."""
+
+    def settle(set_value: Callable[[Any], None], value: Any) -> None:
+        if not done.done():  # cancelled: nobody waits any more
+            set_value(value)
+
+    try:
+        outcome: tuple[Callable[[Any], None], Any] = (done.set_result, work())
+    except Exception as error:
+        outcome = (done.set_exception, error)
+    with contextlib.suppress(RuntimeError):  # the loop has closed
+        loop.call_soon_threadsafe(settle, *outcome)
 
 
 def _put(batch: list[tuple[_Client, Event | LiaoyuanError]]) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -19,7 +19,7 @@ from starlette.types import Send
 
 from liaoyuan.data.tokenizer import IncrementalDecoder, Tokenizer
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference import Busy, Event, Request, SamplingParams
+from liaoyuan.inference import Busy, Engine, Event, Request, SamplingParams
 from liaoyuan.serving.errors import ApiError, ClientGoneError, invalid
 from liaoyuan.serving.protocol import Sampling
 from liaoyuan.serving.scores import PromptScorer
@@ -35,6 +35,10 @@ class Runner(Protocol):
 
     def stream(self, request: Request) -> AsyncIterator[Event]:
         """Return the events of a request; raises Busy or LiaoyuanError at once if it is refused."""
+        ...
+
+    async def call(self, work: Callable[[Engine], Result]) -> Result:
+        """Return `work(engine)`, done between two steps of the engine."""
         ...
 
     def health(self) -> dict[str, Any]: ...
