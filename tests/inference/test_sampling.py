@@ -57,7 +57,7 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
 def test_samples_follow_their_distribution(parameters: dict) -> None:
     rows, vocabulary = 20_000, 150
     logits = 2 * torch.randn(vocabulary, generator=torch.Generator().manual_seed(1))
-    tokens, _ = sample(logits.expand(rows, -1), settings(rows, **parameters))
+    tokens, _, _ = sample(logits.expand(rows, -1), settings(rows, **parameters))
     hot = (logits.double() / parameters.get("temperature", 1.0)).softmax(-1).numpy()
     expected = filtered(hot, *(parameters.get(name, off) for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0))))
     counts = np.bincount(tokens.numpy(), minlength=vocabulary)
@@ -75,10 +75,9 @@ def test_mixed_rows_get_each_their_own_parameters() -> None:
         np.array([0.0, 0.0, 0.0, 0.3] * 16),
         uniform(np.zeros(rows, dtype=np.uint64), np.arange(rows)),
     )
-    tokens, logprobs = sample(logits, mixed)
+    tokens, logprobs, _ = sample(logits, mixed)
     for row in range(rows):
-        one = Settings(*(getattr(mixed, name)[row : row + 1] for name in Settings.__dataclass_fields__))
-        token, logprob = sample(logits[row : row + 1], one)
+        token, logprob, _ = sample(logits[row : row + 1], mixed.of(np.array([row])))
         assert (token, logprob) == (tokens[row], logprobs[row])
     assert torch.equal(tokens[::4], logits[::4].argmax(-1))
     torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])

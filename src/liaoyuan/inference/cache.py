@@ -1,42 +1,15 @@
-"""The paged key-value cache: a pool of blocks, and the attention context that reads and writes it.
+"""The memory of the paged key-value cache, and the attention context that reads and writes it.
 
 Paged attention: Kwon et al. 2023 (arXiv 2309.06180), sec. 4.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from liaoyuan.models import ModelConfig, Pattern
 from liaoyuan.ops import paged_attention, write_cache
-
-
-class BlockPool:
-    """Numbers of free blocks, last freed first given, so that few pages of memory stay warm."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._stack = np.arange(size - 1, -1, -1, dtype=np.int32)
-        self.free = size
-
-    def take(self, count: int) -> np.ndarray:
-        """Return `count` free blocks, int32 [count]; the caller has seen that there are as many."""
-        assert count <= self.free, "more blocks taken than are free"
-        self.free -= count
-        return self._stack[self.free : self.free + count].copy()
-
-    def give(self, blocks: np.ndarray) -> None:
-        """Take back blocks."""
-        self._stack[self.free : self.free + len(blocks)] = blocks
-        self.free += len(blocks)
-
-    def check(self) -> None:
-        """Raise if, with nothing in use, a block is missing or twice free."""
-        whole = self.free == self.size and np.array_equal(np.sort(self._stack), np.arange(self.size))
-        if not whole:
-            raise AssertionError(f"cache blocks leaked: {self.free} of {self.size} are free in an idle engine")
 
 
 class KeyValueCache:

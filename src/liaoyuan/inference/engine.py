@@ -1,23 +1,32 @@
 """The engine: continuous batching of requests over a paged cache, with the training model's own forward.
 
-`generate` runs a list of requests to their end; `add`, `step` and `abort` let a server drive it. Between steps the
-engine holds no copy of the weights, and when it is idle no cached keys and values, so weights may change in place
-between two calls of `generate`.
+`generate` runs a list of requests to their end; `add`, `step` and `abort` let a server drive it. `pause`, `resume`,
+`sleep`, `wake` and `update_weights` change its state; each either succeeds or raises, and a broken engine says so
+instead of answering.
 """
 
 import time
+from typing import Literal
 
 import numpy as np
 import torch
 
 from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference.cache import BlockPool, KeyValueCache, PagedContext
-from liaoyuan.inference.request import Completion, Event, Request, RequestId, TopLogprobs
-from liaoyuan.inference.sampling import sample, top_logprobs
-from liaoyuan.inference.scheduler import Plan, Scheduler, Sequence
+from liaoyuan.inference.blocks import BlockPool
+from liaoyuan.inference.cache import KeyValueCache, PagedContext
+from liaoyuan.inference.drawing import Drawing
+from liaoyuan.inference.plan import Plan
+from liaoyuan.inference.request import Completion, Event, Request, RequestId
+from liaoyuan.inference.sampling import log_probs, top_logprobs
+from liaoyuan.inference.scheduler import Scheduler
+from liaoyuan.inference.sequence import UNKNOWN, Sequence
+from liaoyuan.inference.weights import Weights, checked_weights, copy_weights, storages, weights_checksum
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Progress, Report, silent
+
+State = Literal["ready", "draining", "paused", "asleep", "broken"]
+SCORED_LOGITS = 2**26  # elements of the logits of prompts that one step computes: 128 MiB in bf16
 
 
 class EngineConfig(Config):
@@ -25,6 +34,7 @@ class EngineConfig(Config):
 
     max_sequences: how many run at once. max_batch_tokens: tokens of one step, decode and prefill together.
     cache_tokens: size of the cache; None: enough for all sequences at full length, within `cache_bytes`.
+    prefix_cache: keep keys and values of what was computed, for prompts that begin alike.
     seed: of requests that bring none.
     """
 
@@ -33,6 +43,7 @@ class EngineConfig(Config):
     block_size: int = 16
     cache_tokens: int | None = None
     cache_bytes: int = 2**30
+    prefix_cache: bool = True
     seed: int = 0
 
 
@@ -46,30 +57,60 @@ class Engine:
                 f"({config.max_sequences}): every running sequence needs a token a step."
             )
         self.model, self.config = model, config
+        self.state: State = "ready"
         self._device = model.embed_tokens.weight.device
-        num_blocks = _num_blocks(model, config)
+        num_blocks, vocabulary = _num_blocks(model, config), model.config.vocab_size
         self._pool = BlockPool(num_blocks)
-        self._cache = KeyValueCache(model.config, num_blocks, config.block_size, self._device)
+        self._cache: KeyValueCache | None = self._new_cache()
+        self._dropped: dict[torch.UntypedStorage, int] = {}  # memory of weights that was given up, and its bytes
         longest = model.config.max_position_embeddings
         self.room = min(longest, num_blocks * config.block_size)  # the most tokens of one request
+        self._drawing = Drawing(config.max_sequences, vocabulary)
         self._scheduler = Scheduler(
-            config.max_sequences, longest, config.max_batch_tokens, self._pool, config.block_size
+            config.max_sequences,
+            longest,
+            config.max_batch_tokens,
+            self._pool,
+            config.block_size,
+            max(16, SCORED_LOGITS // vocabulary),
+            config.prefix_cache,
+            self._drawing.start,
         )
-        self._added = self._steps = self._prompt_tokens = self._computed_tokens = self._generated_tokens = 0
+        self._ended: list[tuple[Sequence, str]] = []  # without a token of this step, and not told yet
+        self._arrivals = self._added = self._steps = 0
+        self._prompt_tokens = self._computed_tokens = self._generated_tokens = 0
 
     @property
     def has_work(self) -> bool:
         """Whether any request waits or runs."""
         return bool(self._scheduler.sequences)
 
-    def generate(self, requests: list[Request], report: Report = silent) -> list[Completion]:
+    @property
+    def can_step(self) -> bool:
+        """Whether a step would do anything now."""
+        active = self.has_work if self.state == "ready" else self.state == "draining"
+        return bool(self._ended) or active
+
+    @property
+    def version(self) -> int:
+        """The version of the weights."""
+        return self._scheduler.version
+
+    def generate(
+        self, requests: list[Request], report: Report = silent, keep_prefixes: bool = False
+    ) -> list[Completion]:
         """Run requests to their end and return their completions in the same order.
 
+        keep_prefixes: use what earlier calls left in the prefix cache. False forgets it, so that weights may have been
+            changed in place since.
+
         Raises:
-            LiaoyuanError: a request is refused (see `add`; then none has run), or the engine is at work.
+            LiaoyuanError: a request is refused (see `add`; then none has run), or the engine is at work or not ready.
         """
-        if self.has_work:
-            raise LiaoyuanError("generate needs an idle engine; this one still has requests.")
+        if self.has_work or self.state != "ready":
+            raise LiaoyuanError("generate needs an idle engine; this one still has requests or is not ready.")
+        if not keep_prefixes:
+            self._pool.forget()
         self._added = 0  # requests without a seed get the same numbers in every call
         try:
             for request in requests:
@@ -78,6 +119,7 @@ class Engine:
         except BaseException:
             for sequence in list(self._scheduler.sequences.values()):
                 self._scheduler.remove(sequence)
+            self._ended.clear()
             raise
         return [done[request.id] for request in requests]
 
@@ -92,9 +134,16 @@ class Engine:
         limit = self.room if sampling.max_tokens is None else count + sampling.max_tokens
         seed = self.config.seed * 2**32 + self._added if sampling.seed is None else sampling.seed
         self._added += 1
+        self._arrivals += 1
         self._prompt_tokens += count
+        deadline = None if request.timeout is None else time.monotonic() + request.timeout
         tokens = np.array(request.prompt, dtype=np.int64)
-        self._scheduler.add(Sequence(request, seed % 2**64, limit, tokens, np.zeros(count, dtype=np.float32)))
+        sequence = Sequence(
+            request, seed % 2**64, limit, self._arrivals, deadline, tokens, np.zeros(count, dtype=np.float32)
+        )
+        if sampling.prompt_logprobs is not None:
+            sequence.scores = np.full(count - 1, UNKNOWN, dtype=np.float32)
+        self._scheduler.add(sequence)
 
     def check(self, request: Request) -> None:
         """Raise LiaoyuanError if a request could never fit, or its id, tokens or parameters are wrong."""
@@ -103,10 +152,15 @@ class Engine:
             raise LiaoyuanError(f"There is already a request with the id '{request.id}'.")
         if not request.prompt:
             raise LiaoyuanError("The prompt is empty: it needs at least one token.")
+        if request.adapter:
+            raise LiaoyuanError(f"There is no adapter '{request.adapter}'.")
         vocabulary = self.model.config.vocab_size
         if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
             wrong = next(token for token in request.prompt if not 0 <= token < vocabulary)
             raise LiaoyuanError(f"The prompt has the token {wrong}, but the vocabulary has {vocabulary} tokens.")
+        for token, _ in request.sampling.logit_bias:
+            if not 0 <= token < vocabulary:
+                raise LiaoyuanError(f"'logit_bias' has the token {token}, but the vocabulary has {vocabulary} tokens.")
         count, most = len(request.prompt), request.sampling.max_tokens
         if count + (most or 1) > self.room:
             raise LiaoyuanError(
@@ -115,22 +169,28 @@ class Engine:
             )
 
     def step(self) -> list[Event]:
-        """Compute one batch; return an event for every request that got a token."""
-        plan = self._scheduler.plan()
+        """Compute one batch; return an event for every request that got a token or ended."""
+        scheduler = self._scheduler
+        plan = self._plan()
+        events = self._tell_ended()
         if plan is None:
-            return []
-        stopped, full = self._advance(plan)
-        scheduler, slots = self._scheduler, plan.slots[plan.samples]
-        place = scheduler.length[slots] - 1
+            self._after_step()
+            return events
+        stopped, full, failed = self._advance(plan)
+        slots, place = plan.samplers, plan.places
         tokens, logprobs = scheduler.tokens[slots, place].tolist(), scheduler.logprobs[slots, place].tolist()
-        reasons = np.where(stopped, "stop", np.where(full, "length", None)).tolist()  # type: ignore[call-overload]
-        events = []
-        for slot, token, logprob, reason in zip(slots.tolist(), tokens, logprobs, reasons, strict=True):
+        reasons = _reasons(stopped, full, failed)
+        for slot, at, token, logprob, reason in zip(
+            slots.tolist(), place.tolist(), tokens, logprobs, reasons, strict=True
+        ):
             sequence = scheduler.in_slot(slot)
             top = sequence.top_logprobs[-1:] if sequence.top_logprobs else []
-            events.append(Event(sequence.request.id, [token], [logprob], reason, top))
-        scheduler.finish(slots[stopped | full])
-        self._check_idle()
+            prompt = sequence.prompt_logprobs() if at == len(sequence.request.prompt) else None
+            version, masks = sequence.versions[-1][1], sequence.masks[-1:] if sequence.masks else []
+            given = ([], []) if reason == "error" else ([token], [logprob])
+            events.append(Event(sequence.request.id, *given, reason, top, version, prompt, masks, sequence.cached))
+        scheduler.finish(slots[stopped | full | failed])
+        self._after_step()
         return events
 
     def abort(self, request_id: RequestId) -> bool:
@@ -142,85 +202,219 @@ class Engine:
         self._check_idle()
         return True
 
+    def pause(self, mode: Literal["abort", "wait", "keep"] = "keep") -> None:
+        """Stop computing. New requests wait until `resume`.
+
+        mode: "abort" ends all requests; "wait" lets those that run go on to their end first (the state is "draining"
+            until then); "keep" freezes them, and they go on at `resume`.
+
+        Raises:
+            LiaoyuanError: the engine sleeps or is broken.
+        """
+        if mode not in ("abort", "wait", "keep"):
+            raise LiaoyuanError(f"There is no way to pause '{mode}'; there are abort, wait and keep.")
+        self._need("ready", "draining", "paused")
+        if mode == "abort":
+            for sequence in list(self._scheduler.sequences.values()):
+                self._end(sequence, "abort")
+        self._scheduler.draining = mode == "wait"
+        self.state = "draining" if mode == "wait" and len(self._scheduler.running) else "paused"
+        self._check_idle()
+
+    def resume(self) -> None:
+        """Go on after `pause`.
+
+        Raises:
+            LiaoyuanError: the engine sleeps, is broken, or has no weights.
+        """
+        self._need("ready", "draining", "paused")
+        if self._dropped:
+            raise LiaoyuanError("The engine has no weights since it slept without them: update them first.")
+        self._scheduler.draining = False
+        self.state = "ready"
+
+    def sleep(self, drop_weights: bool = False) -> None:
+        """Give the memory of the cache back, and with `drop_weights` that of the weights; requests wait.
+
+        Raises:
+            LiaoyuanError: the engine is broken or sleeps.
+        """
+        self._need("ready", "draining", "paused")
+        self._forget_computed()
+        self._cache = None
+        if drop_weights:
+            self._dropped = storages(self.model)
+            for piece in self._dropped:
+                piece.resize_(0)
+        self._scheduler.draining = False
+        self.state = "asleep"
+
+    def wake(self) -> None:
+        """Take the memory again. The engine is paused then: `resume` goes on, after `update_weights` if it has none.
+
+        Raises:
+            LiaoyuanError: the engine does not sleep, or there is not enough memory (it sleeps on then).
+        """
+        self._need("asleep")
+        cache = self._new_cache()
+        for piece, size in self._dropped.items():
+            piece.resize_(size)
+        self._cache, self.state = cache, "paused"
+
+    @torch.no_grad()
+    def update_weights(self, weights: Weights, version: int | None = None) -> int:
+        """Replace weights in place and return their version (the next number if None is given).
+
+        All that was computed with the old weights is forgotten; requests go on with the new ones, and say which version
+        made which token.
+
+        Args:
+            weights: a Hugging Face folder, or tensors by the model's own names.
+
+        Raises:
+            LiaoyuanError: see `checked_weights`: nothing has changed then. Or the engine sleeps, or copying failed in
+                the middle: it is broken then, until a whole update succeeds.
+        """
+        self._need("ready", "draining", "paused", "broken")
+        new = checked_weights(self.model, weights)
+        missing = self.model.state_dict().keys() - new.keys()
+        if missing and (self._dropped or self.state == "broken"):
+            raise LiaoyuanError(f"The engine has no whole weights, and the update lacks '{min(missing)}'.")
+        self._forget_computed()
+        before, self.state = self.state, "broken"
+        copy_weights(self.model, new)
+        self._dropped = {}
+        self.state = "paused" if before == "broken" else before
+        self._scheduler.version = self.version + 1 if version is None else version
+        return self.version
+
+    def checksum(self) -> str:
+        """Return the checksum of the weights; see `weights_checksum`."""
+        return weights_checksum(self.model)
+
     def statistics(self) -> dict[str, int]:
         """Return counts: what runs and waits now, blocks, and totals since the start."""
-        running = len(self._scheduler.running)
+        scheduler = self._scheduler
         return {
-            "running": running,
-            "waiting": len(self._scheduler.waiting),
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
             "free_blocks": self._pool.free,
+            "cached_blocks": self._pool.cached,
             "blocks": self._pool.size,
             "steps": self._steps,
             "prompt_tokens": self._prompt_tokens,
             "computed_tokens": self._computed_tokens,
             "generated_tokens": self._generated_tokens,
-            "preemptions": self._scheduler.preemptions,
+            "preemptions": scheduler.preemptions,
+            "prefix_hit_tokens": scheduler.hit_tokens,
+            "prefix_asked_tokens": scheduler.asked_tokens,
+            "version": self.version,
         }
 
     def _run(self, total: int, report: Report) -> dict[RequestId, Completion]:
         done: dict[RequestId, Completion] = {}
         scheduler, before, last = self._scheduler, self._generated_tokens, time.monotonic()
-        while (plan := scheduler.plan()) is not None:
-            stopped, full = self._advance(plan)
-            slots = plan.slots[plan.samples]
-            ended = stopped | full
-            for sequence, stop in zip(scheduler.finish(slots[ended]), stopped[ended].tolist(), strict=True):
-                done[sequence.request.id] = _completion(sequence, "stop" if stop else "length")
+        while self.has_work:
+            plan = self._plan()
+            done |= {sequence.request.id: sequence.completion(reason) for sequence, reason in self._ended}
+            self._ended.clear()
+            if plan is not None:
+                stopped, full, failed = self._advance(plan)
+                ended = stopped | full | failed
+                reasons = _reasons(stopped[ended], full[ended], failed[ended])
+                for sequence, reason in zip(scheduler.finish(plan.samplers[ended]), reasons, strict=True):
+                    done[sequence.request.id] = sequence.completion(str(reason))
             if time.monotonic() - last >= 1.0 or len(done) == total:
                 last = time.monotonic()
                 report(Progress(len(done), total, "request", f"{self._generated_tokens - before} tokens"))
-        self._check_idle()
+        self._after_step()
         return done
 
+    def _plan(self) -> Plan | None:
+        for sequence in self._scheduler.overdue():
+            self._end(sequence, "timeout")
+        return self._scheduler.plan() if self.state in ("ready", "draining") else None
+
     @torch.inference_mode()
-    def _advance(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-        """Compute a plan and record its tokens; return who of the samplers met a stop token and who their limit."""
+    def _advance(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Compute a plan and record its tokens; return who of the samplers met a stop token, their limit, an error."""
+        logits = self._logits(plan)
+        slots, count = plan.samplers, len(plan.samplers)
+        self._steps += 1
+        self._computed_tokens += len(plan.tokens)
+        self._generated_tokens += count
+        if len(plan.scored_slots):
+            self._score(plan, logits[count:])
+        if not count:
+            nothing = np.zeros(0, dtype=bool)
+            self._scheduler.commit(plan, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32))
+            return nothing, nothing, nothing
+        draws = self._drawing.draw(logits[:count], slots, plan.places, self._scheduler.tokens)
+        full = self._scheduler.commit(plan, draws.tokens, draws.logprobs)
+        return draws.stopped, full, draws.failed
+
+    def _logits(self, plan: Plan) -> torch.Tensor:
+        """Return the logits [R + P, V] of a plan's rows: the only place where the model is called."""
+        assert self._cache is not None
         if plan.copies.size:
             self._cache.copy(*self._tensor(plan.copies))
         tensors = (plan.cache_slots, plan.block_tables, plan.query_starts, plan.lengths)
         context = PagedContext(self._cache, *(self._tensor(values) for values in tensors))
-        logits = self.model(
+        return self.model(
             self._tensor(plan.tokens), self._tensor(plan.positions), context, rows=self._tensor(plan.rows)
         )
-        slots = plan.slots[plan.samples]
-        self._steps += 1
-        self._computed_tokens += len(plan.tokens)
-        self._generated_tokens += len(slots)
-        if len(slots):
-            tokens, logprobs = sample(logits, self._scheduler.settings(slots))
-            self._keep_top(slots, logits)
-            return self._scheduler.commit(plan, tokens.cpu().numpy(), logprobs.cpu().numpy())
-        return self._scheduler.commit(plan, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32))
 
-    def _keep_top(self, slots: np.ndarray, logits: torch.Tensor) -> None:
-        """Keep the most probable tokens of those who asked for them."""
-        wanted = np.minimum(self._scheduler.top_logprobs[slots], logits.shape[1])
-        rows = np.flatnonzero(wanted)
-        if not len(rows):
-            return
-        tokens, logprobs = top_logprobs(logits[self._tensor(rows)], int(wanted.max()))
-        for row, row_tokens, row_logprobs in zip(rows.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
-            count = wanted[row]
-            top: TopLogprobs = list(zip(row_tokens[:count], row_logprobs[:count], strict=True))
-            self._scheduler.in_slot(slots[row]).top_logprobs.append(top)
+    def _score(self, plan: Plan, logits: torch.Tensor) -> None:
+        """Keep the log-probabilities of prompts' tokens, and their rivals for those who want them."""
+        slots, places = plan.scored_slots, plan.scored_places
+        scores = log_probs(logits, self._scheduler.tokens[slots, places]).cpu().numpy()
+        for slot in np.unique(slots).tolist():
+            sequence, rows = self._scheduler.in_slot(slot), np.flatnonzero(slots == slot)
+            assert sequence.scores is not None
+            sequence.scores[places[rows] - 1] = scores[rows]
+            count = min(sequence.request.sampling.prompt_logprobs or 0, logits.shape[1])
+            if count:
+                tokens, values = top_logprobs(logits[self._tensor(rows)], count)
+                for place, *row in zip(places[rows].tolist(), tokens.tolist(), values.tolist(), strict=True):
+                    sequence.rivals[place] = list(zip(*row, strict=True))
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        """End a request between two steps; the next one tells of it."""
+        self._scheduler.remove(sequence)
+        self._ended.append((sequence, reason))
+
+    def _tell_ended(self) -> list[Event]:
+        ended, self._ended = self._ended, []
+        return [Event(sequence.request.id, [], [], reason, version=self.version) for sequence, reason in ended]
+
+    def _after_step(self) -> None:
+        if self.state == "draining" and not len(self._scheduler.running):
+            self.state = "paused"
+        self._check_idle()
+
+    def _forget_computed(self) -> None:
+        self._scheduler.preempt_all()
+        self._pool.forget()
+
+    def _need(self, *states: State) -> None:
+        if self.state not in states:
+            hint = {"asleep": "wake it first", "broken": "its weights are not whole: update them first"}
+            raise LiaoyuanError(f"The engine is {self.state}: {hint.get(self.state, 'this cannot be done now')}.")
+
+    def _new_cache(self) -> KeyValueCache:
+        return KeyValueCache(self.model.config, self._pool.size, self.config.block_size, self._device)
 
     def _check_idle(self) -> None:
         if not self._scheduler.sequences:
-            self._pool.check()
+            self._pool.check(self._scheduler.held())
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device)
 
 
-def _completion(sequence: Sequence, reason: str) -> Completion:
-    start = len(sequence.request.prompt)
-    return Completion(
-        sequence.request.id,
-        sequence.tokens[start:].tolist(),
-        sequence.logprobs[start:].tolist(),
-        reason,
-        sequence.top_logprobs,
-    )
+def _reasons(stopped: np.ndarray, full: np.ndarray, failed: np.ndarray) -> list[str | None]:
+    found = np.select([failed, stopped, full], ["error", "stop", "length"], "")
+    return [reason or None for reason in found.tolist()]
 
 
 def _num_blocks(model: Decoder, config: EngineConfig) -> int:

@@ -18,6 +18,7 @@ from liaoyuan.inference.request import Event, Request, RequestId
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+OVERDUE_SECONDS = 0.1  # how late a paused engine may notice that a request's time is over
 
 
 class Busy(LiaoyuanError):  # noqa: N818  (a state, not a fault)
@@ -78,6 +79,7 @@ class EngineThread:
             "open": len(self._clients),
             "failures": self._failures,
             "error": self._error,
+            "state": self._engine.state,
             **self._engine.statistics(),
         }
 
@@ -118,7 +120,9 @@ class EngineThread:
     def _loop(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._closing or self._commands or self._engine.has_work)
+                # Who is paused computes nothing, but ends those whose time is over.
+                timeout = OVERDUE_SECONDS if self._engine.has_work else None
+                self._wake.wait_for(lambda: self._closing or self._commands or self._engine.can_step, timeout)
                 if self._closing:
                     break
                 commands, self._commands = self._commands, []
@@ -130,6 +134,8 @@ class EngineThread:
                 logger.exception("the engine failed; all open requests are given up")
                 self._failures, self._error = self._failures + 1, repr(error)
                 self._give_up(LiaoyuanError(f"The engine failed: {error!r}."))
+        for command in self._commands:
+            command()
         self._give_up(LiaoyuanError("The engine is shutting down."))
 
     def _add(self, request: Request) -> None:
@@ -147,7 +153,9 @@ class EngineThread:
         """Hand items to their clients, with one wake-up per event loop; who has ended is forgotten."""
         loops: dict[asyncio.AbstractEventLoop, list[tuple[_Client, Event | LiaoyuanError]]] = {}
         for request_id, item in items:
-            client = self._clients[request_id]
+            client = self._clients.get(request_id)
+            if client is None:
+                continue
             loops.setdefault(client.loop, []).append((client, item))
             if isinstance(item, LiaoyuanError) or item.finish_reason is not None:
                 del self._clients[request_id]

@@ -7,20 +7,57 @@ splitmix64 (Steele et al. 2014), so that a sample never depends on the other req
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from liaoyuan.inference.masks import packed
 from liaoyuan.ops import sample_tokens, sampling_settings
+from liaoyuan.ops.sampling import penalised
+
+Bias = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The sampling parameters of R rows, numpy [R]; see `SamplingParams`. uniform: fp64 in [0, 1)."""
+    """The sampling parameters of R rows, numpy [R]; see `SamplingParams`. uniform: fp64 in [0, 1).
+
+    repetition, presence, frequency: penalties, with history int64 [R, L], each row's tokens so far filled up with -1,
+        and prompt_lengths int64 [R]; None if no row has penalties.
+    mask: int32 [R, ceil(V / 32)], the tokens that are allowed as bits; None: all are.
+    biased: int64 [B], the rows with a bias, and their biases.
+    """
 
     temperature: np.ndarray
     top_p: np.ndarray
     top_k: np.ndarray
     min_p: np.ndarray
     uniform: np.ndarray
+    repetition: np.ndarray | float = 1.0
+    presence: np.ndarray | float = 0.0
+    frequency: np.ndarray | float = 0.0
+    history: np.ndarray | None = None
+    prompt_lengths: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    biased: np.ndarray | None = None
+    biases: tuple[Bias, ...] = ()
+
+    def of(self, rows: np.ndarray) -> "Settings":
+        """Return the settings of some rows."""
+        chosen = {
+            name: value[rows] if isinstance(value, np.ndarray) and name != "biased" else value
+            for name, value in vars(self).items()
+        }
+        if self.biased is not None:
+            places = {int(row): index for index, row in enumerate(self.biased)}
+            kept = [(index, places[int(row)]) for index, row in enumerate(rows) if int(row) in places]
+            chosen["biased"] = np.array([index for index, _ in kept], dtype=np.int64) if kept else None
+            chosen["biases"] = tuple(self.biases[place] for _, place in kept)
+        return Settings(**chosen)
+
+    def table(self) -> Tensor:
+        """Return them as `ops.sample_tokens` takes them."""
+        numbers = ("temperature", "top_p", "top_k", "min_p", "uniform", "repetition", "presence", "frequency")
+        return sampling_settings(len(self.temperature), **{name: getattr(self, name) for name in numbers})
 
 
 def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -30,21 +67,74 @@ def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return (mixed >> np.uint64(12)) * 2.0**-52  # 52 bits, so that u * total never rounds up to total
 
 
-def sample(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Return tokens int64 [R] and their log-probabilities fp32 [R] under the raw distribution (temperature 1).
+def sample(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens int64 [R], their log-probabilities fp32 [R] under the raw distribution (temperature 1), and those
+    under the distribution that was drawn from.
 
     logits: [R, V], any float dtype; all arithmetic is fp32 or wider. A row whose logits are not numbers gets the
     token 0 and nan, and harms no other.
     """
-    table = sampling_settings(len(logits), **vars(settings)).to(logits.device)
-    sampled = sample_tokens(logits, table)
-    return sampled.tokens.clamp_min(0), sampled.log_probs
+    table = settings.table().to(logits.device)
+    history, lengths, mask = (_tensor(x, logits) for x in (settings.history, settings.prompt_lengths, settings.mask))
+    found = sample_tokens(logits, table, history, lengths, mask)
+    tokens, raw, drawn = found.tokens.clamp_min(0), found.log_probs, found.filtered_log_probs
+    if settings.biased is None:
+        return tokens, raw, drawn
+    rows = torch.from_numpy(settings.biased).to(logits.device)
+    history, lengths, mask = (None if x is None else x[rows] for x in (history, lengths, mask))
+    again = sample_tokens(_biased(logits, settings), table[rows], history, lengths, mask)
+    tokens[rows], drawn[rows] = again.tokens.clamp_min(0), again.filtered_log_probs
+    raw[rows] = log_probs(logits[rows], tokens[rows].cpu().numpy())
+    return tokens, raw, drawn
+
+
+def log_probs(logits: Tensor, tokens: np.ndarray) -> Tensor:
+    """Return the log-probability fp32 [R] of a given token of each row, with the bits that drawing it would give."""
+    mask = torch.from_numpy(packed(tokens, logits.shape[1])).to(logits.device)
+    return sample_tokens(logits, sampling_settings(len(tokens)).to(logits.device), mask=mask).log_probs
 
 
 def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` most probable tokens int64 [R, count] and their raw log-probabilities fp32 [R, count]."""
     values, tokens = logits.float().log_softmax(-1).topk(count, dim=-1)
     return tokens, values
+
+
+def distributions(logits: Tensor, settings: Settings) -> Tensor:
+    """Return the log-probabilities fp32 [R, V] that rows are drawn from; -inf where a token cannot be drawn."""
+    scores = logits.float().clone()
+    if settings.biased is not None:
+        scores[torch.from_numpy(settings.biased).to(logits.device)] = _biased(logits, settings)
+    table = settings.table().to(logits.device)
+    temperature, top_k, top_p, min_p, *penalties, _ = table[:, :, None].unbind(1)
+    history, lengths, mask = (_tensor(x, logits) for x in (settings.history, settings.prompt_lengths, settings.mask))
+    if history is not None and lengths is not None:
+        scores = penalised(scores, history, lengths, *penalties)
+    if mask is not None:
+        bits = mask[:, :, None] >> torch.arange(32, device=mask.device) & 1
+        scores = scores.masked_fill(bits.flatten(1)[:, : scores.shape[1]] == 0, -torch.inf)
+    shares = (scores.double() / temperature.clamp_min(1e-9)).softmax(-1)
+    ranked, order = shares.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(ranked.shape[1], device=ranked.device)
+    left = ranked.masked_fill((rank >= top_k) & (top_k > 0) | (rank > 0) & (temperature == 0), 0.0)
+    before = left.cumsum(-1) - left
+    left = left.masked_fill((before >= top_p * left.sum(-1, keepdim=True)) & (rank > 0) & (top_p < 1), 0.0)
+    left = left.masked_fill(ranked < min_p * ranked[:, :1], 0.0)
+    return (left / left.sum(-1, keepdim=True)).log().gather(-1, order.argsort(-1)).float()
+
+
+def _biased(logits: Tensor, settings: Settings) -> Tensor:
+    """Return the rows that have a bias, fp32 [B, V], with it."""
+    assert settings.biased is not None
+    rows = logits[torch.from_numpy(settings.biased).to(logits.device)].float()
+    for row, bias in zip(rows, settings.biases, strict=True):
+        tokens, values = zip(*bias, strict=True)
+        row.index_add_(0, torch.tensor(tokens, device=row.device), torch.tensor(values, device=row.device))
+    return rows
+
+
+def _tensor(values: np.ndarray | None, like: Tensor) -> Tensor | None:
+    return None if values is None else torch.from_numpy(values).to(like.device)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -1,98 +1,96 @@
-"""Who computes what in the next step: first come, first served, one token budget for decode and prefill alike.
+"""Who computes what in the next step: one token budget for decode and prefill alike, the most urgent first.
 
 Every running sequence has a slot, a row in preallocated arrays, and a sequence is only its number of known tokens
 (`length`) and of those in the cache (`computed`). A step computes some of the tokens between the two; a sequence
-that has all of them in the cache gets its next token. Decode, whole prefill, chunked prefill and recomputation
-after preemption are this one rule. Python touches single sequences only when they come and go.
+that has all of them in the cache gets its next token. Decode, whole prefill, chunked prefill, what a prefix hit leaves
+and recomputation after preemption are this one rule. Python touches single sequences only when they come and go, and
+when they fill a block.
 
-A sequence whose prompt another one is already computing waits for that and copies its keys and values (the many
-samples of one prompt in rollouts and pass@k): all but the last token, whose logits it needs.
+A sequence whose prompt begins as one does that is being computed shares those blocks at once and waits until they are
+filled; if the whole prompt is the same (the many samples of one prompt in rollouts and pass@k), it copies the last,
+half-filled block too and computes one token.
 """
 
-from collections import deque
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
 
 import numpy as np
 
-from liaoyuan.inference.cache import BlockPool
-from liaoyuan.inference.request import Request, RequestId, TopLogprobs
-from liaoyuan.inference.sampling import Settings, uniform
+from liaoyuan.inference.blocks import BlockPool, Key
+from liaoyuan.inference.plan import Plan, lay_out
+from liaoyuan.inference.request import RequestId
+from liaoyuan.inference.sequence import Sequence, block_keys, root_key
+from liaoyuan.inference.waiting import Waiting
 
-
-@dataclass
-class Sequence:
-    """A request on its way. tokens and logprobs hold what was generated before a preemption."""
-
-    request: Request
-    seed: int
-    limit: int  # of prompt and completion together
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    slot: int = -1  # -1: waiting
-    top_logprobs: list[TopLogprobs] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One step, for S sequences and N tokens.
-
-    slots, counts: [S], the sequences and how many new tokens each has; samples: bool [S], who gets a next token.
-    tokens, positions, cache_slots: int64 [N]; rows: int64 [R], the last row of each who samples.
-    block_tables int32 [S, blocks], query_starts int32 [S + 1], lengths int32 [S]: see `ops.paged_attention`.
-    copies: int64 [2, C], cache blocks to copy before the step, from and to.
-    """
-
-    slots: np.ndarray
-    counts: np.ndarray
-    samples: np.ndarray
-    tokens: np.ndarray
-    positions: np.ndarray
-    cache_slots: np.ndarray
-    rows: np.ndarray
-    block_tables: np.ndarray
-    query_starts: np.ndarray
-    lengths: np.ndarray
-    copies: np.ndarray
+NOBODY = -1
 
 
 class Scheduler:
     """Sequences that wait, sequences that run, and the blocks that these hold."""
 
     def __init__(
-        self, max_sequences: int, max_length: int, max_batch_tokens: int, pool: BlockPool, block_size: int
+        self,
+        max_sequences: int,
+        max_length: int,
+        max_batch_tokens: int,
+        pool: BlockPool,
+        block_size: int,
+        max_scored_rows: int,
+        prefix_cache: bool,
+        begin: Callable[[Sequence], None],
     ) -> None:
+        """
+        max_scored_rows: of the prompts whose log-probabilities are asked for, how many rows a step computes.
+        begin: told of each sequence that gets a slot.
+        """
         self.pool, self.block_size, self.max_batch_tokens = pool, block_size, max_batch_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running = np.empty(0, dtype=np.int64)  # slots in order of arrival
+        self.max_scored_rows, self.prefix_cache = max_scored_rows, prefix_cache
+        self._begin = begin
+        self.version = 0
+        self.draining = False  # nobody new is started
+        self.waiting = Waiting()
+        self.running = np.empty(0, dtype=np.int64)  # slots, the most urgent first, then in order of arrival
         self.sequences: dict[RequestId, Sequence] = {}
-        self.preemptions = 0
+        self.preemptions = self.hit_tokens = self.asked_tokens = 0
         self._in_slot: list[Sequence | None] = [None] * max_sequences
         self._free_slots = list(range(max_sequences - 1, -1, -1))
         self.tokens = np.zeros((max_sequences, max_length), dtype=np.int64)
         self.logprobs = np.zeros((max_sequences, max_length), dtype=np.float32)
         self.length, self.computed, self.allocated, self.limit = np.zeros((4, max_sequences), dtype=np.int64)
-        self._prompt = np.zeros(max_sequences, dtype=np.int64)  # length of the prompt
-        self._tables = np.zeros((max_sequences, -(-max_length // block_size)), dtype=np.int32)
-        self._leader = np.full(max_sequences, -1, dtype=np.int64)  # the slot whose prompt is waited for
-        self._owners: dict[tuple[int, ...], int] = {}  # prompt -> the slot that computes it
-        self._stop = np.full((max_sequences, 1), -1, dtype=np.int64)
-        self._seed = np.zeros(max_sequences, dtype=np.uint64)
-        self._temperature, self._top_p, self._min_p = np.zeros((3, max_sequences))
-        self._top_k, self.top_logprobs = np.zeros((2, max_sequences), dtype=np.int64)
+        self.prompt = np.zeros(max_sequences, dtype=np.int64)  # length of the prompt
+        self.scores = np.zeros(max_sequences, dtype=bool)  # whether the prompt's log-probabilities are wanted
+        self.tables = np.zeros((max_sequences, -(-max_length // block_size)), dtype=np.int32)
+        self._known = np.zeros(max_sequences, dtype=np.int64)  # blocks that have been offered to the prefix cache
+        self._account, self._priority, self._arrival = np.zeros((3, max_sequences), dtype=np.int64)
+        self._leader = np.full(max_sequences, NOBODY, dtype=np.int64)  # the slot whose tokens are waited for
+        self._need = np.zeros(max_sequences, dtype=np.int64)  # how many of them
+        self._owners: dict[tuple[Key, tuple[int, ...]], int] = {}  # prompt -> the slot that computes it
+        self._pending: dict[Key, int] = {}  # key of a block -> the slot that fills it
+        self._deadlines = False  # whether anybody has one
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         self.sequences[sequence.request.id] = sequence
-        self.waiting.append(sequence)
+        self._deadlines |= sequence.deadline is not None
+        self.waiting.enter(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or aborted, and free what it holds."""
         del self.sequences[sequence.request.id]
         if sequence.slot < 0:
-            self.waiting.remove(sequence)
+            self.waiting.take(sequence)
         else:
-            self.running = self.running[self.running != sequence.slot]
-            self._release(sequence)
+            self._stop(sequence)
+        self.waiting.leave(sequence)
+
+    def overdue(self) -> list[Sequence]:
+        """Return those whose time is over."""
+        if not self._deadlines:
+            return []
+        now = time.monotonic()
+        having = [one for one in self.sequences.values() if one.deadline is not None]
+        self._deadlines = bool(having)
+        return [one for one in having if one.deadline is not None and one.deadline <= now]
 
     def plan(self) -> Plan | None:
         """Admit who fits, give blocks, and share out the token budget; None if nobody runs."""
@@ -101,41 +99,42 @@ class Scheduler:
         if not len(self.running):
             return None
         copies = self._fork()
-        waits = self._leader[self.running] >= 0
+        waits = self._leader[self.running] != NOBODY
         todo = np.where(waits, 0, self.length[self.running] - self.computed[self.running])
         counts = self._share(todo)
         chosen = counts > 0
-        return self._plan(self.running[chosen], counts[chosen], (counts == todo)[chosen], copies)
+        slots, counts = self.running[chosen], counts[chosen]
+        self.waiting.charge(self._account[slots], counts)
+        return lay_out(self, slots, counts, copies)
 
-    def settings(self, slots: np.ndarray) -> Settings:
-        """Return the sampling parameters of slots, with the random numbers of their next positions."""
-        number = uniform(self._seed[slots], self.length[slots])
-        return Settings(self._temperature[slots], self._top_p[slots], self._top_k[slots], self._min_p[slots], number)
-
-    def commit(self, plan: Plan, tokens: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Record a step's result for those who sampled, [R]; return who met a stop token and who their limit."""
+    def commit(self, plan: Plan, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
+        """Record a step's result for those who sampled, [R]; return who has met the limit."""
         self.computed[plan.slots] += plan.counts
-        slots = plan.slots[plan.samples]
-        place = self.length[slots]
+        self._offer(plan.slots)
+        slots, place = plan.samplers, plan.places
         self.tokens[slots, place] = tokens
         self.logprobs[slots, place] = logprobs
         self.length[slots] = place + 1
-        stopped = (self._stop[slots] == tokens[:, None]).any(1)
-        return stopped, place + 1 >= self.limit[slots]
+        return place + 1 >= self.limit[slots]
 
     def finish(self, slots: np.ndarray) -> list[Sequence]:
         """Forget the sequences in these slots, keeping their tokens and log-probabilities in what is returned."""
-        if not len(slots):
-            return []
-        gone = np.zeros(len(self._in_slot), dtype=bool)
-        gone[slots] = True
-        self.running = self.running[~gone[self.running]]
         done = [self.in_slot(slot) for slot in slots.tolist()]
         for sequence in done:
-            self._save(sequence)
-            self._release(sequence)
-            del self.sequences[sequence.request.id]
+            self.remove(sequence)
         return done
+
+    def preempt_all(self) -> None:
+        """Send everyone back to the queue; all is computed again when they return."""
+        for slot in self.running[::-1].tolist():
+            if self._in_slot[slot] is not None:
+                self.preempt(self.in_slot(slot))
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Send a running sequence back to the head of the queue; its keys and values are computed again later."""
+        self.preemptions += 1
+        self._stop(sequence)
+        self.waiting.put_back(sequence)
 
     def in_slot(self, slot: int) -> Sequence:
         """Return the sequence that runs in a slot."""
@@ -143,126 +142,178 @@ class Scheduler:
         assert sequence is not None
         return sequence
 
-    def _fork(self) -> np.ndarray:
-        """Return the block copies for those whose prompt, but for its last token, another sequence has computed."""
-        slots = self.running[self._leader[self.running] >= 0]
-        slots = slots[self.computed[self._leader[slots]] >= self._prompt[slots] - 1]
-        if not len(slots):
-            return np.empty((2, 0), dtype=np.int64)
-        blocks = -(-(self._prompt[slots] - 1) // self.block_size)
-        held = np.arange(blocks.max()) < blocks[:, None]
-        tables = self._tables[np.stack([self._leader[slots], slots]), : held.shape[1]]
-        self.computed[slots] = self._prompt[slots] - 1
-        self._leader[slots] = -1
-        return tables[:, held].astype(np.int64)
+    def held(self) -> np.ndarray:
+        """Return all blocks that running sequences hold, one after another."""
+        parts = [self.tables[slot, : self.allocated[slot]] for slot in self.running.tolist()]
+        return np.concatenate([*parts, np.empty(0, dtype=np.int32)])
 
     def _share(self, todo: np.ndarray) -> np.ndarray:
-        """Return how many tokens each running sequence computes: all who decode, then prefill in order of arrival."""
+        """Return how many tokens each running sequence computes: all who decode, then prefill in order of urgency."""
         decode = todo == 1
         left = self.max_batch_tokens - int(decode.sum())
         prefill = np.where(decode, 0, todo)
+        scored = self.scores[self.running] & ~decode
+        if scored.any():
+            rows = np.where(scored, prefill, 0)
+            prefill = np.where(scored, np.clip(self.max_scored_rows - (rows.cumsum() - rows), 0, prefill), prefill)
         before = prefill.cumsum() - prefill
         return np.where(decode, 1, np.clip(left - before, 0, prefill))
 
-    def _plan(self, slots: np.ndarray, counts: np.ndarray, samples: np.ndarray, copies: np.ndarray) -> Plan:
-        starts = np.zeros(len(slots) + 1, dtype=np.int32)
-        np.cumsum(counts, out=starts[1:])
-        computed = self.computed[slots]
-        lengths = computed + counts
-        owner = np.repeat(np.arange(len(slots)), counts)
-        positions = np.arange(starts[-1]) + (computed - starts[:-1])[owner]
-        places = slots[owner]
-        size = self.block_size
-        return Plan(
-            slots=slots,
-            counts=counts,
-            samples=samples,
-            tokens=self.tokens[places, positions],
-            positions=positions,
-            cache_slots=self._tables[places, positions // size].astype(np.int64) * size + positions % size,
-            rows=starts[1:][samples].astype(np.int64) - 1,
-            block_tables=self._tables[slots, : -(-int(lengths.max()) // size)],
-            query_starts=starts,
-            lengths=lengths.astype(np.int32),
-            copies=copies,
-        )
+    def _fork(self) -> np.ndarray:
+        """Let those go on for whom all that they waited for is computed; return the blocks to copy, int64 [2, C]."""
+        slots = self.running[self._leader[self.running] != NOBODY]
+        leaders = self._leader[slots]
+        ready = self.computed[leaders] >= self._need[slots]
+        slots, leaders = slots[ready], leaders[ready]
+        self.computed[slots] = self._need[slots]
+        self._leader[slots] = NOBODY
+        half = self._need[slots] % self.block_size != 0
+        slots, leaders = slots[half], leaders[half]
+        places = self._need[slots] // self.block_size
+        return self.tables[np.stack([leaders, slots]), places].astype(np.int64)
+
+    def _offer(self, slots: np.ndarray) -> None:
+        """Let blocks that have been filled be found by others."""
+        filled = self.computed[slots] // self.block_size
+        more = filled > self._known[slots]
+        for slot, count in zip(slots[more].tolist(), filled[more].tolist(), strict=True):
+            sequence, known = self.in_slot(slot), int(self._known[slot])
+            self._known[slot] = count
+            block_keys(sequence.root, sequence.keys, self.tokens[slot, : count * self.block_size], self.block_size)
+            for index in range(known, count):
+                key = sequence.keys[index]
+                if self.prefix_cache:
+                    self.pool.remember(key, int(self.tables[slot, index]))
+                if self._pending.get(key) == slot:
+                    del self._pending[key]
 
     def _grow(self) -> None:
-        """Give a block to everyone whose next token begins one; if none is left, the last who came gives way."""
+        """Give a block to everyone whose next token begins one; if none is left, the least urgent gives way."""
         while True:
             slots = self.running[self.length[self.running] > self.allocated[self.running] * self.block_size]
             if len(slots) <= self.pool.free:
                 break
-            self._preempt(self.in_slot(int(self.running[-1])))
+            self.preempt(self.in_slot(int(self.running[-1])))
         if len(slots):
-            self._tables[slots, self.allocated[slots]] = self.pool.take(len(slots))
+            self.tables[slots, self.allocated[slots]] = self.pool.take(len(slots))
             self.allocated[slots] += 1
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Send a running sequence back to the head of the queue; its keys and values are computed again later."""
-        self.preemptions += 1
-        self._save(sequence)
-        self.running = self.running[self.running != sequence.slot]
-        self._release(sequence)
-        self.waiting.appendleft(sequence)
-
     def _admit(self) -> None:
-        """Start those who wait, in order, while there are slots and blocks for all their known tokens.
+        """Start those who wait, the most urgent first, while there are slots and blocks for all their known tokens.
 
-        One block for everyone who runs stays in reserve, so that a newcomer is not preempted at once.
+        One block for everyone who runs stays in reserve, so that a newcomer is not preempted at once. Who would not
+        compute in this step need not hold blocks yet.
         """
-        fresh = []
-        reserve = len(self.running)
-        budget = self.max_batch_tokens - reserve  # who would not compute in this step need not hold blocks yet
-        while self.waiting and self._free_slots and budget > 0:
-            count = -(-len(self.waiting[0].tokens) // self.block_size)
-            if self.pool.free < count + reserve:
-                break
-            sequence = self.waiting.popleft()
-            self._start(sequence, self.pool.take(count))
-            fresh.append(sequence.slot)
-            reserve += 1
-            budget -= len(sequence.tokens)
-        if fresh:
-            self.running = np.append(self.running, np.array(fresh, dtype=np.int64))
+        todo = self.length[self.running] - self.computed[self.running]
+        budget = self.max_batch_tokens - int(todo.sum())
+        while not self.draining and budget > 0 and (sequence := self.waiting.first()) is not None:
+            shared = self._shared(sequence)
+            if not self._fits(sequence, shared.blocks):
+                if not self._make_room(sequence):
+                    break
+                continue
+            self.waiting.take(sequence)
+            budget -= self._start(sequence, shared)
 
-    def _start(self, sequence: Sequence, blocks: np.ndarray) -> None:
+    def _fits(self, sequence: Sequence, shared: np.ndarray) -> bool:
+        blocks = -(-len(sequence.tokens) // self.block_size) - len(shared) + self.pool.idle_among(shared)
+        return bool(self._free_slots) and blocks + len(self.running) <= self.pool.free
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Preempt the least urgent of those who run if it is less urgent than `sequence`."""
+        if not len(self.running) or self._priority[self.running[-1]] <= sequence.request.priority:
+            return False
+        self.preempt(self.in_slot(int(self.running[-1])))
+        return True
+
+    def _shared(self, sequence: Sequence) -> "_Shared":
+        """Find what a sequence need not compute: blocks that are known, and those that others are filling."""
+        root = root_key(self.version, sequence.request)
+        if root != sequence.root:
+            sequence.root, sequence.keys = root, []
+        if not sequence.is_scored:
+            return _Shared(np.empty(0, dtype=np.int32), 0, NOBODY, 0)  # every row is wanted
+        usable = (len(sequence.tokens) - 1) // self.block_size  # the last token's logits are wanted in any case
+        block_keys(root, sequence.keys, sequence.tokens, self.block_size)
+        keys = sequence.keys[:usable]
+        blocks = self.pool.find(keys) if self.prefix_cache else np.empty(0, dtype=np.int32)
+        hits, leader, pending = len(blocks), NOBODY, []
+        for place in range(hits, usable):
+            slot = self._pending.get(keys[place], NOBODY)
+            if slot == NOBODY:
+                break
+            leader = slot
+            pending.append(self.tables[slot, place])
+        blocks = np.concatenate([blocks, np.array(pending, dtype=np.int32)])
+        need = len(blocks) * self.block_size
+        prompt = sequence.request.prompt
+        owner = self._owners.get((root, prompt), NOBODY) if len(sequence.tokens) == len(prompt) > 1 else NOBODY
+        if owner != NOBODY and len(blocks) == usable:
+            leader, need = owner, len(prompt) - 1
+        return _Shared(blocks, hits * self.block_size, leader, need)
+
+    def _start(self, sequence: Sequence, shared: "_Shared") -> int:
+        """Give a sequence a slot and its blocks; return how many tokens it has to compute."""
         slot = sequence.slot = self._free_slots.pop()
         self._in_slot[slot] = sequence
-        count = len(sequence.tokens)
-        self.tokens[slot, :count] = sequence.tokens
-        self.logprobs[slot, :count] = sequence.logprobs
-        self.length[slot], self.computed[slot], self.limit[slot] = count, 0, sequence.limit
-        self._tables[slot, : len(blocks)] = blocks
-        self.allocated[slot] = len(blocks)
-        prompt = sequence.request.prompt
-        self._prompt[slot] = len(prompt)
-        owner = self._owners.setdefault(prompt, slot)
-        self._leader[slot] = owner if owner != slot and len(prompt) > 1 else -1
-        sampling = sequence.request.sampling
-        stops = sampling.stop_token_ids
-        if len(stops) > self._stop.shape[1]:
-            wider = np.full((len(self._stop), len(stops) - self._stop.shape[1]), -1, dtype=np.int64)
-            self._stop = np.hstack([self._stop, wider])
-        self._stop[slot] = -1
-        self._stop[slot, : len(stops)] = stops
-        self._seed[slot] = sequence.seed
-        self._temperature[slot], self._top_p[slot] = sampling.temperature, sampling.top_p
-        self._top_k[slot], self._min_p[slot] = sampling.top_k, sampling.min_p
-        self.top_logprobs[slot] = sampling.top_logprobs
+        count, prompt = len(sequence.tokens), sequence.request.prompt
+        self.pool.share(shared.blocks)
+        own = self.pool.take(-(-count // self.block_size) - len(shared.blocks))
+        blocks = np.concatenate([shared.blocks, own])
+        self.tables[slot, : len(blocks)] = blocks
+        self.allocated[slot], self._known[slot] = len(blocks), shared.computed // self.block_size
+        self.tokens[slot, :count], self.logprobs[slot, :count] = sequence.tokens, sequence.logprobs
+        self.length[slot], self.computed[slot], self.limit[slot] = count, shared.computed, sequence.limit
+        self._leader[slot], self._need[slot] = shared.leader, shared.need
+        self.prompt[slot], self.scores[slot] = len(prompt), not sequence.is_scored
+        request = sequence.request
+        self._account[slot], self._priority[slot], self._arrival[slot] = (
+            sequence.account, request.priority, sequence.arrival,
+        )  # fmt: skip
+        for key in sequence.keys[len(shared.blocks) :]:
+            self._pending.setdefault(key, slot)
+        self._owners.setdefault((sequence.root, prompt), slot)
+        self._note_start(sequence, shared)
+        self._begin(sequence)
+        self.running = np.append(self.running, slot)
+        if len(self.running) > 1:
+            self.running = self.running[np.lexsort((self._arrival[self.running], self._priority[self.running]))]
+        return count - max(shared.computed, shared.need)
 
-    def _save(self, sequence: Sequence) -> None:
-        count = self.length[sequence.slot]
-        sequence.tokens = self.tokens[sequence.slot, :count].copy()
-        sequence.logprobs = self.logprobs[sequence.slot, :count].copy()
+    def _note_start(self, sequence: Sequence, shared: "_Shared") -> None:
+        if not sequence.versions or sequence.versions[-1][1] != self.version:
+            sequence.versions.append((len(sequence.tokens), self.version))
+        if sequence.cached < 0:
+            sequence.cached = max(shared.computed, shared.need)
+            self.hit_tokens += sequence.cached
+            self.asked_tokens += len(sequence.request.prompt)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _stop(self, sequence: Sequence) -> None:
+        """Take a sequence out of its slot, with what it has; who waits for its tokens goes back to the queue."""
         slot = sequence.slot
-        if self._owners.get(sequence.request.prompt) == slot:
-            del self._owners[sequence.request.prompt]
-            self._leader[self._leader == slot] = -1  # who still waits computes the prompt for itself
-        self._leader[slot] = -1
-        self.pool.give(self._tables[slot, : self.allocated[slot]])
+        count = self.length[slot]
+        sequence.tokens, sequence.logprobs = self.tokens[slot, :count].copy(), self.logprobs[slot, :count].copy()
+        self.running = self.running[self.running != slot]
+        if self._owners.get((sequence.root, sequence.request.prompt)) == slot:
+            del self._owners[(sequence.root, sequence.request.prompt)]
+        for key in sequence.keys:
+            if self._pending.get(key) == slot:
+                del self._pending[key]
+        self._leader[slot] = NOBODY
+        self.pool.give(self.tables[slot, : self.allocated[slot]])
         self._free_slots.append(slot)
         self._in_slot[slot] = None
         sequence.slot = -1
+        while len(followers := self.running[self._leader[self.running] == slot]):
+            self.preempt(self.in_slot(int(followers[-1])))
+
+
+class _Shared:
+    """What a new sequence need not compute itself.
+
+    blocks: int32, the first of its table; computed: tokens in them that are ready. leader: the slot that is to compute
+    all up to `need` tokens, or NOBODY.
+    """
+
+    def __init__(self, blocks: np.ndarray, computed: int, leader: int, need: int) -> None:
+        self.blocks, self.computed, self.leader, self.need = blocks, computed, leader, need

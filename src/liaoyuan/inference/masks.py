@@ -1,0 +1,51 @@
+"""Which tokens a completion may go on with: its constraint, its bad words, and no end before `min_tokens`."""
+
+import numpy as np
+
+from liaoyuan.inference.sequence import Sequence
+
+
+def may_forbid(sequence: Sequence) -> bool:
+    """Return whether some token may ever be forbidden to this sequence."""
+    sampling = sequence.request.sampling
+    return bool(sequence.state is not None or sampling.bad_words or sampling.min_tokens)
+
+
+def allowed(sequence: Sequence, tokens: np.ndarray, vocabulary: int) -> np.ndarray | None:
+    """Return the allowed tokens as bits, int32 [ceil(V / 32)], the lowest bit first; None: all.
+
+    tokens: int64 [n], the prompt and what was generated. Where all would be forbidden, only the constraint counts.
+    """
+    sampling = sequence.request.sampling
+    held = sequence.state.mask() if sequence.state is not None else None
+    forbidden = _ends_of_bad_words(sampling.bad_words, tokens)
+    if len(tokens) - len(sequence.request.prompt) < sampling.min_tokens:
+        forbidden += sampling.stop_token_ids
+    if not forbidden:
+        return held
+    words = -(-vocabulary // 32)
+    mask = np.full(words, -1, dtype=np.int32) if held is None else held.copy()
+    for token in forbidden:
+        if 0 <= token < vocabulary:
+            mask[token // 32] &= ~_bit(token)
+    return mask if mask.any() else held
+
+
+def packed(tokens: np.ndarray, vocabulary: int) -> np.ndarray:
+    """Return a mask that allows row r the token tokens[r] alone, int32 [R, ceil(V / 32)]."""
+    mask = np.zeros((len(tokens), -(-vocabulary // 32)), dtype=np.int32)
+    mask[np.arange(len(tokens)), tokens // 32] = (np.uint32(1) << (tokens % 32).astype(np.uint32)).astype(np.int32)
+    return mask
+
+
+def _bit(token: int) -> np.int32:
+    return (np.uint32(1) << np.uint32(token % 32)).astype(np.int32)
+
+
+def _ends_of_bad_words(words: tuple[tuple[int, ...], ...], tokens: np.ndarray) -> tuple[int, ...]:
+    """Return the last token of each word whose other tokens are the last ones so far."""
+    return tuple(
+        word[-1]
+        for word in words
+        if len(word) == 1 or (len(tokens) >= len(word) - 1 and tuple(tokens[1 - len(word) :].tolist()) == word[:-1])
+    )
