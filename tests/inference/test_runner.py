@@ -1,6 +1,7 @@
 """The engine behind asynchronous clients: they get their tokens, and those who leave cost nothing."""
 
 import asyncio
+import dataclasses
 
 import pytest
 import torch
@@ -117,3 +118,55 @@ def test_closing_ends_open_streams(tiny_model: Decoder) -> None:
             await collect(runner, request("late"))
 
     asyncio.run(main())
+
+
+def test_pausing_waits_for_those_that_run_and_keeps_the_rest(tiny_model: Decoder) -> None:
+    async def main(runner: EngineThread) -> None:
+        running = asyncio.create_task(collect(runner, request("runs", 60)))
+        while not runner.health()["running"]:
+            await asyncio.sleep(0)
+        late = asyncio.create_task(collect(runner, request("late", 5)))
+        await runner.pause("wait")
+        assert len(await running) == 60
+        assert not late.done()
+        await runner.call(Engine.resume)
+        assert len(await late) == 5
+
+    with EngineThread(Engine(tiny_model, EngineConfig(max_sequences=1))) as runner:
+        asyncio.run(main(runner))
+
+
+def test_aborted_requests_say_so(tiny_model: Decoder) -> None:
+    async def main(runner: EngineThread) -> None:
+        stream = runner.stream(request("a", 250))
+        await anext(stream)
+        await runner.pause("abort")
+        reasons = [event.finish_reason async for event in stream]
+        assert reasons[-1] == "abort"
+
+    with EngineThread(Engine(tiny_model)) as runner:
+        asyncio.run(main(runner))
+
+
+def test_work_between_two_steps_returns_or_raises(tiny_model: Decoder) -> None:
+    async def main(runner: EngineThread) -> None:
+        assert await runner.call(lambda engine: engine.version) == 0
+        with pytest.raises(LiaoyuanError, match="no weight 'x'"):
+            await runner.call(lambda engine: engine.update_weights({"x": torch.ones(1)}))
+        assert len(await collect(runner, request("goes on"))) == 20
+
+    with EngineThread(Engine(tiny_model)) as runner:
+        asyncio.run(main(runner))
+    with pytest.raises(LiaoyuanError, match="not running"):
+        asyncio.run(main(runner))
+
+
+def test_time_runs_out_while_paused(tiny_model: Decoder) -> None:
+    async def main(runner: EngineThread) -> None:
+        await runner.pause()
+        stream = runner.stream(dataclasses.replace(request("a"), timeout=0.01))
+        async with asyncio.timeout(20):
+            assert [event.finish_reason async for event in stream] == ["timeout"]
+
+    with EngineThread(Engine(tiny_model)) as runner:
+        asyncio.run(main(runner))

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from liaoyuan.inference.constraint import ConstraintState
 from liaoyuan.inference.masks import allowed, may_forbid
+from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.request import TopLogprobs
 from liaoyuan.inference.sampling import Settings, distributions, sample, top_logprobs, uniform
 from liaoyuan.inference.sequence import Sequence
@@ -14,14 +16,23 @@ from liaoyuan.inference.sequence import Sequence
 
 @dataclass(frozen=True)
 class Draws:
-    """R drawn tokens int64, their log-probabilities fp32 (as each request wants them), and bool [R]: which tokens end
-    their completion, and which are none since the sequence cannot go on (see `Sequence.error`).
+    """R drawn tokens int64, their log-probabilities fp32 (as each request wants them), and what becomes of them, [R].
+
+    kept: those that count: all up to the first one that was guessed wrongly or ends its sequence.
+    stopped, full, failed: the kept ones that end their sequence: by a stop token, by the limit, or because it cannot
+        go on (see `Sequence.error`; then there is no token).
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
+    kept: np.ndarray
     stopped: np.ndarray
+    full: np.ndarray
     failed: np.ndarray
+
+    @property
+    def ended(self) -> np.ndarray:
+        return self.stopped | self.full | self.failed
 
 
 class Drawing:
@@ -61,30 +72,44 @@ class Drawing:
         self._bias[slot], self._forbids[slot] = bool(sampling.logit_bias), may_forbid(sequence)
         self._processed[slot], self._masks[slot] = sampling.processed_logprobs, sampling.return_masks
 
-    def draw(self, logits: Tensor, slots: np.ndarray, places: np.ndarray, tokens: np.ndarray) -> Draws:
-        """Draw the token at `places` [R] of `slots` [R] from logits [R, V]; tokens [slots, n]: those so far.
+    def draw(self, logits: Tensor, plan: Plan, tokens: np.ndarray, limit: np.ndarray) -> Draws:
+        """Draw the plan's R tokens from logits [R, V].
 
+        tokens [slots, n]: the sequences' tokens so far, the guessed ones behind the known; limit [slots]: of these.
         A constraint that fails ends its sequence alone: see `Sequence.error`.
         """
-        settings = self._settings(slots, places, tokens)
+        slots, places = plan.samplers, plan.places
+        settings, errors = self._settings(slots, places, tokens)
         drawn, raw, processed = (found.cpu().numpy() for found in sample(logits, settings))
         logprobs = np.where(self._processed[slots], processed, raw)
         stopped = (self._stop[slots] == drawn[:, None]).any(1)
-        self._keep(logits, settings, slots, drawn, logprobs)
-        failed = np.zeros(len(slots), dtype=bool)
-        for row in np.flatnonzero(self._forbids[slots]).tolist():
-            sequence = self._sequence(slots[row])
-            if not stopped[row]:
-                self._advance(sequence, int(drawn[row]))
-            failed[row] = bool(sequence.error)
-        return Draws(drawn, logprobs, stopped, failed)
+        full = places + 1 >= limit[slots]
+        failed = np.isin(np.arange(len(slots)), list(errors))
+        kept = np.ones(len(slots), dtype=bool)
+        if len(slots) > 1 and (slots[1:] == slots[:-1]).any():
+            right = drawn == tokens[slots, places]  # a guess stands where the draw would go
+            kept = _kept(slots, right & ~(stopped | full | failed))
+        for row, error in errors.items():
+            if kept[row]:
+                self._sequence(slots[row]).error = error
+        self._advance(slots, drawn, kept & ~stopped)
+        self._keep(logits, settings, slots, drawn, logprobs, np.flatnonzero(kept))
+        return Draws(drawn, logprobs, kept, kept & stopped, kept & full & ~stopped, kept & failed)
 
-    def _settings(self, slots: np.ndarray, places: np.ndarray, tokens: np.ndarray) -> Settings:
+    def guess(self, logits: Tensor, slots: np.ndarray, places: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Return what would be drawn from another model's logits [R, V], constraints left aside, int64 [R]."""
+        settings, _ = self._settings(slots, places, tokens, constrained=False)
+        return sample(logits, settings)[0].cpu().numpy()
+
+    def _settings(
+        self, slots: np.ndarray, places: np.ndarray, tokens: np.ndarray, constrained: bool = True
+    ) -> tuple[Settings, dict[int, str]]:
+        """Return the settings of rows, and why some rows cannot be drawn."""
         numbers = (self._temperature[slots], self._top_p[slots], self._top_k[slots], self._min_p[slots])
         chance = uniform(self._seed[slots], places)
         special = self._penalties[slots] | self._bias[slots] | self._forbids[slots]
         if not special.any():
-            return Settings(*numbers, chance)
+            return Settings(*numbers, chance), {}
         history = lengths = biased = None
         if (penalised := self._penalties[slots]).any():
             history = np.where(
@@ -93,7 +118,8 @@ class Drawing:
             lengths = np.array([len(self._sequence(slot).request.prompt) for slot in slots])
         if self._bias[slots].any():
             biased = np.flatnonzero(self._bias[slots])
-        return Settings(
+        mask, errors = self._mask(slots, places, tokens) if constrained else (None, {})
+        settings = Settings(
             *numbers,
             chance,
             self._repetition[slots],
@@ -101,71 +127,118 @@ class Drawing:
             self._frequency[slots],
             history,
             lengths,
-            self._mask(slots, places, tokens),
+            mask,
             biased,
             tuple(self._sequence(slots[row]).request.sampling.logit_bias for row in biased)
             if biased is not None
             else (),
         )
+        return settings, errors
 
-    def _mask(self, slots: np.ndarray, places: np.ndarray, tokens: np.ndarray) -> np.ndarray | None:
-        """Return the allowed tokens of each row as bits, or None if nothing is forbidden to anybody."""
-        mask = None
+    def _mask(
+        self, slots: np.ndarray, places: np.ndarray, tokens: np.ndarray
+    ) -> tuple[np.ndarray | None, dict[int, str]]:
+        """Return the allowed tokens of each row as bits (None: all, for everybody), and whose constraint failed."""
+        mask, states, errors = None, _States(), {}
         for row in np.flatnonzero(self._forbids[slots]).tolist():
             sequence = self._sequence(slots[row])
+            known = tokens[slots[row], : places[row]]
+            if sequence.error:
+                errors[row] = sequence.error
+                continue
             try:
-                own = allowed(sequence, tokens[slots[row], : places[row]], self._vocabulary)
+                own = allowed(sequence, states.after(sequence, known), known, self._vocabulary)
             except Exception as error:  # a constraint may be anybody's
-                sequence.error = f"The constraint failed: {error}"
+                errors[row] = f"The constraint failed: {error}"
                 continue
             if own is not None:
                 if mask is None:
                     mask = np.full((len(slots), -(-self._vocabulary // 32)), -1, dtype=np.int32)
                 mask[row] = own
-        return mask
+        return mask, errors
 
-    def _advance(self, sequence: Sequence, token: int) -> None:
-        if sequence.state is None or sequence.error:
-            return
-        try:
-            sequence.state.accept(token)
-        except Exception as error:
-            sequence.error = f"The constraint failed: {error}"
+    def _advance(self, slots: np.ndarray, drawn: np.ndarray, kept: np.ndarray) -> None:
+        """Tell constraints of the tokens that count."""
+        for row in np.flatnonzero(self._forbids[slots] & kept).tolist():
+            sequence = self._sequence(slots[row])
+            if sequence.state is not None and not sequence.error:
+                try:
+                    sequence.state.accept(int(drawn[row]))
+                except Exception as error:
+                    sequence.error = f"The constraint failed: {error}"
 
     def _keep(
-        self, logits: Tensor, settings: Settings, slots: np.ndarray, drawn: np.ndarray, logprobs: np.ndarray
+        self,
+        logits: Tensor,
+        settings: Settings,
+        slots: np.ndarray,
+        drawn: np.ndarray,
+        logprobs: np.ndarray,
+        kept: np.ndarray,
     ) -> None:
-        """Keep the most probable tokens, and the tokens that could be drawn, of those who asked for them."""
+        """Keep, of the rows that count, the most probable tokens and those that could be drawn, where asked for."""
         wanted = np.minimum(self._top[slots], logits.shape[1])
-        if not (wanted.any() or self._masks[slots].any()):
+        rows = kept[(wanted[kept] > 0) | self._masks[slots[kept]]]
+        if not len(rows):
             return
-        processed = self._masks[slots] | (self._processed[slots] & (wanted > 0))
-        rows = np.flatnonzero(processed)
-        if len(rows):
-            spread = distributions(logits[torch.from_numpy(rows).to(logits.device)], settings.of(rows))
-            for row, log_probs in zip(rows.tolist(), spread, strict=True):
-                if self._masks[slots[row]]:
-                    log_probs[int(drawn[row])] = float(logprobs[row])  # whatever rounding says, it could be drawn
-                    self._sequence(slots[row]).masks.append(_bits(log_probs))
-                if wanted[row] and self._processed[slots[row]]:
-                    self._keep_top(slots[row], log_probs, int(wanted[row]), drawn[row], logprobs[row])
-        rows = np.flatnonzero((wanted > 0) & ~self._processed[slots])
-        if len(rows):
-            most = int(wanted[rows].max())
-            tokens, values = top_logprobs(logits[torch.from_numpy(rows).to(logits.device)], most)
-            for row, row_tokens, row_values in zip(rows.tolist(), tokens.tolist(), values.tolist(), strict=True):
-                top = list(zip(row_tokens, row_values, strict=True))[: wanted[row]]
-                self._sequence(slots[row]).top_logprobs.append(_with_drawn(top, int(drawn[row]), float(logprobs[row])))
-
-    def _keep_top(self, slot: int, log_probs: Tensor, count: int, token: int, logprob: float) -> None:
-        values, tokens = log_probs.topk(min(count, int(log_probs.isfinite().sum()) or 1))
-        top = list(zip(tokens.tolist(), values.tolist(), strict=True))
-        self._sequence(slot).top_logprobs.append(_with_drawn(top, int(token), float(logprob)))
+        chosen, count = logits[torch.from_numpy(rows).to(logits.device)], int(wanted[rows].max())
+        plain_tokens, plain_values = top_logprobs(chosen, count) if count else (None, None)
+        special = self._masks[slots[rows]] | self._processed[slots[rows]]
+        spread = distributions(chosen, settings.of(rows)) if special.any() else None
+        for index, row in enumerate(rows.tolist()):
+            sequence, token, logprob = self._sequence(slots[row]), int(drawn[row]), float(logprobs[row])
+            if spread is not None and self._masks[slots[row]]:
+                spread[index, token] = logprob  # whatever rounding says, it could be drawn
+                sequence.masks.append(_bits(spread[index]))
+            if not wanted[row]:
+                continue
+            if spread is not None and self._processed[slots[row]]:
+                values, tokens = spread[index].topk(min(int(wanted[row]), int(spread[index].isfinite().sum())))
+            else:
+                assert plain_tokens is not None and plain_values is not None
+                values, tokens = plain_values[index, : wanted[row]], plain_tokens[index, : wanted[row]]
+            top = list(zip(tokens.tolist(), values.tolist(), strict=True))
+            sequence.top_logprobs.append(_with_drawn(top, token, logprob))
 
     def _sequence(self, slot: int) -> Sequence:
         sequence = self._sequences[slot]
         assert sequence is not None
         return sequence
+
+
+class _States:
+    """Where constraints are after guessed tokens: the rows of a sequence come in order, each one token further."""
+
+    def __init__(self) -> None:
+        self._guessed: dict[int, ConstraintState | None] = {}
+
+    def after(self, sequence: Sequence, known: np.ndarray) -> ConstraintState | None:
+        """Return the state after `known` tokens; None if there is no constraint, or the guess is against it."""
+        if sequence.slot not in self._guessed:
+            self._guessed[sequence.slot] = sequence.state
+            return sequence.state
+        state = self._guessed[sequence.slot]
+        if state is not None:
+            state = _accepted(state, int(known[-1]))
+            self._guessed[sequence.slot] = state
+        return state
+
+
+def _accepted(state: ConstraintState, token: int) -> ConstraintState | None:
+    mask = state.mask()
+    if mask is not None and not mask[token // 32] >> (token % 32) & 1:
+        return None
+    state = state.copy()
+    state.accept(token)
+    return state
+
+
+def _kept(slots: np.ndarray, goes_on: np.ndarray) -> np.ndarray:
+    """Return which rows count, bool [R]: the first of each slot, and those before which every row goes on."""
+    kept = np.ones(len(slots), dtype=bool)
+    for row in np.flatnonzero(slots[1:] == slots[:-1]).tolist():
+        kept[row + 1] = kept[row] and goes_on[row]
+    return kept
 
 
 def _with_drawn(top: TopLogprobs, token: int, logprob: float) -> TopLogprobs:

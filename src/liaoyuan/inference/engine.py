@@ -15,12 +15,14 @@ from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.blocks import BlockPool
 from liaoyuan.inference.cache import KeyValueCache, PagedContext
-from liaoyuan.inference.drawing import Drawing
+from liaoyuan.inference.draft_model import DraftModel
+from liaoyuan.inference.drawing import Drawing, Draws
 from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.request import Completion, Event, Request, RequestId
 from liaoyuan.inference.sampling import log_probs, top_logprobs
 from liaoyuan.inference.scheduler import Scheduler
 from liaoyuan.inference.sequence import UNKNOWN, Sequence
+from liaoyuan.inference.speculation import Drafter, NGramDrafter, Speculation
 from liaoyuan.inference.weights import Weights, checked_weights, copy_weights, storages, weights_checksum
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Progress, Report, silent
@@ -35,6 +37,7 @@ class EngineConfig(Config):
     max_sequences: how many run at once. max_batch_tokens: tokens of one step, decode and prefill together.
     cache_tokens: size of the cache; None: enough for all sequences at full length, within `cache_bytes`.
     prefix_cache: keep keys and values of what was computed, for prompts that begin alike.
+    speculate: "ngram" guesses next tokens from those before; "" does not guess. speculate_tokens: guesses in a step.
     seed: of requests that bring none.
     """
 
@@ -44,13 +47,16 @@ class EngineConfig(Config):
     cache_tokens: int | None = None
     cache_bytes: int = 2**30
     prefix_cache: bool = True
+    speculate: Literal["", "ngram"] = ""
+    speculate_tokens: int = 8
     seed: int = 0
 
 
 class Engine:
     """One model, one cache. Not thread-safe: `EngineThread` brings it to many clients."""
 
-    def __init__(self, model: Decoder, config: EngineConfig = EngineConfig()) -> None:
+    def __init__(self, model: Decoder, config: EngineConfig = EngineConfig(), draft: Decoder | None = None) -> None:
+        """draft: a small model of the same vocabulary that guesses next tokens."""
         if config.max_batch_tokens < config.max_sequences:
             raise LiaoyuanError(
                 f"max_batch_tokens ({config.max_batch_tokens}) must be at least max_sequences "
@@ -74,8 +80,9 @@ class Engine:
             config.block_size,
             max(16, SCORED_LOGITS // vocabulary),
             config.prefix_cache,
-            self._drawing.start,
+            self._begin,
         )
+        self._speculation = self._scheduler.speculation = self._new_speculation(draft)
         self._ended: list[tuple[Sequence, str]] = []  # without a token of this step, and not told yet
         self._arrivals = self._added = self._steps = 0
         self._prompt_tokens = self._computed_tokens = self._generated_tokens = 0
@@ -176,20 +183,10 @@ class Engine:
         if plan is None:
             self._after_step()
             return events
-        stopped, full, failed = self._advance(plan)
-        slots, place = plan.samplers, plan.places
-        tokens, logprobs = scheduler.tokens[slots, place].tolist(), scheduler.logprobs[slots, place].tolist()
-        reasons = _reasons(stopped, full, failed)
-        for slot, at, token, logprob, reason in zip(
-            slots.tolist(), place.tolist(), tokens, logprobs, reasons, strict=True
-        ):
-            sequence = scheduler.in_slot(slot)
-            top = sequence.top_logprobs[-1:] if sequence.top_logprobs else []
-            prompt = sequence.prompt_logprobs() if at == len(sequence.request.prompt) else None
-            version, masks = sequence.versions[-1][1], sequence.masks[-1:] if sequence.masks else []
-            given = ([], []) if reason == "error" else ([token], [logprob])
-            events.append(Event(sequence.request.id, *given, reason, top, version, prompt, masks, sequence.cached))
-        scheduler.finish(slots[stopped | full | failed])
+        draws = self._advance(plan)
+        for first, end in _groups(plan.samplers, draws.kept):
+            events.append(self._event(plan, draws, first, end))
+        scheduler.finish(plan.samplers[draws.ended])
         self._after_step()
         return events
 
@@ -242,6 +239,8 @@ class Engine:
         self._need("ready", "draining", "paused")
         self._forget_computed()
         self._cache = None
+        if self._speculation is not None:
+            self._speculation.drop()
         if drop_weights:
             self._dropped = storages(self.model)
             for piece in self._dropped:
@@ -309,6 +308,8 @@ class Engine:
             "prefix_hit_tokens": scheduler.hit_tokens,
             "prefix_asked_tokens": scheduler.asked_tokens,
             "version": self.version,
+            "guessed_tokens": self._speculation.guessed if self._speculation else 0,
+            "guessed_right": self._speculation.right if self._speculation else 0,
         }
 
     def _run(self, total: int, report: Report) -> dict[RequestId, Completion]:
@@ -319,11 +320,10 @@ class Engine:
             done |= {sequence.request.id: sequence.completion(reason) for sequence, reason in self._ended}
             self._ended.clear()
             if plan is not None:
-                stopped, full, failed = self._advance(plan)
-                ended = stopped | full | failed
-                reasons = _reasons(stopped[ended], full[ended], failed[ended])
-                for sequence, reason in zip(scheduler.finish(plan.samplers[ended]), reasons, strict=True):
-                    done[sequence.request.id] = sequence.completion(str(reason))
+                draws = self._advance(plan)
+                rows = np.flatnonzero(draws.ended).tolist()
+                for row, sequence in zip(rows, scheduler.finish(plan.samplers[rows]), strict=True):
+                    done[sequence.request.id] = sequence.completion(str(_reason(draws, row)))
             if time.monotonic() - last >= 1.0 or len(done) == total:
                 last = time.monotonic()
                 report(Progress(len(done), total, "request", f"{self._generated_tokens - before} tokens"))
@@ -336,22 +336,35 @@ class Engine:
         return self._scheduler.plan() if self.state in ("ready", "draining") else None
 
     @torch.inference_mode()
-    def _advance(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Compute a plan and record its tokens; return who of the samplers met a stop token, their limit, an error."""
-        logits = self._logits(plan)
-        slots, count = plan.samplers, len(plan.samplers)
+    def _advance(self, plan: Plan) -> Draws:
+        """Compute a plan and record its tokens."""
+        logits, count = self._logits(plan), len(plan.samplers)
         self._steps += 1
         self._computed_tokens += len(plan.tokens)
-        self._generated_tokens += count
         if len(plan.scored_slots):
             self._score(plan, logits[count:])
-        if not count:
-            nothing = np.zeros(0, dtype=bool)
-            self._scheduler.commit(plan, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32))
-            return nothing, nothing, nothing
-        draws = self._drawing.draw(logits[:count], slots, plan.places, self._scheduler.tokens)
-        full = self._scheduler.commit(plan, draws.tokens, draws.logprobs)
-        return draws.stopped, full, draws.failed
+        draws = self._drawing.draw(logits[:count], plan, self._scheduler.tokens, self._scheduler.limit)
+        self._scheduler.commit(plan, draws.kept, draws.tokens, draws.logprobs)
+        self._generated_tokens += int(draws.kept.sum())
+        return draws
+
+    def _event(self, plan: Plan, draws: Draws, first: int, end: int) -> Event:
+        """Return what rows first .. end - 1 of a plan gave their sequence."""
+        sequence, reason = self._scheduler.in_slot(plan.samplers[first]), _reason(draws, end - 1)
+        told = end - bool(reason == "error")
+        count = end - first
+        is_first = plan.places[first] == len(sequence.request.prompt)
+        return Event(
+            sequence.request.id,
+            draws.tokens[first:told].tolist(),
+            draws.logprobs[first:told].tolist(),
+            reason,
+            sequence.top_logprobs[-count:] if sequence.top_logprobs else [],
+            sequence.versions[-1][1],
+            sequence.prompt_logprobs() if is_first else None,
+            sequence.masks[-count:] if sequence.masks else [],
+            sequence.cached,
+        )
 
     def _logits(self, plan: Plan) -> torch.Tensor:
         """Return the logits [R + P, V] of a plan's rows: the only place where the model is called."""
@@ -377,6 +390,12 @@ class Engine:
                 tokens, values = top_logprobs(logits[self._tensor(rows)], count)
                 for place, *row in zip(places[rows].tolist(), tokens.tolist(), values.tolist(), strict=True):
                     sequence.rivals[place] = list(zip(*row, strict=True))
+
+    def _begin(self, sequence: Sequence) -> None:
+        """A sequence has got a slot."""
+        self._drawing.start(sequence)
+        if self._speculation is not None:
+            self._speculation.start(sequence)
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         """End a request between two steps; the next one tells of it."""
@@ -404,6 +423,16 @@ class Engine:
     def _new_cache(self) -> KeyValueCache:
         return KeyValueCache(self.model.config, self._pool.size, self.config.block_size, self._device)
 
+    def _new_speculation(self, draft: Decoder | None) -> Speculation | None:
+        config = self.config
+        drafter: Drafter | None = None
+        if draft is not None:
+            vocabulary, table, budget = self.model.config.vocab_size, self._scheduler.table, config.max_batch_tokens
+            drafter = DraftModel(draft, vocabulary, table, self._pool.size, budget, self._drawing.guess)
+        elif config.speculate:
+            drafter = NGramDrafter(config.max_sequences)
+        return Speculation(drafter, config.max_sequences, config.speculate_tokens) if drafter else None
+
     def _check_idle(self) -> None:
         if not self._scheduler.sequences:
             self._pool.check(self._scheduler.held())
@@ -412,9 +441,18 @@ class Engine:
         return torch.from_numpy(values).to(self._device)
 
 
-def _reasons(stopped: np.ndarray, full: np.ndarray, failed: np.ndarray) -> list[str | None]:
-    found = np.select([failed, stopped, full], ["error", "stop", "length"], "")
-    return [reason or None for reason in found.tolist()]
+def _reason(draws: Draws, row: int) -> str | None:
+    """Return why a sequence ended with this draw, if it did."""
+    if draws.failed[row]:
+        return "error"
+    return "stop" if draws.stopped[row] else "length" if draws.full[row] else None
+
+
+def _groups(slots: np.ndarray, kept: np.ndarray) -> list[tuple[int, int]]:
+    """Return the runs of kept rows of each sequence: (first, end); the first row of each is kept."""
+    starts = np.flatnonzero(np.r_[True, slots[1:] != slots[:-1]]) if len(slots) else np.empty(0, dtype=np.int64)
+    sizes = np.add.reduceat(kept, starts, dtype=np.int64) if len(slots) else starts
+    return list(zip(starts.tolist(), (starts + sizes).tolist(), strict=True))
 
 
 def _num_blocks(model: Decoder, config: EngineConfig) -> int:

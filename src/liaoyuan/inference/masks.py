@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from liaoyuan.inference.constraint import ConstraintState
 from liaoyuan.inference.sequence import Sequence
 
 
@@ -11,13 +12,16 @@ def may_forbid(sequence: Sequence) -> bool:
     return bool(sequence.state is not None or sampling.bad_words or sampling.min_tokens)
 
 
-def allowed(sequence: Sequence, tokens: np.ndarray, vocabulary: int) -> np.ndarray | None:
+def allowed(
+    sequence: Sequence, state: ConstraintState | None, tokens: np.ndarray, vocabulary: int
+) -> np.ndarray | None:
     """Return the allowed tokens as bits, int32 [ceil(V / 32)], the lowest bit first; None: all.
 
-    tokens: int64 [n], the prompt and what was generated. Where all would be forbidden, only the constraint counts.
+    tokens: int64 [n], the prompt and what was generated; state: of the constraint after them. Where all would be
+    forbidden, only the constraint counts.
     """
     sampling = sequence.request.sampling
-    held = sequence.state.mask() if sequence.state is not None else None
+    held = state.mask() if state is not None else None
     forbidden = _ends_of_bad_words(sampling.bad_words, tokens)
     if len(tokens) - len(sequence.request.prompt) < sampling.min_tokens:
         forbidden += sampling.stop_token_ids

@@ -1,7 +1,6 @@
 """One step as flat arrays: which tokens are computed, where their keys and values go, and whose next token is drawn."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -13,8 +12,10 @@ class Plan:
     slots, counts: [S], the sequences and how many new tokens each has.
     tokens, positions, cache_slots: int64 [N].
     block_tables int32 [S, blocks], query_starts int32 [S + 1], lengths int32 [S]: see `ops.paged_attention`.
+    drafts: int64 [S], how many of a sequence's new tokens, the last ones, are only guessed.
     rows: int64 [R + P], whose logits are wanted: of the R draws, then of the P tokens of prompts that are scored.
-    samplers, places: [R], for whom a token is drawn, and which of its tokens that will be.
+    samplers, places: [R], for whom a token is drawn, and which of its tokens that will be. A sequence with guessed
+        tokens has several rows in order: one after its last known token and one after each guess.
     scored_slots, scored_places: [P], which token of whom is scored by each of the other rows.
     copies: int64 [2, C], cache blocks to copy before the step, from and to.
     """
@@ -27,6 +28,7 @@ class Plan:
     block_tables: np.ndarray
     query_starts: np.ndarray
     lengths: np.ndarray
+    drafts: np.ndarray
     rows: np.ndarray
     samplers: np.ndarray
     places: np.ndarray
@@ -35,23 +37,44 @@ class Plan:
     copies: np.ndarray
 
 
-class Table(Protocol):
-    """What a plan is made from: arrays with a row for each slot; see `Scheduler`."""
+@dataclass(frozen=True)
+class Table:
+    """What is known of the sequences that run, in arrays with a row for each slot.
+
+    tokens int64 [slots, n], logprobs fp32 [slots, n]: prompt and completion; blocks int32 [slots, m]: of the cache.
+    length, computed, prompt: int64 [slots], known tokens, those of them in the cache, those of the prompt.
+    scored: bool [slots], whether log-probabilities of the prompt are wanted.
+    """
 
     tokens: np.ndarray
+    logprobs: np.ndarray
+    blocks: np.ndarray
     length: np.ndarray
     computed: np.ndarray
     prompt: np.ndarray
-    scores: np.ndarray
-    tables: np.ndarray
+    scored: np.ndarray
     block_size: int
+
+
+def empty_table(slots: int, max_length: int, block_size: int) -> Table:
+    length, computed, prompt = np.zeros((3, slots), dtype=np.int64)
+    return Table(
+        np.zeros((slots, max_length), dtype=np.int64),
+        np.zeros((slots, max_length), dtype=np.float32),
+        np.zeros((slots, -(-max_length // block_size)), dtype=np.int32),
+        length,
+        computed,
+        prompt,
+        np.zeros(slots, dtype=bool),
+        block_size,
+    )
 
 
 NONE = np.empty(0, dtype=np.int64)
 
 
-def lay_out(table: Table, slots: np.ndarray, counts: np.ndarray, copies: np.ndarray) -> Plan:
-    """Return the plan in which `slots` compute their next `counts` tokens, both int64 [S]."""
+def lay_out(table: Table, slots: np.ndarray, counts: np.ndarray, drafts: np.ndarray, copies: np.ndarray) -> Plan:
+    """Return the plan in which `slots` compute their next `counts` tokens, the last `drafts` of them guessed, [S]."""
     starts = np.zeros(len(slots) + 1, dtype=np.int32)
     np.cumsum(counts, out=starts[1:])
     computed = table.computed[slots]
@@ -60,11 +83,14 @@ def lay_out(table: Table, slots: np.ndarray, counts: np.ndarray, copies: np.ndar
     positions = np.arange(starts[-1]) + (computed - starts[:-1])[owner]
     places = slots[owner]
     size = table.block_size
-    samples = lengths == table.length[slots]
-    rows = starts[1:][samples].astype(np.int64) - 1
+    known = table.length[slots]
+    draws = np.where(lengths - drafts == known, drafts + 1, 0)
+    sampler = np.repeat(np.arange(len(slots)), draws)
+    step = np.arange(len(sampler)) - (draws.cumsum() - draws)[sampler]
+    rows = (starts[1:] - draws)[sampler] + step
     scored, scored_slots, scored_places = NONE, NONE, NONE
-    if table.scores[slots].any():
-        wanted = table.scores[places] & (positions < table.prompt[places] - 1)
+    if table.scored[slots].any():
+        wanted = table.scored[places] & (positions < table.prompt[places] - 1)
         scored = np.flatnonzero(wanted)
         scored_slots, scored_places = places[scored], positions[scored] + 1
     return Plan(
@@ -72,13 +98,14 @@ def lay_out(table: Table, slots: np.ndarray, counts: np.ndarray, copies: np.ndar
         counts=counts,
         tokens=table.tokens[places, positions],
         positions=positions,
-        cache_slots=table.tables[places, positions // size].astype(np.int64) * size + positions % size,
-        block_tables=table.tables[slots, : -(-int(lengths.max()) // size)] if len(slots) else table.tables[:0],
+        cache_slots=table.blocks[places, positions // size].astype(np.int64) * size + positions % size,
+        block_tables=table.blocks[slots, : -(-int(lengths.max()) // size)] if len(slots) else table.blocks[:0],
         query_starts=starts,
         lengths=lengths.astype(np.int32),
+        drafts=drafts,
         rows=np.concatenate([rows, scored]) if len(scored) else rows,
-        samplers=slots[samples],
-        places=lengths[samples],
+        samplers=slots[sampler],
+        places=known[sampler] + step,
         scored_slots=scored_slots,
         scored_places=scored_places,
         copies=copies,

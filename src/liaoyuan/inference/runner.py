@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.engine import Engine
@@ -18,6 +18,7 @@ from liaoyuan.inference.request import Event, Request, RequestId
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+DRAINING_SECONDS = 0.01  # between two looks at whether all have ended
 OVERDUE_SECONDS = 0.1  # how late a paused engine may notice that a request's time is over
 
 
@@ -71,6 +72,12 @@ class EngineThread:
         if not self._command(lambda: _answer(loop, done, lambda: work(self._engine))):
             raise LiaoyuanError("The engine is not running.")
         return await done
+
+    async def pause(self, mode: Literal["abort", "wait", "keep"] = "keep") -> None:
+        """Stop computing; see `Engine.pause`. With "wait", return when those that ran have ended."""
+        await self.call(lambda engine: engine.pause(mode))
+        while await self.call(lambda engine: engine.state) == "draining":
+            await asyncio.sleep(DRAINING_SECONDS)
 
     def health(self) -> dict[str, Any]:
         """Return whether the thread lives, how often the engine failed and why last, and `Engine.statistics()`."""

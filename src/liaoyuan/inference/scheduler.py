@@ -17,9 +17,10 @@ from collections.abc import Callable
 import numpy as np
 
 from liaoyuan.inference.blocks import BlockPool, Key
-from liaoyuan.inference.plan import Plan, lay_out
+from liaoyuan.inference.plan import Plan, empty_table, lay_out
 from liaoyuan.inference.request import RequestId
 from liaoyuan.inference.sequence import Sequence, block_keys, root_key
+from liaoyuan.inference.speculation import Speculation
 from liaoyuan.inference.waiting import Waiting
 
 NOBODY = -1
@@ -46,6 +47,7 @@ class Scheduler:
         self.pool, self.block_size, self.max_batch_tokens = pool, block_size, max_batch_tokens
         self.max_scored_rows, self.prefix_cache = max_scored_rows, prefix_cache
         self._begin = begin
+        self.speculation: Speculation | None = None
         self.version = 0
         self.draining = False  # nobody new is started
         self.waiting = Waiting()
@@ -54,12 +56,10 @@ class Scheduler:
         self.preemptions = self.hit_tokens = self.asked_tokens = 0
         self._in_slot: list[Sequence | None] = [None] * max_sequences
         self._free_slots = list(range(max_sequences - 1, -1, -1))
-        self.tokens = np.zeros((max_sequences, max_length), dtype=np.int64)
-        self.logprobs = np.zeros((max_sequences, max_length), dtype=np.float32)
-        self.length, self.computed, self.allocated, self.limit = np.zeros((4, max_sequences), dtype=np.int64)
-        self.prompt = np.zeros(max_sequences, dtype=np.int64)  # length of the prompt
-        self.scores = np.zeros(max_sequences, dtype=bool)  # whether the prompt's log-probabilities are wanted
-        self.tables = np.zeros((max_sequences, -(-max_length // block_size)), dtype=np.int32)
+        self.table = empty_table(max_sequences, max_length, block_size)
+        self.tokens, self.logprobs, self.blocks = self.table.tokens, self.table.logprobs, self.table.blocks
+        self.length, self.computed, self.prompt = self.table.length, self.table.computed, self.table.prompt
+        self.allocated, self.limit = np.zeros((2, max_sequences), dtype=np.int64)  # blocks; tokens
         self._known = np.zeros(max_sequences, dtype=np.int64)  # blocks that have been offered to the prefix cache
         self._account, self._priority, self._arrival = np.zeros((3, max_sequences), dtype=np.int64)
         self._leader = np.full(max_sequences, NOBODY, dtype=np.int64)  # the slot whose tokens are waited for
@@ -105,17 +105,22 @@ class Scheduler:
         chosen = counts > 0
         slots, counts = self.running[chosen], counts[chosen]
         self.waiting.charge(self._account[slots], counts)
-        return lay_out(self, slots, counts, copies)
+        drafts = self._guess(slots, counts, todo[chosen])
+        return lay_out(self.table, slots, counts + drafts, drafts, copies)
 
-    def commit(self, plan: Plan, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
-        """Record a step's result for those who sampled, [R]; return who has met the limit."""
-        self.computed[plan.slots] += plan.counts
+    def commit(self, plan: Plan, kept: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+        """Record a step's result: of the plan's draws [R] those that count, bool [R], and what was drawn, [R]."""
+        slots, place = plan.samplers[kept], plan.places[kept]
+        self.tokens[slots, place] = tokens[kept]
+        self.logprobs[slots, place] = logprobs[kept]
+        self.computed[plan.slots] += plan.counts - plan.drafts
+        self.length[slots] = place + 1  # of several draws of one sequence the last one stays
+        if self.speculation is not None:
+            guessing = plan.slots[plan.drafts > 0]
+            right = self.length[guessing] - self.computed[guessing] - 1
+            self.computed[guessing] += right
+            self.speculation.learn(guessing, plan.drafts[plan.drafts > 0], right)
         self._offer(plan.slots)
-        slots, place = plan.samplers, plan.places
-        self.tokens[slots, place] = tokens
-        self.logprobs[slots, place] = logprobs
-        self.length[slots] = place + 1
-        return place + 1 >= self.limit[slots]
 
     def finish(self, slots: np.ndarray) -> list[Sequence]:
         """Forget the sequences in these slots, keeping their tokens and log-probabilities in what is returned."""
@@ -144,7 +149,7 @@ class Scheduler:
 
     def held(self) -> np.ndarray:
         """Return all blocks that running sequences hold, one after another."""
-        parts = [self.tables[slot, : self.allocated[slot]] for slot in self.running.tolist()]
+        parts = [self.blocks[slot, : self.allocated[slot]] for slot in self.running.tolist()]
         return np.concatenate([*parts, np.empty(0, dtype=np.int32)])
 
     def _share(self, todo: np.ndarray) -> np.ndarray:
@@ -152,12 +157,32 @@ class Scheduler:
         decode = todo == 1
         left = self.max_batch_tokens - int(decode.sum())
         prefill = np.where(decode, 0, todo)
-        scored = self.scores[self.running] & ~decode
+        scored = self.table.scored[self.running] & ~decode
         if scored.any():
             rows = np.where(scored, prefill, 0)
             prefill = np.where(scored, np.clip(self.max_scored_rows - (rows.cumsum() - rows), 0, prefill), prefill)
         before = prefill.cumsum() - prefill
         return np.where(decode, 1, np.clip(left - before, 0, prefill))
+
+    def _guess(self, slots: np.ndarray, counts: np.ndarray, todo: np.ndarray) -> np.ndarray:
+        """Guess next tokens of those who decode, within the budget and the blocks at hand; return how many of each."""
+        drafts = np.zeros(len(slots), dtype=np.int64)
+        decode = np.flatnonzero((counts == todo) & (todo == 1))
+        if self.speculation is None or not len(decode):
+            return drafts
+        chosen = slots[decode]
+        most = np.minimum(self.speculation.most(chosen), self.limit[chosen] - self.length[chosen] - 1)
+        budget = (self.max_batch_tokens - int(counts.sum())) // len(decode)
+        space = self.allocated[chosen] * self.block_size - self.length[chosen]
+        wanting = np.flatnonzero((space < most) & (budget > 0))[: max(0, self.pool.free - len(self.running))]
+        if len(wanting):
+            more = chosen[wanting]
+            self.blocks[more, self.allocated[more]] = self.pool.take(len(more))
+            self.allocated[more] += 1
+            space[wanting] += self.block_size
+        most = np.clip(np.minimum(most, space), 0, budget)
+        drafts[decode] = self.speculation.guess(chosen, self.length[chosen], most, self.tokens)
+        return drafts
 
     def _fork(self) -> np.ndarray:
         """Let those go on for whom all that they waited for is computed; return the blocks to copy, int64 [2, C]."""
@@ -170,7 +195,7 @@ class Scheduler:
         half = self._need[slots] % self.block_size != 0
         slots, leaders = slots[half], leaders[half]
         places = self._need[slots] // self.block_size
-        return self.tables[np.stack([leaders, slots]), places].astype(np.int64)
+        return self.blocks[np.stack([leaders, slots]), places].astype(np.int64)
 
     def _offer(self, slots: np.ndarray) -> None:
         """Let blocks that have been filled be found by others."""
@@ -183,7 +208,7 @@ class Scheduler:
             for index in range(known, count):
                 key = sequence.keys[index]
                 if self.prefix_cache:
-                    self.pool.remember(key, int(self.tables[slot, index]))
+                    self.pool.remember(key, int(self.blocks[slot, index]))
                 if self._pending.get(key) == slot:
                     del self._pending[key]
 
@@ -195,7 +220,7 @@ class Scheduler:
                 break
             self.preempt(self.in_slot(int(self.running[-1])))
         if len(slots):
-            self.tables[slots, self.allocated[slots]] = self.pool.take(len(slots))
+            self.blocks[slots, self.allocated[slots]] = self.pool.take(len(slots))
             self.allocated[slots] += 1
 
     def _admit(self) -> None:
@@ -243,7 +268,7 @@ class Scheduler:
             if slot == NOBODY:
                 break
             leader = slot
-            pending.append(self.tables[slot, place])
+            pending.append(self.blocks[slot, place])
         blocks = np.concatenate([blocks, np.array(pending, dtype=np.int32)])
         need = len(blocks) * self.block_size
         prompt = sequence.request.prompt
@@ -260,12 +285,12 @@ class Scheduler:
         self.pool.share(shared.blocks)
         own = self.pool.take(-(-count // self.block_size) - len(shared.blocks))
         blocks = np.concatenate([shared.blocks, own])
-        self.tables[slot, : len(blocks)] = blocks
+        self.blocks[slot, : len(blocks)] = blocks
         self.allocated[slot], self._known[slot] = len(blocks), shared.computed // self.block_size
         self.tokens[slot, :count], self.logprobs[slot, :count] = sequence.tokens, sequence.logprobs
         self.length[slot], self.computed[slot], self.limit[slot] = count, shared.computed, sequence.limit
         self._leader[slot], self._need[slot] = shared.leader, shared.need
-        self.prompt[slot], self.scores[slot] = len(prompt), not sequence.is_scored
+        self.prompt[slot], self.table.scored[slot] = len(prompt), not sequence.is_scored
         request = sequence.request
         self._account[slot], self._priority[slot], self._arrival[slot] = (
             sequence.account, request.priority, sequence.arrival,
@@ -300,7 +325,7 @@ class Scheduler:
             if self._pending.get(key) == slot:
                 del self._pending[key]
         self._leader[slot] = NOBODY
-        self.pool.give(self.tables[slot, : self.allocated[slot]])
+        self.pool.give(self.blocks[slot, : self.allocated[slot]])
         self._free_slots.append(slot)
         self._in_slot[slot] = None
         sequence.slot = -1
