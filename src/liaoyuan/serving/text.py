@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from liaoyuan.inference import Event
+from liaoyuan.serving.tools import CallPiece
 
 
 class Decoder(Protocol):
@@ -52,6 +53,7 @@ class Piece:
     completion_tokens: int
     reasoning_tokens: int
     finish_reason: str | None
+    calls: tuple[CallPiece, ...] = ()
 
 
 class StopFilter:
