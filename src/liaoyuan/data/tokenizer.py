@@ -115,6 +115,11 @@ class Tokenizer:
         return self._library.token_to_id(token)
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special tokens, whose text is no part of what is said."""
+        return self._special_ids
+
+    @property
     def has_template(self) -> bool:
         return self._template is not None
 
