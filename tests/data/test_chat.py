@@ -142,7 +142,7 @@ def test_a_bad_template_is_refused_in_one_sentence(
 def test_bad_messages_are_refused_in_one_sentence(tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path) -> None:
     for messages in (
         [{"content": "x"}],
-        [{"role": "tool", "content": "x"}],
+        [{"role": "moderator", "content": "x"}],
         [{"role": "user", "content": [{"type": "image_url"}]}],
         [{"role": "user", "content": 3}],
     ):

@@ -154,9 +154,6 @@ def test_what_is_refused_and_how(client: openai.OpenAI, tokenizer: Tokenizer) ->
         with pytest.raises(openai.BadRequestError) as refused:
             chat(**{"model": "tiny", "messages": QUESTION, **asked})
         assert refused.value.code == "context_length_exceeded"
-    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-    with pytest.raises(openai.BadRequestError, match="does not call tools"):
-        chat(model="tiny", messages=QUESTION, tools=[tool])
     with pytest.raises(openai.BadRequestError, match="did you mean 'max_tokens'"):
         chat(model="tiny", messages=QUESTION, extra_body={"max_token": 5})
     with pytest.raises(openai.BadRequestError, match="vocabulary"):

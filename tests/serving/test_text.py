@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liaoyuan.data.tokenizer import IncrementalDecoder, Tokenizer
-from liaoyuan.inference import Event
-from liaoyuan.serving.text import AnswerReader, Piece, StopFilter, ThinkMarks
+from liaoyuan.inference import Event, ThinkMarks
+from liaoyuan.serving.text import AnswerReader, Piece, StopFilter
 from tests.serving.conftest import chat_tokens
 
 

@@ -11,24 +11,52 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 from jinja2 import nodes
 
 from liaoyuan.data.records import Message
 from liaoyuan.errors import LiaoyuanError
 
-# Thoughts of earlier turns are left out, as reasoning models do; only the last message shows its own. So an earlier
-# answer looks like one that was given at once.
+# Thoughts of earlier turns are left out, as reasoning models do; only the last message shows its own, and a message
+# that calls tools keeps it until the user speaks again. So an earlier answer looks like one that was given at once.
+# Tools are written as Hermes and Qwen models do (JSON in <tools>, <tool_call> and <tool_response>).
 CHAT_TEMPLATE = """\
+{%- set turn = namespace(user=-1) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{% set turn.user = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- if tools %}
+    {{- '<|system|>' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{% endif %}
+    {{- 'You can call these functions:\\n<tools>' }}
+    {%- for tool in tools %}{{- '\\n' + tool | tojson }}{% endfor %}
+    {{- '\\n</tools>\\nA call is written as <tool_call>\\n' }}
+    {{- '{"name": name, "arguments": arguments}\\n</tool_call><|end|>' }}
+{%- endif %}
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
         {{- '<|assistant|><think>' }}
-        {%- if loop.last %}{{- message.reasoning_content or message.think or '' }}{% endif %}
-        {{- '</think>' + message.content + '<|end|>' }}
+        {%- if loop.last or (message.tool_calls and loop.index0 > turn.user) %}
+            {{- message.reasoning_content or message.think or '' }}
+        {%- endif %}
+        {{- '</think>' + message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {%- if message.content or not loop.first %}{{- '\\n' }}{% endif %}
+            {{- '<tool_call>\\n{"name": ' + call.function.name | tojson }}
+            {{- ', "arguments": ' + call.function.arguments | tojson + '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|end|>' }}
+    {%- elif message.role == 'tool' %}
+        {%- set follows = not loop.first and messages[loop.index0 - 1].role == 'tool' %}
+        {{- ('\\n' if follows else '<|user|>') + '<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|end|>' }}{% endif %}
     {%- elif message.role in ['system', 'user'] %}
-        {{- '<|' + message.role + '|>' + message.content + '<|end|>' }}
+        {%- if not (tools and loop.first and message.role == 'system') %}
+            {{- '<|' + message.role + '|>' + message.content + '<|end|>' }}
+        {%- endif %}
     {%- else %}
-        {{- raise_exception("the role must be system, user or assistant, not '" + message.role + "'") }}
+        {{- raise_exception("the role must be system, user, assistant or tool, not '" + message.role + "'") }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -37,11 +65,12 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 """
 
-Template = Callable[[list[dict[str, Any]], bool, bool, Mapping[str, str]], str]
+Tools = Sequence[Mapping[str, Any]]
+Template = Callable[[list[dict[str, Any]], bool, bool, Mapping[str, str], Tools | None], str]
 
 
 def compile_template(source: str | None) -> Template | None:
-    """Return the function (messages, generation prompt?, thinking?, special tokens) -> text of a Jinja template.
+    """Return the function (messages, generation prompt?, thinking?, special tokens, tools) -> text of a Jinja template.
 
     Raises:
         LiaoyuanError: the template is no Jinja; its function raises it when the template refuses the messages.
@@ -53,11 +82,17 @@ def compile_template(source: str | None) -> Template | None:
     except jinja2.TemplateError as error:
         raise LiaoyuanError(f"The chat template cannot be read: {error}.") from error
 
-    def fill(rows: list[dict[str, Any]], generation_prompt: bool, thinking: bool, tokens: Mapping[str, str]) -> str:
+    def fill(
+        rows: list[dict[str, Any]],
+        generation_prompt: bool,
+        thinking: bool,
+        tokens: Mapping[str, str],
+        tools: Tools | None,
+    ) -> str:
         try:
             return template.render(
                 messages=rows,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=generation_prompt,
                 enable_thinking=thinking,
@@ -69,11 +104,20 @@ def compile_template(source: str | None) -> Template | None:
     return fill
 
 
+def takes_tools(source: str | None) -> bool:
+    """Return whether a template says anything of the tools that it is given."""
+    return source is not None and "tools" in jinja2.meta.find_undeclared_variables(_environment().parse(source))
+
+
 def plain_messages(messages: Sequence[Message | Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return messages as templates take them: "role", "content", and "reasoning_content" if there was a thought.
 
+    Of tools: the assistant's "tool_calls" with their arguments as objects (not as JSON text, as the API has them),
+    "tool_call_id" and "name" of a tool's answer.
+
     Raises:
-        LiaoyuanError: a message has no role, or its content is neither text nor a list of text parts.
+        LiaoyuanError: a message has no role, its content is neither text nor a list of text parts, or the arguments
+            of a tool call are no JSON object.
     """
     return [_plain(message) for message in messages]
 
@@ -81,12 +125,28 @@ def plain_messages(messages: Sequence[Message | Mapping[str, Any]]) -> list[dict
 def _plain(message: Message | Mapping[str, Any]) -> dict[str, Any]:
     values = message.model_dump() if isinstance(message, Message) else dict(message)
     if not isinstance(values.get("role"), str):
-        raise LiaoyuanError("Every message must have a role: system, user or assistant.")
-    row = {"role": values["role"], "content": _text(values.get("content"))}
+        raise LiaoyuanError("Every message must have a role: system, user, assistant or tool.")
+    row: dict[str, Any] = {"role": values["role"], "content": _text(values.get("content"))}
     thought = values.get("think") or values.get("reasoning_content") or values.get("reasoning")
     if thought:
         row["reasoning_content"] = _text(thought)
+    if values.get("tool_calls"):
+        row["tool_calls"] = [_plain_call(call) for call in values["tool_calls"]]
+    row |= {name: values[name] for name in ("tool_call_id", "name") if values.get(name)}
     return row
+
+
+def _plain_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    arguments = function.get("arguments") or {}
+    try:
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise LiaoyuanError(f"The arguments of the call of '{function.get('name')}' must be the text of a JSON object.")
+    plain = {"type": "function", "function": {"name": function.get("name"), "arguments": arguments}}
+    return {"id": call["id"], **plain} if call.get("id") else plain
 
 
 def _text(content: Any) -> str:

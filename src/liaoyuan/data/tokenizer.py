@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from liaoyuan.data.records import Message
-from liaoyuan.data.template import CHAT_TEMPLATE, compile_template, plain_messages
+from liaoyuan.data.template import CHAT_TEMPLATE, Tools, compile_template, plain_messages, takes_tools
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import write_atomic, write_json
 
@@ -51,7 +51,9 @@ class Tokenizer:
         self._added_pattern, self._hidden_pattern = _any_of([*self._added]), _any_of([*self._added, GUARD])
         self._hidden_of_assistant = _any_of([*special, GUARD])
         self._settings = dict(settings)
-        self._template = compile_template(_template_of(settings))
+        self.template_text = _template_of(settings)
+        self._template = compile_template(self.template_text)
+        self.takes_tools = takes_tools(self.template_text)
         decoder = json.dumps(json.loads(definition).get("decoder") or {})
         self._bytes = _token_bytes_function(decoder)
         self.strips_space = '"Strip"' in decoder or ('"Metaspace"' in decoder and '"never"' not in decoder)
@@ -115,6 +117,11 @@ class Tokenizer:
         return self._library.token_to_id(token)
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special tokens, whose text is no part of what is said."""
+        return self._special_ids
+
+    @property
     def has_template(self) -> bool:
         return self._template is not None
 
@@ -123,13 +130,16 @@ class Tokenizer:
         messages: Sequence[Message | Mapping[str, Any]],
         thinking: bool = True,
         generation_prompt: bool = True,
+        tools: Tools | None = None,
     ) -> list[int]:
         """Return the ids of a conversation in this tokenizer's chat template.
 
         Args:
-            messages: `Message`s, or mappings with "role", "content" and perhaps "think" or "reasoning_content".
+            messages: `Message`s, or mappings with "role", "content" and perhaps "think" or "reasoning_content",
+                "tool_calls", "tool_call_id" and "name".
             thinking: whether the answer to come is to be thought about first (slow) or given at once (fast).
             generation_prompt: end with the beginning of the assistant's turn.
+            tools: what the model may call, as OpenAI's API describes it; most templates show it to the model.
 
         Raises:
             LiaoyuanError: there is no template, or it refuses the messages.
@@ -137,23 +147,28 @@ class Tokenizer:
         rows = plain_messages(messages)
         hidden: list[str] = []
         guarded = [self._guard(row, hidden) for row in rows]
-        text = self._fill(guarded, thinking, generation_prompt)
+        shown = [_guarded(dict(tool), self._hidden_pattern, hidden) for tool in tools or []]
+        text = self._fill(guarded, thinking, generation_prompt, shown or None)
         if not hidden:
             return self._library.encode(text, add_special_tokens=False).ids
         return [index for piece in self._pieces(text, hidden) for index in piece]
 
     def render_text(
-        self, messages: Sequence[Message | Mapping[str, Any]], thinking: bool = True, generation_prompt: bool = True
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        thinking: bool = True,
+        generation_prompt: bool = True,
+        tools: Tools | None = None,
     ) -> str:
         """Return the text that the chat template makes of the messages; see `render`."""
-        return self._fill(plain_messages(messages), thinking, generation_prompt)
+        return self._fill(plain_messages(messages), thinking, generation_prompt, tools)
 
-    def _fill(self, rows: list[dict[str, Any]], thinking: bool, generation_prompt: bool) -> str:
+    def _fill(self, rows: list[dict[str, Any]], thinking: bool, generation_prompt: bool, tools: Tools | None) -> str:
         if self._template is None:
             raise LiaoyuanError("This tokenizer has no chat template, so it cannot render messages.")
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         tokens = {name: _content(self._settings[name]) for name in names if self._settings.get(name)}
-        return self._template(rows, generation_prompt, thinking, tokens)
+        return self._template(rows, generation_prompt, thinking, tokens, tools)
 
     def _guard(self, row: dict[str, Any], hidden: list[str]) -> dict[str, Any]:
         """Replace special tokens written in a message by stand-ins of which the template knows nothing.
@@ -161,15 +176,7 @@ class Tokenizer:
         An assistant's message keeps added tokens that are not special: foreign templates look for "</think>" in it.
         """
         pattern = self._hidden_of_assistant if row["role"] == "assistant" else self._hidden_pattern
-
-        def hide(match: re.Match[str]) -> str:
-            hidden.append(match[0])
-            return f"{GUARD}{len(hidden) - 1}{GUARD}"
-
-        return {
-            key: pattern.sub(hide, value) if key != "role" and isinstance(value, str) else value
-            for key, value in row.items()
-        }
+        return {key: value if key == "role" else _guarded(value, pattern, hidden) for key, value in row.items()}
 
     def _pieces(self, text: str, hidden: list[str]) -> Iterator[list[int]]:
         """Yield the ids of filled-in text: the template's special tokens as ids, the rest as plain text."""
@@ -250,6 +257,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         "chat_template": CHAT_TEMPLATE,
     }
     return Tokenizer(library.to_str(), settings)
+
+
+def _guarded(value: Any, pattern: re.Pattern[str], hidden: list[str]) -> Any:
+    """Return a value as JSON has it, in which whatever `pattern` finds is moved to `hidden` and replaced."""
+
+    def hide(match: re.Match[str]) -> str:
+        hidden.append(match[0])
+        return f"{GUARD}{len(hidden) - 1}{GUARD}"
+
+    if isinstance(value, str):
+        return pattern.sub(hide, value)
+    if isinstance(value, list):
+        return [_guarded(item, pattern, hidden) for item in value]
+    if isinstance(value, dict):
+        return {_guarded(key, pattern, hidden): _guarded(item, pattern, hidden) for key, item in value.items()}
+    return value
 
 
 def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:

@@ -5,10 +5,13 @@
 
 from liaoyuan.inference.constraint import Constraint, ConstraintState
 from liaoyuan.inference.engine import Engine, EngineConfig
+from liaoyuan.inference.grammar import Grammar, Grammars
 from liaoyuan.inference.request import Completion, Event, PromptLogprobs, Request, SamplingParams
 from liaoyuan.inference.runner import Busy, EngineThread
+from liaoyuan.inference.thinking import AfterThinking, ThinkMarks
 
 __all__ = [
+    "AfterThinking",
     "Busy",
     "Completion",
     "Constraint",
@@ -17,7 +20,10 @@ __all__ = [
     "EngineConfig",
     "EngineThread",
     "Event",
+    "Grammar",
+    "Grammars",
     "PromptLogprobs",
     "Request",
     "SamplingParams",
+    "ThinkMarks",
 ]

@@ -9,6 +9,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from starlette.staticfiles import StaticFiles
 
 from liaoyuan.data.tokenizer import Tokenizer
+from liaoyuan.inference import ThinkMarks
 from liaoyuan.serving.about import About
 from liaoyuan.serving.chat import chat_routes
 from liaoyuan.serving.completions import completion_routes
@@ -18,7 +19,6 @@ from liaoyuan.serving.markdown import render
 from liaoyuan.serving.protocol import RenderRequest
 from liaoyuan.serving.scores import PromptScorer
 from liaoyuan.serving.security import Guard
-from liaoyuan.serving.text import ThinkMarks
 
 PAGE = Path(__file__).parent / "page"
 

@@ -11,20 +11,18 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
-from liaoyuan.errors import LiaoyuanError
-from liaoyuan.serving.errors import ApiError, invalid
+from liaoyuan.serving.conversation import chat_jobs
+from liaoyuan.serving.errors import ApiError
 from liaoyuan.serving.generation import (
     EventStream,
-    Job,
     Served,
     collect,
     finite,
     first_and_rest,
-    sampling_params,
     server_event,
     start,
 )
-from liaoyuan.serving.protocol import ChatRequest, Message
+from liaoyuan.serving.protocol import ChatRequest
 from liaoyuan.serving.text import Piece, ScoredToken
 
 
@@ -35,7 +33,7 @@ def chat_routes(served: Served) -> APIRouter:
     @router.post("/v1/chat/completions", response_model=None)
     async def chat_completions(http: HttpRequest, body: ChatRequest) -> Response:
         served.check_model(body.model)
-        jobs = await asyncio.to_thread(_jobs, served, body)  # a long prompt must not hold up the streams of others
+        jobs = await asyncio.to_thread(chat_jobs, served, body)  # a long prompt must not hold up the streams of others
         pieces = start(served, jobs)
         reply = _Reply(served, body, len(jobs[0].prompt), "chatcmpl-" + secrets.token_hex(12), int(time.time()))
         if body.stream:
@@ -43,41 +41,6 @@ def chat_routes(served: Served) -> APIRouter:
         return JSONResponse(reply.whole(await collect(http, pieces, len(jobs))))
 
     return router
-
-
-def _jobs(served: Served, body: ChatRequest) -> list[Job]:
-    prompt = _prompt(served, body)
-    top_logprobs = body.top_logprobs or 0
-    if top_logprobs and not body.logprobs:
-        raise invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
-    most = body.max_completion_tokens or body.max_tokens
-    return [
-        Job(
-            prompt,
-            sampling_params(served, body, prompt, most, top_logprobs, choice),
-            body.stops(),
-            served.marks,
-        )
-        for choice in range(body.n or 1)
-    ]
-
-
-def _prompt(served: Served, body: ChatRequest) -> tuple[int, ...]:
-    try:
-        messages = [_message(message) for message in body.messages]
-        return tuple(served.tokenizer.render(messages, thinking=body.thinking, generation_prompt=True))
-    except LiaoyuanError as error:
-        raise invalid(str(error), "messages") from error
-
-
-def _message(message: Message) -> dict[str, Any]:
-    """Return a message as chat templates know it ("developer" is OpenAI's newer name of "system")."""
-    role = "system" if message.role == "developer" else message.role
-    rendered: dict[str, Any] = {"role": role, "content": message.text()}
-    thought = message.reasoning_content or message.reasoning
-    if thought:
-        rendered["reasoning_content"] = thought
-    return rendered
 
 
 async def _stream(reply: "_Reply", count: int, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:

@@ -12,6 +12,10 @@ from liaoyuan.errors import LiaoyuanError, nearest
 SEVERAL_FORMS = {  # of these fields pydantic would name the first form only
     "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
     "stop": "a text or a list of texts",
+    "tool_choice": 'none, auto, required, or {"type": "function", "function": {"name": ...}}',
+    "function_call": 'none, auto, or {"name": ...}',
+    "guided_json": "a JSON schema, as an object or as text",
+    "json_schema": "a JSON schema",
 }
 RETRY_AFTER_SECONDS = 1  # a full queue of short answers drains in about this time
 

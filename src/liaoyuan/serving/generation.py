@@ -19,11 +19,11 @@ from starlette.types import Send
 
 from liaoyuan.data.tokenizer import IncrementalDecoder, Tokenizer
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference import Busy, Engine, Event, Request, SamplingParams
+from liaoyuan.inference import Busy, Engine, Event, Request, SamplingParams, ThinkMarks
 from liaoyuan.serving.errors import ApiError, ClientGoneError, invalid
 from liaoyuan.serving.protocol import Sampling
 from liaoyuan.serving.scores import PromptScorer
-from liaoyuan.serving.text import AnswerReader, Piece, ThinkMarks
+from liaoyuan.serving.text import AnswerReader, Piece
 
 SEEDS = 2**63  # seeds are taken modulo this, so that a negative one is as good as any
 

@@ -15,6 +15,8 @@ from liaoyuan.serving.errors import invalid, unsupported
 MAX_CHOICES = 128  # `n`, and prompts in one request
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20  # OpenAI's own limit
+MAX_BAD_WORDS = 256
+MAX_TOOLS = 256
 
 # Fields that ask for what changes nothing in the text: accepted, without effect.
 IGNORED = {
@@ -27,23 +29,19 @@ IGNORED = {
     "prompt_cache_retention",
     "prediction",
     "verbosity",
-    "parallel_tool_calls",
     "stream_format",
+    "guided_decoding_backend",
 }
 # Fields that this server cannot honour, their neutral values, and what to say.
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tools": (([],), "it does not call tools."),
-    "functions": (([],), "it does not call functions."),
-    "tool_choice": (("none", "auto"), "it does not call tools."),
-    "function_call": (("none", "auto"), "it does not call functions."),
-    "response_format": (({"type": "text"},), "it cannot hold the answer to a format; ask for one in the prompt."),
+    "tools": (([],), "only /v1/chat/completions calls tools."),
+    "functions": (([],), "only /v1/chat/completions calls functions."),
+    "tool_choice": (("none", "auto"), "only /v1/chat/completions calls tools."),
+    "function_call": (("none", "auto"), "only /v1/chat/completions calls functions."),
+    "parallel_tool_calls": ((True, False), "only /v1/chat/completions calls tools."),
     "modalities": ((["text"],), "it answers in text only."),
     "audio": ((), "it answers in text only."),
     "web_search_options": ((), "it never leaves this machine."),
-    "logit_bias": (({},), "remove it."),
-    "frequency_penalty": ((0,), "only 0 (no penalty)."),
-    "presence_penalty": ((0,), "only 0 (no penalty)."),
-    "repetition_penalty": ((1,), "only 1 (no penalty)."),
     "suffix": (("",), "it only continues text."),
     "best_of": ((1,), "ask for several answers with 'n'."),
 }
@@ -61,6 +59,9 @@ def _unicode(text: str) -> str:
 Text = Annotated[str, AfterValidator(_unicode)]
 Bounded = Annotated[int, Field(ge=1)]
 Tokens = list[Annotated[int, Field(ge=0)]]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Schema = dict[str, Any] | bool
+Choices = Annotated[list[Text], Field(min_length=1)]
 
 
 class Body(BaseModel):
@@ -77,6 +78,33 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
+class JsonSchema(Body):
+    """A JSON schema with a name, as `response_format` has it; `strict` makes no difference: it is always held."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Schema | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """What the answer must be: any text, any JSON object, or JSON of a schema (`schema`: llama.cpp's place for it)."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    schema_: Schema | None = Field(default=None, alias="schema")
+
+
+class StructuredOutputs(Body):
+    """vLLM's ways to hold an answer to a form; at most one of them."""
+
+    json_: str | Schema | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class Sampling(Body):
     """What chat and plain completions have in common."""
 
@@ -90,6 +118,20 @@ class Sampling(Body):
     stop: Text | list[Text] | None = None
     stop_token_ids: Tokens | None = None
     ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
+    bad_words: Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=MAX_BAD_WORDS)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | Schema | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = None
+    json_schema: Schema | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -135,20 +177,71 @@ class Part(Body):
     text: Text
 
 
+class CalledFunction(BaseModel):
+    """Which function an earlier message called; `arguments` is the text of a JSON object."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    name: Text
+    arguments: Text | None = None
+
+
+class EarlierCall(BaseModel):
+    """A tool call of an earlier message."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    id: Text | None = None
+    function: CalledFunction
+
+
 class Message(BaseModel):
     """A turn of the conversation. Fields of other servers' replies are tolerated, so that a reply can be sent back."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | list[Part] | None = None
     reasoning: Text | None = None
     reasoning_content: Text | None = None
+    tool_calls: list[EarlierCall] | None = None
+    function_call: CalledFunction | None = None
+    tool_call_id: Text | None = None
+    name: Text | None = None
 
     def text(self) -> str:
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or ""
+
+
+class Function(Body):
+    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A tool that the model may call; only functions are understood."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Body):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The one tool that must be called."""
+
+    type: Literal["function"] = "function"
+    function: FunctionName
 
 
 class TemplateOptions(Body):
@@ -167,6 +260,23 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    thinking_token_budget: Annotated[int, Field(ge=0)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None = None
+    function_call: Literal["none", "auto"] | FunctionName | None = None
+
+    @property
+    def offered(self) -> list[Function]:
+        """The functions that the model may call, by the new name of this list or the old one."""
+        return [tool.function for tool in self.tools or []] or self.functions or []
+
+    @property
+    def choice(self) -> str | FunctionName:
+        """Whether and what the model is to call: "none", "auto", "required" or the function's name."""
+        chosen = self.tool_choice or self.function_call or "auto"
+        return chosen.function if isinstance(chosen, NamedTool) else chosen
 
     @property
     def thinking(self) -> bool:

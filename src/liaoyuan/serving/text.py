@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from liaoyuan.inference import Event
+from liaoyuan.inference import Event, ThinkMarks
+from liaoyuan.serving.tools import CallPiece
 
 
 class Decoder(Protocol):
@@ -15,21 +16,6 @@ class Decoder(Protocol):
 
     def feed(self, ids: Iterable[int]) -> str: ...
     def finish(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class ThinkMarks:
-    """The tokens that open and close a thought."""
-
-    open: int
-    close: int
-
-    def left_open(self, prompt: tuple[int, ...]) -> bool:
-        """Return whether a prompt ends inside a thought (the template has opened one for the answer)."""
-        for token in reversed(prompt):
-            if token in (self.open, self.close):
-                return token == self.open
-        return False
 
 
 @dataclass(frozen=True)
@@ -52,6 +38,7 @@ class Piece:
     completion_tokens: int
     reasoning_tokens: int
     finish_reason: str | None
+    calls: tuple[CallPiece, ...] = ()
 
 
 class StopFilter:
