@@ -364,6 +364,7 @@ DRAWINGS: dict[str, Drawing] = {
     "sample_tokens": Drawing(
         sample_tokens, ops.sample_tokens, part=rows_at(0, 1, 2, 3, 4), output_rows=(0, 1, 2), huge=1031
     ),
+    "log_sum_exp": Drawing(lambda d: (d.normal(d.rows, 300 * d.width),), ops.log_sum_exp, part=rows_at(0)),
     "grouped_linear": Drawing(grouped_linear, ops.grouped_linear, part=some_rows_of_experts, rows=(0,)),
     "route": Drawing(route, ops.route, route_arguments, part=rows_at(0), rows=(0,), output_rows=(0, 1)),
     "permute_rows": Drawing(permute_rows, ops.permute_rows),  # copies

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from liaoyuan.inference.masks import packed
-from liaoyuan.ops import sample_tokens, sampling_settings
+from liaoyuan.ops import log_probability, log_sum_exp, sample_tokens, sampling_settings
 from liaoyuan.ops.sampling import penalised
 
 Bias = tuple[tuple[int, float], ...]
@@ -90,14 +89,14 @@ def sample(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
 
 def log_probs(logits: Tensor, tokens: np.ndarray) -> Tensor:
     """Return the log-probability fp32 [R] of a given token of each row, with the bits that drawing it would give."""
-    mask = torch.from_numpy(packed(tokens, logits.shape[1])).to(logits.device)
-    return sample_tokens(logits, sampling_settings(len(tokens)).to(logits.device), mask=mask).log_probs
+    chosen = torch.from_numpy(tokens).to(logits.device)
+    return log_probability(logits.gather(1, chosen[:, None])[:, 0], log_sum_exp(logits))
 
 
 def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` most probable tokens int64 [R, count] and their raw log-probabilities fp32 [R, count]."""
-    values, tokens = logits.float().log_softmax(-1).topk(count, dim=-1)
-    return tokens, values
+    scores, tokens = logits.topk(count, dim=-1)
+    return tokens, log_probability(scores, log_sum_exp(logits)[:, None])
 
 
 def distributions(logits: Tensor, settings: Settings) -> Tensor:

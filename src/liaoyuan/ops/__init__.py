@@ -23,6 +23,7 @@ from liaoyuan.ops.cross_entropy import (
 from liaoyuan.ops.gated import clamped_swiglu, geglu, swiglu
 from liaoyuan.ops.grouped_linear import grouped_linear
 from liaoyuan.ops.linear import exact_rows, linear
+from liaoyuan.ops.log_sum_exp import log_probability, log_sum_exp
 from liaoyuan.ops.norm import add_rms_norm, rms_norm
 from liaoyuan.ops.operator import wide
 from liaoyuan.ops.optimiser import adamw_step, clip, global_norm, newton_schulz, square_sum
@@ -60,6 +61,8 @@ __all__ = [
     "latent_rotary",
     "linear",
     "linear_cross_entropy",
+    "log_probability",
+    "log_sum_exp",
     "logit_statistics",
     "measure",
     "merge",

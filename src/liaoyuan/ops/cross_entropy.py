@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
+from liaoyuan.ops.log_sum_exp import log_probability
 from liaoyuan.ops.loss_head import LOSS_HEAD, keeps, reference
 from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
@@ -30,7 +31,7 @@ class LogitStatistics(NamedTuple):
     @property
     def log_prob(self) -> Tensor:
         """The target's log-probability."""
-        return self.chosen - self.log_sum_exp
+        return log_probability(self.chosen, self.log_sum_exp)
 
 
 ReadLogits = Callable[[Tensor, Tensor, Tensor, bool], LogitStatistics]  # of `logit_statistics`

@@ -14,6 +14,7 @@ from torch import Tensor
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import NATIVE, triton
+from liaoyuan.ops.log_sum_exp import log_probability
 from liaoyuan.ops.operator import Operator, register, wide
 from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
@@ -124,7 +125,7 @@ def _sample_tokens(
     sums = shares.cumsum(-1)
     place = (sums <= uniform * sums[:, -1:]).sum(-1, keepdim=True).clamp_max(scores.shape[1] - 1)
     tokens = torch.where(is_filtered, order.gather(-1, place), place)
-    log_probs = raw.log_softmax(-1).gather(-1, tokens)
+    log_probs = log_probability(raw.gather(-1, tokens), raw.logsumexp(-1, keepdim=True))
     filtered = (shares.gather(-1, place) / sums[:, -1:]).log().to(log_probs.dtype)
     usable = peak.isfinite() & log_probs.isfinite()
     found = (tokens.where(usable, -1), *(x.where(usable, torch.nan).float() for x in (log_probs, filtered)))

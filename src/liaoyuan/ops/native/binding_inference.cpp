@@ -75,6 +75,17 @@ Three sample_tokens_cpu(const Tensor& logits_, const Tensor& settings_, const Op
   return {tokens, log_probs, filtered};
 }
 
+Tensor log_sum_exp_cpu(const Tensor& logits_) {
+  Tensor logits = dense(logits_);
+  TORCH_CHECK(logits.dim() == 2, "logits must be a matrix, not ", logits.sizes());
+  Tensor found = at::empty({logits.size(0)}, logits.options().dtype(at::kFloat));
+  by_type(logits, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    log_sum_exp<T>(in<T>(logits), out<float>(found), logits.size(0), logits.size(1));
+  });
+  return found;
+}
+
 }  // namespace
 
 bool register_inference(torch::Library& library, const std::string& name) {
@@ -82,6 +93,8 @@ bool register_inference(torch::Library& library, const std::string& name) {
     library.impl("quantised_linear", &quantised_linear_cpu);
   else if (name == "sample_tokens")
     library.impl("sample_tokens", &sample_tokens_cpu);
+  else if (name == "log_sum_exp")
+    library.impl("log_sum_exp", &log_sum_exp_cpu);
   else
     return false;
   return true;

@@ -18,7 +18,7 @@ namespace liaoyuan {
 
 namespace {
 
-constexpr int64_t COLUMNS = 2048;  // of a chunk: the products by it are as fast as larger ones
+constexpr int64_t COLUMNS = 2048;  // of a chunk, two blocks of denominator.h: products by it are as fast as larger ones
 constexpr int64_t ROWS = 1024;     // of a chunk at most, which has 4 MiB then in bf16
 
 Tensor chunk_buffer(int64_t rows, int64_t columns, const Tensor& like) {
@@ -73,7 +73,7 @@ void read_rows(const Head& head, int64_t begin, int64_t rows, bool moments, cons
                                  : chunk_buffer(rows, columns, hidden);
     product<T>(logits, hidden, head.weight.narrow(0, first, columns).t());
     LogitChunk<const T> chunk{in<T>(logits), logits.stride(0), rows, columns, head.first + first};
-    read_logits<T>(chunk, head.target(begin), states + begin, first == 0, moments);
+    read_logits<T>(chunk, head.target(begin), states + begin, moments);
   });
 }
 
@@ -93,10 +93,10 @@ Five loss_head_cpu(const Tensor& hidden, const Tensor& weight, const Tensor& tar
   Tensor chosen = numbers(true), log_sum_exp = numbers(true), entropy = numbers(moments), mean = numbers(moments);
   for (int64_t i = 0; i < head.rows; ++i) {
     const LogitState& row = states[i];
-    float height = std::log(row.sum);
+    const Denominator& all = row.denominator;
     out<float>(chosen)[i] = row.chosen;
-    out<float>(log_sum_exp)[i] = row.top + height;
-    if (moments) out<float>(entropy)[i] = height - row.product / row.sum;
+    out<float>(log_sum_exp)[i] = all.log();
+    if (moments) out<float>(entropy)[i] = float(std::log(all.sum) - row.product / all.sum);
     if (moments) out<float>(mean)[i] = row.logits / float(vocabulary);
   }
   return {chosen, log_sum_exp, entropy, mean, kept};

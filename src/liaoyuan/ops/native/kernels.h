@@ -1,6 +1,10 @@
 // The kernels' interface: plain pointers, so that only the binding needs torch's headers.
 // T is float or BFloat16; all rows are contiguous unless a stride is named; strides count elements.
 #pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 #include "vector.h"
 
 namespace liaoyuan {
@@ -64,6 +68,25 @@ void gated(const T* gate_up, T* out, int64_t count, const GateKind& kind);
 template <class T>
 void gated_backward(const T* grad, const T* gate_up, T* grad_gate_up, int64_t count, const GateKind& kind);
 
+// denominator.h: of a row of scores so far, the highest one and the sum of exp(score - top).
+struct Denominator {
+  float top = std::numeric_limits<float>::lowest();  // finite, so that scores of -inf have a difference to it
+  double sum = 0;
+
+  // Scale to a top that is at least as high; returns the factor.
+  double rise(float highest) {
+    if (!(highest > top)) return 1;
+    double factor = std::exp(double(top) - double(highest));
+    top = highest;
+    sum *= factor;
+    return factor;
+  }
+  float log() const { return float(double(top) + std::log(sum)); }
+};
+
+// What training and sampling take for a token's log-probability. Rounding must not raise it above that of certainty.
+inline float log_probability(float score, float log_sum_exp) { return std::min(score - log_sum_exp, 0.0f); }
+
 // softmax.cpp: a chunk of the logits, columns first, ..., first + columns - 1 of some rows.
 template <class T>
 struct LogitChunk {
@@ -71,12 +94,17 @@ struct LogitChunk {
   int64_t stride, rows, columns, first;
 };
 struct LogitState {  // of a row's logits so far; the two last if moments are wanted
-  float top, sum, chosen;  // the highest; sum of exp(logit - top); the target's
-  float product, logits;   // sum of exp(logit - top) * (logit - top); sum of the logits
+  Denominator denominator;
+  float chosen = 0;    // the target's
+  double product = 0;  // sum of exp(logit - top) * (logit - top)
+  float logits = 0;    // their sum
 };
-// Take a chunk into the state, which begins with the first one. Targets that are not in the chunk do not count.
+// Take a chunk into the state; its columns are a multiple of a block, but in the last one. Targets that are not in the
+// chunk do not count.
 template <class T>
-void read_logits(const LogitChunk<const T>& chunk, const int64_t* targets, LogitState* state, bool begin, bool moments);
+void read_logits(const LogitChunk<const T>& chunk, const int64_t* targets, LogitState* state, bool moments);
+template <class T>
+void log_sum_exp(const T* logits, float* out, int64_t rows, int64_t columns);
 // The gradient of a row's logits z: softmax * (of_sum + (z - log_sum_exp) * slope) + every, and chosen at the target.
 struct LogitGradient {
   float log_sum_exp, chosen, of_sum, slope, every;

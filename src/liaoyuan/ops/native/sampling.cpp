@@ -6,18 +6,15 @@
 // on that row alone.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
+#include "denominator.h"
 #include "kernels.h"
-#include "stream.h"
 
 namespace liaoyuan {
 
 namespace {
 
-constexpr int64_t CHUNK = 64, BLOCK = LANES * CHUNK;  // a block has as many chunks as a vector has lanes
-constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 // Least weights of candidates, against the peak's, one after the other until they suffice.
 constexpr float CANDIDATES[] = {0x1p-2f,  0x1p-4f,  0x1p-6f,  0x1p-8f,  0x1p-10f,
                                 0x1p-12f, 0x1p-15f, 0x1p-18f, 0x1p-24f, 0.0f};
@@ -35,27 +32,6 @@ struct Drawn {
   int64_t token;
   double share;  // of what the filters left
 };
-
-// Sixteen of a row's scores, nothing past its end.
-template <class T>
-Vec scores_at(const T* scores, int64_t i, int64_t count) {
-  if (i + LANES <= count) return load(scores + i);
-  if (i >= count) return splat(NOTHING);
-  return choose(lane_numbers() < int32_t(count - i), load(scores + i, count - i), splat(NOTHING));
-}
-
-// body(block, load) for each block of a row, with a function that loads 32 scores of the block, in whatever order; only
-// in the last block it must look for the end.
-template <class T, class Body>
-void over_blocks(const T* scores, int64_t count, const Body& body) {
-  int64_t block = 0;
-  for (; (block + 1) * BLOCK <= count; ++block)
-    body(block, [from = scores + block * BLOCK](int64_t i) { return load_two(from + i); });
-  if (block * BLOCK < count)
-    body(block, [=, first = block * BLOCK](int64_t i) {
-      return Two{scores_at(scores, first + i, count), scores_at(scores, first + i + LANES, count)};
-    });
-}
 
 // The sum of each of sixteen vectors, in the order of `sum`; or the highest lane.
 template <class Join>
@@ -142,7 +118,7 @@ struct Weights {
   int64_t count;
   float peak, inverse;  // of the temperature
 
-  Vec of(Vec score) const { return exponential((score - peak) * inverse); }
+  Vec of(Vec score) const { return power((score - peak) * inverse); }
   Vec at(int64_t i) const { return of(scores_at(scores, i, count)); }
   // sums: of the chunks; returns the total.
   double add_up(float* sums) const {
@@ -195,7 +171,7 @@ void each_bit(uint32_t bits, const Body& body) {
 template <class T>
 void add_candidates(const Weights<T>& weights, const float* tops, float least, float below,
                     std::vector<Candidate>& found) {
-  constexpr float LOWEST_POWER = -88, MARGIN = 1e-4f;  // exponential is zero below, and wrong by much less
+  constexpr float LOWEST_POWER = -88, MARGIN = 1e-4f;  // a power is zero below, and wrong by much less
   float power = std::max(LOWEST_POWER, std::log(least) - MARGIN), less = least > 0 ? std::nextafter(least, 0.0f) : 0;
   for (int64_t block = 0; block < blocks_of(weights.count); ++block) {
     IntVec some = (load(tops + block * LANES) - weights.peak) * weights.inverse > power;
@@ -277,12 +253,29 @@ Drawn draw_filtered(const std::vector<Candidate>& left, double uniform) {
 
 struct SamplingSpace {
   float *tops, *sums, *scores;
+  double* factors;  // what each block raised the top by
   explicit SamplingSpace(int64_t vocabulary) {
     int64_t chunks = blocks_of(vocabulary) * LANES;
-    tops = static_cast<float*>(scratch(0, size_t(2 * chunks + vocabulary) * sizeof(float)));
-    sums = tops + chunks, scores = sums + chunks;
+    factors = static_cast<double*>(scratch(0, size_t(4 * chunks + vocabulary) * sizeof(float)));
+    tops = reinterpret_cast<float*>(factors + chunks), sums = tops + chunks, scores = sums + chunks;
   }
 };
+
+// The denominator of a row whose tops are known; if `keep`, the sums of its chunks too, against its highest score.
+template <class T>
+Denominator denominator_of(const T* logits, int64_t vocabulary, const SamplingSpace& space, bool keep) {
+  Denominator found;
+  over_blocks(logits, vocabulary, [&](int64_t block, auto score) {
+    space.factors[block] = found.rise(highest(load(space.tops + block * LANES)));
+    Vec parts[LANES];
+    found.sum += sum_of_block(score, found.top, [](auto&...) {}, [&](int64_t c, Vec part) { parts[c] = part; });
+    if (keep) store(space.sums + block * LANES, fold_each(parts, [](Vec a, Vec b) { return a + b; }));
+  });
+  double factor = 1;
+  for (int64_t block = keep ? blocks_of(vocabulary) - 1 : -1; block >= 0; factor *= space.factors[block--])
+    if (factor != 1) store(space.sums + block * LANES, load(space.sums + block * LANES) * float(factor));
+  return found;
+}
 
 // total: of the weights at temperature 1, or less than zero if it is not known.
 template <class T>
@@ -320,16 +313,16 @@ void sample_row(const T* logits, const SamplingRow& row, const SamplingInputs& i
                 int64_t* token, float* log_prob, float* filtered) {
   SamplingSpace space(vocabulary);
   float raw_peak = find_tops(logits, vocabulary, space.tops), peak = raw_peak;
-  double raw_total = Weights<T>{logits, vocabulary, raw_peak, 1.0f}.add_up(space.sums);
   bool is_changed = inputs.history || inputs.mask;
+  Denominator raw = denominator_of(logits, vocabulary, space, !is_changed && row.temperature == 1);
   if (is_changed) peak = change(logits, row, inputs, at, vocabulary, space);
   Drawn drawn{-1, 1};
-  if (std::isfinite(peak) && std::isfinite(raw_total))
+  if (std::isfinite(peak) && std::isfinite(raw.sum))
     drawn = is_changed ? draw_row(space.scores, vocabulary, peak, -1, space, row)
-                       : draw_row(logits, vocabulary, peak, raw_total, space, row);
+                       : draw_row(logits, vocabulary, peak, raw.sum, space, row);
   bool found = drawn.token >= 0;
   *token = found ? drawn.token : -1;
-  *log_prob = found ? float(widen(logits[drawn.token]) - raw_peak - std::log(raw_total)) : NAN;
+  *log_prob = found ? log_probability(widen(logits[drawn.token]), raw.log()) : NAN;
   *filtered = found ? float(std::log(drawn.share)) : NAN;
 }
 

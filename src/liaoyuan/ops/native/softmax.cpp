@@ -1,6 +1,7 @@
 // The passes over a chunk of logits that the loss head needs around its matrix products, and the cache scatter.
 #include <algorithm>
 
+#include "denominator.h"
 #include "kernels.h"
 
 namespace liaoyuan {
@@ -19,63 +20,46 @@ void over_rows(int64_t rows, int64_t columns, const Body& body) {
 
 }  // namespace
 
-namespace {
-
-constexpr float LOWEST = -3.4e38f;
-
-// The chunk's lanes from i on; those past the end are LOWEST, whose exponential is zero.
-template <class T>
-Vec load_low(const T* x, int64_t i, int64_t columns) {
-  Vec value = load(x + i, columns - i);
-  if (columns - i >= LANES) return value;
-  float lane[LANES];
-  store(lane, value);
-  for (int64_t k = columns - i; k < LANES; ++k) lane[k] = LOWEST;
-  return load(lane);
-}
-
-// exp of what is zero or less.
-Vec power(Vec x) { return power_of_two(x * 1.44269504f); }
-
-}  // namespace
-
 template <class T, bool MOMENTS>
-void read_row(const T* x, int64_t target, LogitState& state, int64_t columns, bool begin) {
-  int64_t whole = columns / LANES * LANES;
-  Vec tops = splat(LOWEST);
-  for (int64_t i = 0; i < whole; i += LANES) tops = maximum(tops, load(x + i));
-  float top = highest(tops);
-  for (int64_t i = whole; i < columns; ++i) top = std::max(top, widen(x[i]));
-  float shift = 0.0f, keep = 0.0f;
-  if (!begin) {
-    shift = state.top - std::max(top, state.top);
-    keep = sum(power(splat(shift))) / LANES;
-    top = std::max(top, state.top);
-  }
-  Vec sums{}, products{}, logits{};
-  for (int64_t i = 0; i < columns; i += LANES) {
-    Vec below = load_low(x, i, columns) - splat(top), one = power(below);
-    sums += one;
-    if constexpr (MOMENTS) {
-      products += one * below;  // zero past the end: zero times a finite number
-      logits += load(x + i, columns - i);
-    }
-  }
+void read_row(const T* x, int64_t target, LogitState& state, int64_t columns) {
+  Denominator& row = state.denominator;
+  const Vec lowest = splat(std::numeric_limits<float>::lowest());
+  Vec logits{};
+  over_blocks(x, columns, [&](int64_t, auto score) {
+    Vec products{};
+    float before = row.top;
+    double factor = row.rise(highest_of_block(score));
+    if constexpr (MOMENTS)
+      if (row.sum > 0) state.product = factor * state.product + (double(before) - row.top) * row.sum;
+    row.sum += sum_of_block(score, row.top, [&](const Two& below, const Two& powers) {
+      if constexpr (MOMENTS) {  // zero past the end: zero times a finite number
+        products += powers.first * maximum(below.first, lowest);
+        products += powers.second * maximum(below.second, lowest);
+      }
+    }, [](auto&&...) {});
+    if constexpr (MOMENTS) state.product += sum(products);
+  });
   if constexpr (MOMENTS) {
-    state.product = (begin ? 0.0f : keep * (state.product + shift * state.sum)) + sum(products);
-    state.logits = (begin ? 0.0f : state.logits) + sum(logits);
+    for (int64_t i = 0; i < columns; i += LANES) logits += load(x + i, columns - i);
+    state.logits += sum(logits);
   }
-  state.sum = (begin ? 0.0f : keep * state.sum) + sum(sums);
-  state.top = top;
-  if (begin) state.chosen = 0.0f;
   if (target >= 0 && target < columns) state.chosen = widen(x[target]);
 }
 
 template <class T>
-void read_logits(const LogitChunk<const T>& chunk, const int64_t* targets, LogitState* state, bool begin, bool moments) {
+void read_logits(const LogitChunk<const T>& chunk, const int64_t* targets, LogitState* state, bool moments) {
   over_rows(chunk.rows, chunk.columns, [&](int64_t row) {
     (moments ? read_row<T, true> : read_row<T, false>)(chunk.logits + row * chunk.stride, targets[row] - chunk.first,
-                                                       state[row], chunk.columns, begin);
+                                                       state[row], chunk.columns);
+  });
+}
+
+template <class T>
+void log_sum_exp(const T* logits, float* out, int64_t rows, int64_t columns) {
+  over_rows(rows, columns, [&](int64_t row) {
+    LogitState state;
+    read_row<T, false>(logits + row * columns, -1, state, columns);
+    out[row] = state.denominator.log();
   });
 }
 
@@ -125,7 +109,8 @@ void write_cache(const char* from, char* cache, const int64_t* slots, int64_t ro
 }
 
 #define INSTANTIATE(T)                                                                                            \
-  template void read_logits<T>(const LogitChunk<const T>&, const int64_t*, LogitState*, bool, bool);              \
+  template void read_logits<T>(const LogitChunk<const T>&, const int64_t*, LogitState*, bool);                    \
+  template void log_sum_exp<T>(const T*, float*, int64_t, int64_t);                                               \
   template void logit_gradients<T>(const LogitChunk<const T>&, T*, const int64_t*, const LogitGradient*, bool);   \
   template void add_part<T>(const T*, float*, T*, int64_t, bool, bool);
 INSTANTIATE(float)

@@ -131,6 +131,7 @@ def _forward(
         column = at + tl.arange(0, COLUMNS)
         here = (column < columns)[None, :]
         logits = _logits(hidden, weight, row, column, rows, width, columns, DEPTH)
+        logits = logits.to(kept.dtype.element_ty).to(tl.float32)  # as whoever samples from logits meets them
         if KEEP:
             place = row.to(tl.int64)[:, None] * columns + column[None, :]
             tl.store(kept + place, logits.to(kept.dtype.element_ty), mask=(row < rows)[:, None] & here)
@@ -203,6 +204,7 @@ def _logit_gradients(
         logits = tl.load(kept + at, mask=inside, other=0.0).to(tl.float32)
     else:
         logits = _logits(hidden, weight, row, column, rows, width, columns, DEPTH)
+        logits = logits.to(kept.dtype.element_ty).to(tl.float32)
     target = tl.load(targets + row, mask=row < rows, other=-1)
     log_sum_exp = tl.load(factors + row, mask=row < rows, other=0.0)
     level = tl.load(factors + rows + row, mask=row < rows, other=0.0)

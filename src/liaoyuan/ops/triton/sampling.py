@@ -43,6 +43,15 @@ def sample_tokens(
     return tokens, log_probs, filtered
 
 
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """Compute the operator `log_sum_exp`."""
+    logits = logits.contiguous()
+    rows, vocabulary = logits.shape
+    found = logits.new_empty(rows, dtype=torch.float32)
+    launch(_log_sum_exp, (programs(rows),), logits, logits, found, rows, vocabulary, BLOCK=TILE, num_warps=8)
+    return found
+
+
 @triton.jit
 def _mass(weight):
     return (weight * ONE).to(tl.int64)
@@ -195,5 +204,16 @@ def _sample(
             log_share = (score - peak) / heat - tl.log(mass.to(tl.float32) / ONE)
         nothing = float("nan")
         tl.store(tokens + row, tl.where(usable, token, -1).to(tl.int64))
-        tl.store(log_probs + row, tl.where(usable, tl.load(own_logits + token).to(tl.float32) - log_sum, nothing))
+        tl.store(
+            log_probs + row,
+            tl.where(usable, tl.minimum(tl.load(own_logits + token).to(tl.float32) - log_sum, 0.0), nothing),
+        )
         tl.store(filtered + row, tl.where(usable, log_share, nothing))
+
+
+@triton.jit(do_not_specialize=("rows",))
+def _log_sum_exp(logits, found, rows, vocabulary, BLOCK: tl.constexpr):
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        own = logits + tl.cast(row, tl.int64) * vocabulary
+        _, _, log_sum, _ = _whole(own, own, own, vocabulary, False, BLOCK)
+        tl.store(found + row, log_sum)
