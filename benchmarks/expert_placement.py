@@ -88,7 +88,7 @@ def mixed(counts: np.ndarray, random: np.random.Generator) -> Iterator[np.ndarra
             jump = random.exponential(size=domains)
         share = jump * np.exp(2 * np.cos(2 * np.pi * (time_ / 96 - phase)))
         drawn = random.integers(counts.shape[1], size=(8, domains))  # 8 windows of each domain: 16k tokens together
-        yield (share / share.sum())[:, None, None] * counts[drawn, np.arange(domains)].mean(0)
+        yield (share / share.sum())[:, None, None] * counts[np.arange(domains), drawn].mean(0)
 
 
 def zipf(seed: int, experts: int, layers: int = 4, exponent: float = 0.8) -> Iterator[np.ndarray]:

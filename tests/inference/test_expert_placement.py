@@ -156,6 +156,13 @@ def test_groups_stay_on_their_node() -> None:
     assert (imbalance(later, load[::-1]) < imbalance(placement, load[::-1])).all()
 
 
+def test_a_placement_from_elsewhere_may_have_two_copies_on_one_rank() -> None:
+    placement, load = np.array([[[0, 0, 1], [2, 3, 1]]]), np.array([[9.0, 1.0, 1.0, 1.0]])
+    after = apply(placement, rebalance(placement, load, 0.0))
+    assert imbalance(after, load)[0] == pytest.approx(1.0)
+    assert sorted(set(after.flatten().tolist())) == [0, 1, 2, 3]
+
+
 def test_moves_are_what_a_rank_has_not() -> None:
     before = np.array([[[0, 1], [2, 3]]])
     assert count_moves(before, np.array([[[1, 0], [3, 2]]])) == 0
@@ -182,5 +189,5 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         place(np.ones((1, 8)), 2, 9)
     with pytest.raises(LiaoyuanError, match="3 nodes must divide"):
         place(np.ones((1, 8)), 4, 4, nodes=3, groups=8)
-    with pytest.raises(LiaoyuanError, match="no rank has two"):
-        rebalance(np.array([[[0, 0], [1, 2]]]), np.ones((1, 3)), 0.0)
+    with pytest.raises(LiaoyuanError, match="no copy of expert 2 in layer 0"):
+        rebalance(np.array([[[0, 0], [1, 3]]]), np.ones((1, 4)), 0.0)

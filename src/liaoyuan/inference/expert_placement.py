@@ -115,12 +115,13 @@ def rebalance(placement: np.ndarray, load: np.ndarray, price: float, nodes: int 
     nodes, experts stay on theirs.
 
     Raises:
-        LiaoyuanError: in the given placement an expert has no copy, or a rank holds one twice.
+        LiaoyuanError: in the given placement an expert has no copy.
     """
     load = _domains(load)
-    held = _held(placement, load.shape[-1])
-    if held.max() > 1 or not held.any(-1).all():
-        raise LiaoyuanError("In a placement every expert has a copy, and no rank has two of one: begin with `place`.")
+    missing = np.argwhere(_held(placement, load.shape[-1]).sum(-1) == 0)
+    if len(missing):
+        layer, expert = missing[0].tolist()
+        raise LiaoyuanError(f"The placement has no copy of expert {expert} in layer {layer}: begin with `place`.")
     steps = []
     for index, layer in enumerate(placement):
         row = _normal(load[:, index])
@@ -298,7 +299,7 @@ class _State:
     """One layer, and what its steps would make of it: each kind as moves int64 [C, 1 or 2, 3] (rank, slot, expert)
     and the ranks' work after each, fp64 [C, domains, ranks].
 
-    work: [domains, ranks], multiples of the mean; held: bool [experts, ranks]; busiest: the rank with the most work;
+    work: [domains, ranks], multiples of the mean; held: int64 [experts, ranks]; busiest: the rank with the most work;
     near: bool [ranks], the other ranks of its node; load: [domains, experts], a mean rank's work being one.
     """
 
@@ -318,13 +319,13 @@ class _State:
         work = (load / held.sum(1)) @ held
         busiest = int(work.max(0).argmax())
         near = (np.arange(ranks) * nodes // ranks == busiest * nodes // ranks) & (np.arange(ranks) != busiest)
-        return _State(layer, load, held > 0, held.sum(1), work, busiest, near)
+        return _State(layer, load, held, held.sum(1), work, busiest, near)
 
     def replacements(self) -> tuple[np.ndarray, np.ndarray]:
         """Another expert in the place of a copy on the busiest rank."""
         here = np.zeros(len(self.layer), dtype=bool)
         here[self.busiest] = True
-        wanted = np.flatnonzero(self.held[:, here | self.near].any(1) & ~self.held[:, self.busiest])
+        wanted = np.flatnonzero(self.held[:, here | self.near].any(1) & (self.held[:, self.busiest] == 0))
         return self._put(np.array([self.busiest]), wanted)
 
     def further_copies(self) -> tuple[np.ndarray, np.ndarray]:
@@ -336,7 +337,7 @@ class _State:
         slots = self.layer.shape[1]
         mine, rank, theirs = (x.ravel() for x in np.meshgrid(range(slots), np.flatnonzero(self.near), range(slots)))
         given, taken = self.layer[self.busiest][mine], self.layer[rank, theirs]
-        legal = ~self.held[given, rank] & ~self.held[taken, self.busiest]
+        legal = (self.held[given, rank] == 0) & (self.held[taken, self.busiest] == 0)
         mine, rank, theirs, given, taken = (x[legal] for x in (mine, rank, theirs, given, taken))
         change = (self.load / self.copies)[:, given] - (self.load / self.copies)[:, taken]
         work = np.repeat(self.work[None], len(rank), 0)
@@ -349,7 +350,7 @@ class _State:
         """Each of `experts` in each slot of `ranks` whose own expert has another copy."""
         rank, slot, expert = (x.ravel() for x in np.meshgrid(ranks, range(self.layer.shape[1]), experts))
         dropped = self.layer[rank, slot]
-        legal = (self.copies[dropped] > 1) & ~self.held[expert, rank]
+        legal = (self.copies[dropped] > 1) & (self.held[expert, rank] == 0)
         rank, slot, expert, dropped = (x[legal] for x in (rank, slot, expert, dropped))
         work = self.work + self._share_out(expert, rank, 1) + self._share_out(dropped, rank, -1)
         return np.stack([rank, slot, expert], -1)[:, None], work
