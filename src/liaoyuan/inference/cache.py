@@ -25,9 +25,13 @@ class KeyValueCache:
 
         self.keys, self.values = pages(config.head_dim), pages(config.value_head_dim)
 
+    def layers(self) -> list[Tensor]:
+        """Return the keys of all layers, then the values."""
+        return [*self.keys, *self.values]
+
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy blocks, int64 [C] each; a block is never both a source and a target."""
-        for layer in (*self.keys, *self.values):
+        for layer in self.layers():
             layer.index_copy_(0, target, layer.index_select(0, source))
 
 

@@ -6,6 +6,7 @@ instead of answering.
 """
 
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -66,7 +67,8 @@ class Engine:
         self.state: State = "ready"
         self._device = model.embed_tokens.weight.device
         num_blocks, vocabulary = _num_blocks(model, config), model.config.vocab_size
-        self._pool = BlockPool(num_blocks)
+        self.pool = self._pool = BlockPool(num_blocks)
+        self.lenders: list[Callable[[], np.ndarray]] = []  # each tells which blocks it holds beside running sequences
         self._cache: KeyValueCache | None = self._new_cache()
         self._dropped: dict[torch.UntypedStorage, int] = {}  # memory of weights that was given up, and its bytes
         longest = model.config.max_position_embeddings
@@ -97,6 +99,13 @@ class Engine:
         """Whether a step would do anything now."""
         active = self.has_work if self.state == "ready" else self.state == "draining"
         return bool(self._ended) or active
+
+    @property
+    def cache(self) -> KeyValueCache:
+        """The memory of the cache; raises LiaoyuanError while the engine sleeps."""
+        if self._cache is None:
+            raise LiaoyuanError("The engine is asleep: it has no cache.")
+        return self._cache
 
     @property
     def version(self) -> int:
@@ -435,7 +444,7 @@ class Engine:
 
     def _check_idle(self) -> None:
         if not self._scheduler.sequences:
-            self._pool.check(self._scheduler.held())
+            self._pool.check(np.concatenate([self._scheduler.held(), *(held() for held in self.lenders)]))
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device)
