@@ -13,7 +13,9 @@ from liaoyuan.inference import ThinkMarks
 from liaoyuan.serving.about import About
 from liaoyuan.serving.chat import chat_routes
 from liaoyuan.serving.completions import completion_routes
+from liaoyuan.serving.control import control_routes
 from liaoyuan.serving.errors import add_handlers
+from liaoyuan.serving.generate import generate_routes
 from liaoyuan.serving.generation import Runner, Served
 from liaoyuan.serving.markdown import render
 from liaoyuan.serving.protocol import RenderRequest
@@ -32,6 +34,7 @@ def build_app(
     scorer: PromptScorer | None = None,
     stop_token_ids: tuple[int, ...] = (),
     loopback_only: bool = True,
+    control: bool = False,
 ) -> FastAPI:
     """Return the app that serves one model.
 
@@ -42,6 +45,7 @@ def build_app(
         about: what the chat page says of the model.
         scorer: log-probabilities of prompts (`echo` with `logprobs`); None refuses them.
         stop_token_ids: tokens that end an answer, besides the tokenizer's own.
+        control: whether who may ask may also pause the engine and change its weights.
         loopback_only: refuse requests whose Host is not this machine's loopback.
     """
     marks = ThinkMarks(*tokenizer.think_ids) if tokenizer.think_ids else None
@@ -53,6 +57,9 @@ def build_app(
     _add_models(app, served)
     app.include_router(chat_routes(served))
     app.include_router(completion_routes(served))
+    app.include_router(generate_routes(served))
+    if control:
+        app.include_router(control_routes(served))
     _add_page(app, served, about)
     app.add_middleware(Guard, loopback_only=loopback_only)
     return app

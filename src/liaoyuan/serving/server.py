@@ -100,11 +100,13 @@ def open_server(
     name: str | None = None,
     about: About | None = None,
     engine: EngineConfig = EngineConfig(),
+    control: bool = False,
 ) -> Server:
     """Load the model of a Hugging Face folder and return a server that holds the port (0: any free one).
 
     Args:
         name: what the API calls the model; the folder's name if None.
+        control: see `build_app`.
         about: what the chat page says; read from the folder's `liaoyuan.json` if None.
 
     Raises:
@@ -124,6 +126,7 @@ def open_server(
             ModelScorer(model),
             () if model.config.eos_token_id is None else (model.config.eos_token_id,),
             loopback_only=host in LOOPBACK,
+            control=control,
         )
         port_kept.pop_all()
         return Server(app, bound, opened.pop_all())
