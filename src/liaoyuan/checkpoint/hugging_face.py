@@ -18,8 +18,9 @@ from liaoyuan.checkpoint.filling import READABLE, Block, Filler
 from liaoyuan.checkpoint.shards import ShardWriter, Slot, plan_shards
 from liaoyuan.checkpoint.weight_files import StoredTensor, WeightFiles
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.models import Decoder, ModelConfig, read_config, with_dtype
+from liaoyuan.models import Decoder, ModelConfig, Quantisation, read_config, with_dtype
 from liaoyuan.models.families import FAMILIES
+from liaoyuan.models.quantised import put, quantised_shell
 from liaoyuan.models.stored import Part
 from liaoyuan.parallel import Program, World, local, own_block
 from liaoyuan.rundir import Report, atomic_folder, silent
@@ -37,9 +38,15 @@ Stored = dict[str, list[tuple[Part, StoredTensor]]]  # of each of our tensors
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", report: Report = silent
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    report: Report = silent,
+    quantisation: Quantisation | None = None,
 ) -> Decoder:
     """Return the decoder of a Hugging Face folder, in `dtype` (the one that its config names if None).
+
+    quantisation: quantise each weight as it is read, so that the whole ones are never in memory together.
 
     Raises:
         LiaoyuanError: a file is missing, torn or of an unsupported family, or a tensor is missing, unknown or
@@ -50,10 +57,32 @@ def load_model(
         config = with_dtype(config, dtype)
     with torch.device("meta"):
         model = Decoder(config)
+    if quantisation is not None:
+        return load_quantised(model, folder, quantisation, device, report)
     model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
     load_weights(model, folder, report)
+    return model.eval()
+
+
+def load_quantised(
+    model: Decoder, folder: Path, how: Quantisation, device: torch.device | str, report: Report = silent
+) -> Decoder:
+    """Fill `model`, which is on the meta device, with the weights of `folder`, quantised one after another."""
+    whole = dict(model.state_dict())
+    model = quantised_shell(model, how)
+    filler, count = Filler(), Count(sum(value.nbytes for value in whole.values()), report)
+    with WeightFiles(folder) as files, torch.no_grad():
+        for name, parts in _in_order(find_parts(files, model.config)):
+            tensor = torch.empty_like(whole[name], device=device)
+            fill_tensor(tensor, parts, filler)
+            put(model, name, tensor)
+            count.add(tensor.nbytes)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros_like(buffer, device=device)
     return model.eval()
 
 
@@ -107,7 +136,7 @@ def fill_tensors(own: Mapping[str, Tensor], stored: Stored, report: Report = sil
     """Read the tensors `own` (whole, or DTensors) from their parts, in the order in which those lie in the files."""
     filler = Filler()
     count = Count(sum(local(tensor).nbytes for tensor in own.values()), report)
-    for name, parts in sorted(stored.items(), key=lambda item: _place(item[1])):
+    for name, parts in _in_order(stored):
         fill_tensor(own[name], parts, filler)
         count.add(local(own[name]).nbytes)
 
@@ -128,6 +157,10 @@ def fill_tensor(tensor: Tensor, parts: list[tuple[Part, StoredTensor]], filler: 
         for dim, (start, size) in enumerate(zip(offsets[1:], sizes[1:], strict=True), 1):
             rows = rows.narrow(dim, start, size)
         mine.copy_(rows)
+
+
+def _in_order(stored: Stored) -> list[tuple[str, list[tuple[Part, StoredTensor]]]]:
+    return sorted(stored.items(), key=lambda item: _place(item[1]))
 
 
 def _place(parts: list[tuple[Part, StoredTensor]]) -> tuple[Path, int]:

@@ -14,6 +14,7 @@ def evaluate(
     problems: Annotated[int, typer.Option(min=1, help="Test problems, spread over the levels.")] = 2000,
     samples: Annotated[int, typer.Option(min=1, help="Samples of each problem, for pass@k.")] = 8,
     fast: Annotated[bool, typer.Option("--fast", help="Answer at once, without a thought.")] = False,
+    quantise: Annotated[str | None, typer.Option(help="Quantise the weights first: int8, int4 or fp8.")] = None,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -26,12 +27,14 @@ def evaluate(
     from liaoyuan.device import select_device
     from liaoyuan.evaluation import bootstrap, measure_accuracy
     from liaoyuan.inference import Engine
+    from liaoyuan.models import quantisation_named
     from liaoyuan.tasks import check_levels, find_task, held_out_problems
 
     chosen, wanted = find_task(task), _levels(levels)
     check_levels(chosen, wanted, f"--levels {levels}")
     asked = held_out_problems(chosen, wanted, problems)
-    engine = Engine(load_model(model, device=select_device().torch).eval())
+    few_bits = quantisation_named(quantise)
+    engine = Engine(load_model(model, device=select_device().torch, quantisation=few_bits))
     with bar("Answering") as report, torch.inference_mode():
         answers = measure_accuracy(
             engine, Tokenizer.load(model), asked, samples, thinking=not fast, seed=seed, report=report

@@ -13,15 +13,17 @@ def score(
     model: Annotated[Path, typer.Option(help="Model folder (config.json and safetensors).")],
     tokens: Annotated[Path, typer.Option(help="JSON file: a list of lists of token ids.")],
     json: Annotated[bool, typer.Option("--json", help='Print {"logprobs": [[...], ...]}.')] = False,
+    quantise: Annotated[str | None, typer.Option(help="Quantise the weights first: int8, int4 or fp8.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, or an accelerator such as cuda or npu:1.")] = "auto",
 ) -> None:
     """Print the log-probability of every token after the first of each list, given those before it."""
     from liaoyuan.checkpoint import load_model
     from liaoyuan.device import select_device
     from liaoyuan.evaluation import score as score_lists
+    from liaoyuan.models import quantisation_named
 
     lists = read_token_lists(tokens)
-    loaded = load_model(model, device=select_device(device).torch)
+    loaded = load_model(model, device=select_device(device).torch, quantisation=quantisation_named(quantise))
     logprobs = score_lists(loaded, lists)
     if json:
         print(json_module.dumps({"logprobs": logprobs}))

@@ -13,12 +13,14 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")] = 8000,
     device: Annotated[str, typer.Option(help="auto, cpu, or an accelerator such as cuda:0.")] = "auto",
     name: Annotated[str | None, typer.Option(help="What the API calls the model; else the folder's name.")] = None,
+    quantise: Annotated[str | None, typer.Option(help="Keep the weights in few bits: int8, int4 or fp8.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Say where it serves as one line of JSON.")] = False,
 ) -> None:
     """Serve a model: chat page and OpenAI-compatible API. Ctrl-C ends it."""
+    from liaoyuan.models import quantisation_named
     from liaoyuan.serving import LOOPBACK, open_server
 
-    server = open_server(model, host, port, device, name)
+    server = open_server(model, host, port, device, name, quantisation=quantisation_named(quantise))
     if json:
         print(json_text.dumps({"url": server.url, "api": server.url + "/v1"}), flush=True)
     else:

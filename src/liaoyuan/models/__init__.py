@@ -7,6 +7,7 @@ A `Decoder` is described by a Hugging Face `config.json` and takes flat batches 
 from liaoyuan.models.config import ModelConfig, config_from_dict, read_config, with_dtype
 from liaoyuan.models.context import AttentionContext, PackedContext, Pattern, packed_context
 from liaoyuan.models.decoder import Decoder, initial_weights, initialise
+from liaoyuan.models.quantised import Quantisation, quantisation_named, quantise_model
 
 __all__ = [
     "AttentionContext",
@@ -14,10 +15,13 @@ __all__ = [
     "ModelConfig",
     "PackedContext",
     "Pattern",
+    "Quantisation",
     "config_from_dict",
     "initial_weights",
     "initialise",
     "packed_context",
+    "quantisation_named",
+    "quantise_model",
     "read_config",
     "with_dtype",
 ]

@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         _, hidden = self.norm.add(residual, x)
         if targets is not None:
             return self.score(hidden, targets, penalties)
-        return linear(hidden, self.head_weight)
+        return self.lm_head(hidden) if "lm_head" in self._modules else linear(hidden, self.head_weight)
 
     def score(self, hidden: Tensor, targets: Tensor, penalties: Penalties | None = None) -> Tensor:
         """Return log-probabilities of targets given the last norm's output, and penalties; see `forward`."""

@@ -1,9 +1,14 @@
 """The small parts of a decoder layer: norm, projection, feed-forward layer."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from liaoyuan.ops import add_rms_norm, linear, rms_norm, swiglu
+
+Adapter = Callable[[Tensor, Tensor], Tensor]  # a projection's input [N, K] and output [N, O] -> the output changed
 
 
 class RMSNorm(nn.Module):
@@ -22,10 +27,15 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A projection by the operator of this package."""
+    """A projection by the operator of this package; an adapter, if there is one, changes what comes out."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.adapter: Adapter | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias)
+        return y if self.adapter is None else self.adapter(x, y)
 
 
 class FeedForward(nn.Module):

@@ -16,7 +16,7 @@ from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, EngineThread
-from liaoyuan.models import Decoder
+from liaoyuan.models import Decoder, Quantisation
 from liaoyuan.serving.about import About, read_about
 from liaoyuan.serving.app import build_app
 from liaoyuan.serving.scores import ModelScorer
@@ -101,6 +101,7 @@ def open_server(
     about: About | None = None,
     engine: EngineConfig = EngineConfig(),
     control: bool = False,
+    quantisation: Quantisation | None = None,
 ) -> Server:
     """Load the model of a Hugging Face folder and return a server that holds the port (0: any free one).
 
@@ -108,13 +109,14 @@ def open_server(
         name: what the API calls the model; the folder's name if None.
         control: see `build_app`.
         about: what the chat page says; read from the folder's `liaoyuan.json` if None.
+        quantisation: keep the weights in few bits.
 
     Raises:
         LiaoyuanError: the port is in use, the folder is missing or torn, or tokenizer and model disagree.
     """
     with contextlib.ExitStack() as port_kept, contextlib.ExitStack() as opened:
         bound = port_kept.enter_context(_bind(host, port))
-        tokenizer, model = _load(model_dir, device)
+        tokenizer, model = _load(model_dir, device, quantisation)
         running = Engine(model, engine)
         runner = opened.enter_context(EngineThread(running))
         app = build_app(
@@ -132,12 +134,12 @@ def open_server(
         return Server(app, bound, opened.pop_all())
 
 
-def _load(model_dir: Path, device: str) -> tuple[Tokenizer, Decoder]:
+def _load(model_dir: Path, device: str, quantisation: Quantisation | None) -> tuple[Tokenizer, Decoder]:
     if not model_dir.is_dir():
         raise LiaoyuanError(f"The model folder {model_dir} does not exist.")
     place = select_device(device)
     tokenizer = Tokenizer.load(model_dir)
-    model = load_model(model_dir, device=place.torch)
+    model = load_model(model_dir, device=place.torch, quantisation=quantisation)
     ids, rows = tokenizer.vocab_size, model.config.vocab_size
     if not ids <= rows < ids + MOST_PADDING:
         raise LiaoyuanError(
