@@ -13,8 +13,8 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")] = 8000,
     device: Annotated[str, typer.Option(help="auto, cpu, or an accelerator such as cuda:0.")] = "auto",
     name: Annotated[str | None, typer.Option(help="What the API calls the model; else the folder's name.")] = None,
-    quantise: Annotated[str | None, typer.Option(help="Keep the weights in few bits: int8, int4 or fp8.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Say where it serves as one line of JSON.")] = False,
+    quantise: Annotated[str | None, typer.Option(help="Keep the weights in few bits: int8, int4 or fp8.")] = None,
 ) -> None:
     """Serve a model: chat page and OpenAI-compatible API. Ctrl-C ends it."""
     from liaoyuan.models import quantisation_named

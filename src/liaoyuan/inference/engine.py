@@ -7,6 +7,7 @@ instead of answering.
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.inference.adapters import Adapters
 from liaoyuan.inference.blocks import BlockPool
 from liaoyuan.inference.cache import KeyValueCache, PagedContext
 from liaoyuan.inference.draft_model import DraftModel
@@ -97,6 +99,7 @@ class Engine:
             self._begin,
         )
         self._speculation = self._scheduler.speculation = self._new_speculation(draft)
+        self.adapters = Adapters(model)
         self._ended: list[tuple[Sequence, str]] = []  # without a token of this step, and not told yet
         self._arrivals = self._added = self._steps = 0
         self._prompt_tokens = self._computed_tokens = self._generated_tokens = 0
@@ -174,6 +177,7 @@ class Engine:
         sequence = Sequence(
             request, seed % 2**64, limit, self._arrivals, deadline, tokens, np.zeros(count, dtype=np.float32)
         )
+        sequence.adapter = self.adapters.number(request.adapter)
         if sampling.prompt_logprobs is not None:
             sequence.scores = np.full(count - 1, UNKNOWN, dtype=np.float32)
         self._scheduler.add(sequence)
@@ -181,12 +185,11 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise LiaoyuanError if a request could never fit, or its id, tokens or parameters are wrong."""
         request.sampling.check()
+        self.adapters.number(request.adapter)
         if request.id in self._scheduler.sequences:
             raise LiaoyuanError(f"There is already a request with the id '{request.id}'.")
         if not request.prompt:
             raise LiaoyuanError("The prompt is empty: it needs at least one token.")
-        if request.adapter:
-            raise LiaoyuanError(f"There is no adapter '{request.adapter}'.")
         vocabulary = self.model.config.vocab_size
         if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
             wrong = next(token for token in request.prompt if not 0 <= token < vocabulary)
@@ -200,6 +203,14 @@ class Engine:
                 f"The request needs {count + (most or 1)} tokens (prompt {count}, completion {most or 'at least 1'}), "
                 f"but at most {self.room} fit: shorten the prompt or max_tokens."
             )
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load the adapter in `folder` (PEFT's format) for requests that name it; LiaoyuanError if it is refused."""
+        self.adapters.load(name, folder)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter once the requests that use it have ended; LiaoyuanError if there is none of this name."""
+        self.adapters.unload(name, self._adapters_in_use())
 
     def step(self) -> list[Event]:
         """Compute one batch; return an event for every request that got a token or ended."""
@@ -408,6 +419,9 @@ class Engine:
             self._cache.copy(*self._tensor(plan.copies))
         if self._graphs is not None and (logits := self._graphs.logits(plan)) is not None:
             return logits
+        if self.adapters:
+            owners = [self._scheduler.in_slot(slot).adapter for slot in plan.slots.tolist()]
+            self.adapters.choose(np.array(owners, dtype=np.int64), plan.counts)
         arrays = (plan.tokens, plan.positions, plan.cache_slots, plan.block_tables)
         return self._compute(tuple(self._tensor(x) for x in (*arrays, plan.query_starts, plan.lengths, plan.rows)))
 
@@ -472,7 +486,12 @@ class Engine:
             drafter = NGramDrafter(config.max_sequences)
         return Speculation(drafter, config.max_sequences, config.speculate_tokens) if drafter else None
 
+    def _adapters_in_use(self) -> set[int]:
+        return {sequence.adapter for sequence in self._scheduler.sequences.values()}
+
     def _check_idle(self) -> None:
+        if self.adapters.has_leaving:
+            self.adapters.release(self._adapters_in_use())
         if not self._scheduler.sequences:
             self._pool.check(np.concatenate([self._scheduler.held(), *(held() for held in self.lenders)]))
 

@@ -32,6 +32,7 @@ class Sequence:
     logprobs: np.ndarray
     slot: int = -1  # -1: waiting
     account: int = 0
+    adapter: int = 0  # its number, not its name, which another one may get
     root: Key = b""
     keys: list[Key] = field(default_factory=list)
     cached: int = -1  # -1: never started
@@ -78,9 +79,9 @@ class Sequence:
         )
 
 
-def root_key(version: int, request: Request) -> Key:
+def root_key(version: int, adapter: int, salt: str) -> Key:
     """Return what a request's keys begin with: equal prompts of other weights, adapters or salts share nothing."""
-    words = [str(version), request.adapter, request.salt]
+    words = [str(version), str(adapter), salt]
     return hashlib.blake2b("\0".join(f"{len(word)}:{word}" for word in words).encode(), digest_size=16).digest()
 
 

@@ -1,0 +1,207 @@
+"""Low-rank adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+An adapter is taken whole or refused: every tensor must fit a projection of the model, every projection that the config
+names must have its two tensors, and nothing in the config may ask for what is not done here.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.models import Decoder
+from liaoyuan.models.lora import Pair, merge, parts_of, projections
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# What of the config is read, and what says nothing of the result.
+READ = {"peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"}
+READ |= {"layers_to_transform", "exclude_modules", "init_lora_weights", "bias"}
+SILENT = {"base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout", "auto_mapping"}
+SILENT |= {"layers_pattern", "megatron_core", "peft_version", "eva_config", "runtime_config"}
+SILENT |= {"qalora_group_size"}  # of use_qalora, which is refused
+REFUSED = {  # with a value other than none
+    "use_dora": "it is a DoRA, whose magnitudes need the norms of the whole weights; train it with use_dora=False",
+    "modules_to_save": "it replaces whole modules, which cannot differ from row to row; merge it into the model",
+    "target_parameters": "adapters of stacked parameters (experts) are not supported",
+    "fan_in_fan_out": "weights stored as [in, out] belong to other families",
+    "layer_replication": "it repeats layers, so it belongs to another model; merge it into one",
+    "trainable_token_indices": "it changes the embedding; merge it into the model instead",
+    "lora_bias": "biases of adapters are not supported; train it with lora_bias=False",
+}
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change the base weights too
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterWeights:
+    """An adapter as the model's projections take it: A [R, K] and B [O, R] of each, the scale in B.
+
+    rank: the highest of a part.
+    """
+
+    weights: dict[str, Pair]
+    rank: int
+
+    @property
+    def shape(self) -> tuple[tuple[str, int], ...]:
+        """What two adapters must have in common to be stacked: which projections, with how many dimensions."""
+        return tuple(sorted((name, len(a)) for name, (a, _) in self.weights.items()))
+
+
+def read_adapter(folder: Path, model: Decoder) -> AdapterWeights:
+    """Return the adapter in `folder` for `model`, in its dtype and on its device.
+
+    Raises:
+        LiaoyuanError: a file is missing, torn, or made for another model, or asks for what is not supported.
+    """
+    config, tensors = _read_config(folder), _read_tensors(folder)
+    modules = projections(model)
+    parts = {name: parts_of(name, module, model.config) for name, module in modules.items()}
+    pairs = _pairs(folder, tensors)
+    depths = {part.name: (len(part.rows), modules[name].weight.shape[1]) for name, of in parts.items() for part in of}
+    _check_shapes(folder, pairs, depths, config)
+    _check_complete(folder, pairs, depths, config)
+    place = model.embed_tokens.weight
+    scaled = {name: (a.float(), b.float() * _scale(config, name, len(a))) for name, (a, b) in pairs.items()}
+    merged = {}
+    for name, of in parts.items():
+        if any(part.name in scaled for part in of):
+            a, b = merge(of, scaled, modules[name].weight.shape[0])
+            merged[name] = (a.to(place), b.to(place))
+    return AdapterWeights(merged, max(len(a) for a, _ in pairs.values()))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise LiaoyuanError(f"The adapter folder {folder} does not exist.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LiaoyuanError(f"{folder} is no adapter: it has no {CONFIG}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise LiaoyuanError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise LiaoyuanError(f"{path}: peft_type is {kind!r}; adapters of the type 'LORA' are read.")
+    _refuse_unsupported(config, path)
+    for name, good in (("r", _is_rank(config.get("r"))), ("lora_alpha", _is_number(config.get("lora_alpha")))):
+        if not good:
+            raise LiaoyuanError(f"{path}: '{name}' must be a number above 0 (it is {config.get(name)!r}).")
+    for name, is_good in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        table = config.get(name) or {}
+        if not isinstance(table, dict) or not all(_is_plain(key) and is_good(value) for key, value in table.items()):
+            raise LiaoyuanError(f"{path}: '{name}' must give a number to each name of a module, and no patterns.")
+    return config
+
+
+def _refuse_unsupported(config: Mapping[str, Any], path: Path) -> None:
+    for name, value in config.items():
+        if name in REFUSED and value not in (None, False, [], {}):
+            raise LiaoyuanError(f"{path}: '{name}' is not supported: {REFUSED[name]}.")
+        if name not in READ | SILENT | REFUSED.keys() and value not in (None, False, [], {}):
+            raise LiaoyuanError(f"{path}: '{name}' is {value!r}, which is not known here: only plain LoRA is read.")
+    if config.get("bias", "none") != "none":
+        raise LiaoyuanError(f"{path}: bias is {config['bias']!r}: biases are not trained per adapter; only 'none' is.")
+    if config.get("init_lora_weights") not in PLAIN_STARTS:
+        start = config["init_lora_weights"]
+        raise LiaoyuanError(f"{path}: init_lora_weights is {start!r}, which changes the base weights too: convert it.")
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.exists():
+        pickle = (
+            " adapter_model.bin is a pickle, which is never opened." if (folder / "adapter_model.bin").exists() else ""
+        )
+        raise LiaoyuanError(f"{folder} is no adapter: it has no {WEIGHTS}.{pickle}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LiaoyuanError(f"The adapter file {path} is truncated or corrupt ({error}); copy it again.") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise LiaoyuanError(f"The adapter file {path} has numbers in '{name}' that are infinite or none at all.")
+    return tensors
+
+
+def _pairs(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Pair]:
+    """Return A and B of each projection of the family's files."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        stem = name.removeprefix(PREFIX).removesuffix(".weight")
+        module, _, half = stem.rpartition(".")
+        if half not in ("lora_A", "lora_B") or not name.startswith(PREFIX) or not name.endswith(".weight"):
+            raise LiaoyuanError(f"{folder}: the adapter has '{name}', which is not a low-rank part of a projection.")
+        halves.setdefault(module, {})[half] = tensor
+    if not halves:
+        raise LiaoyuanError(f"{folder}: the adapter has no tensors.")
+    alone = next((module for module, both in halves.items() if len(both) < 2), None)
+    if alone is not None:
+        raise LiaoyuanError(f"{folder}: of '{alone}' the adapter has only {next(iter(halves[alone]))}; copy it again.")
+    return {module: (both["lora_A"], both["lora_B"]) for module, both in halves.items()}
+
+
+def _check_shapes(
+    folder: Path, pairs: Mapping[str, Pair], sizes: Mapping[str, tuple[int, int]], config: Mapping[str, Any]
+) -> None:
+    for name, (a, b) in pairs.items():
+        if name not in sizes:
+            raise LiaoyuanError(
+                f"{folder}: the adapter changes '{name}', which is no projection of this model's layers."
+            )
+        rank, (out, depth) = _of(config, "rank_pattern", name, config["r"]), sizes[name]
+        if a.shape != (rank, depth) or b.shape != (out, rank):
+            raise LiaoyuanError(
+                f"{folder}: of '{name}' the adapter has A {list(a.shape)} and B {list(b.shape)}; this model and rank "
+                f"{rank} need [{rank}, {depth}] and [{out}, {rank}]."
+            )
+
+
+def _check_complete(folder: Path, pairs: Mapping[str, Pair], known: Iterable[str], config: Mapping[str, Any]) -> None:
+    """Refuse an adapter that lacks a projection which its config names: half of one would answer, and wrongly."""
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if not isinstance(targets, list) or config.get("exclude_modules"):
+        return  # a pattern: what it means for this model is not worked out
+    chosen = [layers] if isinstance(layers, int) else layers
+    for name in known:
+        layer = int(name.split(".layers.")[1].split(".")[0])
+        if chosen is not None and layer not in chosen:
+            continue
+        if any(_is_within(name, target) for target in targets) and name not in pairs:
+            raise LiaoyuanError(f"{folder}: the adapter lacks '{name}', which its target_modules name; copy it again.")
+
+
+def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """Return lora_alpha / r, or over its root as rank-stabilised LoRA has it (Kalajdzievski 2023, arXiv 2312.03732)."""
+    alpha: float = _of(config, "alpha_pattern", name, config["lora_alpha"])
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _of(config: Mapping[str, Any], pattern: str, name: str, otherwise: Any) -> Any:
+    table = config.get(pattern) or {}
+    return next((value for key, value in table.items() if _is_within(name, key)), otherwise)
+
+
+def _is_within(name: str, ending: Any) -> bool:
+    """Return whether a module's name is `ending`, or ends with it after a dot."""
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _is_plain(key: Any) -> bool:
+    return isinstance(key, str) and key.replace(".", "").replace("_", "").isalnum()
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
