@@ -180,6 +180,18 @@ def test_an_adapter_is_unloaded_when_its_last_request_ends(base: Path, tmp_path:
     assert all(module.adapter is None for module in projections(engine.model).values())
 
 
+def test_an_adapter_never_finds_the_prefixes_of_a_former_one_of_its_name(base: Path, tmp_path: Path) -> None:
+    engine, told = Engine(load_model(base)), []
+    for seed in (1, 2, 1):
+        engine.load_adapter("a", write_adapter(tmp_path / f"a{len(told)}", base, seed=seed))
+        for _ in range(2):
+            engine.add(Request("r", tuple(range(50)), SamplingParams(9, 0.0), adapter="a"))
+            told.append(run(engine)["r"])
+        engine.unload_adapter("a")
+    assert engine.statistics()["prefix_hit_tokens"] == 3 * 48
+    assert told[0] == told[1] == told[4] == told[5] != told[2] == told[3]
+
+
 def test_aborting_the_last_request_frees_its_adapter(base: Path, tmp_path: Path) -> None:
     engine = Engine(load_model(base))
     engine.load_adapter("a", write_adapter(tmp_path / "a", base))

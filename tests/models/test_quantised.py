@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from liaoyuan.checkpoint import load_model, save_model
+from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.models import Decoder, ModelConfig, Quantisation, packed_context, quantise_model
 from liaoyuan.models.config import Experts
@@ -96,6 +97,23 @@ def test_scoring_agrees_with_decoding(config: ModelConfig, how: Quantisation) ->
     with torch.no_grad():
         scored = model(text, positions, context, targets=text.roll(-1))[2:-1]
     torch.testing.assert_close(scored, torch.tensor(done.logprobs), atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_new_weights_are_quantised_in_place(tmp_path: Path, config: ModelConfig, how: Quantisation) -> None:
+    asked = [Request(n, (5, 6, n), SamplingParams(10, seed=n)) for n in range(4)]
+    new = randomised(config, 5)
+    expected = [one.tokens for one in Engine(quantise_model(randomised(config, 5), how)).generate(asked)]
+    save_model(new, tmp_path / "new")
+    for weights in (tmp_path / "new", new.state_dict()):
+        engine = Engine(quantise_model(randomised(config, 0), how))
+        assert engine.update_weights(weights) == 1
+        assert [one.tokens for one in engine.generate(asked)] == expected
+    torn = new.state_dict() | {"layers.1.self_attn.o_proj.weight": torch.zeros(7, 7)}
+    before = engine.checksum()
+    with pytest.raises(LiaoyuanError, match=r"'layers.1.self_attn.o_proj.weight' is \[7, 7\]"):
+        engine.update_weights(torn)
+    assert engine.checksum() == before
 
 
 def test_few_bits_are_kept(tiny_config: ModelConfig) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from liaoyuan.checkpoint import load_weights
 from liaoyuan.errors import LiaoyuanError, nearest
 from liaoyuan.models import Decoder
+from liaoyuan.models.quantised import as_kept
 from liaoyuan.ops import checksum
 
 Weights = Mapping[str, Tensor] | Path
@@ -23,11 +24,14 @@ def weights_checksum(model: Decoder) -> str:
 def checked_weights(model: Decoder, weights: Weights) -> Mapping[str, Tensor]:
     """Return new weights for `copy_weights`: of a Hugging Face folder, or (all or some) by the model's own names.
 
+    What a model keeps in few bits is given whole, and quantised here.
+
     Raises:
         LiaoyuanError: a name is unknown, a shape differs, a value is no number, or a file is missing or torn.
     """
     if isinstance(weights, Path):
         weights = _read(model, weights)
+    weights = {own: kept for name, value in weights.items() for own, kept in as_kept(model, name, value).items()}
     own = _own(model)
     for name, value in weights.items():
         _check(name, value, own)

@@ -73,11 +73,15 @@ class QuantisedLinear(nn.Module):
 
     def fill(self, whole: Tensor) -> None:
         """Quantise `whole` [..., depth], whose other dimensions are the outputs."""
+        for name, part in self.quantised(whole).items():
+            setattr(self, name, part)
+
+    def quantised(self, whole: Tensor) -> dict[str, Tensor]:
+        """Return the parts that `fill` makes of `whole`, by name."""
         rows = whole.detach().reshape(self.shape).split(CUT_ROWS)
         parts = [quantise(cut, self.kind, self.group, self.symmetric) for cut in rows]
-        self.data = torch.cat([part.data for part in parts])
-        self.scales = torch.cat([part.scales for part in parts])
-        self.zeros = torch.cat([part.zeros for part in parts if part.zeros is not None]) if not self.symmetric else None
+        names = ("data", "scales") if self.symmetric else ("data", "scales", "zeros")
+        return {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
 
     @property
     def weight(self) -> QuantisedWeight:
@@ -156,18 +160,33 @@ def quantised_shell(model: Decoder, how: Quantisation) -> Decoder:
 
 def put(model: Decoder, name: str, whole: Tensor) -> None:
     """Take the tensor `name` of a model with whole weights, and quantise it if that is its place."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    target = module if leaf == "weight" else getattr(module, leaf)
-    if isinstance(target, QuantisedLinear):
-        target.fill(whole)
-    elif leaf in module._buffers:
-        module._buffers[leaf] = whole
-    else:
-        module._parameters[leaf] = nn.Parameter(whole.detach(), requires_grad=False)
-    head = model._modules.get(HEAD)
-    if name == EMBEDDING and model.config.tie_word_embeddings and isinstance(head, QuantisedLinear):
-        head.fill(whole)
+    for own, value in as_kept(model, name, whole).items():
+        path, _, leaf = own.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf in module._buffers:
+            module._buffers[leaf] = value
+        else:
+            module._parameters[leaf] = nn.Parameter(value.detach(), requires_grad=False)
+
+
+def as_kept(model: Decoder, name: str, whole: Tensor) -> dict[str, Tensor]:
+    """Return what `model` keeps of the tensor `name` of a model with whole weights, by the names of its own state.
+
+    Raises:
+        LiaoyuanError: a weight that is to be quantised has another size, or values that are not numbers.
+    """
+    quantised = {path: module for path, module in model.named_modules() if isinstance(module, QuantisedLinear)}
+    path = name if name in quantised else name.removesuffix(".weight")
+    kept = {} if path in quantised else {name: whole}
+    places = [path] if path in quantised else []
+    if name == EMBEDDING and model.config.tie_word_embeddings and HEAD in quantised:
+        places.append(HEAD)
+    for place in places:
+        shape = quantised[place].shape
+        if whole.shape[-1:] != shape[1:] or whole.numel() != shape[0] * shape[1]:
+            raise LiaoyuanError(f"The weight '{name}' is {list(whole.shape)}, but the model's is {list(shape)}.")
+        kept |= {f"{place}.{part}": value for part, value in quantised[place].quantised(whole).items()}
+    return kept
 
 
 def _projections(model: Decoder, how: Quantisation) -> list[str]:
