@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from liaoyuan.checkpoint import load_model
 from liaoyuan.checkpoint.adapters import read_adapter
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.evaluation import score
 from liaoyuan.inference import Completion, Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.models import Decoder, ModelConfig, Quantisation, packed_context
 from liaoyuan.models.config import Experts, Latent
@@ -201,6 +202,25 @@ def test_aborting_the_last_request_frees_its_adapter(base: Path, tmp_path: Path)
     assert engine.adapters.nbytes > 0
     engine.abort("r")
     assert engine.adapters.nbytes == 0
+
+
+def test_a_whole_pass_with_one_adapter_gives_the_bits_of_steps(tiny_config: ModelConfig, tmp_path: Path) -> None:
+    base = saved(randomised(dataclasses.replace(tiny_config, **BF16), 0), tmp_path / "base")
+    engine = Engine(load_model(base))
+    for seed in range(3):
+        engine.load_adapter(f"a{seed}", write_adapter(tmp_path / f"a{seed}", base, seed=seed))
+    texts = [list(range(40)), list(range(5, 30))]
+    plain = score(engine.model, texts)
+    with engine.adapters.everywhere("a1"):
+        found = score(engine.model, texts)
+    asked = [
+        Request(n, tuple(text), SamplingParams(1, prompt_logprobs=0), adapter="a1") for n, text in enumerate(texts)
+    ]
+    stepped = engine.generate([*asked, Request("other", (1, 2), adapter="a2")])[:2]
+    for completion, expected in zip(stepped, found, strict=True):
+        assert completion.prompt is not None
+        torch.testing.assert_close(completion.prompt.logprobs, expected, atol=2e-6, rtol=2e-6)
+    assert score(engine.model, texts) == plain != found
 
 
 def test_places_of_unloaded_adapters_are_given_again(base: Path, tmp_path: Path) -> None:

@@ -15,12 +15,23 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What the API calls the model; else the folder's name.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Say where it serves as one line of JSON.")] = False,
     quantise: Annotated[str | None, typer.Option(help="Keep the weights in few bits: int8, int4 or fp8.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of a low-rank adapter; may be repeated.")] = None,
+    lora_folder: Annotated[Path | None, typer.Option(help="Clients may load adapters from inside it.")] = None,
 ) -> None:
     """Serve a model: chat page and OpenAI-compatible API. Ctrl-C ends it."""
     from liaoyuan.models import quantisation_named
     from liaoyuan.serving import LOOPBACK, open_server
 
-    server = open_server(model, host, port, device, name, quantisation=quantisation_named(quantise))
+    server = open_server(
+        model,
+        host,
+        port,
+        device,
+        name,
+        quantisation=quantisation_named(quantise),
+        adapters=_adapters(lora or []),
+        adapter_folder=lora_folder,
+    )
     if json:
         print(json_text.dumps({"url": server.url, "api": server.url + "/v1"}), flush=True)
     else:
@@ -28,3 +39,16 @@ def serve(
             print("Whoever can reach this machine can use it: there are no passwords.", flush=True)
         print(f"Chat page  {server.url}\nAPI        {server.url}/v1\nCtrl-C ends it.", flush=True)
     server.run()
+
+
+def _adapters(given: list[str]) -> dict[str, Path]:
+    """Return the folder of each adapter of the command line."""
+    from liaoyuan.errors import LiaoyuanError
+
+    found: dict[str, Path] = {}
+    for word in given:
+        name, equals, folder = word.partition("=")
+        if not (name and equals and folder) or name in found:
+            raise LiaoyuanError(f"--lora {word} must look like NAME=FOLDER, and each name may come once.")
+        found[name] = Path(folder)
+    return found

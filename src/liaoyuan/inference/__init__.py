@@ -3,6 +3,7 @@
 `Engine.generate` for evaluation and rollouts; `EngineThread` for a server.
 """
 
+from liaoyuan.inference.adapters import Adapters, Loaded
 from liaoyuan.inference.constraint import Constraint, ConstraintState
 from liaoyuan.inference.engine import Engine, EngineConfig
 from liaoyuan.inference.grammar import Grammar, Grammars
@@ -11,6 +12,7 @@ from liaoyuan.inference.runner import Busy, EngineThread
 from liaoyuan.inference.thinking import AfterThinking, ThinkMarks
 
 __all__ = [
+    "Adapters",
     "AfterThinking",
     "Busy",
     "Completion",
@@ -22,6 +24,7 @@ __all__ = [
     "Event",
     "Grammar",
     "Grammars",
+    "Loaded",
     "PromptLogprobs",
     "Request",
     "SamplingParams",

@@ -4,7 +4,8 @@ Adapters of one shape are stacked, so a step takes two grouped products a projec
 more only for rows of adapters of different shapes. A row's bits depend on its own adapter alone.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,9 +79,13 @@ class Adapters:
             raise LiaoyuanError(f"There is already an adapter '{name}': unload it first, or choose another name.")
 
     def load(self, name: str, folder: Path) -> Loaded:
-        """Read the adapter in `folder` and call it `name`; see `read_adapter` and `check_name` for what is refused."""
+        """Read the adapter in `folder` and call it `name`; see `read` and `check_name` for what is refused."""
         self.check_name(name)
-        return self.add(name, folder, read_adapter(folder, self._model))
+        return self.add(name, folder, self.read(folder))
+
+    def read(self, folder: Path) -> AdapterWeights:
+        """Read an adapter for `add`; see `read_adapter`. Any thread may, while the engine works."""
+        return read_adapter(folder, self._model)
 
     def add(self, name: str, folder: Path, adapter: AdapterWeights) -> Loaded:
         """Take in an adapter that has been read."""
@@ -115,8 +120,40 @@ class Adapters:
         """Whether `release` has something to wait for."""
         return bool(self._leaving)
 
-    def choose(self, numbers: np.ndarray, counts: np.ndarray) -> None:
-        """Say which adapter each sequence of the next step has, int64 [S], and how many rows, int64 [S]."""
+    @contextlib.contextmanager
+    def chosen(self, numbers: Sequence[int], counts: np.ndarray) -> Iterator[None]:
+        """Within this, the model's rows have adapters: of each sequence its number, [S], and how many rows, int64 [S].
+
+        Outside, the model is the base.
+        """
+        if not any(numbers):
+            yield
+            return
+        self._choose(np.array(numbers, dtype=np.int64), counts)
+        try:
+            yield
+        finally:
+            self._clear()
+
+    @contextlib.contextmanager
+    def everywhere(self, name: str) -> Iterator[None]:
+        """Within this, all rows of the model have the adapter `name` ("": none), to the bits that steps give them.
+
+        Raises:
+            LiaoyuanError: there is no such adapter.
+        """
+        if self.number(name):
+            self._stacks[self._known[name].shape].place = self._known[name].place
+        try:
+            yield
+        finally:
+            self._clear()
+
+    def _clear(self) -> None:
+        for stack in self._stacks.values():
+            stack.choose([], [])
+
+    def _choose(self, numbers: np.ndarray, counts: np.ndarray) -> None:
         by_number = {one.number: one for one in (*self._known.values(), *self._leaving.values())}
         wanted = [by_number[number] for number in np.unique(numbers).tolist() if number != BASE]
         owner = np.repeat(numbers, counts)

@@ -417,13 +417,14 @@ class Engine:
         assert self._cache is not None
         if plan.copies.size:
             self._cache.copy(*self._tensor(plan.copies))
-        if self._graphs is not None and (logits := self._graphs.logits(plan)) is not None:
-            return logits
-        if self.adapters:
-            owners = [self._scheduler.in_slot(slot).adapter for slot in plan.slots.tolist()]
-            self.adapters.choose(np.array(owners, dtype=np.int64), plan.counts)
+        slots = plan.slots.tolist() if self.adapters else []
+        owners = [self._scheduler.in_slot(slot).adapter for slot in slots]
+        if self._graphs is not None and not any(owners) and (logits := self._graphs.logits(plan)) is not None:
+            return logits  # a graph has the rows of each adapter in it, so steps with adapters are not captured
         arrays = (plan.tokens, plan.positions, plan.cache_slots, plan.block_tables)
-        return self._compute(tuple(self._tensor(x) for x in (*arrays, plan.query_starts, plan.lengths, plan.rows)))
+        inputs = tuple(self._tensor(x) for x in (*arrays, plan.query_starts, plan.lengths, plan.rows))
+        with self.adapters.chosen(owners, plan.counts):
+            return self._compute(inputs)
 
     def _compute(self, inputs: Inputs) -> torch.Tensor:
         assert self._cache is not None

@@ -98,7 +98,11 @@ class Decoder(nn.Module):
         _, hidden = self.norm.add(residual, x)
         if targets is not None:
             return self.score(hidden, targets, penalties)
-        return self.lm_head(hidden) if "lm_head" in self._modules else linear(hidden, self.head_weight)
+        return self.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [R, V] of the last norm's output [R, H], whatever the head is."""
+        return self.lm_head(hidden) if "lm_head" in self._modules else linear(hidden, self.embed_tokens.weight)
 
     def score(self, hidden: Tensor, targets: Tensor, penalties: Penalties | None = None) -> Tensor:
         """Return log-probabilities of targets given the last norm's output, and penalties; see `forward`."""

@@ -85,13 +85,14 @@ class Stack:
     """Adapters of one shape, E of them at a time.
 
     weights: of each projection that they change, A [E, R, K] and B [E, O, R], the scale in B.
-    rows, sizes: of the step that is computed: int64 [M], the rows that take an adapter, those of the first one first,
-        and how many each has, int64 [E]; None if no row takes any.
+    rows, sizes: of the pass that is computed: int64 [M], the rows that take an adapter, those of the first one first,
+        and how many each has, int64 [E]; None if no row takes any. place: of the one that all rows take, or None.
     """
 
     weights: dict[str, Pair]
     rows: Tensor | None = None
     sizes: Tensor | None = None
+    place: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -109,14 +110,26 @@ class Stack:
         return len(next(iter(self.weights.values()))[0])
 
     def choose(self, rows: Sequence[np.ndarray], places: Sequence[int]) -> None:
-        """Say which rows of the next step each of the adapters in these places (rising) has, int64 each."""
+        """Say which rows of the next pass each of the adapters in these places (rising) has, int64 each."""
+        self.rows = self.sizes = self.place = None
         if not places:
-            self.rows = self.sizes = None
             return
         device = next(iter(self.weights.values()))[0].device
         sizes = np.zeros(self.count, dtype=np.int64)
         sizes[list(places)] = [len(of_one) for of_one in rows]
         self.rows, self.sizes = (torch.from_numpy(values).to(device) for values in (np.concatenate(rows), sizes))
+
+    def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """Return the output y [N, O] of the projection `name` for x [N, K], with what its rows' adapters add."""
+        a, b = self.weights[name]
+        if self.place is not None:
+            sizes = torch.zeros(self.count, dtype=torch.int64, device=x.device)
+            sizes[self.place] = len(x)
+            return y + grouped_linear(grouped_linear(x, a, sizes), b, sizes)
+        if self.rows is None or self.sizes is None:
+            return y
+        low = grouped_linear(x.index_select(0, self.rows), a, self.sizes)
+        return y.index_add(0, self.rows, grouped_linear(low, b, self.sizes))
 
     def replace(self, place: int, weights: Mapping[str, Pair]) -> None:
         """Put an adapter in the place of one that has gone."""
@@ -133,8 +146,5 @@ class Stacked:
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         for stack in self.stacks:
-            if stack.rows is not None and stack.sizes is not None:
-                a, b = stack.weights[self.name]
-                low = grouped_linear(x.index_select(0, stack.rows), a, stack.sizes)
-                y = y.index_add(0, stack.rows, grouped_linear(low, b, stack.sizes))
+            y = stack.change(self.name, x, y)
         return y

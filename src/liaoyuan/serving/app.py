@@ -11,6 +11,8 @@ from starlette.staticfiles import StaticFiles
 from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.inference import ThinkMarks
 from liaoyuan.serving.about import About
+from liaoyuan.serving.adapter_routes import adapter_cards, adapter_routes
+from liaoyuan.serving.adapters import Shelf
 from liaoyuan.serving.chat import chat_routes
 from liaoyuan.serving.completions import completion_routes
 from liaoyuan.serving.control import control_routes
@@ -35,6 +37,7 @@ def build_app(
     stop_token_ids: tuple[int, ...] = (),
     loopback_only: bool = True,
     control: bool = False,
+    shelf: Shelf = Shelf(),
 ) -> FastAPI:
     """Return the app that serves one model.
 
@@ -47,10 +50,11 @@ def build_app(
         stop_token_ids: tokens that end an answer, besides the tokenizer's own.
         control: whether who may ask may also pause the engine and change its weights.
         loopback_only: refuse requests whose Host is not this machine's loopback.
+        shelf: the adapters that requests may name.
     """
     marks = ThinkMarks(*tokenizer.think_ids) if tokenizer.think_ids else None
     stops = tuple(dict.fromkeys((*tokenizer.eos_ids, *stop_token_ids)))
-    served = Served(runner, tokenizer, name, context_length, int(time.time()), stops, marks, scorer)
+    served = Served(runner, tokenizer, name, context_length, int(time.time()), stops, marks, scorer, shelf)
     # The documentation pages of FastAPI load scripts from elsewhere; /openapi.json is the whole truth.
     app = FastAPI(title="Liaoyuan", docs_url=None, redoc_url=None)
     add_handlers(app)
@@ -60,6 +64,7 @@ def build_app(
     app.include_router(generate_routes(served))
     if control:
         app.include_router(control_routes(served))
+    app.include_router(adapter_routes(served.runner, served.name, shelf))
     _add_page(app, served, about)
     app.add_middleware(Guard, loopback_only=loopback_only)
     return app
@@ -76,12 +81,14 @@ def _add_models(app: FastAPI, served: Served) -> None:
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [card, *adapter_cards(card, served.shelf)]}
 
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str) -> dict[str, Any]:
-        served.check_model(name)
-        return card
+        cards = {each["id"]: each for each in (*adapter_cards(card, served.shelf), card)}
+        if name not in cards:
+            served.choose_model(name)
+        return cards[name]
 
     @app.get("/health", response_model=None)
     async def health() -> JSONResponse:

@@ -32,7 +32,7 @@ def chat_routes(served: Served) -> APIRouter:
 
     @router.post("/v1/chat/completions", response_model=None)
     async def chat_completions(http: HttpRequest, body: ChatRequest) -> Response:
-        served.check_model(body.model)
+        served.choose_model(body.model)
         jobs = await asyncio.to_thread(chat_jobs, served, body)  # a long prompt must not hold up the streams of others
         pieces = start(served, jobs)
         reply = _Reply(served, body, len(jobs[0].prompt), "chatcmpl-" + secrets.token_hex(12), int(time.time()))
@@ -109,7 +109,7 @@ class _Reply:
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.served.name}
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.served.answering}
 
     def _choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
         self._count(index, pieces[-1])

@@ -36,7 +36,7 @@ def completion_routes(served: Served) -> APIRouter:
 
     @router.post("/v1/completions", response_model=None)
     async def completions(http: HttpRequest, body: CompletionRequest) -> Response:
-        served.check_model(body.model)
+        served.choose_model(body.model)
         prompts = await asyncio.to_thread(_prompts, served, body)  # a long one must not hold up the streams of others
         reply = _Reply(served, body, prompts, "cmpl-" + secrets.token_hex(12), int(time.time()))
         jobs = _jobs(served, body, prompts)
@@ -192,7 +192,7 @@ class _Reply:
         return chunk
 
     def head(self) -> dict[str, Any]:
-        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.served.name}
+        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.served.answering}
 
     def usage(self) -> dict[str, Any]:
         prompt, completion = sum(map(len, self.prompts)), sum(self.counts.values())

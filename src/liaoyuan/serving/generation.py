@@ -10,7 +10,7 @@ import json
 import math
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 from fastapi import Request as HttpRequest
@@ -20,6 +20,7 @@ from starlette.types import Send
 from liaoyuan.data.tokenizer import IncrementalDecoder, Tokenizer
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Busy, Engine, Event, Request, SamplingParams, ThinkMarks
+from liaoyuan.serving.adapters import ADAPTER, Shelf
 from liaoyuan.serving.errors import ApiError, ClientGoneError, invalid
 from liaoyuan.serving.protocol import Sampling
 from liaoyuan.serving.scores import PromptScorer
@@ -60,9 +61,29 @@ class Served:
     stop_token_ids: tuple[int, ...]
     marks: ThinkMarks | None
     scorer: PromptScorer | None = None
+    shelf: Shelf = field(default_factory=Shelf)
 
     def decoder(self) -> IncrementalDecoder:
         return IncrementalDecoder(self.tokenizer)
+
+    @property
+    def answering(self) -> str:
+        """The name of the model or adapter that answers this HTTP request."""
+        return ADAPTER.get() or self.name
+
+    def choose_model(self, name: str | None) -> None:
+        """Let this HTTP request's answers come from the model or the adapter that it names.
+
+        Raises:
+            ApiError: there is no such one (404).
+        """
+        loaded = [adapter.name for adapter in self.shelf.loaded()]
+        if name in loaded and name != self.name:
+            ADAPTER.set(name)
+        elif name is not None and name != self.name:
+            known = ", ".join(f"'{each}'" for each in (self.name, *loaded))
+            message = f"The model '{name}' does not exist; this server has {known}."
+            raise ApiError(404, message, "model", "model_not_found")
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError if a request asks for another model."""
@@ -79,6 +100,7 @@ class Job:
     sampling: SamplingParams
     stops: tuple[str, ...]
     marks: ThinkMarks | None = None  # None: thoughts are not told apart
+    adapter: str = field(default_factory=ADAPTER.get)
 
 
 def sampling_params(
@@ -174,7 +196,7 @@ async def _pieces(served: Served, job: Job) -> AsyncIterator[Piece]:
     thinking = job.marks is not None and job.marks.left_open(job.prompt)
     reader = AnswerReader(served.decoder, job.stops, job.sampling.stop_token_ids, job.marks, thinking)
     try:
-        events = served.runner.stream(Request(secrets.token_hex(12), job.prompt, job.sampling))
+        events = served.runner.stream(Request(secrets.token_hex(12), job.prompt, job.sampling, adapter=job.adapter))
     except Busy as error:
         raise ApiError(429, str(error), code="server_busy") from error
     except LiaoyuanError as error:

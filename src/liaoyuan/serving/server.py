@@ -5,6 +5,7 @@ import contextlib
 import errno
 import socket
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +19,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, EngineThread
 from liaoyuan.models import Decoder, Quantisation
 from liaoyuan.serving.about import About, read_about
+from liaoyuan.serving.adapters import Shelf
 from liaoyuan.serving.app import build_app
 from liaoyuan.serving.scores import ModelScorer
 
@@ -102,6 +104,8 @@ def open_server(
     engine: EngineConfig = EngineConfig(),
     control: bool = False,
     quantisation: Quantisation | None = None,
+    adapters: Mapping[str, Path] = {},
+    adapter_folder: Path | None = None,
 ) -> Server:
     """Load the model of a Hugging Face folder and return a server that holds the port (0: any free one).
 
@@ -110,6 +114,8 @@ def open_server(
         control: see `build_app`.
         about: what the chat page says; read from the folder's `liaoyuan.json` if None.
         quantisation: keep the weights in few bits.
+        adapters: low-rank adapters to begin with, each a folder by its name.
+        adapter_folder: whoever may ask may load adapters from inside it; None: from nowhere.
 
     Raises:
         LiaoyuanError: the port is in use, the folder is missing or torn, or tokenizer and model disagree.
@@ -118,6 +124,8 @@ def open_server(
         bound = port_kept.enter_context(_bind(host, port))
         tokenizer, model = _load(model_dir, device, quantisation)
         running = Engine(model, engine)
+        for adapter, folder in adapters.items():
+            running.load_adapter(adapter, folder)
         runner = opened.enter_context(EngineThread(running))
         app = build_app(
             runner,
@@ -129,6 +137,7 @@ def open_server(
             () if model.config.eos_token_id is None else (model.config.eos_token_id,),
             loopback_only=host in LOOPBACK,
             control=control,
+            shelf=Shelf(running.adapters, adapter_folder),
         )
         port_kept.pop_all()
         return Server(app, bound, opened.pop_all())

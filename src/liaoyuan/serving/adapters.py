@@ -1,0 +1,22 @@
+"""The adapters that requests may name, and which one a request has named."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+from liaoyuan.inference import Adapters, Loaded
+
+# Of one HTTP request, not of the process: tasks and threads that work for it inherit it. "": the model itself.
+ADAPTER: ContextVar[str] = ContextVar("adapter", default="")
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """An engine's adapters, and the folder from inside which clients may load others (None: they may not)."""
+
+    adapters: Adapters | None = None
+    folder: Path | None = None
+
+    def loaded(self) -> list[Loaded]:
+        """Return those that a request may name now."""
+        return [] if self.adapters is None else self.adapters.loaded()
