@@ -4,13 +4,16 @@ Every figure comes with what it must be compared with, measured on the same prob
 """
 
 from liaoyuan.evaluation.accuracy import Answers, completions_of, judge, measure_accuracy, prompt_of
+from liaoyuan.evaluation.agreement import Agreement, agreement
 from liaoyuan.evaluation.compression import bits_per_byte, gzip_bits_per_byte, xz_bits_per_byte
 from liaoyuan.evaluation.intervals import Interval, bootstrap, difference_to_best
 from liaoyuan.evaluation.scores import score
 
 __all__ = [
+    "Agreement",
     "Answers",
     "Interval",
+    "agreement",
     "bits_per_byte",
     "bootstrap",
     "completions_of",
