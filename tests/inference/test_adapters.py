@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from liaoyuan import ops
 from liaoyuan.checkpoint import load_model
 from liaoyuan.checkpoint.adapters import read_adapter
 from liaoyuan.errors import LiaoyuanError
@@ -21,6 +22,7 @@ from tests.conftest import randomised
 from tests.inference.adapter_files import ALL, ATTENTION, merged, saved, write_adapter
 
 BF16 = {"dtype": "bfloat16"}
+needs_exact = pytest.mark.skipif(not ops.exact_rows(), reason="without native kernels a row's bits depend on others")
 
 
 def family(tiny: ModelConfig, name: str) -> ModelConfig:
@@ -104,6 +106,7 @@ def test_an_adapter_answers_as_the_weights_it_is_merged_into(
     assert tokens_of(engine.generate(plain)) == tokens_of(Engine(load_model(base)).generate(plain)) != tokens_of(done)
 
 
+@needs_exact
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
 def test_a_row_has_the_same_bits_whatever_adapters_the_others_have(
     tiny_config: ModelConfig, tmp_path: Path, kind: str | None
@@ -156,6 +159,21 @@ def test_preemption_and_chunks_change_nothing(base: Path, tmp_path: Path) -> Non
     assert small.statistics()["preemptions"] > 0
 
 
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_speculation_changes_nothing(base: Path, tmp_path: Path, kind: str | None) -> None:
+    folders = [write_adapter(tmp_path / f"a{seed}", base, seed=seed) for seed in range(2)]
+    asked = requests(["a0", "a1", ""], 12, most=40)
+    asked = [dataclasses.replace(one, prompt=one.prompt * 3) for one in asked]
+    found = []
+    for speculate in ("", "ngram"):
+        how = None if kind is None else Quantisation(kind)
+        engine = Engine(load_model(base, quantisation=how), EngineConfig(speculate=speculate, max_sequences=8))
+        for seed, folder in enumerate(folders):
+            engine.load_adapter(f"a{seed}", folder)
+        found.append(tokens_of(engine.generate(asked)))
+    assert found[0] == found[1]
+
+
 def test_an_adapter_is_unloaded_when_its_last_request_ends(base: Path, tmp_path: Path) -> None:
     first, second = (write_adapter(tmp_path / f"f{seed}", base, seed=seed) for seed in (1, 2))
     request = Request("r", (1, 2, 3), SamplingParams(20, seed=1), adapter="a")
@@ -189,7 +207,7 @@ def test_an_adapter_never_finds_the_prefixes_of_a_former_one_of_its_name(base: P
             engine.add(Request("r", tuple(range(50)), SamplingParams(9, 0.0), adapter="a"))
             told.append(run(engine)["r"])
         engine.unload_adapter("a")
-    assert engine.statistics()["prefix_hit_tokens"] == 3 * 48
+    assert engine.statistics()["prefix_hit_tokens"] == 4 * 48  # the first one's are found when it comes again
     assert told[0] == told[1] == told[4] == told[5] != told[2] == told[3]
 
 
@@ -204,6 +222,7 @@ def test_aborting_the_last_request_frees_its_adapter(base: Path, tmp_path: Path)
     assert engine.adapters.nbytes == 0
 
 
+@needs_exact
 def test_a_whole_pass_with_one_adapter_gives_the_bits_of_steps(tiny_config: ModelConfig, tmp_path: Path) -> None:
     base = saved(randomised(dataclasses.replace(tiny_config, **BF16), 0), tmp_path / "base")
     engine = Engine(load_model(base))
@@ -218,8 +237,7 @@ def test_a_whole_pass_with_one_adapter_gives_the_bits_of_steps(tiny_config: Mode
     ]
     stepped = engine.generate([*asked, Request("other", (1, 2), adapter="a2")])[:2]
     for completion, expected in zip(stepped, found, strict=True):
-        assert completion.prompt is not None
-        torch.testing.assert_close(completion.prompt.logprobs, expected, atol=2e-6, rtol=2e-6)
+        assert completion.prompt is not None and completion.prompt.logprobs == expected
     assert score(engine.model, texts) == plain != found
 
 

@@ -4,6 +4,7 @@ An adapter is taken whole or refused: every tensor must fit a projection of the 
 names must have its two tensors, and nothing in the config may ask for what is not done here.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -42,11 +44,12 @@ PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others ch
 class AdapterWeights:
     """An adapter as the model's projections take it: A [R, K] and B [O, R] of each, the scale in B.
 
-    rank: the highest of a part.
+    rank: the highest of a part. digest: 32 hexadecimal digits, of equal adapters alone the same, in any process.
     """
 
     weights: dict[str, Pair]
     rank: int
+    digest: str
 
     @property
     def shape(self) -> tuple[tuple[str, int], ...]:
@@ -74,7 +77,7 @@ def read_adapter(folder: Path, model: Decoder) -> AdapterWeights:
         if any(part.name in scaled for part in of):
             a, b = merge(of, scaled, modules[name].weight.shape[0])
             merged[name] = (a.to(place), b.to(place))
-    return AdapterWeights(merged, max(len(a) for a, _ in pairs.values()))
+    return AdapterWeights(merged, max(len(a) for a, _ in pairs.values()), _digest(merged))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -177,6 +180,15 @@ def _check_complete(folder: Path, pairs: Mapping[str, Pair], known: Iterable[str
             continue
         if any(_is_within(name, target) for target in targets) and name not in pairs:
             raise LiaoyuanError(f"{folder}: the adapter lacks '{name}', which its target_modules name; copy it again.")
+
+
+def _digest(weights: Mapping[str, Pair]) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for name in sorted(weights):
+        for tensor in weights[name]:
+            state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            state.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:

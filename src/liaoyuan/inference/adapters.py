@@ -22,16 +22,21 @@ Shape = tuple[tuple[str, int], ...]  # see `AdapterWeights`
 
 @dataclass(frozen=True)
 class Loaded:
-    """An adapter in an engine. number: never given twice, so that what was computed with a former one of its name is
-    not taken for its own; shape, place: its stack, and where in it.
+    """An adapter in an engine. number: never given twice, as names are; digest: see `AdapterWeights`.
+
+    shape, place: its stack, and where in it.
     """
 
     name: str
     number: int
+    digest: str
     folder: str
     rank: int
     shape: Shape
     place: int
+
+
+NONE = Loaded("", BASE, "", "", 0, (), 0)
 
 
 class Adapters:
@@ -58,18 +63,18 @@ class Adapters:
     def nbytes(self) -> int:
         return sum(stack.nbytes for stack in self._stacks.values())
 
-    def number(self, name: str) -> int:
-        """Return the number of the adapter of this name, 0 for "".
+    def find(self, name: str) -> Loaded:
+        """Return the adapter of this name, `NONE` for "".
 
         Raises:
             LiaoyuanError: there is no such adapter.
         """
         if not name:
-            return BASE
+            return NONE
         if name not in self._known:
             hint = nearest(name, self._known) or "."
             raise LiaoyuanError(f"There is no adapter '{name}'{hint}")
-        return self._known[name].number
+        return self._known[name]
 
     def check_name(self, name: str) -> None:
         """Raise LiaoyuanError if an adapter of this name could not be loaded now."""
@@ -92,7 +97,7 @@ class Adapters:
         self.check_name(name)
         self._last += 1
         place = self._put(adapter)
-        loaded = Loaded(name, self._last, str(folder), adapter.rank, adapter.shape, place)
+        loaded = Loaded(name, self._last, adapter.digest, str(folder), adapter.rank, adapter.shape, place)
         self._known[name] = loaded
         return loaded
 
@@ -102,7 +107,7 @@ class Adapters:
         Raises:
             LiaoyuanError: there is no such adapter.
         """
-        number = self.number(name)
+        number = self.find(name).number
         if number == BASE:
             raise LiaoyuanError("The base model is not an adapter; it cannot be unloaded.")
         self._leaving[number] = self._known.pop(name)
@@ -142,8 +147,9 @@ class Adapters:
         Raises:
             LiaoyuanError: there is no such adapter.
         """
-        if self.number(name):
-            self._stacks[self._known[name].shape].place = self._known[name].place
+        one = self.find(name)
+        if one is not NONE:
+            self._stacks[one.shape].place = one.place
         try:
             yield
         finally:

@@ -177,7 +177,7 @@ class Engine:
         sequence = Sequence(
             request, seed % 2**64, limit, self._arrivals, deadline, tokens, np.zeros(count, dtype=np.float32)
         )
-        sequence.adapter = self.adapters.number(request.adapter)
+        sequence.adapter = self.adapters.find(request.adapter)
         if sampling.prompt_logprobs is not None:
             sequence.scores = np.full(count - 1, UNKNOWN, dtype=np.float32)
         self._scheduler.add(sequence)
@@ -185,7 +185,7 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise LiaoyuanError if a request could never fit, or its id, tokens or parameters are wrong."""
         request.sampling.check()
-        self.adapters.number(request.adapter)
+        self.adapters.find(request.adapter)
         if request.id in self._scheduler.sequences:
             raise LiaoyuanError(f"There is already a request with the id '{request.id}'.")
         if not request.prompt:
@@ -418,7 +418,7 @@ class Engine:
         if plan.copies.size:
             self._cache.copy(*self._tensor(plan.copies))
         slots = plan.slots.tolist() if self.adapters else []
-        owners = [self._scheduler.in_slot(slot).adapter for slot in slots]
+        owners = [self._scheduler.in_slot(slot).adapter.number for slot in slots]
         if self._graphs is not None and not any(owners) and (logits := self._graphs.logits(plan)) is not None:
             return logits  # a graph has the rows of each adapter in it, so steps with adapters are not captured
         arrays = (plan.tokens, plan.positions, plan.cache_slots, plan.block_tables)
@@ -488,7 +488,7 @@ class Engine:
         return Speculation(drafter, config.max_sequences, config.speculate_tokens) if drafter else None
 
     def _adapters_in_use(self) -> set[int]:
-        return {sequence.adapter for sequence in self._scheduler.sequences.values()}
+        return {sequence.adapter.number for sequence in self._scheduler.sequences.values()}
 
     def _check_idle(self) -> None:
         if self.adapters.has_leaving:

@@ -63,7 +63,8 @@ class Prefixes:
         keys: list[Key] = []
         size = self._engine.config.block_size
         tokens = np.array(request.prompt[: (len(request.prompt) - 1) // size * size], dtype=np.int64)
-        block_keys(root_key(self._engine.version, request), keys, tokens, size)
+        adapter = self._engine.adapters.find(request.adapter).digest
+        block_keys(root_key(self._engine.version, adapter, request.salt), keys, tokens, size)
         return keys
 
     def known(self, keys: list[Key]) -> int:

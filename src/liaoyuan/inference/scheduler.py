@@ -253,7 +253,7 @@ class Scheduler:
 
     def _shared(self, sequence: Sequence) -> "_Shared":
         """Find what a sequence need not compute: blocks that are known, and those that others are filling."""
-        root = root_key(self.version, sequence.adapter, sequence.request.salt)
+        root = root_key(self.version, sequence.adapter.digest, sequence.request.salt)
         if root != sequence.root:
             sequence.root, sequence.keys = root, []
         if not sequence.is_scored:

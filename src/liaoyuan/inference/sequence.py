@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from liaoyuan.inference.adapters import NONE, Loaded
 from liaoyuan.inference.blocks import Key
 from liaoyuan.inference.constraint import ConstraintState
 from liaoyuan.inference.request import Completion, PromptLogprobs, Request, TopLogprobs
@@ -32,7 +33,7 @@ class Sequence:
     logprobs: np.ndarray
     slot: int = -1  # -1: waiting
     account: int = 0
-    adapter: int = 0  # its number, not its name, which another one may get
+    adapter: Loaded = NONE
     root: Key = b""
     keys: list[Key] = field(default_factory=list)
     cached: int = -1  # -1: never started
@@ -79,9 +80,12 @@ class Sequence:
         )
 
 
-def root_key(version: int, adapter: int, salt: str) -> Key:
-    """Return what a request's keys begin with: equal prompts of other weights, adapters or salts share nothing."""
-    words = [str(version), str(adapter), salt]
+def root_key(version: int, adapter: str, salt: str) -> Key:
+    """Return what a request's keys begin with: equal prompts of other weights, adapters or salts share nothing.
+
+    adapter: its digest, not its name, which another one may have later, or in another process.
+    """
+    words = [str(version), adapter, salt]
     return hashlib.blake2b("\0".join(f"{len(word)}:{word}" for word in words).encode(), digest_size=16).digest()
 
 

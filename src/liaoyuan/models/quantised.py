@@ -15,7 +15,16 @@ from liaoyuan.errors import LiaoyuanError, nearest
 from liaoyuan.models.decoder import Decoder
 from liaoyuan.models.experts import ExpertWeights
 from liaoyuan.models.layers import Adapter, Linear
-from liaoyuan.ops import LogitStatistics, QuantisedWeight, clamped_swiglu, quantise, quantised_linear, swiglu, wide
+from liaoyuan.ops import (
+    LogitStatistics,
+    QuantisedWeight,
+    clamped_swiglu,
+    log_sum_exp,
+    quantise,
+    quantised_linear,
+    swiglu,
+    wide,
+)
 from liaoyuan.ops.quantised_linear import GROUPS, Kind
 
 HEAD, EMBEDDING = "lm_head", "embed_tokens.weight"
@@ -222,9 +231,10 @@ def _statistics(head: nn.Module, hidden: Tensor, targets: Tensor, moments: bool)
     """Return what `ops.logit_statistics` does, of a head that gives logits: hidden [N, H], targets [N]."""
     parts = []
     for rows, wanted in zip(hidden.split(SCORED_ROWS), targets.split(SCORED_ROWS), strict=True):
-        logits = wide(head(rows))
-        chosen, total = logits.gather(-1, wanted[:, None])[:, 0], logits.logsumexp(-1)
+        logits = head(rows)
+        total = log_sum_exp(logits)
+        logits = wide(logits)
         log_probs = logits - total[:, None] if moments else logits[:, :0]
         more = (-(log_probs.exp() * log_probs).sum(-1), logits.mean(-1)) if moments else (total[:0], total[:0])
-        parts.append((chosen, total, *more))
+        parts.append((logits.gather(-1, wanted[:, None])[:, 0], total, *more))
     return LogitStatistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
