@@ -114,6 +114,12 @@ def test_new_weights_are_quantised_in_place(tmp_path: Path, config: ModelConfig,
         engine = Engine(quantise_model(randomised(config, 0), how))
         assert engine.update_weights(weights) == 1
         assert [one.tokens for one in engine.generate(asked)] == expected
+    engine.pause()
+    engine.sleep(without_weights=True)
+    engine.wake()
+    engine.update_weights(tmp_path / "new")
+    engine.resume()
+    assert [one.tokens for one in engine.generate(asked)] == expected
     torn = new.state_dict() | {"layers.1.self_attn.o_proj.weight": torch.zeros(7, 7)}
     before = engine.checksum()
     with pytest.raises(LiaoyuanError, match=r"'layers.1.self_attn.o_proj.weight' is \[7, 7\]"):

@@ -60,6 +60,9 @@ def test_a_request_chooses_its_adapter_by_the_name_of_the_model(
         expected = engine.generate([Request(0, prompt, sampling, adapter=adapter)])[0]
         assert answer(client, name) == tokenizer.decode(expected.tokens)
     assert answer(client, "base") != answer(client, "first")
+    tokens = {"token_ids": list(prompt), "sampling_params": {"max_tokens": 12, "temperature": 0}, "model": "first"}
+    reply = httpx.post(str(client.base_url).replace("/v1/", "/inference/v1/generate"), json=tokens, trust_env=False)
+    assert reply.json()["choices"][0]["token_ids"] == expected.tokens
     chats = {
         name: client.chat.completions.create(
             model=name, messages=[{"role": "user", "content": "hi"}], temperature=0, max_tokens=8

@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
+from liaoyuan.serving.adapters import ADAPTER
 from liaoyuan.serving.errors import ApiError, invalid, unsupported
 from liaoyuan.serving.generation import (
     EventStream,
@@ -127,6 +128,8 @@ class _Reply:
         """Fill `scores`, if the log-probabilities of the prompts are wanted."""
         if not self.body.echo or self.body.logprobs is None:
             return
+        if ADAPTER.get():
+            raise unsupported("echo", "prompts are scored by the model itself only; leave out 'echo' or 'logprobs'.")
         if self.served.scorer is None:
             raise unsupported("echo", "it does not score prompts; leave out 'echo' or 'logprobs'.")
         for index, prompt in enumerate(self.prompts):

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Busy, Event, PromptLogprobs, Request, SamplingParams
+from liaoyuan.serving.adapters import ADAPTER
 from liaoyuan.serving.errors import ApiError, invalid
 from liaoyuan.serving.generation import SEEDS, EventStream, Served, finite, server_event, unless_gone
 from liaoyuan.serving.protocol import Body, Tokens
@@ -63,7 +64,7 @@ def generate_routes(served: Served) -> APIRouter:
 
     @router.post("/inference/v1/generate", response_model=None)
     async def generate(http: HttpRequest, body: GenerateRequest) -> Response:
-        served.check_model(body.model)
+        served.choose_model(body.model)
         request = _request(served, body)
         try:
             events = served.runner.stream(request)
@@ -106,6 +107,7 @@ def _request(served: Served, body: GenerateRequest) -> Request:
         sampling,
         priority=body.priority,
         salt=body.cache_salt,
+        adapter=ADAPTER.get(),
         timeout=body.timeout,
     )
 
