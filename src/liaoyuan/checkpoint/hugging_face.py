@@ -7,12 +7,20 @@ weights, and of a sharded model each process its own part; saving goes tensor by
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from liaoyuan.checkpoint.compressed import (
+    SUFFIXES,
+    fill_quantised,
+    is_quantised,
+    quantisation_of,
+    read_quantisation,
+    save_quantised,
+)
 from liaoyuan.checkpoint.counting import Count
 from liaoyuan.checkpoint.filling import READABLE, Block, Filler
 from liaoyuan.checkpoint.shards import ShardWriter, Slot, plan_shards
@@ -46,7 +54,8 @@ def load_model(
 ) -> Decoder:
     """Return the decoder of a Hugging Face folder, in `dtype` (the one that its config names if None).
 
-    quantisation: quantise each weight as it is read, so that the whole ones are never in memory together.
+    quantisation: quantise each weight as it is read, so that the whole ones are never in memory together. A
+        folder whose weights are quantised gives them as they are; see `compressed.py`.
 
     Raises:
         LiaoyuanError: a file is missing, torn or of an unsupported family, or a tensor is missing, unknown or
@@ -57,8 +66,11 @@ def load_model(
         config = with_dtype(config, dtype)
     with torch.device("meta"):
         model = Decoder(config)
-    if quantisation is not None:
-        return load_quantised(model, folder, quantisation, device, report)
+    kept = read_quantisation(folder)
+    if kept is not None and quantisation is not None:
+        raise LiaoyuanError(f"The weights in {folder} are quantised already, to {kept.kind}.")
+    if kept is not None or quantisation is not None:
+        return _load_quantised(model, folder, quantisation, kept, device, report)
     model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
@@ -66,19 +78,34 @@ def load_model(
     return model.eval()
 
 
-def load_quantised(
-    model: Decoder, folder: Path, how: Quantisation, device: torch.device | str, report: Report = silent
+def _load_quantised(
+    model: Decoder,
+    folder: Path,
+    how: Quantisation | None,
+    kept: Quantisation | None,
+    device: torch.device | str,
+    report: Report = silent,
 ) -> Decoder:
-    """Fill `model`, which is on the meta device, with the weights of `folder`, quantised one after another."""
+    """Fill `model`, which is on the meta device, with the weights of `folder`: quantised one after another as `how`
+    says, or as the folder keeps them.
+    """
     whole = dict(model.state_dict())
-    model = quantised_shell(model, how)
-    filler, count = Filler(), Count(sum(value.nbytes for value in whole.values()), report)
+    model = quantised_shell(model, how or kept or Quantisation("int8"))
+    family, filler = FAMILIES[model.config.model_type], Filler()
+    count = Count(sum(value.nbytes for value in whole.values()), report)
     with WeightFiles(folder) as files, torch.no_grad():
-        for name, parts in _in_order(find_parts(files, model.config)):
+        few = [name for name in whole if kept is not None and is_quantised(model, name)]
+        expected = {
+            stem for name in few for part in family.stored(name, whole[name], model.config) for stem in _few(part)
+        }
+        for name, parts in _in_order(find_parts(files, model.config, few, expected)):
             tensor = torch.empty_like(whole[name], device=device)
             fill_tensor(tensor, parts, filler)
             put(model, name, tensor)
             count.add(tensor.nbytes)
+        for name in few:
+            fill_quantised(model, name, family.stored(name, whole[name], model.config), files, whole[name])
+            count.add(whole[name].nbytes)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
@@ -102,8 +129,12 @@ def named_tensors(model: Decoder | Program) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_tensors() if isinstance(model, Program) else model.state_dict().items()
 
 
-def find_parts(files: WeightFiles, config: ModelConfig) -> Stored:
+def find_parts(
+    files: WeightFiles, config: ModelConfig, apart: Collection[str] = (), known: Collection[str] = ()
+) -> Stored:
     """Return where in the files the parts of each of our tensors are, and check that they are what `config` asks for.
+
+    apart: our tensors that somebody else reads, from the tensors `known` of the files.
 
     Raises:
         LiaoyuanError: a tensor is missing, unknown, of another shape, or of a dtype that is not read.
@@ -111,6 +142,8 @@ def find_parts(files: WeightFiles, config: ModelConfig) -> Stored:
     family = FAMILIES[config.model_type]
     stored: Stored = {}
     for name, ours in whole_tensors(config):
+        if name in apart:
+            continue
         stored[name] = [(part, files[part.name]) for part in family.stored(name, ours, config)]
     for part, theirs in (pair for pairs in stored.values() for pair in pairs):
         if theirs.shape != tuple(part.shape):
@@ -121,7 +154,7 @@ def find_parts(files: WeightFiles, config: ModelConfig) -> Stored:
             raise LiaoyuanError(
                 f"{files.folder}: {part.name} is stored as {theirs.dtype}; weights are read from {', '.join(READABLE)}."
             )
-    _refuse_unknown(files, {part.name for pairs in stored.values() for part, _ in pairs}, config)
+    _refuse_unknown(files, {part.name for pairs in stored.values() for part, _ in pairs} | set(known), config)
     return stored
 
 
@@ -159,6 +192,11 @@ def fill_tensor(tensor: Tensor, parts: list[tuple[Part, StoredTensor]], filler: 
         mine.copy_(rows)
 
 
+def _few(part: Part) -> list[str]:
+    """Return the names of the tensors that may hold a quantised part."""
+    return [f"{part.name}{suffix}" for suffix in SUFFIXES]
+
+
 def _in_order(stored: Stored) -> list[tuple[str, list[tuple[Part, StoredTensor]]]]:
     return sorted(stored.items(), key=lambda item: _place(item[1]))
 
@@ -184,6 +222,12 @@ def save_model(
         LiaoyuanError: the disk is full, or `state` lacks a tensor; the folder is as it was.
     """
     config = model.config if isinstance(model, Decoder) else model
+    if isinstance(model, Decoder) and quantisation_of(model) is not None:
+        with atomic_folder(folder) as target:
+            save_quantised(model, target)
+            if tokenizer_folder:
+                copy_files(tokenizer_folder, target, TOKENIZER_FILES)
+        return
     if state is None:
         assert isinstance(model, Decoder)
         state = named_tensors(model)

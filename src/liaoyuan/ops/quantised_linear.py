@@ -79,7 +79,7 @@ def quantise(weight: Tensor, kind: Kind, group: int | None = None, symmetric: bo
     else:
         shift = torch.full_like(scales, ZERO) if zeros is None else zeros
         raised = steps.round_() + shift.repeat_interleave(size, 1)[:, :depth]
-        data = _packed(raised.clamp_(0, 15).to(torch.uint8))
+        data = pack_nibbles(raised.clamp_(0, 15).to(torch.uint8))
     whole = (weight.shape[0], depth)
     zero_points = None if zeros is None else zeros.to(torch.uint8)
     return QuantisedWeight(data, scales.to(torch.bfloat16), zero_points, kind, group, whole)
@@ -125,21 +125,21 @@ def _dequantise(data: Tensor, scales: Tensor, zeros: Tensor | None, kind: str, g
         steps = data.float()
     else:
         zero = ZERO if zeros is None else zeros.float().repeat_interleave(size, 1)[:, :depth]
-        steps = _unpacked(data)[:, :depth] - zero
+        steps = unpack_nibbles(data)[:, :depth].float() - zero
     return steps * scales.float().repeat_interleave(size, 1)[:, :depth]
 
 
-def _packed(weights: Tensor) -> Tensor:
-    """Pack numbers of 4 bits, uint8 [O, K], two in a byte."""
+def pack_nibbles(weights: Tensor) -> Tensor:
+    """Return numbers of 4 bits, uint8 [O, K], as the `data` of a weight of kind int4."""
     planes = F.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, 4, 32))
     pairs = planes[:, :, 0::2] | planes[:, :, 1::2] << 4  # the bytes of every halfword
     return pairs.mT.flatten(1).contiguous()
 
 
-def _unpacked(data: Tensor) -> Tensor:
-    """Return the numbers of 4 bits in `data`, fp32 [O, 128 * blocks]."""
+def unpack_nibbles(data: Tensor) -> Tensor:
+    """Return the numbers of 4 bits in `data`, uint8 [O, 128 * blocks]."""
     pairs = data.unflatten(1, (-1, 32, 2)).mT
-    return torch.stack((pairs & 15, pairs >> 4), 3).flatten(1).float()
+    return torch.stack((pairs & 15, pairs >> 4), 3).flatten(1)
 
 
 def _rounded_up(scales: Tensor) -> Tensor:
