@@ -66,6 +66,7 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.read_logits: ReadLogits = logit_statistics  # tensor parallelism supplies another one
+        self.key_value_heads = config.num_key_value_heads  # that are computed here: tensor parallelism takes a part
         for parameter in self.parameters():  # not the buffers: routers count and balance in fp32
             parameter.data = parameter.data.to(config.torch_dtype)
 

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -16,7 +17,9 @@ from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, EngineThread
-from liaoyuan.models import Decoder
+from liaoyuan.inference.ranks import open_ranks
+from liaoyuan.models import read_config
+from liaoyuan.parallel import Layout
 from liaoyuan.serving.about import About, read_about
 from liaoyuan.serving.app import build_app
 from liaoyuan.serving.scores import ModelScorer
@@ -26,11 +29,31 @@ GRACE_SECONDS = 2  # how long open answers may go on after Ctrl-C
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-class Server:
-    """An app on a listening socket, and what else ends with it; `run` serves until Ctrl-C or `stop`."""
+class Failure:
+    """Why a server cannot go on, as soon as it cannot; may be told by any thread, before the server is there too."""
 
-    def __init__(self, app: FastAPI, bound: socket.socket, closing: contextlib.ExitStack) -> None:
-        self.app = app
+    def __init__(self) -> None:
+        self.why = ""
+        self._stop: Callable[[], None] = lambda: None
+
+    def __call__(self, why: str) -> None:
+        self.why = why
+        self._stop()
+
+    def ends(self, stop: Callable[[], None]) -> None:
+        """Let it call `stop`."""
+        self._stop = stop
+        if self.why:
+            stop()
+
+
+class Server:
+    """An app on a listening socket, and what else ends with it; `run` serves until Ctrl-C, `stop` or a failure."""
+
+    def __init__(
+        self, app: FastAPI, bound: socket.socket, closing: contextlib.ExitStack, failure: Failure | None = None
+    ) -> None:
+        self.app, self._failure = app, failure or Failure()
         self._socket, self._closing = bound, closing
         config = uvicorn.Config(
             app,
@@ -44,6 +67,7 @@ class Server:
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
         self._uvicorn = _Uvicorn(config, closing)
+        self._failure.ends(self.stop)
 
     @property
     def url(self) -> str:
@@ -52,13 +76,19 @@ class Server:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run(self) -> None:
-        """Serve until Ctrl-C (which is a clean end) or `stop` from another thread; then close everything."""
+        """Serve until Ctrl-C (which is a clean end) or `stop` from another thread; then close everything.
+
+        Raises:
+            LiaoyuanError: a failure has ended it.
+        """
         try:
             self._uvicorn.run(sockets=[self._socket])
         except KeyboardInterrupt:
             pass
         finally:
             self.close()
+        if self._failure.why:
+            raise LiaoyuanError(self._failure.why)
 
     def stop(self) -> None:
         """Make `run` return soon."""
@@ -101,6 +131,7 @@ def open_server(
     about: About | None = None,
     engine: EngineConfig = EngineConfig(),
     control: bool = False,
+    layout: Layout = Layout(),
 ) -> Server:
     """Load the model of a Hugging Face folder and return a server that holds the port (0: any free one).
 
@@ -108,14 +139,20 @@ def open_server(
         name: what the API calls the model; the folder's name if None.
         control: see `build_app`.
         about: what the chat page says; read from the folder's `liaoyuan.json` if None.
+        layout: over how many processes, of which this is the first, the model is spread: its axes tp and ep.
 
     Raises:
         LiaoyuanError: the port is in use, the folder is missing or torn, or tokenizer and model disagree.
     """
     with contextlib.ExitStack() as port_kept, contextlib.ExitStack() as opened:
         bound = port_kept.enter_context(_bind(host, port))
-        tokenizer, model = _load(model_dir, device)
-        running = Engine(model, engine)
+        tokenizer, failure = _load_tokenizer(model_dir), Failure()
+        if layout.tp * layout.ep > 1:
+            leader = opened.enter_context(open_ranks(model_dir, layout, device, failure))
+            model, running = leader.model, Engine(leader.model, engine, memory=leader)
+        else:
+            model = load_model(model_dir, device=select_device(device).torch)
+            running = Engine(model, engine)
         runner = opened.enter_context(EngineThread(running))
         app = build_app(
             runner,
@@ -129,21 +166,19 @@ def open_server(
             control=control,
         )
         port_kept.pop_all()
-        return Server(app, bound, opened.pop_all())
+        return Server(app, bound, opened.pop_all(), failure)
 
 
-def _load(model_dir: Path, device: str) -> tuple[Tokenizer, Decoder]:
+def _load_tokenizer(model_dir: Path) -> Tokenizer:
     if not model_dir.is_dir():
         raise LiaoyuanError(f"The model folder {model_dir} does not exist.")
-    place = select_device(device)
     tokenizer = Tokenizer.load(model_dir)
-    model = load_model(model_dir, device=place.torch)
-    ids, rows = tokenizer.vocab_size, model.config.vocab_size
+    ids, rows = tokenizer.vocab_size, read_config(model_dir).vocab_size
     if not ids <= rows < ids + MOST_PADDING:
         raise LiaoyuanError(
             f"The tokenizer and the model in {model_dir} disagree: the tokenizer has {ids} ids, the model {rows}."
         )
-    return tokenizer, model
+    return tokenizer
 
 
 def check_port(host: str = "127.0.0.1", port: int = 8000) -> None:
