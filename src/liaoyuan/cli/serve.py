@@ -13,15 +13,25 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")] = 8000,
     device: Annotated[str, typer.Option(help="auto, cpu, or an accelerator such as cuda:0.")] = "auto",
     name: Annotated[str | None, typer.Option(help="What the API calls the model; else the folder's name.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Say where it serves as one line of JSON.")] = False,
     tp: Annotated[int, typer.Option(min=1, help="Processes over which the model is spread (tensor parallel).")] = 1,
     ep: Annotated[int, typer.Option(min=1, help="Of these, how many share the experts; the rest cut each.")] = 1,
-    json: Annotated[bool, typer.Option("--json", help="Say where it serves as one line of JSON.")] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="Servers of this model behind the one address.")] = 1,
+    replica: Annotated[bool, typer.Option(help="End when standard input does.", hidden=True)] = False,
 ) -> None:
     """Serve a model: chat page and OpenAI-compatible API. Ctrl-C ends it."""
+    from liaoyuan.cli.replicas import end_with_input, replica_command, threads_of_each
     from liaoyuan.parallel import Layout
-    from liaoyuan.serving import LOOPBACK, open_server
+    from liaoyuan.serving import LOOPBACK, open_front, open_server
 
-    server = open_server(model, host, port, device, name, layout=Layout(tp=tp, ep=ep, fsdp=1))
+    layout = Layout(tp=tp, ep=ep, fsdp=1)
+    if replicas > 1:
+        threads = threads_of_each(replicas)
+        server = open_front(model, replica_command(), replicas, layout, threads, host, port)
+    else:
+        server = open_server(model, host, port, device, name, layout=layout)
+    if replica:
+        end_with_input(server)
     if json:
         print(json_text.dumps({"url": server.url, "api": server.url + "/v1"}), flush=True)
     else:

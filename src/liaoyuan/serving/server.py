@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from liaoyuan.checkpoint import load_model
 from liaoyuan.data.tokenizer import Tokenizer
@@ -19,10 +19,13 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, EngineThread
 from liaoyuan.inference.ranks import open_ranks
 from liaoyuan.models import read_config
-from liaoyuan.parallel import Layout
+from liaoyuan.parallel import Layout, check_inference
 from liaoyuan.serving.about import About, read_about
 from liaoyuan.serving.app import build_app
+from liaoyuan.serving.front import Front
+from liaoyuan.serving.replicas import Replicas, replica_environment
 from liaoyuan.serving.scores import ModelScorer
+from liaoyuan.serving.security import MAX_BODY_BYTES
 
 MOST_PADDING = 1024  # rows that a model's embedding may have beyond the tokenizer's ids (padded for speed)
 GRACE_SECONDS = 2  # how long open answers may go on after Ctrl-C
@@ -51,7 +54,7 @@ class Server:
     """An app on a listening socket, and what else ends with it; `run` serves until Ctrl-C, `stop` or a failure."""
 
     def __init__(
-        self, app: FastAPI, bound: socket.socket, closing: contextlib.ExitStack, failure: Failure | None = None
+        self, app: ASGIApp, bound: socket.socket, closing: contextlib.ExitStack, failure: Failure | None = None
     ) -> None:
         self.app, self._failure = app, failure or Failure()
         self._socket, self._closing = bound, closing
@@ -167,6 +170,36 @@ def open_server(
         )
         port_kept.pop_all()
         return Server(app, bound, opened.pop_all(), failure)
+
+
+def open_front(
+    model_dir: Path,
+    command: list[str],
+    replicas: int,
+    layout: Layout,
+    threads: int,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> Server:
+    """Start replicas of a server, each its own process or `layout.tp` of them, and return a server that hands each
+    request to one of them.
+
+    Args:
+        command: that starts one replica, which says where it listens as a line of JSON.
+        threads: of each replica.
+
+    Raises:
+        LiaoyuanError: the port is in use, the layout does not fit the model, or a replica could not start.
+    """
+    check_inference(layout, read_config(model_dir))
+    with contextlib.ExitStack() as port_kept, contextlib.ExitStack() as opened:
+        bound = port_kept.enter_context(_bind(host, port))
+        environments = [replica_environment(number, layout.tp, threads) for number in range(replicas)]
+        running = opened.enter_context(Replicas([command] * replicas, environments))
+        front = Front(running, max_body_bytes, LOOPBACK if host in LOOPBACK else ())
+        port_kept.pop_all()
+        return Server(front, bound, opened.pop_all())
 
 
 def _load_tokenizer(model_dir: Path) -> Tokenizer:
