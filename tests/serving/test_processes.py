@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -32,7 +33,8 @@ def serve(model: Path, *options: str) -> Iterator[tuple["subprocess.Popen[str]",
 
 def children(pid: int) -> list[int]:
     """Return the processes that a process has started."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    of_threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return sorted(int(child) for children in of_threads for child in children.read_text().split())
 
 
 def wait_until(happened: Callable[[], bool], seconds: float = 20) -> None:
@@ -74,3 +76,32 @@ def test_followers_end_with_their_leader_however_it_ends(model_folder: Path) -> 
             assert server.wait(30) == code
             wait_until(lambda follower=follower: is_gone(follower))
             assert server.stderr and server.stderr.read() == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks up processes in /proc")
+def test_a_killed_replica_is_replaced_while_the_other_answers(model_folder: Path) -> None:
+    with serve(model_folder, "--replicas", "2", "--control") as (server, api):
+        client = httpx.Client(base_url=api.removesuffix("/v1"), timeout=60, trust_env=False)
+        weights = {"folder": str(model_folder)}
+        assert client.post("/update_weights", json=weights).json() == {"state": "ready", "version": 1}
+        assert client.post("/pause", json={"mode": "later"}).status_code == 400
+        with client.stream("POST", "/v1/completions", json=LONG) as reply:
+            lines = reply.iter_lines()
+            assert next(lines).startswith("data: ")
+            (busy,) = [state["pid"] for state in states(client) if state["open"]]
+            os.kill(busy, signal.SIGKILL)
+            assert client.post("/v1/completions", json={"prompt": "The", "max_tokens": 3}).status_code == 200
+            said = "".join(lines)
+        assert "has failed in the middle of the answer" in said and said.endswith("data: [DONE]")
+        wait_until(lambda: all(state["ready"] for state in states(client)), 60)
+        assert [state["version"] for state in states(client)] == [1, 1]
+        replicas = children(server.pid)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
+        assert all(map(is_gone, replicas))
+        assert server.stderr and server.stderr.read() == ""
+
+
+def states(client: httpx.Client) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = client.get("/health").json()["replicas"]
+    return found

@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 
 import click
 
@@ -27,14 +28,16 @@ def threads_of_each(replicas: int) -> int:
     return max(1, available_cores() // replicas)
 
 
-def end_with_input(server: Server) -> None:
-    """End a server, in whatever way, when standard input ends: whoever started it is gone, or says so."""
+def run_replica(server: Server) -> None:
+    """Serve until standard input ends: whoever started this process is gone, or says that it is over."""
+    threading.Thread(target=_end_with_input, args=(server,), name="input", daemon=True).start()
+    server.run()
+    sys.stdout.flush()
+    os._exit(0)  # what is left is memory, and Python takes seconds to give that back
 
-    def wait() -> None:
-        sys.stdin.buffer.read()
-        server.stop()
-        ended.wait(END_SECONDS)
-        os._exit(0)
 
-    ended = threading.Event()
-    threading.Thread(target=wait, name="input", daemon=True).start()
+def _end_with_input(server: Server) -> None:
+    sys.stdin.buffer.read()
+    server.stop()
+    time.sleep(END_SECONDS)
+    os._exit(1)

@@ -17,10 +17,13 @@ def serve(
     tp: Annotated[int, typer.Option(min=1, help="Processes over which the model is spread (tensor parallel).")] = 1,
     ep: Annotated[int, typer.Option(min=1, help="Of these, how many share the experts; the rest cut each.")] = 1,
     replicas: Annotated[int, typer.Option(min=1, help="Servers of this model behind the one address.")] = 1,
+    control: Annotated[
+        bool, typer.Option("--control", help="Let clients pause, put to sleep, update weights.")
+    ] = False,
     replica: Annotated[bool, typer.Option(help="End when standard input does.", hidden=True)] = False,
 ) -> None:
     """Serve a model: chat page and OpenAI-compatible API. Ctrl-C ends it."""
-    from liaoyuan.cli.replicas import end_with_input, replica_command, threads_of_each
+    from liaoyuan.cli.replicas import replica_command, run_replica, threads_of_each
     from liaoyuan.parallel import Layout
     from liaoyuan.serving import LOOPBACK, open_front, open_server
 
@@ -29,13 +32,11 @@ def serve(
         threads = threads_of_each(replicas)
         server = open_front(model, replica_command(), replicas, layout, threads, host, port)
     else:
-        server = open_server(model, host, port, device, name, layout=layout)
-    if replica:
-        end_with_input(server)
+        server = open_server(model, host, port, device, name, layout=layout, control=control)
     if json:
         print(json_text.dumps({"url": server.url, "api": server.url + "/v1"}), flush=True)
     else:
         if host not in LOOPBACK:
             print("Whoever can reach this machine can use it: there are no passwords.", flush=True)
         print(f"Chat page  {server.url}\nAPI        {server.url}/v1\nCtrl-C ends it.", flush=True)
-    server.run()
+    run_replica(server) if replica else server.run()

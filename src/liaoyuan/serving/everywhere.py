@@ -18,6 +18,7 @@ DECIDES: Mapping[str, tuple[str, bool]] = {
     "/sleep": ("awake", True),
     "/wake_up": ("awake", False),
     "/update_weights": ("weights", True),
+    "/reset_prefix_cache": ("prefixes", False),
     "/v1/load_lora_adapter": ("adapter", True),
     "/v1/unload_lora_adapter": ("adapter", False),
 }

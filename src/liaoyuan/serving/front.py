@@ -17,7 +17,7 @@ import httpx
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from liaoyuan.serving.errors import ApiError
+from liaoyuan.serving.errors import RETRY_AFTER_SECONDS, ApiError
 from liaoyuan.serving.everywhere import change_all, decides
 from liaoyuan.serving.replicas import Call, Replica, Replicas
 from liaoyuan.serving.routing import Routes, prompt_pieces
@@ -60,7 +60,10 @@ class Front:
             else:
                 await _unless_gone(self._pass_on(asked, send), receive)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            reply = error.response()
+            if error.status == 503:
+                reply.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+            await reply(scope, receive, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> Call:
         host = urlsplit("//" + dict(scope["headers"]).get(b"host", b"").decode("latin-1")).hostname
@@ -169,7 +172,10 @@ class Front:
 
     async def _health(self, asked: Call) -> Response:
         replies = await self._ask_all(asked)
-        states = [{"ready": reply is not None, **(_json(reply.content) or {} if reply else {})} for reply in replies]
+        states = [
+            {**(_json(reply.content) if reply else {}), "ready": reply is not None, "pid": replica.pid}
+            for replica, reply in zip(self._replicas.all, replies, strict=True)
+        ]
         alive = [state for state in states if state.get("alive")]
         own = {"status": "ok" if alive else "failed", "alive": bool(alive), "replicas": states}
         return JSONResponse({**total_health(alive), **own}, 200 if alive else 503)

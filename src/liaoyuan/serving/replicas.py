@@ -51,6 +51,10 @@ class Replica:
     process: "subprocess.Popen[bytes] | None" = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid if self.process else None
+
     def start(self) -> str:
         """Start the process and return where it listens.
 
