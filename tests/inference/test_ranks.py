@@ -12,9 +12,11 @@ import torch.distributed as dist
 from liaoyuan.checkpoint import load_model, load_weights, save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Completion, Engine, EngineConfig, Request, SamplingParams
+from liaoyuan.inference.cache import KeyValueCache, PagedContext
 from liaoyuan.inference.message import FIRST, decode, encode
 from liaoyuan.inference.mirror import Leader, follow
 from liaoyuan.models import Decoder, config_from_dict, read_config
+from liaoyuan.models.context import packed_context
 from liaoyuan.parallel import Layout, World, check_inference, lay_out_inference
 from tests.conftest import randomised
 from tests.parallel.layouts import MODELS
@@ -138,6 +140,34 @@ def test_sleep_and_checksum_are_those_of_one_process(folder_of: Callable[[str], 
     assert [x.tokens for x in first] == [x.tokens for x in without]
     assert [x.logprobs for x in first] == [x.logprobs for x in without]
     assert sums == [Engine(load_model(folder), SIZES).checksum()] * 2
+
+
+def parts(leader: Leader) -> tuple[torch.Tensor, list[str]]:
+    """Return hidden states over whole documents, and why the model's parts cannot be called."""
+    tokens, (positions, context) = torch.arange(1, 10), packed_context([4, 5])
+    calls = [
+        lambda: leader.model.embed_tokens(tokens),
+        lambda: leader.model.run_layers(torch.zeros(9, 32), positions, context),
+        lambda: leader.model(tokens, positions, PagedContext(foreign, *[tokens] * 4)),
+    ]
+    foreign = KeyValueCache(leader.model.config, 4, 4, torch.device("cpu"))
+    refusals = []
+    for call in calls:
+        with pytest.raises(LiaoyuanError) as refused:
+            call()
+        refusals.append(str(refused.value))
+    with torch.inference_mode():
+        return leader.model(tokens, positions, context, hidden=True).clone(), refusals
+
+
+def test_hidden_states_are_whole_and_no_part_of_a_model_waits_for_the_others(folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of("latent")
+    hidden, refusals = on_ranks(2, folder, Layout(tp=2, ep=2), parts)
+    positions, context = packed_context([4, 5])
+    wanted = load_model(folder)(torch.arange(1, 10), positions, context, hidden=True)
+    torch.testing.assert_close(hidden, wanted, rtol=1e-4, atol=1e-4)
+    assert ["as a whole" in words for words in refusals] == [True, True, False]
+    assert "a cache that all of them know" in refusals[2]
 
 
 def update(leader: Leader, folders: list[Path]) -> list[list[Completion] | str]:

@@ -75,9 +75,9 @@ def text_tensor(text: str) -> Tensor:
     return torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8)
 
 
-def as_text(tensor: Tensor) -> str:
-    """Return the text of `text_tensor`."""
-    return bytes(tensor.tolist()).decode("utf-8")
+def as_text(values: list[int]) -> str:
+    """Return the text of the values of `text_tensor`."""
+    return bytes(values).decode("utf-8")
 
 
 def _broadcast(tensor: Tensor, group: ProcessGroup) -> None:

@@ -34,11 +34,11 @@ class Call(IntEnum):
     """What the leader announces."""
 
     END = 0
-    CACHE = 1  # an empty cache: [number of blocks, size of a block]
-    DROP = 2  # there is no cache any more
-    COPY = 3  # blocks of the cache: sources, targets
-    PAGED = 4  # a forward pass over the cache
-    PACKED = 5  # a forward pass over whole documents
+    CACHE = 1  # an empty cache: [its number, how many blocks, size of a block]
+    DROP = 2  # a cache that nobody needs any more: [its number]
+    COPY = 3  # blocks of a cache: [its number], sources, targets
+    PAGED = 4  # a forward pass: [hidden, number of the cache], tokens, positions, targets, rows, four of the context
+    PACKED = 5  # a forward pass over whole documents: [hidden], tokens, positions, targets, rows, boundaries
     READ = 6  # new weights, of a folder: its path
     TAKE = 7  # the weights that were read
     SUM = 8  # the checksum of all weights
@@ -63,17 +63,21 @@ class Leader:
         self.failure = ""
         self._program, self._control, self._part = program, control, Part(program, control)
         self._turn = threading.RLock()
+        self._caches, self._inside = 0, 0  # how many there were; the thread that makes an announced call
         self._forward = self.model.forward
         self.model.forward = self._call  # type: ignore[method-assign,assignment]
+        for part in (self.model.embed_tokens, *self.model.layers):
+            part.register_forward_pre_hook(self._refuse_alone)
 
     def new_cache(self, num_blocks: int, block_size: int) -> KeyValueCache:
         """Return this process's part of a new cache; the others make theirs, and drop it when this one is dropped."""
         with self._turn:
-            model = self.model
-            self._announce(Call.CACHE, [torch.tensor([num_blocks, block_size])])
+            model, number = self.model, self._caches
+            self._announce(Call.CACHE, [torch.tensor([number, num_blocks, block_size])])
             cache = SharedCache(model.config, num_blocks, block_size, self._program.device, model.key_value_heads)
-            cache.announce = self._announce_copy
-        weakref.finalize(cache, self._drop)
+            cache.number, cache.announce = number, self._announce
+            self._caches += 1
+        weakref.finalize(cache, self._drop, number)
         return cache
 
     def checked(self, weights: Weights) -> Mapping[str, Tensor]:
@@ -114,19 +118,27 @@ class Leader:
         context: AttentionContext,
         targets: Tensor | None = None,
         rows: Tensor | None = None,
+        hidden: bool = False,
     ) -> Tensor:
-        kind, places = _places(context)
+        kind, number, places = _places(context)
+        head = torch.tensor([hidden, *number], dtype=torch.int64)
         with self._turn:
-            self._announce(kind, [tokens, positions, targets, rows, *places])
-            return self._together(lambda: self._forward(tokens, positions, context, targets, rows))
+            self._announce(kind, [head, tokens, positions, targets, rows, *places])
+            self._inside = threading.get_ident()
+            try:
+                return self._together(lambda: self._forward(tokens, positions, context, targets, rows, hidden=hidden))
+            finally:
+                self._inside = 0
+
+    def _refuse_alone(self, *_: object) -> None:
+        """Refuse to compute a part of the model that the others do not compute: all would wait for each other."""
+        if self._inside != threading.get_ident():
+            raise LiaoyuanError("A model that is spread over several processes can only be called as a whole.")
 
     def _everywhere(self, kind: Call, work: Callable[[], Result]) -> Result:
         with self._turn:
             self._announce(kind, [])
             return self._together(work)
-
-    def _announce_copy(self, source: Tensor, target: Tensor) -> None:
-        self._announce(Call.COPY, [source, target])
 
     def _announce(self, kind: Call, tensors: Sequence[Tensor | None]) -> None:
         with self._turn:
@@ -134,9 +146,9 @@ class Leader:
                 raise LiaoyuanError(f"The processes of this model do not work together any more: {self.failure}.")
             self._together(lambda: send(kind, tensors, self._control))
 
-    def _drop(self) -> None:
+    def _drop(self, number: int) -> None:
         if not self.failure:
-            self._announce(Call.DROP, [])
+            self._announce(Call.DROP, [torch.tensor([number])])
 
     def _together(self, work: Callable[[], Result]) -> Result:
         try:
@@ -152,10 +164,11 @@ class Leader:
 class SharedCache(KeyValueCache):
     """The leader's part of a cache."""
 
-    announce: Callable[[Tensor, Tensor], None]
+    number: int
+    announce: Callable[[Call, Sequence[Tensor]], None]
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        self.announce(source, target)
+        self.announce(Call.COPY, [torch.tensor([self.number]), source, target])
         super().copy(source, target)
 
 
@@ -221,47 +234,43 @@ def follow(program: Program, control: ProcessGroup) -> None:
         Call.SLEEP: part.drop_weights,
         Call.WAKE: part.take_memory,
     }
-    cache: KeyValueCache | None = None
+    caches: dict[int, KeyValueCache] = {}
     while True:
         kind, found = receive(control)
         if kind == Call.END:
             return
+        head = [] if not found or found[0] is None else found[0].tolist()
         if kind == Call.CACHE:
-            assert found[0] is not None
-            num_blocks, block_size = found[0].tolist()
-            cache = KeyValueCache(model.config, num_blocks, block_size, device, model.key_value_heads)
+            number, num_blocks, block_size = head
+            caches[number] = KeyValueCache(model.config, num_blocks, block_size, device, model.key_value_heads)
         elif kind == Call.DROP:
-            cache = None
+            del caches[head[0]]
         elif kind == Call.READ:
-            assert found[0] is not None
             with contextlib.suppress(LiaoyuanError):  # the leader raises it
-                part.read(Path(as_text(found[0])))
+                part.read(Path(as_text(head)))
         elif kind in silent:
             silent[Call(kind)]()
         else:
-            _repeat(Call(kind), model, cache, [x if x is None else x.to(device) for x in found])
+            _repeat(Call(kind), model, caches, head, [x if x is None else x.to(device) for x in found[1:]])
 
 
 @torch.inference_mode()
-def _repeat(kind: Call, model: Decoder, cache: KeyValueCache | None, tensors: list[Any]) -> None:
-    if kind is Call.PACKED:
-        tokens, positions, targets, rows, *places = tensors
-        model(tokens, positions, PackedContext(*places), targets, rows)
-        return
-    assert cache is not None, "the leader has shown no cache"
+def _repeat(kind: Call, model: Decoder, caches: dict[int, KeyValueCache], head: list[int], tensors: list[Any]) -> None:
     if kind is Call.COPY:
-        cache.copy(*tensors)
-    else:
-        tokens, positions, targets, rows, *places = tensors
-        model(tokens, positions, PagedContext(cache, *places), targets, rows)
+        caches[head[0]].copy(*tensors)
+        return
+    tokens, positions, targets, rows, *places = tensors
+    context = PagedContext(caches[head[1]], *places) if kind is Call.PAGED else PackedContext(*places)
+    model(tokens, positions, context, targets, rows, hidden=bool(head[0]))
 
 
-def _places(context: AttentionContext) -> tuple[Call, list[Tensor]]:
-    if isinstance(context, PagedContext):
-        return Call.PAGED, [context.slots, context.block_tables, context.query_starts, context.lengths]
+def _places(context: AttentionContext) -> tuple[Call, list[int], list[Tensor]]:
+    if isinstance(context, PagedContext) and isinstance(context.cache, SharedCache):
+        places = [context.slots, context.block_tables, context.query_starts, context.lengths]
+        return Call.PAGED, [context.cache.number], places
     if isinstance(context, PackedContext):
-        return Call.PACKED, [context.boundaries]
-    raise LiaoyuanError(f"A {type(context).__name__} cannot be shared with other processes.")
+        return Call.PACKED, [], [context.boundaries]
+    raise LiaoyuanError("A model that is spread over several processes needs a cache that all of them know.")
 
 
 def _refusal(fresh: dict[str, Tensor], program: Program, folder: Path) -> str:

@@ -144,11 +144,11 @@ def _read_cut_head(group: ProcessGroup) -> ReadLogits:
 
 
 def _join_logits(model: Decoder, group: ProcessGroup) -> None:
-    """Put the logits of all processes together; log-probabilities of targets are whole already."""
+    """Put the logits of all processes together; log-probabilities of targets and hidden states are whole already."""
 
     def after(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], out: Tensor) -> Tensor:
         targets = inputs[3] if len(inputs) > 3 else options.get("targets")
-        return gather_columns(out, group) if targets is None else out
+        return out if targets is not None or options.get("hidden") else gather_columns(out, group)
 
     model.register_forward_hook(after, with_kwargs=True)
 
