@@ -14,7 +14,7 @@ def total_health(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     total: dict[str, Any] = {}
     for state in states:
         for name, value in state.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if isinstance(value, int | float) and not isinstance(value, bool) and name != "pid":
                 total[name] = total.get(name, 0) + value
     versions = [state["version"] for state in states if "version" in state]
     return {**total, "version": min(versions)} if versions else total
