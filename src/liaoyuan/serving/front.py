@@ -28,6 +28,7 @@ HOP_BY_HOP = frozenset(
     {b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"host", b"expect"}
 )
 ELSEWHERE = (429, 502, 503)  # replies to which another replica may know better
+MOST_BODY_BYTES = 4 * 2**20  # unless told otherwise, as a server's
 ASK_SECONDS = 10.0  # within which a replica says how it is
 KEPT_IDS = 10_000  # of responses, whose replica is remembered
 RESPONSE_ID = re.compile(rb'"id":\s*"(resp_[^"]+)"')

@@ -22,10 +22,9 @@ from liaoyuan.models import read_config
 from liaoyuan.parallel import Layout, check_inference
 from liaoyuan.serving.about import About, read_about
 from liaoyuan.serving.app import build_app
-from liaoyuan.serving.front import Front
+from liaoyuan.serving.front import MOST_BODY_BYTES, Front
 from liaoyuan.serving.replicas import Replicas, replica_environment
 from liaoyuan.serving.scores import ModelScorer
-from liaoyuan.serving.security import MAX_BODY_BYTES
 
 MOST_PADDING = 1024  # rows that a model's embedding may have beyond the tokenizer's ids (padded for speed)
 GRACE_SECONDS = 2  # how long open answers may go on after Ctrl-C
@@ -180,7 +179,7 @@ def open_front(
     threads: int,
     host: str = "127.0.0.1",
     port: int = 8000,
-    max_body_bytes: int = MAX_BODY_BYTES,
+    max_body_bytes: int = MOST_BODY_BYTES,
 ) -> Server:
     """Start replicas of a server, each its own process or `layout.tp` of them, and return a server that hands each
     request to one of them.
