@@ -42,8 +42,9 @@ NONE = Loaded("", BASE, "", "", 0, (), 0)
 class Adapters:
     """What is loaded; every change either happens or raises."""
 
-    def __init__(self, model: Decoder) -> None:
-        self._model = model
+    def __init__(self, model: Decoder, is_whole: bool = True) -> None:
+        """is_whole: whether all of the model is in this process; else nothing can be loaded."""
+        self._model, self._is_whole = model, is_whole
         self._known: dict[str, Loaded] = {}
         self._leaving: dict[int, Loaded] = {}  # unloaded, but requests that came before still use them
         self._stacks: dict[Shape, Stack] = {}
@@ -78,6 +79,8 @@ class Adapters:
 
     def check_name(self, name: str) -> None:
         """Raise LiaoyuanError if an adapter of this name could not be loaded now."""
+        if not self._is_whole:
+            raise LiaoyuanError("Adapters need the whole model in one process: serve it without --tp and --ep.")
         if not name:
             raise LiaoyuanError("An adapter needs a name.")
         if name in self._known:

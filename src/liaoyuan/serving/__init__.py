@@ -5,6 +5,6 @@
 
 from liaoyuan.serving.about import About, Words, read_about
 from liaoyuan.serving.app import build_app
-from liaoyuan.serving.server import LOOPBACK, Server, check_port, open_server
+from liaoyuan.serving.server import LOOPBACK, Server, check_port, open_front, open_server
 
-__all__ = ["LOOPBACK", "About", "Server", "Words", "build_app", "check_port", "open_server", "read_about"]
+__all__ = ["LOOPBACK", "About", "Server", "Words", "build_app", "check_port", "open_front", "open_server", "read_about"]

@@ -5,22 +5,26 @@ import contextlib
 import errno
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from liaoyuan.checkpoint import load_model
 from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, EngineThread
-from liaoyuan.models import Decoder, Quantisation
+from liaoyuan.inference.ranks import open_ranks
+from liaoyuan.models import Quantisation, read_config
+from liaoyuan.parallel import Layout, check_inference
 from liaoyuan.serving.about import About, read_about
 from liaoyuan.serving.adapters import Shelf
 from liaoyuan.serving.app import build_app
+from liaoyuan.serving.front import MOST_BODY_BYTES, Front
+from liaoyuan.serving.replicas import Replicas, replica_environment
 from liaoyuan.serving.scores import ModelScorer
 
 MOST_PADDING = 1024  # rows that a model's embedding may have beyond the tokenizer's ids (padded for speed)
@@ -28,11 +32,31 @@ GRACE_SECONDS = 2  # how long open answers may go on after Ctrl-C
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-class Server:
-    """An app on a listening socket, and what else ends with it; `run` serves until Ctrl-C or `stop`."""
+class Failure:
+    """Why a server cannot go on, as soon as it cannot; may be told by any thread, before the server is there too."""
 
-    def __init__(self, app: FastAPI, bound: socket.socket, closing: contextlib.ExitStack) -> None:
-        self.app = app
+    def __init__(self) -> None:
+        self.why = ""
+        self._stop: Callable[[], None] = lambda: None
+
+    def __call__(self, why: str) -> None:
+        self.why = why
+        self._stop()
+
+    def ends(self, stop: Callable[[], None]) -> None:
+        """Let it call `stop`."""
+        self._stop = stop
+        if self.why:
+            stop()
+
+
+class Server:
+    """An app on a listening socket, and what else ends with it; `run` serves until Ctrl-C, `stop` or a failure."""
+
+    def __init__(
+        self, app: ASGIApp, bound: socket.socket, closing: contextlib.ExitStack, failure: Failure | None = None
+    ) -> None:
+        self.app, self._failure = app, failure or Failure()
         self._socket, self._closing = bound, closing
         config = uvicorn.Config(
             app,
@@ -46,6 +70,7 @@ class Server:
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
         self._uvicorn = _Uvicorn(config, closing)
+        self._failure.ends(self.stop)
 
     @property
     def url(self) -> str:
@@ -54,13 +79,19 @@ class Server:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run(self) -> None:
-        """Serve until Ctrl-C (which is a clean end) or `stop` from another thread; then close everything."""
+        """Serve until Ctrl-C (which is a clean end) or `stop` from another thread; then close everything.
+
+        Raises:
+            LiaoyuanError: a failure has ended it.
+        """
         try:
             self._uvicorn.run(sockets=[self._socket])
         except KeyboardInterrupt:
             pass
         finally:
             self.close()
+        if self._failure.why:
+            raise LiaoyuanError(self._failure.why)
 
     def stop(self) -> None:
         """Make `run` return soon."""
@@ -103,6 +134,7 @@ def open_server(
     about: About | None = None,
     engine: EngineConfig = EngineConfig(),
     control: bool = False,
+    layout: Layout = Layout(),
     quantisation: Quantisation | None = None,
     adapters: Mapping[str, Path] = {},
     adapter_folder: Path | None = None,
@@ -113,6 +145,7 @@ def open_server(
         name: what the API calls the model; the folder's name if None.
         control: see `build_app`.
         about: what the chat page says; read from the folder's `liaoyuan.json` if None.
+        layout: over how many processes, of which this is the first, the model is spread: its axes tp and ep.
         quantisation: keep the weights in few bits.
         adapters: low-rank adapters to begin with, each a folder by its name.
         adapter_folder: whoever may ask may load adapters from inside it; None: from nowhere.
@@ -122,8 +155,14 @@ def open_server(
     """
     with contextlib.ExitStack() as port_kept, contextlib.ExitStack() as opened:
         bound = port_kept.enter_context(_bind(host, port))
-        tokenizer, model = _load(model_dir, device, quantisation)
-        running = Engine(model, engine)
+        tokenizer, failure = _load_tokenizer(model_dir), Failure()
+        if layout.tp * layout.ep > 1:
+            _refuse_spread(quantisation, adapters, adapter_folder)
+            leader = opened.enter_context(open_ranks(model_dir, layout, device, failure))
+            model, running = leader.model, Engine(leader.model, engine, memory=leader)
+        else:
+            model = load_model(model_dir, device=select_device(device).torch, quantisation=quantisation)
+            running = Engine(model, engine)
         for adapter, folder in adapters.items():
             running.load_adapter(adapter, folder)
         runner = opened.enter_context(EngineThread(running))
@@ -140,21 +179,60 @@ def open_server(
             shelf=Shelf(running.adapters, adapter_folder),
         )
         port_kept.pop_all()
-        return Server(app, bound, opened.pop_all())
+        return Server(app, bound, opened.pop_all(), failure)
 
 
-def _load(model_dir: Path, device: str, quantisation: Quantisation | None) -> tuple[Tokenizer, Decoder]:
+def open_front(
+    model_dir: Path,
+    command: list[str],
+    replicas: int,
+    layout: Layout,
+    threads: int,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_body_bytes: int = MOST_BODY_BYTES,
+) -> Server:
+    """Start replicas of a server, each its own process or `layout.tp` of them, and return a server that hands each
+    request to one of them.
+
+    Args:
+        command: that starts one replica, which says where it listens as a line of JSON.
+        threads: of each replica.
+
+    Raises:
+        LiaoyuanError: the port is in use, the layout does not fit the model, or a replica could not start.
+    """
+    check_inference(layout, read_config(model_dir))
+    with contextlib.ExitStack() as port_kept, contextlib.ExitStack() as opened:
+        bound = port_kept.enter_context(_bind(host, port))
+        environments = [replica_environment(number, layout.tp, threads) for number in range(replicas)]
+        running = opened.enter_context(Replicas([command] * replicas, environments))
+        front = Front(running, max_body_bytes, LOOPBACK if host in LOOPBACK else ())
+        port_kept.pop_all()
+        return Server(front, bound, opened.pop_all())
+
+
+def _refuse_spread(
+    quantisation: Quantisation | None, adapters: Mapping[str, Path], adapter_folder: Path | None
+) -> None:
+    """Raise LiaoyuanError for what a model over several processes cannot have."""
+    if quantisation is not None or adapters or adapter_folder is not None:
+        raise LiaoyuanError(
+            "Weights of few bits and adapters need the whole model in one process: leave out --tp and --ep "
+            "(--replicas may stay), or --quantise and --lora."
+        )
+
+
+def _load_tokenizer(model_dir: Path) -> Tokenizer:
     if not model_dir.is_dir():
         raise LiaoyuanError(f"The model folder {model_dir} does not exist.")
-    place = select_device(device)
     tokenizer = Tokenizer.load(model_dir)
-    model = load_model(model_dir, device=place.torch, quantisation=quantisation)
-    ids, rows = tokenizer.vocab_size, model.config.vocab_size
+    ids, rows = tokenizer.vocab_size, read_config(model_dir).vocab_size
     if not ids <= rows < ids + MOST_PADDING:
         raise LiaoyuanError(
             f"The tokenizer and the model in {model_dir} disagree: the tokenizer has {ids} ids, the model {rows}."
         )
-    return tokenizer, model
+    return tokenizer
 
 
 def check_port(host: str = "127.0.0.1", port: int = 8000) -> None:
