@@ -55,6 +55,21 @@ def test_compressed_tensors_reads_the_same_weights(tiny_config: ModelConfig, tmp
     torch.testing.assert_close(found.float(), dequantise(projection.weight), atol=0, rtol=2**-8)  # theirs is bf16
 
 
+@pytest.mark.parametrize("how", WAYS[:3], ids=str)
+def test_transformers_answers_alike(tiny_config: ModelConfig, tmp_path: Path, how: Quantisation) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from transformers import AutoModelForCausalLM
+
+    config = dataclasses.replace(tiny_config, hidden_size=96, intermediate_size=192)
+    model = quantise_model(randomised(config, 0), how)
+    save_model(model, tmp_path / "few")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "few", dtype=torch.float32).eval()
+    positions, context = packed_context([40])
+    with torch.no_grad():
+        found, expected = model(torch.arange(40), positions, context), theirs(torch.arange(40)[None]).logits[0]
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
