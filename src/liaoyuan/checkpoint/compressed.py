@@ -78,6 +78,7 @@ def read_quantisation(folder: Path) -> Quantisation | None:
     found = {
         target: _read_group(group, where)
         for group in (groups.values() if isinstance(groups, dict) else ())
+        if isinstance(group, dict)
         for target in group.get("targets", [])
     }
     ignored = {name for name in values.get("ignore") or [] if str(name).rsplit(".", 1)[-1].strip("$") not in ROUTERS}
