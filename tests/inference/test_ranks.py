@@ -17,7 +17,8 @@ from liaoyuan.inference.message import FIRST, decode, encode
 from liaoyuan.inference.mirror import Leader, follow
 from liaoyuan.models import Decoder, config_from_dict, read_config
 from liaoyuan.models.context import packed_context
-from liaoyuan.parallel import Layout, World, check_inference, lay_out_inference
+from liaoyuan.parallel import Layout, World, check_inference, inference, lay_out_inference
+from liaoyuan.parallel.inference import ordered_sum
 from tests.conftest import randomised
 from tests.parallel.layouts import MODELS
 from tests.parallel.processes import run
@@ -116,6 +117,25 @@ def test_the_same_bits_in_every_batch(folder_of: Callable[[str], Path], kind: st
     apart = on_ranks(4, folder, layout, generate, tight, *one_by_one, asked())
     assert [completion for (completion,) in apart[:-1]] == whole
     assert apart[-1] == whole
+
+
+def sums(world: World) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return sums of rows that cancel out in part, as one process adds them up and as others do."""
+    parts = [torch.randn(9, 6, generator=torch.Generator().manual_seed(rank)) * 10.0**rank for rank in range(4)]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (0, 1, 4, 9):
+            of_all = [part[:rows].to(dtype) for part in parts]
+            wanted = ((of_all[0].float() + of_all[1]) + of_all[2]) + of_all[3]
+            found.append((ordered_sum(of_all[world.rank], dist.group.WORLD), wanted.to(dtype)))
+    return found
+
+
+@pytest.mark.parametrize("spread", [0, 2**20])
+def test_sums_are_added_in_the_order_of_ranks(spread: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "SPREAD_BYTES", spread)
+    for pairs in run(4, sums):
+        assert all(torch.equal(found, wanted) and found.dtype == wanted.dtype for found, wanted in pairs)
 
 
 def states(leader: Leader, folder: Path) -> tuple[list[Any], list[str]]:
