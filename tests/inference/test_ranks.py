@@ -168,6 +168,7 @@ def parts(leader: Leader) -> tuple[torch.Tensor, list[str]]:
     calls = [
         lambda: leader.model.embed_tokens(tokens),
         lambda: leader.model.run_layers(torch.zeros(9, 32), positions, context),
+        lambda: leader.model.score(torch.zeros(9, 32), tokens),
         lambda: leader.model(tokens, positions, PagedContext(foreign, *[tokens] * 4)),
     ]
     foreign = KeyValueCache(leader.model.config, 4, 4, torch.device("cpu"))
@@ -186,8 +187,8 @@ def test_hidden_states_are_whole_and_no_part_of_a_model_waits_for_the_others(fol
     positions, context = packed_context([4, 5])
     wanted = load_model(folder)(torch.arange(1, 10), positions, context, hidden=True)
     torch.testing.assert_close(hidden, wanted, rtol=1e-4, atol=1e-4)
-    assert ["as a whole" in words for words in refusals] == [True, True, False]
-    assert "a cache that all of them know" in refusals[2]
+    assert ["as a whole" in words for words in refusals] == [True, True, True, False]
+    assert "a cache that all of them know" in refusals[3]
 
 
 def update(leader: Leader, folders: list[Path]) -> list[list[Completion] | str]:

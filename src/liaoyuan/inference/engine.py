@@ -130,11 +130,6 @@ class Engine:
         return not self._dropped and self.state != "broken"
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the whole model lies in this process."""
-        return isinstance(self._memory, OwnMemory)
-
-    @property
     def version(self) -> int:
         """The version of the weights."""
         return self._scheduler.version
