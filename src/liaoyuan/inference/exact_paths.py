@@ -106,7 +106,7 @@ def paths_of(extent: Extent) -> list[Path]:
     paths += [Path("decode, alone", decode(1))]
     paths += [Path(f"decode, batches of {size}", decode(size)) for size in extent.batches]
     return [*paths, Path("prefill and decode in one step", _mixed), Path("prefix hit", _prefix_hit),
-            Path("after preemption", _preempted)]  # fmt: skip
+            Path("after preemption", _preempted), Path("speculation", _speculation)]  # fmt: skip
 
 
 def teacher_forcing(model: Decoder, probes: Sequence[Probe], alone: bool, learns: bool) -> Found:
@@ -127,11 +127,11 @@ def teacher_forcing(model: Decoder, probes: Sequence[Probe], alone: bool, learns
     return found
 
 
-def _engine(model: Decoder, **sizes: int) -> Engine:
+def _engine(model: Decoder, draft: Decoder | None = None, **sizes: int) -> Engine:
     room = model.config.max_position_embeddings
     known = {"max_batch_tokens": 2048, "cache_tokens": 4 * room + 4096} | sizes
     with torch.inference_mode():
-        return Engine(model, EngineConfig(**known))
+        return Engine(model, EngineConfig(**known), draft)
 
 
 def _request(probe: Probe, name: int = 0, scored: bool = True) -> Request:
@@ -222,3 +222,12 @@ def _preempted(model: Decoder, probes: Sequence[Probe]) -> Found:
         if engine.statistics()["preemptions"]:
             return found
     raise NotMetError("nobody was preempted")
+
+
+def _speculation(model: Decoder, probes: Sequence[Probe]) -> Found:
+    """The model guesses for itself, so that guesses are right and many tokens come in one step."""
+    engine = _engine(model, model, max_sequences=4)
+    found = _generate(engine, probes)
+    if not engine.statistics()["guessed_right"]:
+        raise NotMetError("no guess was right")
+    return found
