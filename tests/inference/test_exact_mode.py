@@ -66,6 +66,16 @@ def test_every_path_gives_the_bits_of_training(feature: str, dtype: str) -> None
     assert set(proof.kernels.values()) == {"native"} and {"loss_head", "sample_tokens"} <= proof.kernels.keys()
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("feature", ["dense", "experts"])
+def test_weights_of_few_bits_are_exact_too(feature: str, kind: str) -> None:
+    quantised = pytest.importorskip("liaoyuan.models.quantised")
+    wide = SIZES | FEATURES[feature] | {"hidden_size": 96, "intermediate_size": 160, "dtype": "bfloat16"}
+    model = quantised.quantise_model(randomised(ModelConfig(**wide), seed=3), quantised.Quantisation(kind))
+    proof = prove(model, QUICK)
+    assert proof.exact and "quantised_linear" in proof.kernels
+
+
 def test_two_threads_give_the_bits_of_one() -> None:
     before = torch.get_num_threads()
     proof = prove(model_of("experts", "bfloat16"), TWO_THREADS)

@@ -24,9 +24,9 @@ SHARES = (0.8, 0.6, 0.5, 0.4, 0.3)  # of the cache that all would need, until so
 class Extent:
     """How much is computed for a proof.
 
-    lengths: of the prompts, all different, so that a row of a batch is known by its position; tokens: by which each is
-    continued; batches, chunks: how many sequences, and tokens of a prompt, are computed at once; threads: numbers of
-    them (none: as it is).
+    lengths: of the prompts; tokens: by which each is continued; batches, chunks: how many sequences, and tokens of a
+    prompt, are computed at once; threads: numbers of them (none: as it is); stride: with threads other than the first
+    number every so many-th prompt is computed.
     """
 
     lengths: tuple[int, ...]
@@ -34,13 +34,14 @@ class Extent:
     batches: tuple[int, ...]
     chunks: tuple[int, ...]
     threads: tuple[int, ...] = ()
+    stride: int = 1
 
 
 # Lengths around the kernels' sizes: a register's lanes, a cache block, a tile, 512 keys between rescalings.
 FULL = Extent(
     lengths=(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 16, 17, 19, 23, 24, 25, 29, 31, 32, 33, 41, 48, 49, 63, 64, 65,
              100, 129, 530),
-    tokens=10, batches=(8, 32), chunks=(1, 7, 16, 33, 100), threads=(1, 2),
+    tokens=10, batches=(8, 32), chunks=(1, 7, 16, 33, 100), threads=(1, 2), stride=3,
 )  # fmt: skip
 QUICK = Extent(lengths=(1, 15, 16, 17, 40), tokens=10, batches=(5,), chunks=(7,))
 
