@@ -5,12 +5,16 @@
 
 from liaoyuan.inference.constraint import Constraint, ConstraintState
 from liaoyuan.inference.engine import Engine, EngineConfig
+from liaoyuan.inference.exact import Proof, prove, require_exact
+from liaoyuan.inference.exact_paths import FULL, QUICK
 from liaoyuan.inference.grammar import Grammar, Grammars
 from liaoyuan.inference.request import Completion, Event, PromptLogprobs, Request, SamplingParams
 from liaoyuan.inference.runner import Busy, EngineThread
 from liaoyuan.inference.thinking import AfterThinking, ThinkMarks
 
 __all__ = [
+    "FULL",
+    "QUICK",
     "AfterThinking",
     "Busy",
     "Completion",
@@ -23,7 +27,10 @@ __all__ = [
     "Grammar",
     "Grammars",
     "PromptLogprobs",
+    "Proof",
     "Request",
     "SamplingParams",
     "ThinkMarks",
+    "prove",
+    "require_exact",
 ]
