@@ -6,12 +6,12 @@ context parallelism its own over several processes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from liaoyuan.ops import attention
+from liaoyuan.ops import Pages, attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,15 @@ class AttentionContext(Protocol):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
         """Return a layer's attention output [N, Hq, Dv] for query [N, Hq, D], key [N, Hk, D] and value [N, Hk, Dv]."""
+        ...
+
+
+@runtime_checkable
+class HasPages(Protocol):
+    """A context whose keys and values lie in a paged cache: a whole layer can be one operator there."""
+
+    def pages(self, layer: int) -> Pages:
+        """Return where the tokens of this step lie in a layer's cache."""
         ...
 
 

@@ -7,18 +7,21 @@ shard of either.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from liaoyuan.models.attention import attention_layer
+from liaoyuan.models.attention import Attention, attention_layer
 from liaoyuan.models.config import ModelConfig
-from liaoyuan.models.context import AttentionContext
+from liaoyuan.models.context import AttentionContext, HasPages
 from liaoyuan.models.experts import MixtureOfExperts
 from liaoyuan.models.layers import FeedForward, Linear, RMSNorm
 from liaoyuan.models.rotary import rotary_angles
-from liaoyuan.ops import Penalties, ReadLogits, linear, logit_statistics
+from liaoyuan.ops import Pages, Penalties, ReadLogits, layer_kernel, linear, logit_statistics
+
+LayerKernel = Callable[..., tuple[Tensor, Tensor]]  # with the arguments of `ops.decoder_layer`
+PagesOf = Callable[[int], Pages]  # of the layer of this number
 
 
 class Layer(nn.Module):
@@ -50,6 +53,27 @@ class Layer(nn.Module):
         residual, x = self.post_attention_layernorm.add(residual, x)
         x = self.mlp(x)
         return residual, self.post_mlp_layernorm(x) if self.post_norms else x
+
+    def as_one(
+        self, kernel: LayerKernel, residual: Tensor, x: Tensor | None, cosine: Tensor, sine: Tensor, pages: PagesOf
+    ) -> tuple[Tensor, Tensor] | None:
+        """Do what `forward` does by one call of `kernel`, or return None if the layer is more than `ops.decoder_layer`:
+        latent attention, experts, more norms, projections that are sharded, quantised or adapted.
+        """
+        attention, mlp = self.self_attn, self.mlp
+        if type(attention) is not Attention or type(mlp) is not FeedForward or self.post_norms:
+            return None
+        qkv, output, gate_up, down = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+        if not (qkv.is_plain and output.is_plain and gate_up.is_plain and down.is_plain):
+            return None
+        norms = (attention.q_norm.weight, attention.k_norm.weight) if attention.qk_norm else (None, None)
+        before, after = self.input_layernorm.weight, self.post_attention_layernorm.weight
+        weights = (
+            *(before, qkv.weight, qkv.bias, *norms, attention.sinks, output.weight, output.bias),
+            *(after, gate_up.weight, gate_up.bias, down.weight, down.bias),
+        )  # as in `ops.LayerWeights`
+        settings = (attention.scale, attention.window, attention.eps)
+        return kernel(residual, x, cosine, sine, *pages(attention.layer), *weights, *settings)
 
 
 class Decoder(nn.Module):
@@ -107,10 +131,14 @@ class Decoder(nn.Module):
 
     def run_layers(self, residual: Tensor, positions: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """Pass the layers of this stage: residual stream [N, H] -> the stream and the last addend to it."""
-        cosine, sine = self.angles(positions)
-        x = None
+        angles, x = self.angles(positions), None
+        pages = context.pages if isinstance(context, HasPages) else None
+        kernel = layer_kernel(residual, self.config.head_dim) if pages else None
         for layer in self.layers:
-            residual, x = layer(residual, x, cosine, sine, context)
+            whole = None
+            if pages and kernel and isinstance(layer, Layer):
+                whole = layer.as_one(kernel, residual, x, *angles, pages)
+            residual, x = layer(residual, x, *angles, context) if whole is None else whole
         assert x is not None
         return residual, x
 
