@@ -49,8 +49,10 @@ class PagedContext:
     lengths: Tensor
 
     def pages(self, layer: int) -> Pages:
-        places = (self.slots, self.block_tables, self.query_starts, self.lengths)
-        return Pages(self.cache.keys[layer], self.cache.values[layer], *places)
+        cache = self.cache
+        return Pages(
+            cache.keys[layer], cache.values[layer], self.slots, self.block_tables, self.query_starts, self.lengths
+        )
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]

@@ -6,12 +6,12 @@ context parallelism its own over several processes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from liaoyuan.ops import Pages, attention
+from liaoyuan.ops import attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,19 +28,13 @@ class Pattern:
 
 
 class AttentionContext(Protocol):
-    """What the attention layer of a decoder asks."""
+    """What the attention layer of a decoder asks.
+
+    One over a paged cache also has `pages(layer)`, which returns `ops.Pages`: with it a whole layer is one operator.
+    """
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
         """Return a layer's attention output [N, Hq, Dv] for query [N, Hq, D], key [N, Hk, D] and value [N, Hk, Dv]."""
-        ...
-
-
-@runtime_checkable
-class HasPages(Protocol):
-    """A context whose keys and values lie in a paged cache: a whole layer can be one operator there."""
-
-    def pages(self, layer: int) -> Pages:
-        """Return where the tokens of this step lie in a layer's cache."""
         ...
 
 

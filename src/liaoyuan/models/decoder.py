@@ -7,21 +7,19 @@ shard of either.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from liaoyuan.models.attention import Attention, attention_layer
+from liaoyuan.models.attention import attention_layer
 from liaoyuan.models.config import ModelConfig
-from liaoyuan.models.context import AttentionContext, HasPages
+from liaoyuan.models.context import AttentionContext
 from liaoyuan.models.experts import MixtureOfExperts
 from liaoyuan.models.layers import FeedForward, Linear, RMSNorm
+from liaoyuan.models.plain import PlainLayer
 from liaoyuan.models.rotary import rotary_angles
-from liaoyuan.ops import Pages, Penalties, ReadLogits, layer_kernel, linear, logit_statistics
-
-LayerKernel = Callable[..., tuple[Tensor, Tensor]]  # with the arguments of `ops.decoder_layer`
-PagesOf = Callable[[int], Pages]  # of the layer of this number
+from liaoyuan.ops import Penalties, ReadLogits, layer_kernel, linear, logit_statistics
 
 
 class Layer(nn.Module):
@@ -40,6 +38,7 @@ class Layer(nn.Module):
         if config.post_norms:
             self.post_self_attn_layernorm = RMSNorm(hidden, eps)
             self.post_mlp_layernorm = RMSNorm(hidden, eps)
+        self.plain = PlainLayer()
 
     def forward(
         self, residual: Tensor, x: Tensor | None, cosine: Tensor, sine: Tensor, context: AttentionContext
@@ -53,27 +52,6 @@ class Layer(nn.Module):
         residual, x = self.post_attention_layernorm.add(residual, x)
         x = self.mlp(x)
         return residual, self.post_mlp_layernorm(x) if self.post_norms else x
-
-    def as_one(
-        self, kernel: LayerKernel, residual: Tensor, x: Tensor | None, cosine: Tensor, sine: Tensor, pages: PagesOf
-    ) -> tuple[Tensor, Tensor] | None:
-        """Do what `forward` does by one call of `kernel`, or return None if the layer is more than `ops.decoder_layer`:
-        latent attention, experts, more norms, projections that are sharded, quantised or adapted.
-        """
-        attention, mlp = self.self_attn, self.mlp
-        if type(attention) is not Attention or type(mlp) is not FeedForward or self.post_norms:
-            return None
-        qkv, output, gate_up, down = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
-        if not (qkv.is_plain and output.is_plain and gate_up.is_plain and down.is_plain):
-            return None
-        norms = (attention.q_norm.weight, attention.k_norm.weight) if attention.qk_norm else (None, None)
-        before, after = self.input_layernorm.weight, self.post_attention_layernorm.weight
-        weights = (
-            *(before, qkv.weight, qkv.bias, *norms, attention.sinks, output.weight, output.bias),
-            *(after, gate_up.weight, gate_up.bias, down.weight, down.bias),
-        )  # as in `ops.LayerWeights`
-        settings = (attention.scale, attention.window, attention.eps)
-        return kernel(residual, x, cosine, sine, *pages(attention.layer), *weights, *settings)
 
 
 class Decoder(nn.Module):
@@ -132,13 +110,14 @@ class Decoder(nn.Module):
     def run_layers(self, residual: Tensor, positions: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """Pass the layers of this stage: residual stream [N, H] -> the stream and the last addend to it."""
         angles, x = self.angles(positions), None
-        pages = context.pages if isinstance(context, HasPages) else None
+        pages = getattr(context, "pages", None)  # of contexts over a paged cache: a whole layer is one operator there
         kernel = layer_kernel(residual, self.config.head_dim) if pages else None
         for layer in self.layers:
-            whole = None
-            if pages and kernel and isinstance(layer, Layer):
-                whole = layer.as_one(kernel, residual, x, *angles, pages)
-            residual, x = layer(residual, x, *angles, context) if whole is None else whole
+            plain = layer.plain.of(layer) if kernel and isinstance(layer, Layer) else None
+            if kernel and pages and plain:
+                residual, x = kernel(residual, x, *angles, *pages(plain.layer), *plain.weights, *plain.settings)
+            else:
+                residual, x = layer(residual, x, *angles, context)
         assert x is not None
         return residual, x
 

@@ -27,11 +27,6 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether `linear` with weight and bias is all there is to it, on a whole tensor of this process."""
-        return type(self) is Linear and type(self.weight) is nn.Parameter
-
 
 class FeedForward(nn.Module):
     """SwiGLU feed-forward layer; rows of gate and up alternate in `gate_up_proj`."""
