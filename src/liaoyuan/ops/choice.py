@@ -43,6 +43,16 @@ def takes(operator: Operator, first: Tensor, *others: Tensor | None) -> bool:
     return _through_registered or _has_kernel(operator.name, device, dtype)
 
 
+def kernel_in_use(name: str, device: str) -> str:
+    """Return the name of the kernel that computes an operator on a kind of device, or "reference"."""
+    return _choose(name, device).kernel
+
+
+def is_watched() -> bool:
+    """Return whether `operators_called` is in force."""
+    return _through_registered
+
+
 @contextlib.contextmanager
 def operators_called() -> Iterator[None]:
     """Call every operator by its registered name, whatever kernel is in use, so that who watches sees the same names.
