@@ -96,7 +96,10 @@ class Worker:
 
     async def _answer(self, request: Request, prefill: str | None, writer: asyncio.StreamWriter) -> None:
         """Generate, with what the worker at `prefill` computes of the prompt."""
+        begin = time.monotonic()
         missing = await self._borrow(request, Path(prefill)) if prefill else 0
+        if request.timeout is not None:
+            request = dataclasses.replace(request, timeout=max(0.0, request.timeout - (time.monotonic() - begin)))
         self.counts["blocks_missing"] += missing
         await write_frame(writer, {"missing": missing})
         stream = self._runner.stream(request)
@@ -116,7 +119,8 @@ class Worker:
             reader, writer = await asyncio.open_unix_connection(path)
             try:
                 put_frame(writer, {"do": "prefill", "request": request_to_json(request), "first": got})
-                await _beside(self._receive(keys, got, reader, writer), self._pulse(writer))
+                async with asyncio.timeout(request.timeout):
+                    await _beside(self._receive(keys, got, reader, writer), self._pulse(writer))
             finally:
                 writer.close()
         return len(keys) - await self._call(lambda: self._prefixes.known(keys))

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import replace
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.process import BaseProcess
@@ -49,16 +49,17 @@ class Front:
             tried.add(worker)
             repeated = told.copy()
             try:
-                async for event in self._ask(worker, request):
-                    event = _untold(event, repeated)
-                    told += event.tokens
-                    if event.tokens or event.finish_reason:
-                        yield replace(event, id=request.id)
+                async with contextlib.aclosing(self._ask(worker, request)) as events:
+                    async for event in events:
+                        event = _untold(event, repeated)
+                        told += event.tokens
+                        if event.tokens or event.finish_reason:
+                            yield replace(event, id=request.id)
                 return
             except (Closed, OSError):
                 self._failures[worker] += 1
 
-    async def _ask(self, worker: Path, request: Request) -> AsyncIterator[Event]:
+    async def _ask(self, worker: Path, request: Request) -> AsyncGenerator[Event, None]:
         prefill = self._least_busy(self._prefill)
         used = [path for path in (worker, prefill) if path]
         self._open.update(used)
