@@ -227,22 +227,24 @@ def plot(results: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, -(-len(results) // 2), figsize=(4 * -(-len(results) // 2), 7))
+    columns = -(-(len(results) + 1) // 2)  # one panel is for the legend
+    figure, axes = pyplot.subplots(2, columns, figsize=(4 * columns, 7))
     for axis, result in zip(axes.flat, results, strict=False):
         for row in result["rows"]:
             mark = "s" if row["method"].startswith("published") else "o" if row["method"].startswith("ours") else "x"
-            axis.plot(row["moves"], row["imbalance"], mark, label=row["method"])
+            axis.plot(row["moves"], row["imbalance"] - 1, mark, label=row["method"])
         axis.set_title(f"{result['case']}\n{result['ranks']} ranks of {result['slots']} slots", fontsize=9)
         axis.set_xlabel("moves a layer and change")
-        axis.set_ylabel("busiest rank over the mean")
+        axis.set_ylabel("busiest rank over the mean, less 1")
         axis.set_xscale("symlog", linthresh=1)
+        axis.set_yscale("log")
         axis.set_xlim(left=-0.1)
     for axis in axes.flat[len(results) :]:
         axis.axis("off")
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower right", fontsize=8, ncols=2)
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
-    figure.savefig(path, dpi=110)
+    axes.flat[-1].legend(handles, labels, loc="center", fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":
