@@ -16,7 +16,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, EngineThread, Request, SamplingParams, disaggregation
 from liaoyuan.inference.disaggregation import Worker
 from liaoyuan.inference.frames import LENGTHS, Closed, put_frame, read_frame, request_from_json, request_to_json
-from liaoyuan.inference.front import Front, start_worker
+from liaoyuan.inference.front import Front, start_worker, tell
 from liaoyuan.models import Decoder
 
 PROMPT = tuple((7 * n + n * n) % 96 for n in range(150))  # nine full blocks, and a bit
@@ -68,7 +68,7 @@ async def side(model: Decoder, folder: Path, name: str, lease: float = 10.0, **s
             yield Side(engine, worker, folder / name)
 
 
-def together(model: Decoder, test: Callable[[Side, Side], Coroutine[None, None, None]], lease: float = 10.0) -> None:
+def together(model: Decoder, test: Callable[[Side, Side], Coroutine[None, None, None]], lease: float = 1e3) -> None:
     """Run a test with a prefill and a decode side, which must both be at rest, with all blocks, at its end."""
 
     async def run() -> None:
@@ -172,7 +172,7 @@ def test_a_prefill_side_that_fails_at_any_frame_costs_only_time(
         fresh = request("fresh", PROMPT[::-1])
         assert await answer(Front([decode.socket], [prefill.socket]), fresh) == alone(tiny_model, fresh)
 
-    together(tiny_model, test, lease=0.4 if kind == "stalls" else 10.0)
+    together(tiny_model, test, lease=0.4 if kind == "stalls" else 1e3)
 
 
 def test_no_prefill_side_at_all_costs_only_time(tiny_model: Decoder) -> None:
@@ -306,6 +306,7 @@ def test_kill_9_of_either_process(tiny_model: Decoder, tmp_path: Path) -> None:
                 if len(tokens) == 10:
                     processes[1].kill()
             assert tokens == expected[0]
+            assert (await tell(paths[0]))["blocks_sent"] == 18
             processes[0].kill()
             later = request("later", PROMPT[::-1])
             assert await answer(front, later) == alone(tiny_model, later)

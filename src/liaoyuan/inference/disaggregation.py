@@ -80,6 +80,8 @@ class Worker:
             elif header.get("do") == "generate":
                 request = dataclasses.replace(request_from_json(header["request"]), id=name)
                 await _beside(self._answer(request, header.get("prefill"), writer), _until_closed(reader))
+            elif header.get("do") == "tell":
+                await write_frame(writer, await self._call(self._tell))
             else:
                 raise LiaoyuanError(f"'{header.get('do')}' is nothing that a worker does.")
         except Closed:
@@ -93,6 +95,9 @@ class Worker:
         finally:
             del self._talks[name]
             writer.close()
+
+    def _tell(self) -> Header:
+        return {**self._runner.health(), **self.counts, "leases": len(self._prefixes.leases)}
 
     async def _answer(self, request: Request, prefill: str | None, writer: asyncio.StreamWriter) -> None:
         """Generate, with what the worker at `prefill` computes of the prompt."""
@@ -200,13 +205,13 @@ class Worker:
 
 def _header(lot: Lot) -> Header:
     keys = [key.hex() for key in lot.keys]
-    return {"of": lot.of, "first": lot.first, "keys": keys, "checksums": list(lot.checksums)}
+    return {"of": lot.of, "keys": keys, "checksums": list(lot.checksums)}
 
 
 def _lot(header: Header, data: bytes) -> Lot:
     try:
         keys = tuple(bytes.fromhex(key) for key in header["keys"])
-        return Lot(header["of"], header["first"], keys, tuple(header["checksums"]), data)
+        return Lot(header["of"], keys, tuple(header["checksums"]), data)
     except (KeyError, TypeError, ValueError) as error:
         raise Torn(f"These are no blocks: {error}.") from error
 

@@ -18,7 +18,7 @@ from liaoyuan.checkpoint import load_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.disaggregation import Worker
 from liaoyuan.inference.engine import Engine, EngineConfig
-from liaoyuan.inference.frames import Closed, event_from_json, put_frame, read_frame, request_to_json
+from liaoyuan.inference.frames import Closed, Header, event_from_json, put_frame, read_frame, request_to_json
 from liaoyuan.inference.request import Event, Request
 from liaoyuan.inference.runner import EngineThread
 
@@ -88,6 +88,18 @@ class Front:
         return min(workers, key=lambda path: (self._failures[path], self._open[path]), default=None)
 
 
+async def tell(worker: Path) -> Header:
+    """Return what a worker says of itself: `EngineThread.health`, open leases, blocks sent, received and missing.
+
+    Raises:
+        LiaoyuanError: it is gone. OSError: it cannot be reached.
+    """
+    reader, writer = await asyncio.open_unix_connection(worker)
+    with contextlib.closing(writer):
+        put_frame(writer, {"do": "tell"})
+        return (await read_frame(reader))[0]
+
+
 def _untold(event: Event, repeated: list[int]) -> Event:
     """Return what of an event has not been told; `repeated`, what is still to come again, loses what the event has.
 
@@ -113,6 +125,7 @@ def start_worker(
 
     The socket is there when the worker is ready. Whoever may enter the socket's folder may ask: keep it private.
     """
+    socket.unlink(missing_ok=True)  # a killed worker leaves its own
     process = get_context("spawn").Process(
         target=_run_worker, args=(folder, socket, config, lease_seconds), name="worker", daemon=True
     )

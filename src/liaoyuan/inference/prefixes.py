@@ -27,13 +27,12 @@ class Torn(LiaoyuanError):  # noqa: N818  (a state, not a fault)
 
 @dataclass(frozen=True)
 class Lot:
-    """Consecutive blocks of one prompt, the first at the place `first`.
+    """Consecutive blocks of one prompt.
 
     of: see `describe`. data: for each block the keys [layers, block_size, Hk, D] and values [..., Dv] as bytes.
     """
 
     of: str
-    first: int
     keys: tuple[Key, ...]
     checksums: tuple[int, ...]
     data: bytes
@@ -88,7 +87,7 @@ class Prefixes:
             raise
         rows = self._read(blocks)
         sums = tuple(checksum(row) for row in rows)
-        return Lot(self.describe(), first, tuple(keys[first : first + len(blocks)]), sums, rows.numpy().tobytes())
+        return Lot(self.describe(), tuple(keys[first : first + len(blocks)]), sums, rows.numpy().tobytes())
 
     def put(self, lot: Lot, keys: list[Key], first: int) -> bool:
         """Check the blocks from the place `first` on, and let them be found; False if there is no room for them.
@@ -119,7 +118,7 @@ class Prefixes:
         """Return the blocks' bytes, uint8 [blocks, bytes], if they are what was asked for, and whole."""
         if lot.of != self.describe():
             raise Torn("The blocks are of other weights, or of another shape.")
-        if lot.first != first or lot.keys != tuple(keys[first : first + len(lot.keys)]) or not lot.keys:
+        if lot.keys != tuple(keys[first : first + len(lot.keys)]) or not lot.keys:
             raise Torn(f"The blocks are not those of the prompt from place {first} on.")
         count, size = len(lot.keys), sum(part.nbytes for part in self._parts(np.zeros(1, dtype=np.int32)))
         if len(lot.data) != count * size or len(lot.checksums) != count:
