@@ -184,7 +184,11 @@ def test_no_prefill_side_at_all_costs_only_time(tiny_model: Decoder) -> None:
 
 
 @pytest.mark.parametrize("frames", [0, 1, 2, 5])
-def test_a_decode_side_that_dies_at_any_frame_leaves_no_block_held(tiny_model: Decoder, frames: int) -> None:
+def test_a_decode_side_that_dies_at_any_frame_leaves_no_block_held(
+    tiny_model: Decoder, monkeypatch: pytest.MonkeyPatch, frames: int
+) -> None:
+    monkeypatch.setattr(disaggregation, "LOT", 2)  # at least five frames with blocks
+
     async def test(prefill: Side, decode: Side) -> None:
         reader, writer = await asyncio.open_unix_connection(prefill.socket)
         put_frame(writer, {"do": "prefill", "request": request_to_json(request()), "first": 0})
