@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,11 @@ import pytest
 from liaoyuan.checkpoint import save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, EngineThread, Request, SamplingParams, disaggregation
+from liaoyuan.inference.cache import KeyValueCache
 from liaoyuan.inference.disaggregation import Worker
 from liaoyuan.inference.frames import LENGTHS, Closed, put_frame, read_frame, request_from_json, request_to_json
 from liaoyuan.inference.front import Front, start_worker, tell
+from liaoyuan.inference.prefixes import Prefixes
 from liaoyuan.models import Decoder
 
 PROMPT = tuple((7 * n + n * n) % 96 for n in range(150))  # nine full blocks, and a bit
@@ -282,6 +284,21 @@ def test_when_all_decode_sides_are_gone_the_request_ends_with_a_sentence(tiny_mo
             await answer(Front([decode.socket]), Request("a", (1,), SamplingParams(top_p=2.0)))
 
     together(tiny_model, test)
+
+
+def test_an_engine_that_cannot_hand_over_is_refused(tiny_model: Decoder) -> None:
+    class Part(KeyValueCache):
+        """One process's part of a cache."""
+
+    engine = Engine(tiny_model, CONFIG.model_copy(update={"prefix_cache": False}))
+    with pytest.raises(LiaoyuanError, match="set prefix_cache to true"):
+        Prefixes(engine, 1.0)
+    engine = Engine(tiny_model, CONFIG)
+    assert len(Prefixes(engine, 1.0).keys(request())) == 9
+    assert Prefixes(engine, 1.0).keys(replace(request(), adapter="x")) == []  # another worker's "x" may be another
+    engine.cache.__class__ = Part
+    with pytest.raises(LiaoyuanError, match="spread over several processes"):
+        Prefixes(engine, 1.0)
 
 
 def test_requests_travel_whole() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.blocks import Key
+from liaoyuan.inference.cache import KeyValueCache
 from liaoyuan.inference.engine import Engine
 from liaoyuan.inference.lease import Leases
 from liaoyuan.inference.request import Request
@@ -42,6 +43,14 @@ class Prefixes:
     """The prefix cache of one engine, as another process sees it."""
 
     def __init__(self, engine: Engine, lease_seconds: float) -> None:
+        """
+        Raises:
+            LiaoyuanError: the engine's cache lies over several processes, or keeps no prefixes.
+        """
+        if type(engine.cache) is not KeyValueCache:
+            raise LiaoyuanError("A model spread over several processes cannot hand over its cache's blocks yet.")
+        if not engine.config.prefix_cache:
+            raise LiaoyuanError("Blocks are handed over through the prefix cache: set prefix_cache to true.")
         self._engine, self._pool = engine, engine.pool
         self.leases = Leases(lease_seconds, self._pool.give)
         engine.lenders.append(self.leases.held)
@@ -56,9 +65,9 @@ class Prefixes:
         return self._described[1]
 
     def keys(self, request: Request) -> list[Key]:
-        """Return the keys of the blocks of a prompt that a request can find; the last token is always computed."""
-        if request.sampling.prompt_logprobs is not None:
-            return []  # every row is computed
+        """Return the keys of the blocks that may be handed over; the last token of a prompt is always computed."""
+        if request.sampling.prompt_logprobs is not None or request.adapter:
+            return []  # every row is computed; two workers may know different adapters by one name
         keys: list[Key] = []
         size = self._engine.config.block_size
         tokens = np.array(request.prompt[: (len(request.prompt) - 1) // size * size], dtype=np.int64)
