@@ -9,7 +9,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from starlette.staticfiles import StaticFiles
 
 from liaoyuan.data.tokenizer import Tokenizer
-from liaoyuan.inference import ThinkMarks
+from liaoyuan.inference import Grammars, ThinkMarks
 from liaoyuan.serving.about import About
 from liaoyuan.serving.chat import chat_routes
 from liaoyuan.serving.completions import completion_routes
@@ -19,6 +19,7 @@ from liaoyuan.serving.markdown import render
 from liaoyuan.serving.protocol import RenderRequest
 from liaoyuan.serving.scores import PromptScorer
 from liaoyuan.serving.security import Guard
+from liaoyuan.serving.tools import format_of
 
 PAGE = Path(__file__).parent / "page"
 
@@ -32,6 +33,8 @@ def build_app(
     scorer: PromptScorer | None = None,
     stop_token_ids: tuple[int, ...] = (),
     loopback_only: bool = True,
+    vocab_size: int | None = None,
+    call_format: str | None = None,
 ) -> FastAPI:
     """Return the app that serves one model.
 
@@ -43,10 +46,17 @@ def build_app(
         scorer: log-probabilities of prompts (`echo` with `logprobs`); None refuses them.
         stop_token_ids: tokens that end an answer, besides the tokenizer's own.
         loopback_only: refuse requests whose Host is not this machine's loopback.
+        vocab_size: logits of the model, which may be more than the tokenizer has ids; None: just as many.
+        call_format: how the model writes tool calls (a name of `tools.FORMATS`); None: found in its chat template.
+
+    Raises:
+        LiaoyuanError: there is no such form of tool calls.
     """
     marks = ThinkMarks(*tokenizer.think_ids) if tokenizer.think_ids else None
     stops = tuple(dict.fromkeys((*tokenizer.eos_ids, *stop_token_ids)))
-    served = Served(runner, tokenizer, name, context_length, int(time.time()), stops, marks, scorer)
+    grammars = Grammars(tokenizer, vocab_size or tokenizer.vocab_size, stops)
+    form = format_of(tokenizer.template_text, call_format)
+    served = Served(runner, tokenizer, name, context_length, int(time.time()), stops, marks, grammars, scorer, form)
     # The documentation pages of FastAPI load scripts from elsewhere; /openapi.json is the whole truth.
     app = FastAPI(title="Liaoyuan", docs_url=None, redoc_url=None)
     add_handlers(app)

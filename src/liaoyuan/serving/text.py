@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from liaoyuan.inference import Event, ThinkMarks
+from liaoyuan.serving.call_reader import CallReader
 from liaoyuan.serving.tools import CallPiece
 
 
@@ -67,7 +68,10 @@ class StopFilter:
 
 
 class AnswerReader:
-    """Reads the events of one answer; see the module. Stop strings are looked for in the content, not in thoughts."""
+    """Reads the events of one answer; see the module. Stop strings are looked for in the content, not in thoughts.
+
+    Tool calls are told apart from the rest of the content by `calls`; an answer that ends with some says so.
+    """
 
     def __init__(
         self,
@@ -76,8 +80,10 @@ class AnswerReader:
         stop_tokens: tuple[int, ...] = (),
         marks: ThinkMarks | None = None,
         thinking: bool = False,
+        calls: CallReader | None = None,
     ) -> None:
         """marks: None leaves thoughts in the content. thinking: the prompt has already opened a thought."""
+        self._calls, self._pieces = calls, tuple[CallPiece, ...]()
         self._new_decoder, self._decoder = decoder, decoder()
         self._filter, self._stop_tokens = StopFilter(stops), set(stop_tokens)
         self._marks, self._thinking = marks, thinking
@@ -98,14 +104,22 @@ class AnswerReader:
             else:
                 top = event.top_logprobs[place] if event.top_logprobs else []
                 content += self._speak(ScoredToken(token, event.logprobs[place], top, self._read))
-            if self._filter.stopped:
+            if self._stopped:
                 break
-        finish = "stop" if self._filter.stopped else event.finish_reason
+        finish = "stop" if self._stopped else event.finish_reason
         if finish and not self._filter.stopped:
             rest_of_thought, rest = self._end()
             reasoning, content = reasoning + rest_of_thought, content + rest
-            finish = "stop" if self._filter.stopped else finish
+            finish = "stop" if self._stopped else finish
+        if finish and self._calls:
+            content += self._told_apart(*self._calls.finish())
+            finish = "tool_calls" if finish == "stop" and self._calls.count else finish
         return self._piece(reasoning, content, finish)
+
+    @property
+    def _stopped(self) -> bool:
+        """Whether the answer ends here, although the model might go on."""
+        return self._filter.stopped or bool(self._calls and self._calls.done)
 
     def _think(self, token: int) -> str:
         assert self._marks
@@ -129,7 +143,12 @@ class AnswerReader:
         self._read += len(text)
         shown = self._filter.feed(text)
         self._shown += len(shown)
-        return shown
+        return self._told_apart(*self._calls.feed(shown)) if self._calls else shown
+
+    def _told_apart(self, content: str, pieces: tuple[CallPiece, ...]) -> str:
+        """Keep pieces of calls for the next `Piece`; return the content."""
+        self._pieces += pieces
+        return content
 
     def _end(self) -> tuple[str, str]:
         rest = self._trimmed(self._decoder.finish())
@@ -138,7 +157,7 @@ class AnswerReader:
         content = self._let_through(rest)
         held = self._filter.flush()
         self._shown += len(held)
-        return "", content + held
+        return "", content + (self._told_apart(*self._calls.feed(held)) if self._calls else held)
 
     def _trimmed(self, text: str) -> str:
         """Drop line breaks at the beginning of a thought or of the content after it."""
@@ -152,7 +171,8 @@ class AnswerReader:
         ended = finish is not None and not self._filter.stopped
         ready = [scored for scored in self._scored if ended or scored.start < self._shown]
         self._scored = [scored for scored in self._scored if not ended and scored.start >= self._shown]
-        return Piece(reasoning, content, ready, self._completion_tokens, self._reasoning_tokens, finish)
+        calls, self._pieces = self._pieces, ()
+        return Piece(reasoning, content, ready, self._completion_tokens, self._reasoning_tokens, finish, calls)
 
 
 def _overlap(text: str, stop: str) -> int:
