@@ -31,7 +31,10 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one event adds to an answer; the counts are those of the answer so far."""
+    """What one event adds to an answer; the counts are those of the answer so far.
+
+    stop: the stop string that ended the answer, if one did. cached_tokens: of the prompt, found in the prefix cache.
+    """
 
     reasoning: str
     content: str
@@ -40,21 +43,29 @@ class Piece:
     reasoning_tokens: int
     finish_reason: str | None
     calls: tuple[CallPiece, ...] = ()
+    stop: str | None = None
+    cached_tokens: int = 0
 
 
 class StopFilter:
     """Lets text pass up to the first stop string, and holds back what may be the beginning of one."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops, self._held, self.stopped = stops, "", False
+        self._stops, self._held = stops, ""
+        self.stop: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string (`stop`) was met."""
+        return self.stop is not None
 
     def feed(self, text: str) -> str:
         """Return the text that may be shown now; once `stopped`, nothing more may."""
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
+            at, self.stop = min(found, key=lambda each: each[0])
+            shown, self._held = self._held[:at], ""
             return shown
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
@@ -90,11 +101,12 @@ class AnswerReader:
         self._trim = marks is not None  # templates put line breaks around a thought; they are no part of the text
         self._scored: list[ScoredToken] = []
         self._read = self._shown = 0  # characters of content: decoded, and let through the filter
-        self._completion_tokens = self._reasoning_tokens = 0
+        self._completion_tokens = self._reasoning_tokens = self._cached_tokens = 0
 
     def read(self, event: Event) -> Piece:
         """Return what `event` adds; a piece with a finish reason is the last one."""
         reasoning, content = "", ""
+        self._cached_tokens = max(self._cached_tokens, event.cached_tokens)
         for place, token in enumerate(event.tokens):
             self._completion_tokens += 1
             if token in self._stop_tokens:
@@ -172,7 +184,8 @@ class AnswerReader:
         ready = [scored for scored in self._scored if ended or scored.start < self._shown]
         self._scored = [scored for scored in self._scored if not ended and scored.start >= self._shown]
         calls, self._pieces = self._pieces, ()
-        return Piece(reasoning, content, ready, self._completion_tokens, self._reasoning_tokens, finish, calls)
+        counts = self._completion_tokens, self._reasoning_tokens
+        return Piece(reasoning, content, ready, *counts, finish, calls, self._filter.stop, self._cached_tokens)
 
 
 def _overlap(text: str, stop: str) -> int:
