@@ -1,5 +1,6 @@
 """The HTTP application: OpenAI-compatible API, chat page, health."""
 
+import datetime
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from liaoyuan.serving.completions import completion_routes
 from liaoyuan.serving.errors import add_handlers
 from liaoyuan.serving.generation import Runner, Served
 from liaoyuan.serving.markdown import render
+from liaoyuan.serving.messages import message_routes
 from liaoyuan.serving.protocol import RenderRequest
 from liaoyuan.serving.scores import PromptScorer
 from liaoyuan.serving.security import Guard
@@ -63,6 +65,7 @@ def build_app(
     _add_models(app, served)
     app.include_router(chat_routes(served))
     app.include_router(completion_routes(served))
+    app.include_router(message_routes(served))
     _add_page(app, served, about)
     app.add_middleware(Guard, loopback_only=loopback_only)
     return app
@@ -75,11 +78,16 @@ def _add_models(app: FastAPI, served: Served) -> None:
         "created": served.created,
         "owned_by": "liaoyuan",
         "max_model_len": served.context_length,
+        # What Anthropic's client reads of a model:
+        "type": "model",
+        "display_name": served.name,
+        "created_at": datetime.datetime.fromtimestamp(served.created, datetime.UTC).isoformat(),
     }
+    page = {"has_more": False, "first_id": served.name, "last_id": served.name}
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [card], **page}
 
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str) -> dict[str, Any]:
