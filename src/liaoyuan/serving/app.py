@@ -19,6 +19,7 @@ from liaoyuan.serving.generation import Runner, Served
 from liaoyuan.serving.markdown import render
 from liaoyuan.serving.messages import message_routes
 from liaoyuan.serving.protocol import RenderRequest
+from liaoyuan.serving.responses import response_routes
 from liaoyuan.serving.scores import PromptScorer
 from liaoyuan.serving.security import Guard
 from liaoyuan.serving.tools import format_of
@@ -66,6 +67,7 @@ def build_app(
     app.include_router(chat_routes(served))
     app.include_router(completion_routes(served))
     app.include_router(message_routes(served))
+    app.include_router(response_routes(served))
     _add_page(app, served, about)
     app.add_middleware(Guard, loopback_only=loopback_only)
     return app

@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
+from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.serving.conversation import chat_jobs
 from liaoyuan.serving.errors import ApiError
 from liaoyuan.serving.generation import (
@@ -168,15 +169,18 @@ class _Reply:
     def _logprobs(self, tokens: list[ScoredToken]) -> dict[str, Any] | None:
         if not self.body.logprobs:
             return None
-        return {"content": [self._scored(token) for token in tokens], "refusal": None}
+        return {"content": [scored_token(self.served.tokenizer, token) for token in tokens], "refusal": None}
 
-    def _scored(self, token: ScoredToken) -> dict[str, Any]:
-        rivals = [self._token(rival, logprob) for rival, logprob in token.top]
-        return {**self._token(token.id, token.logprob), "top_logprobs": rivals}
 
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        raw = self.served.tokenizer.token_bytes(token)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
+def scored_token(tokenizer: Tokenizer, token: ScoredToken) -> dict[str, Any]:
+    """Return a token with its log-probability and its rivals, as OpenAI shows them."""
+    rivals = [_token(tokenizer, rival, logprob) for rival, logprob in token.top]
+    return {**_token(tokenizer, token.id, token.logprob), "top_logprobs": rivals}
+
+
+def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    raw = tokenizer.token_bytes(token)
+    return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
 
 
 def _whole_call(call: Call) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from liaoyuan.serving.errors import invalid
 from liaoyuan.serving.protocol import Body, Bounded, ChatRequest, Neutral, Text, known_fields
 from liaoyuan.serving.turns import add_turn, chat_request, tool_call
 
@@ -106,7 +107,7 @@ class ToolChoice(Body):
     @model_validator(mode="after")
     def _named(self) -> "ToolChoice":
         if (self.type == "tool") != (self.name is not None):
-            raise ValueError("'name' belongs to the type 'tool', which needs it")
+            raise invalid("In 'tool_choice', 'name' belongs to the type 'tool', which needs it.", "tool_choice")
         return self
 
 
