@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse, JSONResponse
+from fastapi.routing import APIRoute
 from starlette.staticfiles import StaticFiles
 
 from liaoyuan.data.tokenizer import Tokenizer
@@ -14,7 +15,7 @@ from liaoyuan.inference import Grammars, ThinkMarks
 from liaoyuan.serving.about import About
 from liaoyuan.serving.chat import chat_routes
 from liaoyuan.serving.completions import completion_routes
-from liaoyuan.serving.errors import add_handlers
+from liaoyuan.serving.errors import ANTHROPIC_PATH, add_handlers
 from liaoyuan.serving.generation import Runner, Served
 from liaoyuan.serving.markdown import render
 from liaoyuan.serving.messages import message_routes
@@ -64,10 +65,10 @@ def build_app(
     app = FastAPI(title="Liaoyuan", docs_url=None, redoc_url=None)
     add_handlers(app)
     _add_models(app, served)
-    app.include_router(chat_routes(served))
-    app.include_router(completion_routes(served))
-    app.include_router(message_routes(served))
-    app.include_router(response_routes(served))
+    for routes in (chat_routes, completion_routes, message_routes, response_routes):
+        router = routes(served)
+        app.include_router(router)
+        _add_short_paths(app, router)
     _add_page(app, served, about)
     app.add_middleware(Guard, loopback_only=loopback_only)
     return app
@@ -87,6 +88,7 @@ def _add_models(app: FastAPI, served: Served) -> None:
     }
     page = {"has_more": False, "first_id": served.name, "last_id": served.name}
 
+    @app.get("/models", include_in_schema=False)
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [card], **page}
@@ -96,10 +98,22 @@ def _add_models(app: FastAPI, served: Served) -> None:
         served.check_model(name)
         return card
 
+    @app.get("/v1/health", include_in_schema=False, response_model=None)
     @app.get("/health", response_model=None)
     async def health() -> JSONResponse:
         state = served.runner.health()
         return JSONResponse({"status": "ok" if state["alive"] else "failed", **state}, 200 if state["alive"] else 503)
+
+
+def _add_short_paths(app: FastAPI, router: APIRouter) -> None:
+    """Answer OpenAI's paths without "/v1" too, as llama.cpp does: many clients are set up so."""
+    for route in router.routes:
+        assert isinstance(route, APIRoute)
+        short = route.path.removeprefix("/v1")
+        if short != route.path and not route.path.startswith(ANTHROPIC_PATH):
+            app.add_api_route(
+                short, route.endpoint, methods=[*route.methods], response_model=None, include_in_schema=False
+            )
 
 
 def _add_page(app: FastAPI, served: Served, about: About) -> None:
