@@ -23,7 +23,7 @@ CHATML = """\
 """
 SENTENCES = [
     "Hello, my name is Ada, and the capital of France is Paris. What is the weather in Dallas, Texas today?",
-    "The president said: write one hundred words, {\"name\": \"value\", \"numbers\": [1, 2.5, -3e7], \"yes\": true}.",
+    'The president said: write one hundred words, {"name": "value", "numbers": [1, 2.5, -3e7], "yes": true}.',
     "Zwölf Boxkämpfer jagen Viktor. 今天天气很好，我们去公园散步。 Les élèves étudient à l'école. 🔥🙂",
 ]
 

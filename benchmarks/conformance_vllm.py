@@ -5,6 +5,7 @@ What a test imports of vLLM itself is a stand-in; a test that calls one is about
 
 import importlib.abc
 import importlib.machinery
+import inspect
 import os
 import sys
 import types
@@ -28,11 +29,15 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out the tests that never speak to a server."""
+    """Leave out the tests that never speak to a server, and all but one of those that differ in the model alone."""
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        if not any(name in fixtures for name in ("server", "client", "async_client")):
+        assert isinstance(item, pytest.Function)
+        speaks = any(name in item.fixturenames for name in ("server", "client", "async_client"))
+        if not speaks and "RemoteOpenAIServer" not in inspect.getsource(item.function):
             item.add_marker(pytest.mark.skip(reason=OWN_PARTS))
+        config = item.callspec.params.get("server_config") if hasattr(item, "callspec") else None
+        if config not in (None, "hermes"):
+            item.add_marker(pytest.mark.skip(reason=f"needs the model of '{config}'"))
 
 
 class RemoteOpenAIServer:
@@ -86,13 +91,13 @@ class _Absent(type):
         pytest.skip(OWN_PARTS)
 
     def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
         return _absent(name)
 
 
 def _absent(name: str) -> Any:
-    # An exception, so that `pytest.raises` takes it.
+    """Return the stand-in for something of vLLM: an exception, so that `pytest.raises` takes it."""
+    if name.startswith("__"):
+        raise AttributeError(name)
     return _Absent(name, (Exception,), {})
 
 
@@ -103,12 +108,23 @@ class _NoPlatform:
         return lambda *args, **kwargs: False
 
 
+class _Hub:
+    """Downloads nothing: whatever model is asked for is the random one."""
+
+    def snapshot_download(self, *_: Any, **__: Any) -> str:
+        return str(FOLDER / "random")
+
+
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Imports any module of vLLM as an empty one whose names are stand-ins."""
 
     given = {  # noqa: RUF012
         "vllm.platforms": {"current_platform": _NoPlatform()},
         "vllm.tokenizers": {"get_tokenizer": lambda *_, **__: AutoTokenizer.from_pretrained(FOLDER / "random")},
+        "vllm.transformers_utils.repo_utils": {"hf_api": _Hub},
+        "vllm.model_executor.model_loader.weight_utils": {
+            "download_weights_from_hf": lambda *_, **__: str(FOLDER / "random")
+        },
         "vllm.version": {"__version__": "0"},
     }
 
@@ -136,3 +152,5 @@ sys.path.insert(0, os.getcwd())
 sys.meta_path.insert(0, _StandIns())
 random_model(FOLDER / "random")
 sys.modules["tests.utils"] = _utils()
+sys.modules["tests.conftest"] = types.ModuleType("tests.conftest")
+sys.modules["tests.conftest"].__getattr__ = _absent  # type: ignore[method-assign]
