@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from conformance_server import CHATML, Kind, Servers, random_model
 
 STORIES = Path(os.environ["CONFORMANCE_STORIES"])
@@ -37,7 +38,7 @@ def _kind(self: Any) -> Kind:
 
 
 sys.modules["wget"] = types.ModuleType("wget")  # imported by the suite to download models; nothing is downloaded
-sys.path.insert(0, os.getcwd())
+sys.path.insert(0, str(Path.cwd()))
 import utils  # noqa: E402  (the suite's own, in the folder where pytest runs)
 
 utils.ServerProcess.start = _start

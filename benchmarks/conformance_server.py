@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +68,7 @@ def _folder(kind: Kind, target: Path) -> Path:
     target.mkdir(parents=True)
     for path in kind.model.iterdir():
         if path.name not in ("config.json", "tokenizer_config.json", "chat_template.jinja"):
-            os.symlink(path.resolve(), target / path.name)
+            (target / path.name).symlink_to(path.resolve())
     config = json.loads((kind.model / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**config, "max_position_embeddings": kind.context}))
     settings = json.loads((kind.model / "tokenizer_config.json").read_text())

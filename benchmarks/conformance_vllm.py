@@ -16,8 +16,9 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-from conformance_server import Kind, Servers, random_model
 from transformers import AutoTokenizer
+
+from conformance_server import Kind, Servers, random_model
 
 FOLDER = Path(os.environ["CONFORMANCE_FOLDER"])
 OWN_PARTS = "about a part of vLLM itself, not about a server"
@@ -148,7 +149,7 @@ def _utils() -> types.ModuleType:
     return utils
 
 
-sys.path.insert(0, os.getcwd())
+sys.path.insert(0, str(Path.cwd()))
 sys.meta_path.insert(0, _StandIns())
 random_model(FOLDER / "random")
 sys.modules["tests.utils"] = _utils()

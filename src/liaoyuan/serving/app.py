@@ -112,7 +112,7 @@ def _add_short_paths(app: FastAPI, router: APIRouter) -> None:
         short = route.path.removeprefix("/v1")
         if short != route.path and not route.path.startswith(ANTHROPIC_PATH):
             app.add_api_route(
-                short, route.endpoint, methods=[*route.methods], response_model=None, include_in_schema=False
+                short, route.endpoint, methods=[*(route.methods or ())], response_model=None, include_in_schema=False
             )
 
 
