@@ -15,6 +15,13 @@ FOLDER = Path(os.environ["CONFORMANCE_FOLDER"])
 servers = Servers(FOLDER / "llama")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out the tests that download a model of some billion parameters, which the suite calls slow."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="needs the model that it downloads"))
+
+
 def pytest_unconfigure() -> None:
     servers.close()
 
@@ -22,7 +29,7 @@ def pytest_unconfigure() -> None:
 def _start(self: Any, timeout_seconds: int = 60) -> None:
     if self.models_dir or self.models_preset or self.model_hf_repo is None:
         pytest.fail("starts a router")
-    self.server_port = servers.get(_kind(self))._socket.getsockname()[1]
+    self.server_port = int(servers.fresh(_kind(self)).url.rpartition(":")[2])
     self.server_host = "127.0.0.1"
 
 

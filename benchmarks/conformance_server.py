@@ -1,8 +1,8 @@
 """Our server as foreign suites ask for it: model folders with their template and context, one server per kind."""
 
-import contextlib
 import json
 import shutil
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ CHATML = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
 """
+MOST_RUNNING = 4
 SENTENCES = [
     "Hello, my name is Ada, and the capital of France is Paris. What is the weather in Dallas, Texas today?",
     'The president said: write one hundred words, {"name": "value", "numbers": [1, 2.5, -3e7], "yes": true}.',
@@ -40,25 +41,38 @@ class Kind:
 
 
 class Servers:
-    """Servers by kind, started once and closed together; model folders lie under `folder`."""
+    """Servers of ours, of which the last few run; model folders lie under `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._closing = folder, contextlib.ExitStack()
-        self._running: dict[Kind, Server] = {}
+        self._folder, self._started = folder, 0
+        self._running: deque[Server] = deque()
+        self._kinds: dict[Kind, Server] = {}
 
-    def get(self, kind: Kind) -> Server:
+    def shared(self, kind: Kind) -> Server:
         """Return the server of this kind, started at the first time."""
-        if kind not in self._running:
-            folder = _folder(kind, self._folder / f"model{len(self._running)}")
-            if kind.any_model:
-                Served.check_model = lambda self, name: None  # type: ignore[method-assign]
-            config = EngineConfig(max_sequences=kind.max_sequences)
-            server = open_server(folder, port=0, device="cpu", name=kind.name, engine=config)
-            self._running[kind] = self._closing.enter_context(server)
-        return self._running[kind]
+        if kind not in self._kinds:
+            self._kinds[kind] = self._start(kind)
+        return self._kinds[kind]
+
+    def fresh(self, kind: Kind) -> Server:
+        """Return a server that has seen no request; the one before the last few is ended."""
+        self._running.append(self._start(kind))
+        if len(self._running) > MOST_RUNNING:
+            self._running.popleft().stop()
+        return self._running[-1]
+
+    def _start(self, kind: Kind) -> Server:
+        self._started += 1
+        folder = _folder(kind, self._folder / f"model{self._started}")
+        if kind.any_model:
+            Served.check_model = lambda self, name: None  # type: ignore[method-assign]
+        config = EngineConfig(max_sequences=kind.max_sequences)
+        return open_server(folder, port=0, device="cpu", name=kind.name, engine=config).__enter__()
 
     def close(self) -> None:
-        self._closing.close()
+        """End all servers that run."""
+        for server in (*self._running, *self._kinds.values()):
+            server.stop()
 
 
 def _folder(kind: Kind, target: Path) -> Path:

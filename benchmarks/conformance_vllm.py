@@ -51,7 +51,7 @@ class RemoteOpenAIServer:
         self.model = model
         context = int(_option(args, "--max-model-len") or 8192)
         name = _option(args, "--served-model-name") or model
-        server = servers.get(Kind(random_model(FOLDER / "random"), name, context, None, max_sequences=16))
+        server = servers.shared(Kind(random_model(FOLDER / "random"), name, context, None, max_sequences=16))
         self.url_root = server.url
         self.host, self.port = "127.0.0.1", int(server.url.rpartition(":")[2])
 

@@ -17,6 +17,7 @@ from liaoyuan.serving.chat import chat_routes
 from liaoyuan.serving.completions import completion_routes
 from liaoyuan.serving.errors import ANTHROPIC_PATH, add_handlers
 from liaoyuan.serving.generation import Runner, Served
+from liaoyuan.serving.llama_cpp import llama_routes
 from liaoyuan.serving.markdown import render
 from liaoyuan.serving.messages import message_routes
 from liaoyuan.serving.protocol import RenderRequest
@@ -65,7 +66,7 @@ def build_app(
     app = FastAPI(title="Liaoyuan", docs_url=None, redoc_url=None)
     add_handlers(app)
     _add_models(app, served)
-    for routes in (chat_routes, completion_routes, message_routes, response_routes):
+    for routes in (chat_routes, completion_routes, message_routes, response_routes, llama_routes):
         router = routes(served)
         app.include_router(router)
         _add_short_paths(app, router)

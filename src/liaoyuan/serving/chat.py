@@ -48,7 +48,7 @@ def chat_routes(served: Served) -> APIRouter:
 async def _stream(reply: "_Reply", count: int, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
     """Yield server-sent events; an error in mid-stream is the last of them."""
     for index in range(count):
-        yield server_event(reply.chunk(index, {"role": "assistant", "content": ""}))
+        yield server_event(reply.chunk(index, {"role": "assistant", "content": None}))
     try:
         async for index, piece in pieces:
             for chunk in reply.chunks(index, piece):
@@ -174,11 +174,12 @@ class _Reply:
 
 def scored_token(tokenizer: Tokenizer, token: ScoredToken) -> dict[str, Any]:
     """Return a token with its log-probability and its rivals, as OpenAI shows them."""
-    rivals = [_token(tokenizer, rival, logprob) for rival, logprob in token.top]
-    return {**_token(tokenizer, token.id, token.logprob), "top_logprobs": rivals}
+    rivals = [token_values(tokenizer, rival, logprob) for rival, logprob in token.top]
+    return {**token_values(tokenizer, token.id, token.logprob), "top_logprobs": rivals}
 
 
-def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+def token_values(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    """Return a token as text, its log-probability and its bytes."""
     raw = tokenizer.token_bytes(token)
     return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
 
