@@ -50,7 +50,8 @@ class ApiError(Exception):
         """Return the JSON body of the reply to a client of Anthropic's API."""
         kind = ANTHROPIC_TYPES.get(self.status)
         kind = kind or ("api_error" if self.status >= 500 else "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": self.message}}
+        details = {"details": {"error_code": self.code}} if self.code else {}
+        return {"type": "error", "error": {"type": kind, "message": self.message, **details}}
 
     def response(self, path: str) -> JSONResponse:
         """Return the reply to a request for `path`, whose API says what errors look like."""

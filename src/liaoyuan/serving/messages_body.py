@@ -17,6 +17,7 @@ IGNORED = {
     "metadata",
     "service_tier",
     "speed",
+    "thread",
     "user_profile_id",
     "workspace_id",
 }
@@ -144,6 +145,9 @@ class CountTokensRequest(Body):
     @model_validator(mode="before")
     @classmethod
     def _known_fields(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("thread"):
+            # By this code clients know that they must send the whole conversation.
+            raise invalid("It keeps no threads: send all messages.", "thread", "thread_unsupported_request")
         return known_fields(values, cls.model_fields, IGNORED, NEUTRAL)
 
     @property
