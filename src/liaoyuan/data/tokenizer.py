@@ -209,14 +209,22 @@ class IncrementalDecoder:
     ids go on after a text: SentencePiece's space before the first word, which `decode` takes away, is kept.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, continuing: bool = False) -> None:
-        self._tokenizer, self._skip_special = tokenizer, skip_special
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special: bool = True,
+        continuing: bool = False,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        """shown: special tokens that are not skipped."""
+        self._tokenizer, self._skip_special, self._shown = tokenizer, skip_special, shown
         self._strip = tokenizer.strips_space and not continuing
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: Iterable[int]) -> str:
         """Return the text that is whole after these ids (perhaps none)."""
-        data = b"".join(self._tokenizer.token_bytes(index, self._skip_special) for index in ids)
+        skip, shown = self._skip_special, self._shown
+        data = b"".join(self._tokenizer.token_bytes(index, skip and index not in shown) for index in ids)
         if self._strip and data:
             data, self._strip = data.removeprefix(b" "), False
         return self._characters.decode(data)

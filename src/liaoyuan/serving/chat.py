@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
+from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.serving.conversation import chat_jobs
 from liaoyuan.serving.errors import ApiError
 from liaoyuan.serving.generation import (
@@ -24,6 +25,7 @@ from liaoyuan.serving.generation import (
 )
 from liaoyuan.serving.protocol import ChatRequest
 from liaoyuan.serving.text import Piece, ScoredToken
+from liaoyuan.serving.tools import Call, CallPiece, whole_calls
 
 
 def chat_routes(served: Served) -> APIRouter:
@@ -46,7 +48,7 @@ def chat_routes(served: Served) -> APIRouter:
 async def _stream(reply: "_Reply", count: int, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
     """Yield server-sent events; an error in mid-stream is the last of them."""
     for index in range(count):
-        yield server_event(reply.chunk(index, {"role": "assistant", "content": ""}))
+        yield server_event(reply.chunk(index, {"role": "assistant", "content": None}))
     try:
         async for index, piece in pieces:
             for chunk in reply.chunks(index, piece):
@@ -87,11 +89,29 @@ class _Reply:
             delta["reasoning"] = delta["reasoning_content"] = piece.reasoning
         if piece.content:
             delta["content"] = piece.content
+        delta |= self._called_delta(piece)
         scores = self._logprobs(piece.tokens)
         if delta or piece.tokens or self.body.running_usage:
             yield self.chunk(index, delta, scores)
         if piece.finish_reason:
-            yield self.chunk(index, {}, None, piece.finish_reason)
+            yield self.chunk(index, {}, None, self._reason(piece))
+
+    def _called_delta(self, piece: Piece) -> dict[str, Any]:
+        """Return what a piece adds to tool calls: the name first, then text of the arguments."""
+        if not piece.calls:
+            return {}
+        if self._old:
+            name, text = ("".join(getattr(call, part) for call in piece.calls) for part in ("name", "arguments"))
+            return {"function_call": {"name": name, "arguments": text} if name else {"arguments": text}}
+        return {"tool_calls": [_call_delta(call) for call in piece.calls]}
+
+    @property
+    def _old(self) -> bool:
+        """Whether calls are asked for by the names that they had at first: `functions`, `function_call`."""
+        return bool(self.body.functions and not self.body.tools)
+
+    def _reason(self, piece: Piece) -> str | None:
+        return "function_call" if self._old and piece.finish_reason == "tool_calls" else piece.finish_reason
 
     def chunk(
         self, index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None
@@ -113,11 +133,17 @@ class _Reply:
 
     def _choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
         self._count(index, pieces[-1])
+        content = "".join(piece.content for piece in pieces)
+        calls = whole_calls(call for piece in pieces for call in piece.calls)
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": "".join(piece.content for piece in pieces),
+            "content": content or (None if calls else ""),
             "refusal": None,
         }
+        if calls and self._old:
+            message["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
+        elif calls:
+            message["tool_calls"] = [_whole_call(call) for call in calls]
         reasoning = "".join(piece.reasoning for piece in pieces)
         message["reasoning"] = message["reasoning_content"] = reasoning or None
         scores = self._logprobs([token for piece in pieces for token in piece.tokens])
@@ -125,7 +151,7 @@ class _Reply:
             "index": index,
             "message": message,
             "logprobs": scores,
-            "finish_reason": pieces[-1].finish_reason,
+            "finish_reason": self._reason(pieces[-1]),
         }
 
     def _count(self, index: int, piece: Piece) -> None:
@@ -143,12 +169,27 @@ class _Reply:
     def _logprobs(self, tokens: list[ScoredToken]) -> dict[str, Any] | None:
         if not self.body.logprobs:
             return None
-        return {"content": [self._scored(token) for token in tokens], "refusal": None}
+        return {"content": [scored_token(self.served.tokenizer, token) for token in tokens], "refusal": None}
 
-    def _scored(self, token: ScoredToken) -> dict[str, Any]:
-        rivals = [self._token(rival, logprob) for rival, logprob in token.top]
-        return {**self._token(token.id, token.logprob), "top_logprobs": rivals}
 
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        raw = self.served.tokenizer.token_bytes(token)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
+def scored_token(tokenizer: Tokenizer, token: ScoredToken) -> dict[str, Any]:
+    """Return a token with its log-probability and its rivals, as OpenAI shows them."""
+    rivals = [token_values(tokenizer, rival, logprob) for rival, logprob in token.top]
+    return {**token_values(tokenizer, token.id, token.logprob), "top_logprobs": rivals}
+
+
+def token_values(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    """Return a token as text, its log-probability and its bytes."""
+    raw = tokenizer.token_bytes(token)
+    return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
+
+
+def _whole_call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _call_delta(call: CallPiece) -> dict[str, Any]:
+    """Return a piece of a call as OpenAI streams it: id, type and name are said once."""
+    function = {"name": call.name, "arguments": call.arguments} if call.name else {"arguments": call.arguments}
+    head = {"id": call.id, "type": "function"} if call.name else {}
+    return {"index": call.index, **head, "function": function}

@@ -39,7 +39,7 @@ def completion_routes(served: Served) -> APIRouter:
         served.check_model(body.model)
         prompts = await asyncio.to_thread(_prompts, served, body)  # a long one must not hold up the streams of others
         reply = _Reply(served, body, prompts, "cmpl-" + secrets.token_hex(12), int(time.time()))
-        jobs = _jobs(served, body, prompts)
+        jobs = await asyncio.to_thread(_jobs, served, body, prompts)
         await reply.score_prompts()
         pieces = start(served, jobs)
         if body.stream:

@@ -19,11 +19,15 @@ from starlette.types import Send
 
 from liaoyuan.data.tokenizer import IncrementalDecoder, Tokenizer
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference import Busy, Engine, Event, Request, SamplingParams, ThinkMarks
+from liaoyuan.inference import Busy, Constraint, Engine, Event, Grammars, Request, SamplingParams, ThinkMarks
+from liaoyuan.inference.grammar import Grammar
+from liaoyuan.serving.call_reader import CallReader
 from liaoyuan.serving.errors import ApiError, ClientGoneError, invalid
 from liaoyuan.serving.protocol import Sampling
 from liaoyuan.serving.scores import PromptScorer
+from liaoyuan.serving.structure import asked_grammar
 from liaoyuan.serving.text import AnswerReader, Piece
+from liaoyuan.serving.tools import CallFormat
 
 SEEDS = 2**63  # seeds are taken modulo this, so that a negative one is as good as any
 
@@ -46,7 +50,10 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Served:
-    """The model that an app serves. `context_length`: the most tokens of a prompt and its answer together."""
+    """The model that an app serves. `context_length`: the most tokens of a prompt and its answer together.
+
+    call_format: how the model writes tool calls; None: it is not known.
+    """
 
     runner: Runner
     tokenizer: Tokenizer
@@ -55,10 +62,19 @@ class Served:
     created: int
     stop_token_ids: tuple[int, ...]
     marks: ThinkMarks | None
+    grammars: Grammars
     scorer: PromptScorer | None = None
+    call_format: CallFormat | None = None
 
-    def decoder(self) -> IncrementalDecoder:
-        return IncrementalDecoder(self.tokenizer)
+    def decoder(self, shown: frozenset[int] = frozenset()) -> IncrementalDecoder:
+        return IncrementalDecoder(self.tokenizer, shown=shown)
+
+    def hold(self, grammar: Grammar, param: str | None = None) -> Constraint:
+        """Return the constraint of a grammar. Raises ApiError if it cannot be held."""
+        try:
+            return self.grammars.compile(grammar)
+        except LiaoyuanError as error:
+            raise invalid(str(error), param, "invalid_grammar") from error
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError if a request asks for another model."""
@@ -69,22 +85,38 @@ class Served:
 
 @dataclass(frozen=True)
 class Job:
-    """One answer to be generated."""
+    """One answer to be generated.
+
+    marks: None: thoughts are not told apart. calls: makes the reader of its tool calls; None: they are not told apart.
+    shown: special tokens whose text is part of the answer, as marks of tool calls are.
+    """
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
     stops: tuple[str, ...]
-    marks: ThinkMarks | None = None  # None: thoughts are not told apart
+    marks: ThinkMarks | None = None
+    calls: Callable[[], CallReader] | None = None
+    shown: frozenset[int] = frozenset()
 
 
 def sampling_params(
-    served: Served, body: Sampling, prompt: tuple[int, ...], max_tokens: int | None, top_logprobs: int, choice: int
+    served: Served,
+    body: Sampling,
+    prompt: tuple[int, ...],
+    max_tokens: int | None,
+    top_logprobs: int,
+    choice: int,
+    constraint: Constraint | None = None,
 ) -> SamplingParams:
-    """Return the engine's parameters for choice number `choice` of a request.
+    """Return the engine's parameters for choice number `choice` of a request; call it in a thread.
+
+    constraint: None takes the form that the request asks for, if any (compiling it may take a while).
 
     Raises:
-        ApiError: prompt and answer do not fit together.
+        ApiError: prompt and answer do not fit together, or a field cannot be held.
     """
+    if constraint is None and (grammar := asked_grammar(body)) is not None:
+        constraint = served.hold(grammar)
     room = served.context_length - len(prompt)
     if room < (max_tokens or 1):
         wanted = f" and {max_tokens} tokens are asked for" if max_tokens else ""
@@ -107,7 +139,36 @@ def sampling_params(
         seed=(seed + choice) % SEEDS,
         stop_token_ids=(*ends, *(body.stop_token_ids or ())),
         top_logprobs=top_logprobs,
+        min_tokens=_min_tokens(body.min_tokens or 0, max_tokens or room),
+        repetition_penalty=body.repetition_penalty or 1.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=_biases(served, body.logit_bias or {}),
+        bad_words=_bad_words(served, body.bad_words or []),
+        constraint=constraint,
     )
+
+
+def _min_tokens(least: int, most: int) -> int:
+    if least > most:
+        raise invalid(f"'min_tokens' ({least}) is more than the {most} tokens that the answer may have.", "min_tokens")
+    return least
+
+
+def _biases(served: Served, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    """Return what is added to the logit of each token; JSON writes their ids as texts."""
+    size = served.tokenizer.vocab_size
+    for token in biases:
+        if not (token.isascii() and token.isdigit() and len(token) < 10 and int(token) < size):
+            message = f"'logit_bias' has the key '{token[:40]}', but keys are ids of tokens, from 0 to {size - 1}."
+            raise invalid(message, "logit_bias")
+    return tuple((int(token), bias) for token, bias in biases.items())
+
+
+def _bad_words(served: Served, words: list[str]) -> tuple[tuple[int, ...], ...]:
+    """Return the tokens of words, each as it is written at the beginning of a text and after a space."""
+    spelt = [tuple(served.tokenizer.encode(form)) for word in words for form in (word, " " + word)]
+    return tuple(dict.fromkeys(ids for ids in spelt if ids))
 
 
 def start(served: Served, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Piece]]:
@@ -168,7 +229,9 @@ async def _hung_up(http: HttpRequest) -> None:
 
 async def _pieces(served: Served, job: Job) -> AsyncIterator[Piece]:
     thinking = job.marks is not None and job.marks.left_open(job.prompt)
-    reader = AnswerReader(served.decoder, job.stops, job.sampling.stop_token_ids, job.marks, thinking)
+    calls = job.calls() if job.calls else None
+    stop_tokens = job.sampling.stop_token_ids
+    reader = AnswerReader(lambda: served.decoder(job.shown), job.stops, stop_tokens, job.marks, thinking, calls)
     try:
         events = served.runner.stream(Request(secrets.token_hex(12), job.prompt, job.sampling))
     except Busy as error:
@@ -178,6 +241,10 @@ async def _pieces(served: Served, job: Job) -> AsyncIterator[Piece]:
     async with contextlib.aclosing(events):  # type: ignore[type-var]
         try:
             async for event in events:
+                if event.finish_reason == "error":
+                    raise ApiError(
+                        500, "The form that was asked for could not be held to the end.", code="grammar_failed"
+                    )
                 piece = reader.read(event)
                 yield piece
                 if piece.finish_reason:

@@ -4,6 +4,7 @@ A field that this server honours is typed; one that makes no difference here is 
 would change the answer and cannot be honoured is refused unless it has its neutral value; any other is unknown.
 """
 
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -33,7 +34,8 @@ IGNORED = {
     "guided_decoding_backend",
 }
 # Fields that this server cannot honour, their neutral values, and what to say.
-NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+Neutral = Mapping[str, tuple[tuple[Any, ...], str]]
+NEUTRAL: Neutral = {
     "tools": (([],), "only /v1/chat/completions calls tools."),
     "functions": (([],), "only /v1/chat/completions calls functions."),
     "tool_choice": (("none", "auto"), "only /v1/chat/completions calls tools."),
@@ -139,12 +141,7 @@ class Sampling(Body):
     @model_validator(mode="before")
     @classmethod
     def _known_fields(cls, values: Any) -> Any:
-        """Drop fields without effect, refuse those that cannot be honoured and those that nobody knows."""
-        if not isinstance(values, dict):
-            return values
-        for name in values.keys() - cls.model_fields.keys() - IGNORED:
-            _refuse(name, values[name], [*cls.model_fields, *IGNORED, *NEUTRAL])
-        return {name: value for name, value in values.items() if name in cls.model_fields}
+        return known_fields(values, cls.model_fields, IGNORED, NEUTRAL)
 
     def stops(self) -> tuple[str, ...]:
         """Return the stop strings. Raises ApiError if there are too many or one is empty."""
@@ -300,10 +297,16 @@ class RenderRequest(Body):
     text: Annotated[Text, Field(max_length=200_000)]
 
 
-def _refuse(name: str, value: Any, known: list[str]) -> None:
-    if name not in NEUTRAL:
-        raise invalid(f"Unknown field '{name}'{nearest(name, known) or '.'}", name, "unknown_parameter")
-    neutral, remedy = NEUTRAL[name]
-    # `True == 1` in Python, but true is no number in JSON.
-    if value is not None and (isinstance(value, bool) or value not in neutral):
-        raise unsupported(name, remedy)
+def known_fields(values: Any, fields: Collection[str], ignored: Collection[str], neutral: Neutral) -> Any:
+    """Drop fields without effect, refuse those that cannot be honoured and those that nobody knows."""
+    if not isinstance(values, dict):
+        return values
+    for name in values.keys() - {*fields, *ignored}:
+        if name not in neutral:
+            hint = nearest(name, [*fields, *ignored, *neutral]) or "."
+            raise invalid(f"Unknown field '{name}'{hint}", name, "unknown_parameter")
+        allowed, remedy = neutral[name]
+        # `True == 1` in Python, but true is no number in JSON.
+        if values[name] is not None and (isinstance(values[name], bool) or values[name] not in allowed):
+            raise unsupported(name, remedy)
+    return {name: value for name, value in values.items() if name in fields}

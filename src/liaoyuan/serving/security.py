@@ -35,7 +35,7 @@ class Guard:
         guarded = _with_headers(send)
         refusal = self._refusal(headers)
         if refusal:
-            return await refusal.response()(scope, receive, guarded)
+            return await refusal.response(scope["path"])(scope, receive, guarded)
         return await self.app(scope, _limited(receive), guarded)
 
     def _refusal(self, headers: dict[bytes, bytes]) -> ApiError | None:

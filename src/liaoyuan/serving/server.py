@@ -100,11 +100,13 @@ def open_server(
     name: str | None = None,
     about: About | None = None,
     engine: EngineConfig = EngineConfig(),
+    call_format: str | None = None,
 ) -> Server:
     """Load the model of a Hugging Face folder and return a server that holds the port (0: any free one).
 
     Args:
         name: what the API calls the model; the folder's name if None.
+        call_format: how the model writes tool calls; None: see its chat template.
         about: what the chat page says; read from the folder's `liaoyuan.json` if None.
 
     Raises:
@@ -124,6 +126,8 @@ def open_server(
             ModelScorer(model),
             () if model.config.eos_token_id is None else (model.config.eos_token_id,),
             loopback_only=host in LOOPBACK,
+            vocab_size=model.config.vocab_size,
+            call_format=call_format,
         )
         port_kept.pop_all()
         return Server(app, bound, opened.pop_all())
