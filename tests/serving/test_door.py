@@ -223,6 +223,7 @@ def test_a_client_that_never_reads_is_cut_off(tokenizer: Tokenizer, impatient: N
             connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
             wait_until(lambda: runner.open == 12)
             wait_until(lambda: runner.open == 0)
+        assert runner.aborted == 12  # long before they would have ended
         assert chat(client, max_tokens=2).status_code == 200
 
 

@@ -281,7 +281,7 @@ async def _pieces(served: Served, job: Job) -> AsyncIterator[Piece]:
                 watch.saw(event)
                 if event.finish_reason == "error":
                     message = "The form that was asked for could not be held to the end."
-                    raise ApiError(500, message, code="grammar_failed")
+                    raise invalid(message, code="grammar_failed")  # a schema that nothing fits, say
                 piece = reader.read(event)
                 if piece.finish_reason:
                     watch.end(piece.finish_reason)
