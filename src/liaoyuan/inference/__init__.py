@@ -6,6 +6,7 @@
 from liaoyuan.inference.constraint import Constraint, ConstraintState
 from liaoyuan.inference.engine import Engine, EngineConfig
 from liaoyuan.inference.grammar import Grammar, Grammars
+from liaoyuan.inference.pooling import Pooling, embedding_steps, read_pooling
 from liaoyuan.inference.request import Completion, Event, PromptLogprobs, Request, SamplingParams
 from liaoyuan.inference.runner import Busy, EngineThread
 from liaoyuan.inference.thinking import AfterThinking, ThinkMarks
@@ -22,8 +23,11 @@ __all__ = [
     "Event",
     "Grammar",
     "Grammars",
+    "Pooling",
     "PromptLogprobs",
     "Request",
     "SamplingParams",
     "ThinkMarks",
+    "embedding_steps",
+    "read_pooling",
 ]

@@ -1,7 +1,6 @@
 """`/v1/chat/completions`: a conversation in, the next message out, thoughts apart from content."""
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from liaoyuan.data.tokenizer import Tokenizer
+from liaoyuan.serving.caller import CALLER
 from liaoyuan.serving.conversation import chat_jobs
 from liaoyuan.serving.errors import ApiError
 from liaoyuan.serving.generation import (
@@ -37,7 +37,9 @@ def chat_routes(served: Served) -> APIRouter:
         served.check_model(body.model)
         jobs = await asyncio.to_thread(chat_jobs, served, body)  # a long prompt must not hold up the streams of others
         pieces = start(served, jobs)
-        reply = _Reply(served, body, len(jobs[0].prompt), "chatcmpl-" + secrets.token_hex(12), int(time.time()))
+        reply = _Reply(
+            served, body, len(jobs[0].prompt), "chatcmpl-" + (body.request_id or CALLER.get().id), int(time.time())
+        )
         if body.stream:
             return EventStream(_stream(reply, len(jobs), await first_and_rest(http, pieces)))
         return JSONResponse(reply.whole(await collect(http, pieces, len(jobs))))

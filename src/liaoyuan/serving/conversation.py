@@ -41,6 +41,8 @@ def chat_jobs(served: Served, body: ChatRequest) -> list[Job]:
             served.marks,
             calling.reader if calling else None,
             shown,
+            body.priority or 0,
+            body.cache_salt or "",
         )
         for choice in range(body.n or 1)
     ]
@@ -117,14 +119,19 @@ def _calls_grammar(served: Served, calling: _Calling, schema: dict[str, Any] | N
     )
 
 
-def _prompt(served: Served, body: ChatRequest, calling: _Calling | None) -> tuple[int, ...]:
+def chat_prompt(served: Served, body: ChatRequest, generation_prompt: bool = True) -> tuple[int, ...]:
+    """Return the ids of a conversation and its tools. Raises ApiError if the template refuses them."""
+    return _prompt(served, body, _calling(served, body), generation_prompt)
+
+
+def _prompt(served: Served, body: ChatRequest, calling: _Calling | None, more: bool = True) -> tuple[int, ...]:
     tools = None
     if calling:
         described = (function.model_dump(exclude_none=True, exclude={"strict"}) for function in body.offered)
         tools = [{"type": "function", "function": function} for function in described]
     try:
         messages = [_message(message) for message in body.messages]
-        return tuple(served.tokenizer.render(messages, body.thinking, generation_prompt=True, tools=tools))
+        return tuple(served.tokenizer.render(messages, body.thinking, generation_prompt=more, tools=tools))
     except LiaoyuanError as error:
         raise invalid(str(error), "messages") from error
 

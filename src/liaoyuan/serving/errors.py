@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from liaoyuan.errors import LiaoyuanError, nearest
@@ -33,6 +34,46 @@ ANTHROPIC_TYPES = {  # by status; any other below 500 is an invalid_request_erro
 RETRY_AFTER_SECONDS = 1  # a full queue of short answers drains in about this time
 
 
+class ErrorDetail(BaseModel):
+    """What is wrong, in a sentence and in OpenAI's names."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """The body of every refusal."""
+
+    error: ErrorDetail
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {  # for the description of the API
+    "4XX": {"model": ErrorReply, "description": "The request is refused; the body says why."},
+    "5XX": {"model": ErrorReply, "description": "The server cannot answer; the body says why."},
+}
+
+
+class AnthropicDetail(BaseModel):
+    """What is wrong, in a sentence and in Anthropic's names."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorReply(BaseModel):
+    """The body of every refusal under `ANTHROPIC_PATH`."""
+
+    type: str
+    error: AnthropicDetail
+
+
+ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {**reply, "model": AnthropicErrorReply} for status, reply in ERRORS.items()
+}
+
+
 class ApiError(Exception):
     """A request that is refused, with its HTTP status and OpenAI's names for what is wrong."""
 
@@ -42,7 +83,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """Return the JSON body of the reply."""
-        kind = {404: "not_found_error", 429: "rate_limit_error"}.get(self.status)
+        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -55,7 +96,11 @@ class ApiError(Exception):
 
     def response(self, path: str) -> JSONResponse:
         """Return the reply to a request for `path`, whose API says what errors look like."""
-        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status == 429 else None
+        headers = {
+            401: {"WWW-Authenticate": "Bearer"},
+            429: {"Retry-After": str(RETRY_AFTER_SECONDS)},
+            503: {"Retry-After": str(RETRY_AFTER_SECONDS)},
+        }.get(self.status)
         body = self.anthropic_body() if path.startswith(ANTHROPIC_PATH) else self.body()
         return JSONResponse(body, self.status, headers)
 
@@ -106,7 +151,9 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
         405: f"{request.url.path} does not answer {request.method}.",
     }
     refusal = ApiError(error.status_code, messages.get(error.status_code, str(error.detail)))
-    return refusal.response(request.url.path)
+    reply = refusal.response(request.url.path)
+    reply.headers.update(error.headers or {})  # 405 says what is allowed
+    return reply
 
 
 async def _gone(request: Request, error: Exception) -> JSONResponse:

@@ -9,8 +9,8 @@ import contextlib
 import json
 import math
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request as HttpRequest
@@ -22,9 +22,10 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Busy, Constraint, Engine, Event, Grammars, Request, SamplingParams, ThinkMarks
 from liaoyuan.inference.grammar import Grammar
 from liaoyuan.serving.call_reader import CallReader
+from liaoyuan.serving.caller import CALLER
 from liaoyuan.serving.errors import ApiError, ClientGoneError, invalid
+from liaoyuan.serving.metrics import Metrics
 from liaoyuan.serving.protocol import Sampling
-from liaoyuan.serving.scores import PromptScorer
 from liaoyuan.serving.structure import asked_grammar
 from liaoyuan.serving.text import AnswerReader, Piece
 from liaoyuan.serving.tools import CallFormat
@@ -63,8 +64,8 @@ class Served:
     stop_token_ids: tuple[int, ...]
     marks: ThinkMarks | None
     grammars: Grammars
-    scorer: PromptScorer | None = None
     call_format: CallFormat | None = None
+    metrics: Metrics = field(default_factory=lambda: Metrics(dict))
 
     def decoder(self, shown: frozenset[int] = frozenset()) -> IncrementalDecoder:
         return IncrementalDecoder(self.tokenizer, shown=shown)
@@ -82,13 +83,20 @@ class Served:
             message = f"The model '{name}' does not exist; this server has '{self.name}'."
             raise ApiError(404, message, "model", "model_not_found")
 
+    def check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        """Raise ApiError if a token is none of the tokenizer's."""
+        size = self.tokenizer.vocab_size
+        if tokens and max(tokens) >= size:
+            message = f"There is the token {max(tokens)}, but the vocabulary has {size} tokens."
+            raise invalid(message, param)
+
 
 @dataclass(frozen=True)
 class Job:
     """One answer to be generated.
 
     marks: None: thoughts are not told apart. calls: makes the reader of its tool calls; None: they are not told apart.
-    shown: special tokens whose text is part of the answer, as marks of tool calls are.
+    shown: special tokens whose text is part of the answer, as marks of tool calls are. priority, salt: see `Request`.
     """
 
     prompt: tuple[int, ...]
@@ -97,6 +105,37 @@ class Job:
     marks: ThinkMarks | None = None
     calls: Callable[[], CallReader] | None = None
     shown: frozenset[int] = frozenset()
+    priority: int = 0
+    salt: str = ""
+
+    def request(self) -> Request:
+        """Return what the engine is asked, for the caller of this HTTP request."""
+        caller = CALLER.get()
+        return Request(
+            secrets.token_hex(12),  # not the caller's: he may send one twice
+            self.prompt,
+            self.sampling,
+            self.priority,
+            caller.key,
+            self.salt,
+            timeout=caller.time_left(),
+        )
+
+
+def prompt_ids(served: Served, prompt: str | list[int], param: str = "prompt") -> tuple[int, ...]:
+    """Return the ids of a text or of ids; a text gets the special tokens that the model wants before it."""
+    if isinstance(prompt, str):
+        return tuple(served.tokenizer.encode(prompt, add_special_tokens=True))
+    served.check_tokens(prompt, param)
+    return tuple(prompt)
+
+
+def truncated(prompt: tuple[int, ...], truncation: int | None, most: int) -> tuple[int, ...]:
+    """Return the last `truncation` tokens of a prompt (-1: as many as fit, `most`; None: all)."""
+    if truncation is None:
+        return prompt
+    keep = max(most, 1) if truncation < 0 else truncation
+    return prompt[max(0, len(prompt) - keep) :]
 
 
 def sampling_params(
@@ -232,8 +271,31 @@ async def _pieces(served: Served, job: Job) -> AsyncIterator[Piece]:
     calls = job.calls() if job.calls else None
     stop_tokens = job.sampling.stop_token_ids
     reader = AnswerReader(lambda: served.decoder(job.shown), job.stops, stop_tokens, job.marks, thinking, calls)
+    async with contextlib.aclosing(engine_events(served, job.request())) as events:
+        with served.metrics.watch() as watch:
+            async for event in events:
+                watch.saw(event)
+                if event.finish_reason == "error":
+                    message = "The form that was asked for could not be held to the end."
+                    raise ApiError(500, message, code="grammar_failed")
+                piece = reader.read(event)
+                if piece.finish_reason:
+                    watch.end(piece.finish_reason)
+                    if piece.finish_reason == "timeout" and not piece.completion_tokens:
+                        raise CALLER.get().too_late()
+                yield piece
+                if piece.finish_reason:
+                    return
+
+
+async def engine_events(served: Served, request: Request) -> AsyncGenerator[Event]:
+    """Yield the events of a request.
+
+    Raises:
+        ApiError: the request is refused (400), the queue is full (429), or the engine fails (500).
+    """
     try:
-        events = served.runner.stream(Request(secrets.token_hex(12), job.prompt, job.sampling))
+        events = served.runner.stream(request)
     except Busy as error:
         raise ApiError(429, str(error), code="server_busy") from error
     except LiaoyuanError as error:
@@ -241,16 +303,28 @@ async def _pieces(served: Served, job: Job) -> AsyncIterator[Piece]:
     async with contextlib.aclosing(events):  # type: ignore[type-var]
         try:
             async for event in events:
-                if event.finish_reason == "error":
-                    raise ApiError(
-                        500, "The form that was asked for could not be held to the end.", code="grammar_failed"
-                    )
-                piece = reader.read(event)
-                yield piece
-                if piece.finish_reason:
-                    return
+                yield event
         except LiaoyuanError as error:
             raise ApiError(500, str(error), code="engine_failed") from error
+
+
+async def between_steps(served: Served, work: Callable[[Engine], Result]) -> Result:
+    """Return `work(engine)`, done between two steps.
+
+    Raises:
+        ApiError: the engine is not ready (503), or time is up (504).
+    """
+
+    def ready(engine: Engine) -> Result:
+        if engine.state != "ready":  # its weights may be gone
+            raise LiaoyuanError(f"The engine is {engine.state}.")
+        return work(engine)
+
+    CALLER.get().time_left()
+    try:
+        return await served.runner.call(ready)
+    except LiaoyuanError as error:
+        raise ApiError(503, str(error), code="not_ready") from error
 
 
 async def _merged(streams: list[AsyncIterator[Piece]]) -> AsyncIterator[tuple[int, Piece]]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import socket
 import threading
@@ -15,11 +16,13 @@ from liaoyuan.checkpoint import load_model
 from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference import Engine, EngineConfig, EngineThread
+from liaoyuan.inference import Engine, EngineConfig, EngineThread, read_pooling
 from liaoyuan.models import Decoder
 from liaoyuan.serving.about import About, read_about
 from liaoyuan.serving.app import build_app
-from liaoyuan.serving.scores import ModelScorer
+from liaoyuan.serving.connections import PatientProtocol
+from liaoyuan.serving.security import Access
+from liaoyuan.serving.unready import answering_unready
 
 MOST_PADDING = 1024  # rows that a model's embedding may have beyond the tokenizer's ids (padded for speed)
 GRACE_SECONDS = 2  # how long open answers may go on after Ctrl-C
@@ -34,7 +37,7 @@ class Server:
         self._socket, self._closing = bound, closing
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=PatientProtocol,
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -100,6 +103,9 @@ def open_server(
     name: str | None = None,
     about: About | None = None,
     engine: EngineConfig = EngineConfig(),
+    access: Access = Access(),
+    max_queued: int = 256,
+    context_length: int | None = None,
     call_format: str | None = None,
 ) -> Server:
     """Load the model of a Hugging Face folder and return a server that holds the port (0: any free one).
@@ -108,29 +114,39 @@ def open_server(
         name: what the API calls the model; the folder's name if None.
         call_format: how the model writes tool calls; None: see its chat template.
         about: what the chat page says; read from the folder's `liaoyuan.json` if None.
+        access: who may ask, and how much; on a loopback address only requests that name it are answered.
+        max_queued: requests that may wait beyond those that the engine runs at once.
+        context_length: the most tokens of a request; as many as model and cache hold if None.
 
     Raises:
         LiaoyuanError: the port is in use, the folder is missing or torn, or tokenizer and model disagree.
     """
     with contextlib.ExitStack() as port_kept, contextlib.ExitStack() as opened:
         bound = port_kept.enter_context(_bind(host, port))
-        tokenizer, model = _load(model_dir, device)
-        running = Engine(model, engine)
-        runner = opened.enter_context(EngineThread(running))
-        app = build_app(
-            runner,
-            tokenizer,
-            name or model_dir.resolve().name,
-            running.room,
-            about or read_about(model_dir),
-            ModelScorer(model),
-            () if model.config.eos_token_id is None else (model.config.eos_token_id,),
-            loopback_only=host in LOOPBACK,
-            vocab_size=model.config.vocab_size,
-            call_format=call_format,
-        )
+        with answering_unready(bound):
+            tokenizer, model = _load(model_dir, device)
+            running = Engine(model, engine)
+            runner = opened.enter_context(EngineThread(running, max_queued))
+            app = build_app(
+                runner,
+                tokenizer,
+                name or model_dir.resolve().name,
+                _context_length(running.room, context_length),
+                about or read_about(model_dir),
+                () if model.config.eos_token_id is None else (model.config.eos_token_id,),
+                dataclasses.replace(access, loopback_only=host in LOOPBACK),
+                read_pooling(model_dir),
+                model.config.vocab_size,
+                call_format,
+            )
         port_kept.pop_all()
         return Server(app, bound, opened.pop_all())
+
+
+def _context_length(room: int, wanted: int | None) -> int:
+    if wanted is not None and wanted > room:
+        raise LiaoyuanError(f"The context length {wanted} is more than model and cache hold ({room} tokens).")
+    return wanted or room
 
 
 def _load(model_dir: Path, device: str) -> tuple[Tokenizer, Decoder]:

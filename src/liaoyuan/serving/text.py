@@ -34,6 +34,7 @@ class Piece:
     """What one event adds to an answer; the counts are those of the answer so far.
 
     stop: the stop string that ended the answer, if one did. cached_tokens: of the prompt, found in the prefix cache.
+    generated: every token that the event brought, thoughts, marks and the one that ended the answer included.
     """
 
     reasoning: str
@@ -45,6 +46,7 @@ class Piece:
     calls: tuple[CallPiece, ...] = ()
     stop: str | None = None
     cached_tokens: int = 0
+    generated: tuple[ScoredToken, ...] = ()
 
 
 class StopFilter:
@@ -100,6 +102,7 @@ class AnswerReader:
         self._marks, self._thinking = marks, thinking
         self._trim = marks is not None  # templates put line breaks around a thought; they are no part of the text
         self._scored: list[ScoredToken] = []
+        self._generated: list[ScoredToken] = []
         self._read = self._shown = 0  # characters of content: decoded, and let through the filter
         self._completion_tokens = self._reasoning_tokens = self._cached_tokens = 0
 
@@ -107,15 +110,18 @@ class AnswerReader:
         """Return what `event` adds; a piece with a finish reason is the last one."""
         reasoning, content = "", ""
         self._cached_tokens = max(self._cached_tokens, event.cached_tokens)
+        self._generated = []
         for place, token in enumerate(event.tokens):
             self._completion_tokens += 1
+            top = event.top_logprobs[place] if event.top_logprobs else []
+            scored = ScoredToken(token, event.logprobs[place], top, self._read)
+            self._generated.append(scored)
             if token in self._stop_tokens:
                 break
             if self._thinking:
                 reasoning += self._think(token)
             else:
-                top = event.top_logprobs[place] if event.top_logprobs else []
-                content += self._speak(ScoredToken(token, event.logprobs[place], top, self._read))
+                content += self._speak(scored)
             if self._stopped:
                 break
         finish = "stop" if self._stopped else event.finish_reason
@@ -185,7 +191,9 @@ class AnswerReader:
         self._scored = [scored for scored in self._scored if not ended and scored.start >= self._shown]
         calls, self._pieces = self._pieces, ()
         counts = self._completion_tokens, self._reasoning_tokens
-        return Piece(reasoning, content, ready, *counts, finish, calls, self._filter.stop, self._cached_tokens)
+        generated = tuple(self._generated)
+        stop, cached = self._filter.stop, self._cached_tokens
+        return Piece(reasoning, content, ready, *counts, finish, calls, stop, cached, generated)
 
 
 def _overlap(text: str, stop: str) -> int:
