@@ -38,7 +38,8 @@ format: $(INSTALLED_DEV) ## put the code into its format
 bench: $(INSTALLED_DEV) ## measure against peers, side by side (minutes to hours; needs an idle machine)
 	set -e; for file in benchmarks/*_speed.py; do $(BIN)/python $$file $(ARGS); done
 
-soak: $(INSTALLED_DEV) ## the quickstart with three seeds, killed and resumed on the way (about an hour and a half)
+soak: $(INSTALLED_DEV) ## a server under everything at once (10,000 requests), then the quickstart with three seeds, killed and resumed
+	$(BIN)/python benchmarks/engine_soak.py
 	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 clean: ## remove .venv and caches; runs/ stays

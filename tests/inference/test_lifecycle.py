@@ -71,7 +71,7 @@ def test_wait_lets_those_end_that_run(tiny_model: Decoder) -> None:
 def test_sleep_gives_memory_back_and_wakes_with_the_same_answers(tiny_model: Decoder, drop: bool) -> None:
     expected, state = answers(tiny_model), {name: x.clone() for name, x in tiny_model.state_dict().items()}
     engine, events = begun(tiny_model)
-    engine.sleep(drop_weights=drop)
+    engine.sleep(without_weights=drop)
     assert sum(piece.untyped_storage().nbytes() for piece in tiny_model.parameters()) == 0 or not drop
     with pytest.raises(LiaoyuanError, match="asleep"):
         engine.resume()

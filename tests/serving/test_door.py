@@ -1,6 +1,5 @@
 """Promises at the door: keys are asked for, limits hold, and no client can wait so that others wait too."""
 
-import asyncio
 import contextlib
 import json
 import select
@@ -283,18 +282,18 @@ def test_a_server_that_loads_says_so() -> None:
 
 def test_a_server_is_ready_only_while_its_engine_is(model_folder: Path) -> None:
     with (
-        open_server(model_folder, port=0) as server,
+        open_server(model_folder, port=0, control=True) as server,
         httpx.Client(base_url=server.url, trust_env=False, timeout=PATIENCE) as client,
     ):
-        runner = server.app.state.runner
         assert client.get("/ready").json() == {"status": "ready"}
-        asyncio.run(runner.call(lambda engine: engine.pause()))
-        assert client.get("/ready").status_code == client.get("/health/ready").status_code == 503
-        assert client.get("/health").status_code == 200  # it need not be started anew
-        refused = client.post("/v1/embeddings", json={"input": "x"})
-        assert refused.status_code == 503 and "paused" in refused.json()["error"]["message"]
-        asyncio.run(runner.call(lambda engine: engine.resume()))
-        assert client.get("/ready").status_code == 200
+        for stop, go_on, state in (("/pause", "/resume", "paused"), ("/sleep", "/wake_up", "asleep")):
+            assert client.post(stop).json()["state"] == state
+            assert client.get("/ready").status_code == client.get("/health/ready").status_code == 503
+            assert client.get("/health").status_code == 200  # it need not be started anew
+            refused = client.post("/v1/embeddings", json={"input": "x"})
+            assert refused.status_code == 503 and state in refused.json()["error"]["message"]
+            assert client.post(go_on).json()["state"] == "ready"
+            assert client.get("/ready").status_code == 200
 
 
 @contextlib.contextmanager

@@ -35,6 +35,10 @@ def serve(
     allow_origin: Annotated[
         list[str] | None, typer.Option(metavar="SITE", help="Its pages may ask (CORS).", rich_help_panel=DOOR)
     ] = None,
+    control: Annotated[
+        bool,
+        typer.Option("--control", help="Who may ask may pause it and change its weights.", rich_help_panel=DOOR),
+    ] = False,
     max_body_mb: Annotated[
         float, typer.Option(min=0, metavar="MB", help="Largest body of a request.", rich_help_panel=DOOR)
     ] = 4.0,
@@ -69,7 +73,18 @@ def serve(
         max_batch_tokens=max(EngineConfig().max_batch_tokens, max_sequences),
         cache_bytes=int(cache_gb * 2**30),
     )
-    server = open_server(model, host, port, device, name, None, engine, access, max_queued, context_length)
+    server = open_server(
+        model,
+        host,
+        port,
+        device,
+        name,
+        engine=engine,
+        access=access,
+        max_queued=max_queued,
+        context_length=context_length,
+        control=control,
+    )
     if json:
         print(json_text.dumps({"url": server.url, "api": server.url + "/v1"}), flush=True)
     else:

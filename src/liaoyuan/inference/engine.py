@@ -24,7 +24,14 @@ from liaoyuan.inference.sampling import log_probs, top_logprobs
 from liaoyuan.inference.scheduler import Scheduler
 from liaoyuan.inference.sequence import UNKNOWN, Sequence
 from liaoyuan.inference.speculation import Drafter, NGramDrafter, Speculation
-from liaoyuan.inference.weights import Weights, checked_weights, copy_weights, storages, weights_checksum
+from liaoyuan.inference.weights import (
+    Weights,
+    checked_weights,
+    copy_weights,
+    drop_weights,
+    take_weights,
+    weights_checksum,
+)
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Progress, Report, silent
 
@@ -70,7 +77,7 @@ class Engine:
         self.pool = self._pool = BlockPool(num_blocks)
         self.lenders: list[Callable[[], np.ndarray]] = []  # each tells which blocks it holds beside running sequences
         self._cache: KeyValueCache | None = self._new_cache()
-        self._dropped: dict[torch.UntypedStorage, int] = {}  # memory of weights that was given up, and its bytes
+        self._dropped: dict[str, torch.Size] = {}  # weights whose memory was given back
         longest = model.config.max_position_embeddings
         self.room = min(longest, num_blocks * config.block_size)  # the most tokens of one request
         self._drawing = Drawing(config.max_sequences, vocabulary)
@@ -106,6 +113,11 @@ class Engine:
         if self._cache is None:
             raise LiaoyuanError("The engine is asleep: it has no cache.")
         return self._cache
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the weights are here and whole."""
+        return not self._dropped and self.state != "broken"
 
     @property
     def version(self) -> int:
@@ -239,8 +251,8 @@ class Engine:
         self._scheduler.draining = False
         self.state = "ready"
 
-    def sleep(self, drop_weights: bool = False) -> None:
-        """Give the memory of the cache back, and with `drop_weights` that of the weights; requests wait.
+    def sleep(self, without_weights: bool = False) -> None:
+        """Give the memory of the cache back, and with `without_weights` that of the weights too; requests wait.
 
         Raises:
             LiaoyuanError: the engine is broken or sleeps.
@@ -250,10 +262,8 @@ class Engine:
         self._cache = None
         if self._speculation is not None:
             self._speculation.drop()
-        if drop_weights:
-            self._dropped = storages(self.model)
-            for piece in self._dropped:
-                piece.resize_(0)
+        if without_weights:
+            self._dropped = drop_weights(self.model)
         self._scheduler.draining = False
         self.state = "asleep"
 
@@ -265,8 +275,7 @@ class Engine:
         """
         self._need("asleep")
         cache = self._new_cache()
-        for piece, size in self._dropped.items():
-            piece.resize_(size)
+        take_weights(self.model, self._dropped)
         self._cache, self.state = cache, "paused"
 
     @torch.no_grad()
@@ -296,8 +305,18 @@ class Engine:
         self._scheduler.version = self.version + 1 if version is None else version
         return self.version
 
+    def forget_prefixes(self) -> None:
+        """Forget all that was computed for requests that have ended."""
+        self._pool.forget()
+
     def checksum(self) -> str:
-        """Return the checksum of the weights; see `weights_checksum`."""
+        """Return the checksum of the weights; see `weights_checksum`.
+
+        Raises:
+            LiaoyuanError: there are none.
+        """
+        if not self.has_weights:
+            raise LiaoyuanError("The engine has no whole weights: update them first.")
         return weights_checksum(self.model)
 
     def statistics(self) -> dict[str, int]:

@@ -41,14 +41,25 @@ def copy_weights(model: Decoder, weights: Mapping[str, Tensor]) -> None:
         own[name].copy_(value)
 
 
-def storages(model: Decoder) -> dict[torch.UntypedStorage, int]:
-    """Return the memory of the weights, each piece once, with its bytes."""
-    pieces = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in _own(model).values()}
-    return {piece: piece.nbytes() for piece in pieces.values()}
+def drop_weights(model: Decoder) -> dict[str, torch.Size]:
+    """Give the memory of the weights back; return their shapes for `take_weights`."""
+    shapes = {}
+    for name, tensor in _own(model).items():
+        shapes[name] = tensor.shape
+        tensor.data = tensor.new_empty(0)
+    return shapes
+
+
+def take_weights(model: Decoder, shapes: Mapping[str, torch.Size]) -> None:
+    """Take memory for dropped weights; what is in it means nothing."""
+    own = _own(model)
+    fresh = {name: own[name].new_empty(shape) for name, shape in shapes.items()}
+    for name, tensor in fresh.items():
+        own[name].data = tensor
 
 
 def _own(model: Decoder) -> dict[str, Tensor]:
-    return {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+    return model.state_dict(keep_vars=True)
 
 
 def _read(model: Decoder, folder: Path) -> Mapping[str, Tensor]:

@@ -15,8 +15,10 @@ from liaoyuan.inference import Grammars, Pooling, ThinkMarks
 from liaoyuan.serving.about import About
 from liaoyuan.serving.chat import chat_routes
 from liaoyuan.serving.completions import completion_routes
+from liaoyuan.serving.control import control_routes
 from liaoyuan.serving.embeddings import embedding_routes
 from liaoyuan.serving.errors import ANTHROPIC_ERRORS, ANTHROPIC_PATH, ERRORS, add_handlers
+from liaoyuan.serving.generate import generate_routes
 from liaoyuan.serving.generation import Runner, Served
 from liaoyuan.serving.llama_cpp import llama_routes
 from liaoyuan.serving.markdown import render
@@ -43,6 +45,7 @@ def build_app(
     pooling: Pooling = Pooling(),
     vocab_size: int | None = None,
     call_format: str | None = None,
+    control: bool = False,
 ) -> FastAPI:
     """Return the app that serves one model.
 
@@ -56,6 +59,7 @@ def build_app(
         pooling: how the model's hidden states become an embedding.
         vocab_size: logits of the model, which may be more than the tokenizer has ids; None: just as many.
         call_format: how the model writes tool calls (a name of `tools.FORMATS`); None: found in its chat template.
+        control: whether who may ask may also pause the engine and change its weights.
 
     Raises:
         LiaoyuanError: there is no such form of tool calls.
@@ -67,9 +71,10 @@ def build_app(
     served = Served(runner, tokenizer, name, context_length, int(time.time()), stops, marks, grammars, form, metrics)
     # The documentation pages of FastAPI load scripts from elsewhere; /openapi.json is the whole truth.
     app = FastAPI(title="Liaoyuan", version=VERSION, docs_url=None, redoc_url=None, responses=ERRORS)
-    app.state.runner = runner
     add_handlers(app)
     _add_api(app, served, pooling)
+    if control:
+        app.include_router(control_routes(served))
     _add_page(app, served, about)
     metrics.endpoints.update(path for path in app.openapi()["paths"] if "{" not in path)
     app.add_middleware(Guard, access=access, metrics=metrics)
@@ -82,7 +87,7 @@ def build_app(
 
 def _add_api(app: FastAPI, served: Served, pooling: Pooling) -> None:
     app.include_router(message_routes(served), responses=ANTHROPIC_ERRORS)
-    for routes in (status_routes, token_routes):
+    for routes in (status_routes, token_routes, generate_routes):
         app.include_router(routes(served))
     for router in (
         chat_routes(served),

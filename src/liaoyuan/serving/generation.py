@@ -11,7 +11,7 @@ import math
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from fastapi import Request as HttpRequest
 from starlette.responses import StreamingResponse
@@ -44,6 +44,10 @@ class Runner(Protocol):
 
     async def call(self, work: Callable[[Engine], Result]) -> Result:
         """Return `work(engine)`, done between two steps of the engine."""
+        ...
+
+    async def pause(self, mode: Literal["abort", "wait", "keep"]) -> None:
+        """Stop computing; see `inference.EngineThread.pause`."""
         ...
 
     def health(self) -> dict[str, Any]: ...

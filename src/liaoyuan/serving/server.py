@@ -107,12 +107,14 @@ def open_server(
     max_queued: int = 256,
     context_length: int | None = None,
     call_format: str | None = None,
+    control: bool = False,
 ) -> Server:
     """Load the model of a Hugging Face folder and return a server that holds the port (0: any free one).
 
     Args:
         name: what the API calls the model; the folder's name if None.
         call_format: how the model writes tool calls; None: see its chat template.
+        control: see `build_app`.
         about: what the chat page says; read from the folder's `liaoyuan.json` if None.
         access: who may ask, and how much; on a loopback address only requests that name it are answered.
         max_queued: requests that may wait beyond those that the engine runs at once.
@@ -138,6 +140,7 @@ def open_server(
                 read_pooling(model_dir),
                 model.config.vocab_size,
                 call_format,
+                control,
             )
         port_kept.pop_all()
         return Server(app, bound, opened.pop_all())
