@@ -15,8 +15,16 @@ from liaoyuan.serving.generation import Served
 
 CHATML = """\
 {{- bos_token }}
+{%- if tools %}
+    {{- '<|im_start|>system\\nCall tools as <tool_call>{"name": ..., "arguments": {...}}</tool_call>.' }}
+    {{- '<tools>' + tools | tojson + '</tools><|im_end|>\\n' }}
+{%- endif %}
 {%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '<tool_call>' + call.function | tojson + '</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
 """

@@ -1,4 +1,4 @@
-"""`/completion`: llama.cpp's own path, for the clients that speak it."""
+"""`/completion` and `/apply-template`: llama.cpp's own paths, for the clients that speak them."""
 
 import asyncio
 import math
@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, model_validator
 
 from liaoyuan.serving.chat import token_values
+from liaoyuan.serving.conversation import chat_text
 from liaoyuan.serving.errors import ApiError, invalid
 from liaoyuan.serving.generation import (
     EventStream,
@@ -24,7 +25,7 @@ from liaoyuan.serving.generation import (
     server_event,
     start,
 )
-from liaoyuan.serving.protocol import MAX_CHOICES, Sampling, known_fields
+from liaoyuan.serving.protocol import MAX_CHOICES, ChatRequest, Sampling, known_fields
 from liaoyuan.serving.text import Piece, ScoredToken
 
 RENAMED = {"n_predict": "max_tokens", "repeat_penalty": "repetition_penalty"}
@@ -55,8 +56,14 @@ class NativeCompletion(Sampling):
         return known_fields(named, cls.model_fields, IGNORED, {})
 
 
+class TemplateRequest(ChatRequest):
+    """Body of `/apply-template`: a conversation."""
+
+    add_generation_prompt: bool | None = None
+
+
 def llama_routes(served: Served) -> APIRouter:
-    """Return the router of this endpoint."""
+    """Return the router of these endpoints."""
     router = APIRouter()
 
     @router.post("/completion", response_model=None)
@@ -70,6 +77,10 @@ def llama_routes(served: Served) -> APIRouter:
         answers = await collect(http, pieces, len(jobs))
         whole = [reply.whole(answer) for reply, answer in zip(replies, answers, strict=True)]
         return JSONResponse(whole if _several(body.prompt) else whole[0])
+
+    @router.post("/apply-template")
+    async def apply_template(body: TemplateRequest) -> dict[str, str]:
+        return {"prompt": await asyncio.to_thread(chat_text, served, body, body.add_generation_prompt is not False)}
 
     return router
 
