@@ -66,6 +66,7 @@ def llama_routes(served: Served) -> APIRouter:
     """Return the router of these endpoints."""
     router = APIRouter()
 
+    @router.post("/completions", response_model=None)  # not OpenAI's, as long as it lacks /v1
     @router.post("/completion", response_model=None)
     async def completion(http: HttpRequest, body: NativeCompletion) -> Response:
         served.check_model(body.model)
@@ -88,8 +89,8 @@ def llama_routes(served: Served) -> APIRouter:
 def _jobs(served: Served, body: NativeCompletion) -> list[Job]:
     body = body.model_copy(update={"logit_bias": _bias(served, body.logit_bias)})
     prompts = [_ids(served, each) for each in (body.prompt if _several(body.prompt) else [body.prompt])]
-    if len(prompts) > MAX_CHOICES:
-        raise invalid(f"At most {MAX_CHOICES} prompts are answered at once.", "prompt")
+    if not 1 <= len(prompts) <= MAX_CHOICES:
+        raise invalid(f"There must be from 1 to {MAX_CHOICES} prompts (there are {len(prompts)}).", "prompt")
     return [_job(served, body, prompt) for prompt in prompts]
 
 
@@ -116,7 +117,7 @@ def _ids(served: Served, prompt: Any) -> tuple[int, ...]:
     for part in prompt if isinstance(prompt, list) else [prompt]:
         if isinstance(part, str):
             ids += served.tokenizer.encode(part, add_special_tokens=not ids)
-        elif isinstance(part, int) and 0 <= part < served.tokenizer.vocab_size:
+        elif type(part) is int and 0 <= part < served.tokenizer.vocab_size:
             ids.append(part)
         else:
             raise invalid("A prompt must be a text, tokens of the vocabulary, or a list of both.", "prompt")
