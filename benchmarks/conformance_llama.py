@@ -33,6 +33,10 @@ def _start(self: Any, timeout_seconds: int = 60) -> None:
     self.server_host = "127.0.0.1"
 
 
+def _no_download(*_: Any, **__: Any) -> None:
+    pytest.skip("needs the model that it downloads")
+
+
 def _kind(self: Any) -> Kind:
     """Return the kind of server that a test asks for; one that names another model gets a random one."""
     stories = "stories260K" in f"{self.model_hf_repo}{self.model_hf_file}" and "infill" not in str(self.model_hf_repo)
@@ -41,10 +45,13 @@ def _kind(self: Any) -> Kind:
     template = CHATML if stories else None
     if self.chat_template_file:
         template = Path(self.chat_template_file).read_text()
-    return Kind(model, self.model_alias or "model", max(64, (self.n_ctx or 2048) // slots), template, True)
+    context = max(64, (self.n_ctx or 2048) // slots)
+    name = self.model_alias or "model"
+    return Kind(model, name, context, template, True, key=self.api_key, origins=("*",))
 
 
-sys.modules["wget"] = types.ModuleType("wget")  # imported by the suite to download models; nothing is downloaded
+sys.modules["wget"] = types.ModuleType("wget")  # the suite downloads models with it
+sys.modules["wget"].download = _no_download  # type: ignore[attr-defined]
 sys.path.insert(0, str(Path.cwd()))
 import utils  # noqa: E402  (the suite's own, in the folder where pytest runs)
 

@@ -12,11 +12,21 @@ from liaoyuan.inference import EngineConfig
 from liaoyuan.models import Decoder, ModelConfig, initialise
 from liaoyuan.serving import Server, open_server
 from liaoyuan.serving.generation import Served
+from liaoyuan.serving.keys import Keys
+from liaoyuan.serving.security import Access
 
 CHATML = """\
 {{- bos_token }}
+{%- if tools %}
+    {{- '<|im_start|>system\\nCall tools as <tool_call>{"name": ..., "arguments": {...}}</tool_call>.' }}
+    {{- '<tools>' + tools | tojson + '</tools><|im_end|>\\n' }}
+{%- endif %}
 {%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '<tool_call>' + call.function | tojson + '</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
 """
@@ -38,6 +48,8 @@ class Kind:
     template: str | None = CHATML
     any_model: bool = False  # answer whatever model a request names
     max_sequences: int = 8
+    key: str | None = None
+    origins: tuple[str, ...] = ()
 
 
 class Servers:
@@ -67,7 +79,9 @@ class Servers:
         if kind.any_model:
             Served.check_model = lambda self, name: None  # type: ignore[method-assign]
         config = EngineConfig(max_sequences=kind.max_sequences)
-        return open_server(folder, port=0, device="cpu", name=kind.name, engine=config).__enter__()
+        access = Access(keys=Keys({"suite": kind.key} if kind.key else {}), origins=kind.origins)
+        server = open_server(folder, port=0, device="cpu", name=kind.name, engine=config, access=access)
+        return server.__enter__()
 
     def close(self) -> None:
         """End all servers that run."""

@@ -30,6 +30,7 @@ from liaoyuan.inference.constraint import Constraint
 MOST_BYTES = 256 * 1024  # of one grammar's text
 MOST_COMPILED = 128  # grammars that are kept
 SECONDS = 4.0  # that trying a grammar may take
+START_SECONDS = 60.0  # that starting the process that does it may take, on a busy machine
 WAIT_SECONDS = 20.0  # for the grammars of others
 ERROR_LENGTH = 400  # characters of the library's message that are shown
 
@@ -227,7 +228,9 @@ class GrammarState:
     def mask(self) -> np.ndarray:
         if self._ended:
             return self._vocabulary.end_mask
-        found: np.ndarray = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32) & self._vocabulary.real_mask
+        real = self._vocabulary.real_mask
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)  # may be a word longer than needed
+        found: np.ndarray = bits[: len(real)] & real
         if self._matcher.is_error() or not found.any():
             raise LiaoyuanError(_readable(self._matcher.get_error()) or "No token of this model goes on.")
         return found
@@ -253,7 +256,7 @@ class Trial:
         process = self._process or self._start()
         try:
             self._send({"kind": grammar.kind, "text": grammar.text})
-            answer = _line_in_time(process)
+            answer = _line_in_time(process, SECONDS)
         except OSError:  # it has died
             answer = ""
         if not answer:
@@ -284,6 +287,9 @@ class Trial:
         words = self._vocabulary
         tokens = [token.hex() for token in words.tokens]
         self._send({"tokens": tokens, "special": words.special, "ends": list(words.ends)})
+        if not _line_in_time(self._process, START_SECONDS):
+            self.close()
+            raise LiaoyuanError("The process that tries grammars does not start, so none can be held.")
         return self._process
 
     def _send(self, value: dict[str, Any]) -> None:
@@ -300,10 +306,10 @@ def _end(process: "subprocess.Popen[str]") -> None:
             pipe.close()  # type: ignore[union-attr]
 
 
-def _line_in_time(process: "subprocess.Popen[str]") -> str | None:
+def _line_in_time(process: "subprocess.Popen[str]", seconds: float) -> str | None:
     """Return the next line that a process writes, "" if it has died; None if it takes too long."""
     assert process.stdout
-    ready, _, _ = select.select([process.stdout], [], [], SECONDS)
+    ready, _, _ = select.select([process.stdout], [], [], seconds)
     return process.stdout.readline() if ready else None
 
 

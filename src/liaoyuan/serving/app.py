@@ -101,8 +101,8 @@ def _add_api(app: FastAPI, served: Served, pooling: Pooling) -> None:
 
 
 def _add_short_paths(app: FastAPI, router: APIRouter) -> None:
-    """Answer OpenAI's paths without "/v1" too, as llama.cpp does: many clients are set up so."""
-    paths = {route.path for route in router.routes if isinstance(route, APIRoute)}
+    """Answer OpenAI's paths without "/v1" too, as llama.cpp does (where "/completions" is its own)."""
+    paths = {"/completions", *(route.path for route in router.routes if isinstance(route, APIRoute))}
     for route in router.routes:
         assert isinstance(route, APIRoute)
         short = route.path.removeprefix("/v1")

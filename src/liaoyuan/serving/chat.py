@@ -24,6 +24,7 @@ from liaoyuan.serving.generation import (
     start,
 )
 from liaoyuan.serving.protocol import ChatRequest
+from liaoyuan.serving.status import SYSTEM_FINGERPRINT
 from liaoyuan.serving.text import Piece, ScoredToken
 from liaoyuan.serving.tools import Call, CallPiece, whole_calls
 
@@ -73,6 +74,7 @@ class _Reply:
     created: int
 
     def __post_init__(self) -> None:
+        self._cached = 0  # tokens of the prompt that were found in the prefix cache
         self._counts: dict[int, tuple[int, int]] = {}  # choice -> (completion tokens, reasoning tokens)
 
     def whole(self, choices: list[list[Piece]]) -> dict[str, Any]:
@@ -131,7 +133,8 @@ class _Reply:
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.served.name}
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.served.name}
+        return {**head, "system_fingerprint": SYSTEM_FINGERPRINT}
 
     def _choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
         self._count(index, pieces[-1])
@@ -158,6 +161,7 @@ class _Reply:
 
     def _count(self, index: int, piece: Piece) -> None:
         self._counts[index] = (piece.completion_tokens, piece.reasoning_tokens)
+        self._cached = max(self._cached, piece.cached_tokens)
 
     def _usage(self) -> dict[str, Any]:
         completion = sum(tokens for tokens, _ in self._counts.values())
@@ -165,6 +169,7 @@ class _Reply:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": self._cached},
             "completion_tokens_details": {"reasoning_tokens": sum(tokens for _, tokens in self._counts.values())},
         }
 

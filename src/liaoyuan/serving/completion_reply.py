@@ -9,6 +9,7 @@ from liaoyuan.inference import PromptLogprobs
 from liaoyuan.serving.caller import CALLER
 from liaoyuan.serving.generation import Served, finite
 from liaoyuan.serving.protocol import CompletionRequest
+from liaoyuan.serving.status import SYSTEM_FINGERPRINT
 from liaoyuan.serving.text import Piece, ScoredToken
 
 
@@ -57,7 +58,8 @@ class CompletionReply:
             yield self._chunk(_choice(index, text, scores, piece.finish_reason, self._token_ids([piece])))
 
     def head(self) -> dict[str, Any]:
-        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.served.name}
+        head = {"id": self.id, "object": "text_completion", "created": self.created, "model": self.served.name}
+        return {**head, "system_fingerprint": SYSTEM_FINGERPRINT}
 
     def usage(self) -> dict[str, Any]:
         """Return the counts of tokens; every candidate of `best_of` is counted."""

@@ -124,11 +124,23 @@ def chat_prompt(served: Served, body: ChatRequest, generation_prompt: bool = Tru
     return _prompt(served, body, _calling(served, body), generation_prompt)
 
 
+def chat_text(served: Served, body: ChatRequest, generation_prompt: bool = True) -> str:
+    """Return the text that the chat template makes of a conversation and its tools. Raises ApiError if it refuses."""
+    try:
+        messages = [_message(message) for message in body.messages]
+        return served.tokenizer.render_text(messages, body.thinking, generation_prompt, _described(body) or None)
+    except LiaoyuanError as error:
+        raise invalid(str(error), "messages") from error
+
+
+def _described(body: ChatRequest) -> list[dict[str, Any]]:
+    """Return the tools as templates know them."""
+    described = (function.model_dump(exclude_none=True, exclude={"strict"}) for function in body.offered)
+    return [{"type": "function", "function": function} for function in described]
+
+
 def _prompt(served: Served, body: ChatRequest, calling: _Calling | None, more: bool = True) -> tuple[int, ...]:
-    tools = None
-    if calling:
-        described = (function.model_dump(exclude_none=True, exclude={"strict"}) for function in body.offered)
-        tools = [{"type": "function", "function": function} for function in described]
+    tools = _described(body) if calling else None
     try:
         messages = [_message(message) for message in body.messages]
         return tuple(served.tokenizer.render(messages, body.thinking, generation_prompt=more, tools=tools))

@@ -1,4 +1,4 @@
-"""`/completion`: llama.cpp's own path, for the clients that speak it."""
+"""`/completion` and `/apply-template`: llama.cpp's own paths, for the clients that speak them."""
 
 import asyncio
 import math
@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, model_validator
 
 from liaoyuan.serving.chat import token_values
+from liaoyuan.serving.conversation import chat_text
 from liaoyuan.serving.errors import ApiError, invalid
 from liaoyuan.serving.generation import (
     EventStream,
@@ -24,7 +25,7 @@ from liaoyuan.serving.generation import (
     server_event,
     start,
 )
-from liaoyuan.serving.protocol import MAX_CHOICES, Sampling, known_fields
+from liaoyuan.serving.protocol import MAX_CHOICES, ChatRequest, Sampling, known_fields
 from liaoyuan.serving.text import Piece, ScoredToken
 
 RENAMED = {"n_predict": "max_tokens", "repeat_penalty": "repetition_penalty"}
@@ -55,10 +56,17 @@ class NativeCompletion(Sampling):
         return known_fields(named, cls.model_fields, IGNORED, {})
 
 
+class TemplateRequest(ChatRequest):
+    """Body of `/apply-template`: a conversation."""
+
+    add_generation_prompt: bool | None = None
+
+
 def llama_routes(served: Served) -> APIRouter:
-    """Return the router of this endpoint."""
+    """Return the router of these endpoints."""
     router = APIRouter()
 
+    @router.post("/completions", response_model=None)  # not OpenAI's, as long as it lacks /v1
     @router.post("/completion", response_model=None)
     async def completion(http: HttpRequest, body: NativeCompletion) -> Response:
         served.check_model(body.model)
@@ -71,14 +79,18 @@ def llama_routes(served: Served) -> APIRouter:
         whole = [reply.whole(answer) for reply, answer in zip(replies, answers, strict=True)]
         return JSONResponse(whole if _several(body.prompt) else whole[0])
 
+    @router.post("/apply-template")
+    async def apply_template(body: TemplateRequest) -> dict[str, str]:
+        return {"prompt": await asyncio.to_thread(chat_text, served, body, body.add_generation_prompt is not False)}
+
     return router
 
 
 def _jobs(served: Served, body: NativeCompletion) -> list[Job]:
     body = body.model_copy(update={"logit_bias": _bias(served, body.logit_bias)})
     prompts = [_ids(served, each) for each in (body.prompt if _several(body.prompt) else [body.prompt])]
-    if len(prompts) > MAX_CHOICES:
-        raise invalid(f"At most {MAX_CHOICES} prompts are answered at once.", "prompt")
+    if not 1 <= len(prompts) <= MAX_CHOICES:
+        raise invalid(f"There must be from 1 to {MAX_CHOICES} prompts (there are {len(prompts)}).", "prompt")
     return [_job(served, body, prompt) for prompt in prompts]
 
 
@@ -105,7 +117,7 @@ def _ids(served: Served, prompt: Any) -> tuple[int, ...]:
     for part in prompt if isinstance(prompt, list) else [prompt]:
         if isinstance(part, str):
             ids += served.tokenizer.encode(part, add_special_tokens=not ids)
-        elif isinstance(part, int) and 0 <= part < served.tokenizer.vocab_size:
+        elif type(part) is int and 0 <= part < served.tokenizer.vocab_size:
             ids.append(part)
         else:
             raise invalid("A prompt must be a text, tokens of the vocabulary, or a list of both.", "prompt")

@@ -209,7 +209,7 @@ class _Reply:
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
-            "usage": {**self._usage(piece), "output_tokens": 0},
+            "usage": {**self._usage(piece), "output_tokens": 0, "output_tokens_details": None},
         }
 
     def _usage(self, piece: Piece) -> dict[str, Any]:

@@ -15,6 +15,7 @@ try:
     VERSION = version("liaoyuan")
 except PackageNotFoundError:  # run from a source tree that was never installed
     VERSION = "0"
+SYSTEM_FINGERPRINT = f"build-{VERSION}"  # what OpenAI names the software behind an answer
 METRICS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
