@@ -18,6 +18,7 @@ from liaoyuan.inference.blocks import BlockPool
 from liaoyuan.inference.cache import KeyValueCache, PagedContext
 from liaoyuan.inference.draft_model import DraftModel
 from liaoyuan.inference.drawing import Drawing, Draws
+from liaoyuan.inference.graphs import DecodeGraphs, Inputs
 from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.request import Completion, Event, Request, RequestId
 from liaoyuan.inference.sampling import log_probs, top_logprobs
@@ -46,6 +47,7 @@ class EngineConfig(Config):
     cache_tokens: size of the cache; None: enough for all sequences at full length, within `cache_bytes`.
     prefix_cache: keep keys and values of what was computed, for prompts that begin alike.
     speculate: "ngram" guesses next tokens from those before; "" does not guess. speculate_tokens: guesses in a step.
+    graphs: capture decode steps in device graphs; None: where the device is none of the CPU's.
     seed: of requests that bring none.
     """
 
@@ -57,6 +59,7 @@ class EngineConfig(Config):
     prefix_cache: bool = True
     speculate: Literal["", "ngram"] = ""
     speculate_tokens: int = 8
+    graphs: bool | None = None
     seed: int = 0
 
 
@@ -77,6 +80,8 @@ class Engine:
         self.pool = self._pool = BlockPool(num_blocks)
         self.lenders: list[Callable[[], np.ndarray]] = []  # each tells which blocks it holds beside running sequences
         self._cache: KeyValueCache | None = self._new_cache()
+        on_device = self._device.type != "cpu" if config.graphs is None else config.graphs
+        self._graphs = DecodeGraphs(self._compute, self._device) if on_device else None
         self._dropped: dict[str, torch.Size] = {}  # weights whose memory was given back
         longest = model.config.max_position_embeddings
         self.room = min(longest, num_blocks * config.block_size)  # the most tokens of one request
@@ -260,6 +265,8 @@ class Engine:
         self._need("ready", "draining", "paused")
         self._forget_computed()
         self._cache = None
+        if self._graphs is not None:
+            self._graphs.forget()
         if self._speculation is not None:
             self._speculation.drop()
         if without_weights:
@@ -399,11 +406,15 @@ class Engine:
         assert self._cache is not None
         if plan.copies.size:
             self._cache.copy(*self._tensor(plan.copies))
-        tensors = (plan.cache_slots, plan.block_tables, plan.query_starts, plan.lengths)
-        context = PagedContext(self._cache, *(self._tensor(values) for values in tensors))
-        return self.model(
-            self._tensor(plan.tokens), self._tensor(plan.positions), context, rows=self._tensor(plan.rows)
-        )
+        if self._graphs is not None and (logits := self._graphs.logits(plan)) is not None:
+            return logits
+        arrays = (plan.tokens, plan.positions, plan.cache_slots, plan.block_tables)
+        return self._compute(tuple(self._tensor(x) for x in (*arrays, plan.query_starts, plan.lengths, plan.rows)))
+
+    def _compute(self, inputs: Inputs) -> torch.Tensor:
+        assert self._cache is not None
+        tokens, positions, *places, rows = inputs
+        return self.model(tokens, positions, PagedContext(self._cache, *places), rows=rows)
 
     def _score(self, plan: Plan, logits: torch.Tensor) -> None:
         """Keep the log-probabilities of prompts' tokens, and their rivals for those who want them."""
