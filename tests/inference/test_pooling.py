@@ -10,13 +10,14 @@ from transformers import AutoModel
 from liaoyuan.checkpoint import save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Pooling, embedding_steps, read_pooling
+from liaoyuan.inference.memory import OwnMemory
 from liaoyuan.models import Decoder
 
 TEXTS = [[5, 17, 80], [1], list(range(1, 90)), [9] * 7, [3, 3, 94, 12, 50, 61, 7, 8]]
 
 
 def embed(model: Decoder, texts: list[list[int]], pooling: Pooling, most: int) -> torch.Tensor:
-    found = dict(pair for step in embedding_steps(texts, pooling, most) for pair in step(model))
+    found = dict(pair for step in embedding_steps(texts, pooling, most) for pair in step(model, OwnMemory(model)))
     assert found.keys() == set(range(len(texts)))
     return torch.stack([found[number] for number in range(len(texts))])
 

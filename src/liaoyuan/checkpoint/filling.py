@@ -4,6 +4,7 @@ A part of one of our tensors is a view of it (`models/stored.py`). Of the view, 
 straight into place where runs of it are long, and else through a small buffer that stays in the processor's cache.
 """
 
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -155,5 +156,6 @@ def _runs(piece: _Piece, block: Block, stored: StoredTensor) -> list[memoryview]
     starts = [piece.offset - block.first]
     for size, step in zip(piece.sizes[:outer], piece.strides[:outer], strict=True):
         starts = [start + index * step for start in starts for index in range(size)]
-    raw = memoryview(memory.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    # Not through numpy: what numpy has seen can never give its memory back (`Engine.sleep`).
+    raw = memoryview((ctypes.c_uint8 * memory.nbytes).from_address(memory.data_ptr())).cast("B")
     return [raw[start * width : (start + run) * width] for start in starts]

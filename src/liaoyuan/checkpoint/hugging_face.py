@@ -62,9 +62,13 @@ def load_weights(model: Decoder | Program, folder: Path, report: Report = silent
 
     Of a model that is laid out over processes each reads what it holds itself. No exchange takes place.
     """
-    own = dict(named_tensors(model))
+    read_weights(dict(named_tensors(model)), model.config, folder, report)
+
+
+def read_weights(own: Mapping[str, Tensor], config: ModelConfig, folder: Path, report: Report = silent) -> None:
+    """Read those tensors of `folder` that `own` has, under our names, into them (whole, or DTensors)."""
     with WeightFiles(folder) as files, torch.no_grad():
-        stored = {name: parts for name, parts in find_parts(files, model.config).items() if name in own}
+        stored = {name: parts for name, parts in find_parts(files, config).items() if name in own}
         fill_tensors(own, stored, report)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-ENGINE, DOOR = "The engine's sizes", "Who may ask, and how much"
+ENGINE, DOOR, MANY = "The engine's sizes", "Who may ask, and how much", "Many processes"
 
 
 def serve(
@@ -52,13 +52,23 @@ def serve(
         float | None,
         typer.Option(min=0, metavar="SECONDS", help="Within which an answer must end.", rich_help_panel=DOOR),
     ] = None,
+    tp: Annotated[int, typer.Option(min=1, metavar="N", help="Processes per replica.", rich_help_panel=MANY)] = 1,
+    ep: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Of these, how many share the experts.", rich_help_panel=MANY)
+    ] = 1,
+    replicas: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Servers behind this address.", rich_help_panel=MANY)
+    ] = 1,
+    replica: Annotated[bool, typer.Option(help="End when standard input does.", hidden=True)] = False,
 ) -> None:
     """Serve a model: chat page and OpenAI-compatible API. Ctrl-C ends it."""
     from liaoyuan.cli.process import allow_open_files
 
     allow_open_files()
+    from liaoyuan.cli.replicas import replica_command, run_replica, threads_of_each
     from liaoyuan.inference import EngineConfig
-    from liaoyuan.serving import LOOPBACK, Access, open_server, read_keys
+    from liaoyuan.parallel import Layout
+    from liaoyuan.serving import LOOPBACK, Access, open_front, open_server, read_keys
 
     keys = read_keys(api_key or (), api_key_file)
     access = Access(
@@ -73,22 +83,28 @@ def serve(
         max_batch_tokens=max(EngineConfig().max_batch_tokens, max_sequences),
         cache_bytes=int(cache_gb * 2**30),
     )
-    server = open_server(
-        model,
-        host,
-        port,
-        device,
-        name,
-        engine=engine,
-        access=access,
-        max_queued=max_queued,
-        context_length=context_length,
-        control=control,
-    )
+    layout = Layout(tp=tp, ep=ep, fsdp=1)
+    if replicas > 1:
+        threads = threads_of_each(replicas)
+        server = open_front(model, replica_command(), replicas, layout, threads, host, port, access.max_body_bytes)
+    else:
+        server = open_server(
+            model,
+            host,
+            port,
+            device,
+            name,
+            engine=engine,
+            access=access,
+            max_queued=max_queued,
+            context_length=context_length,
+            control=control,
+            layout=layout,
+        )
     if json:
         print(json_text.dumps({"url": server.url, "api": server.url + "/v1"}), flush=True)
     else:
         if host not in LOOPBACK and not keys:
             print("Whoever can reach this machine can use it: there are no keys (--api-key-file).", flush=True)
         print(f"Chat page  {server.url}\nAPI        {server.url}/v1\nCtrl-C ends it.", flush=True)
-    server.run()
+    run_replica(server) if replica else server.run()

@@ -15,10 +15,14 @@ from liaoyuan.ops import paged_attention, write_cache
 class KeyValueCache:
     """The memory: `keys[layer]` [num_blocks, block_size, Hk, D] and `values[layer]` [..., Dv] in the model's dtype."""
 
-    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, device: torch.device, heads: int | None = None
+    ) -> None:
+        """heads: how many of the key-value heads are computed in this process, if not all."""
+
         def pages(dim: int) -> list[Tensor]:
             # Zeros, not empty: fresh zero pages cost no memory until they are written.
-            shape = (num_blocks, block_size, config.num_key_value_heads, dim)
+            shape = (num_blocks, block_size, heads or config.num_key_value_heads, dim)
             return [
                 torch.zeros(shape, dtype=config.torch_dtype, device=device) for _ in range(config.num_hidden_layers)
             ]

@@ -19,20 +19,14 @@ from liaoyuan.inference.cache import KeyValueCache, PagedContext
 from liaoyuan.inference.draft_model import DraftModel
 from liaoyuan.inference.drawing import Drawing, Draws
 from liaoyuan.inference.graphs import DecodeGraphs, Inputs
+from liaoyuan.inference.memory import Memory, OwnMemory
 from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.request import Completion, Event, Request, RequestId
 from liaoyuan.inference.sampling import log_probs, top_logprobs
 from liaoyuan.inference.scheduler import Scheduler
 from liaoyuan.inference.sequence import UNKNOWN, Sequence
 from liaoyuan.inference.speculation import Drafter, NGramDrafter, Speculation
-from liaoyuan.inference.weights import (
-    Weights,
-    checked_weights,
-    copy_weights,
-    drop_weights,
-    take_weights,
-    weights_checksum,
-)
+from liaoyuan.inference.weights import Weights
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Progress, Report, silent
 
@@ -66,8 +60,17 @@ class EngineConfig(Config):
 class Engine:
     """One model, one cache. Not thread-safe: `EngineThread` brings it to many clients."""
 
-    def __init__(self, model: Decoder, config: EngineConfig = EngineConfig(), draft: Decoder | None = None) -> None:
-        """draft: a small model of the same vocabulary that guesses next tokens."""
+    def __init__(
+        self,
+        model: Decoder,
+        config: EngineConfig = EngineConfig(),
+        draft: Decoder | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        """draft: a small model of the same vocabulary that guesses next tokens.
+
+        memory: where the model's weights and its cache lie, if not in this process alone.
+        """
         if config.max_batch_tokens < config.max_sequences:
             raise LiaoyuanError(
                 f"max_batch_tokens ({config.max_batch_tokens}) must be at least max_sequences "
@@ -79,10 +82,12 @@ class Engine:
         num_blocks, vocabulary = _num_blocks(model, config), model.config.vocab_size
         self.pool = self._pool = BlockPool(num_blocks)
         self.lenders: list[Callable[[], np.ndarray]] = []  # each tells which blocks it holds beside running sequences
+        self._memory: Memory = memory or OwnMemory(model)
         self._cache: KeyValueCache | None = self._new_cache()
         on_device = self._device.type != "cpu" if config.graphs is None else config.graphs
-        self._graphs = DecodeGraphs(self._compute, self._device) if on_device else None
-        self._dropped: dict[str, torch.Size] = {}  # weights whose memory was given back
+        alone = memory is None  # a graph that is replayed makes no calls that other processes could follow
+        self._graphs = DecodeGraphs(self._compute, self._device) if on_device and alone else None
+        self._dropped = False  # whether the memory of the weights was given back
         longest = model.config.max_position_embeddings
         self.room = min(longest, num_blocks * config.block_size)  # the most tokens of one request
         self._drawing = Drawing(config.max_sequences, vocabulary)
@@ -100,6 +105,11 @@ class Engine:
         self._ended: list[tuple[Sequence, str]] = []  # without a token of this step, and not told yet
         self._arrivals = self._added = self._steps = 0
         self._prompt_tokens = self._computed_tokens = self._generated_tokens = 0
+
+    @property
+    def memory(self) -> Memory:
+        """Where the model lies: whoever calls it between two steps may need a cache of his own there."""
+        return self._memory
 
     @property
     def has_work(self) -> bool:
@@ -270,7 +280,8 @@ class Engine:
         if self._speculation is not None:
             self._speculation.drop()
         if without_weights:
-            self._dropped = drop_weights(self.model)
+            self._memory.drop_weights()
+            self._dropped = True
         self._scheduler.draining = False
         self.state = "asleep"
 
@@ -282,7 +293,7 @@ class Engine:
         """
         self._need("asleep")
         cache = self._new_cache()
-        take_weights(self.model, self._dropped)
+        self._memory.take_memory()
         self._cache, self.state = cache, "paused"
 
     @torch.no_grad()
@@ -300,14 +311,14 @@ class Engine:
                 the middle: it is broken then, until a whole update succeeds.
         """
         self._need("ready", "draining", "paused", "broken")
-        new = checked_weights(self.model, weights)
+        new = self._memory.checked(weights)
         missing = self.model.state_dict().keys() - new.keys()
         if missing and (self._dropped or self.state == "broken"):
             raise LiaoyuanError(f"The engine has no whole weights, and the update lacks '{min(missing)}'.")
         self._forget_computed()
         before, self.state = self.state, "broken"
-        copy_weights(self.model, new)
-        self._dropped = {}
+        self._memory.copy_weights(new)
+        self._dropped = False
         self.state = "paused" if before == "broken" else before
         self._scheduler.version = self.version + 1 if version is None else version
         return self.version
@@ -324,7 +335,7 @@ class Engine:
         """
         if not self.has_weights:
             raise LiaoyuanError("The engine has no whole weights: update them first.")
-        return weights_checksum(self.model)
+        return self._memory.checksum()
 
     def statistics(self) -> dict[str, int]:
         """Return counts: what runs and waits now, blocks, and totals since the start."""
@@ -460,7 +471,7 @@ class Engine:
             raise LiaoyuanError(f"The engine is {self.state}: {hint.get(self.state, 'this cannot be done now')}.")
 
     def _new_cache(self) -> KeyValueCache:
-        return KeyValueCache(self.model.config, self._pool.size, self.config.block_size, self._device)
+        return self._memory.new_cache(self._pool.size, self.config.block_size)
 
     def _new_speculation(self, draft: Decoder | None) -> Speculation | None:
         config = self.config
@@ -499,6 +510,6 @@ def _num_blocks(model: Decoder, config: EngineConfig) -> int:
     if config.cache_tokens is not None:
         return max(1, config.cache_tokens // config.block_size)
     longest = -(-shape.max_position_embeddings // config.block_size)
-    width = shape.num_hidden_layers * shape.num_key_value_heads * (shape.head_dim + shape.value_head_dim)
+    width = shape.num_hidden_layers * model.key_value_heads * (shape.head_dim + shape.value_head_dim)
     block_bytes = width * shape.torch_dtype.itemsize * config.block_size
     return max(longest, min(config.max_sequences * longest, config.cache_bytes // block_bytes))

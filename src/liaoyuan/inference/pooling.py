@@ -13,6 +13,7 @@ from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.cache import KeyValueCache, PagedContext
+from liaoyuan.inference.memory import Memory
 from liaoyuan.models import AttentionContext, Decoder, packed_context
 from liaoyuan.rundir import read_json
 
@@ -20,7 +21,7 @@ BLOCK_SIZE = 16
 PREFIX = "pooling_mode_"
 MODES = {"mean_tokens": "mean", "lasttoken": "last"}  # by sentence-transformers' names
 
-Step = Callable[[Decoder], list[tuple[int, Tensor]]]
+Step = Callable[[Decoder, Memory], list[tuple[int, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def read_pooling(folder: Path) -> Pooling:
 
 
 def embedding_steps(token_lists: Sequence[Sequence[int]], pooling: Pooling, most: int) -> Iterator[Step]:
-    """Yield steps of at most `most` tokens each; called in order with the model they embed all the texts.
+    """Yield steps of at most `most` tokens each; called in order with a model and its memory they embed all texts.
 
     A step returns (number of the text, its embedding fp32 [H] on the CPU) for every text that it finishes. Short
     texts share a step, a long one takes several, over a cache of its own.
@@ -70,7 +71,7 @@ def embedding_steps(token_lists: Sequence[Sequence[int]], pooling: Pooling, most
 
 
 def _packed(token_lists: Sequence[Sequence[int]], group: Sequence[int], pooling: Pooling) -> Step:
-    def step(model: Decoder) -> list[tuple[int, Tensor]]:
+    def step(model: Decoder, memory: Memory) -> list[tuple[int, Tensor]]:
         lengths = [len(token_lists[number]) for number in group]
         positions, context = packed_context(lengths, model.embed_tokens.weight.device)
         tokens = [token for number in group for token in token_lists[number]]
@@ -90,8 +91,8 @@ class _LongText:
         self._sum: Tensor | float = 0.0
 
     def step(self, start: int, end: int) -> Step:
-        def step(model: Decoder) -> list[tuple[int, Tensor]]:
-            hidden = self._advance(model, start, min(end, len(self._tokens)))
+        def step(model: Decoder, memory: Memory) -> list[tuple[int, Tensor]]:
+            hidden = self._advance(model, memory, start, min(end, len(self._tokens)))
             self._sum = self._sum + hidden.sum(0)
             if end < len(self._tokens):
                 return []
@@ -99,11 +100,11 @@ class _LongText:
 
         return step
 
-    def _advance(self, model: Decoder, start: int, end: int) -> Tensor:
+    def _advance(self, model: Decoder, memory: Memory, start: int, end: int) -> Tensor:
         device = model.embed_tokens.weight.device
         blocks = -(-len(self._tokens) // BLOCK_SIZE)
         if self._cache is None:
-            self._cache = KeyValueCache(model.config, blocks, BLOCK_SIZE, device)
+            self._cache = memory.new_cache(blocks, BLOCK_SIZE)
         positions = torch.arange(start, end, device=device)
         tables = torch.arange(blocks, dtype=torch.int32, device=device)[None]
         starts, lengths = (
@@ -118,8 +119,7 @@ class _LongText:
 def _hidden_states(model: Decoder, tokens: Sequence[int], positions: Tensor, context: AttentionContext) -> Tensor:
     """Return what the last norm gives, fp32 [N, H]."""
     ids = torch.tensor(tokens, device=positions.device)
-    residual, x = model.run_layers(model.embed_tokens(ids), positions, context)
-    return model.norm.add(residual, x)[1].float()
+    return model(ids, positions, context, hidden=True).float()
 
 
 def _unit(vector: Tensor | float) -> Tensor:

@@ -66,6 +66,7 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.read_logits: ReadLogits = logit_statistics  # tensor parallelism supplies another one
+        self.key_value_heads = config.num_key_value_heads  # that are computed here: tensor parallelism takes a part
         for parameter in self.parameters():  # not the buffers: routers count and balance in fp32
             parameter.data = parameter.data.to(config.torch_dtype)
 
@@ -82,6 +83,7 @@ class Decoder(nn.Module):
         targets: Tensor | None = None,
         rows: Tensor | None = None,
         penalties: Penalties | None = None,
+        hidden: bool = False,
     ) -> Tensor:
         """Return the log-probability of `targets`, or logits if there are none.
 
@@ -91,14 +93,15 @@ class Decoder(nn.Module):
             targets: int64 [N], the token to score after each token; gives fp32 [N].
             rows: int64 [R], the rows whose logits are wanted (all if None); gives [R, V] in the model's dtype.
             penalties: what a loss adds for each token; with targets gives fp32 [2, N], log-probabilities and these.
+            hidden: give what the head would read instead of logits, [R, H].
         """
         residual, x = self.run_layers(self.embed_tokens(tokens), positions, context)
         if targets is None and rows is not None:
             residual, x = residual[rows], x[rows]
-        _, hidden = self.norm.add(residual, x)
+        _, read = self.norm.add(residual, x)
         if targets is not None:
-            return self.score(hidden, targets, penalties)
-        return linear(hidden, self.head_weight)
+            return self.score(read, targets, penalties)
+        return read if hidden else linear(read, self.head_weight)
 
     def score(self, hidden: Tensor, targets: Tensor, penalties: Penalties | None = None) -> Tensor:
         """Return log-probabilities of targets given the last norm's output, and penalties; see `forward`."""

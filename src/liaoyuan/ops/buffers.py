@@ -43,13 +43,13 @@ def unpack(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     return [part.view(torch.Size(shape)) for part, shape in zip(flat.split(counts), shapes, strict=True)]
 
 
-def checksum(*tensors: Tensor) -> int:
+def checksum(*tensors: Tensor, before: int = 0) -> int:
     """Return 64 bits of the tensors' bytes, in order: the same on every device, with any strides and threads.
 
     The sum over words of 8 bytes of their mixture with their place (splitmix64, Steele et al. 2014). It finds
-    accidents; it is no signature. Shapes and dtypes do not count.
+    accidents; it is no signature. Shapes and dtypes do not count. `before` is that of tensors that come before these.
     """
-    total = 0
+    total = before
     for x in tensors:
         bytes_ = x.detach().contiguous().reshape(-1).view(torch.uint8)
         function = CHECKSUM.call if takes(CHECKSUM, bytes_) else _checksum

@@ -5,6 +5,7 @@
 
 from liaoyuan.parallel.closed_form import closed_form
 from liaoyuan.parallel.fsdp import copies, full_weights, local, own_block
+from liaoyuan.parallel.inference import check_inference, lay_out_inference
 from liaoyuan.parallel.layout import Layout, Shape, resolve
 from liaoyuan.parallel.owners import Owners
 from liaoyuan.parallel.program import Program, lay_out
@@ -19,10 +20,12 @@ __all__ = [
     "Shape",
     "Traffic",
     "World",
+    "check_inference",
     "closed_form",
     "copies",
     "full_weights",
     "lay_out",
+    "lay_out_inference",
     "local",
     "own_block",
     "record_traffic",

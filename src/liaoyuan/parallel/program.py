@@ -276,11 +276,12 @@ def lay_out(model: Decoder, layout: Layout, world: World) -> Program:
     else:
         program = _lay_out_stages(model, world.mesh)
     if is_meta:
-        _give_memory(program, world.device.torch)
+        give_memory(program, world.device.torch)
     return program
 
 
-def _give_memory(program: Program, device: torch.device) -> None:
+def give_memory(program: Program, device: torch.device) -> None:
+    """Give a model on the meta device memory for this process's part."""
     roots: list[nn.Module] = [*program.pipeline.stages] if program.pipeline else [*program.models]
     for root in roots:
         root.to_empty(device=device)
@@ -307,7 +308,7 @@ def _apply(program: Program, stage: nn.Module, model: Decoder, mesh: Mesh) -> No
     if layout.ep > 1:
         apply_expert_parallel(model, mesh)
     if layout.tp > 1 or layout.ep > 1:
-        _compute_locally(stage, model)
+        compute_each_locally(stage, model)
     apply_recompute(model, layout)
     _compile(model, layout)
     reduction = apply_fsdp(stage, model, mesh)
@@ -321,7 +322,8 @@ def _compile(model: Decoder, layout: Layout) -> None:
             layer.forward = torch.compile(layer.forward)
 
 
-def _compute_locally(stage: nn.Module, model: Decoder) -> None:
+def compute_each_locally(stage: nn.Module, model: Decoder) -> None:
+    """Let each layer of `model`, its experts, and what `stage` has beside them compute with local parts of weights."""
     experts = expert_weights(model)
     for module in experts:
         compute_locally(module, "experts.")

@@ -20,10 +20,12 @@ from liaoyuan.models.experts import MixtureOfExperts
 from liaoyuan.ops import LogitStatistics, ReadLogits, logit_statistics, merge_statistics, pack, unpack, wide
 from liaoyuan.parallel.chunked import gather_linear, linear_scatter
 from liaoyuan.parallel.collectives import gather_rows, replicated_sum, scatter_sum
+from liaoyuan.parallel.fsdp import copies
 from liaoyuan.parallel.mesh import Mesh
 
 ROWS, COLUMNS = Shard(0), Shard(1)
-TABLE: tuple[tuple[str, Placement], ...] = (
+Table = tuple[tuple[str, Placement], ...]  # pattern of a weight's name, how it is cut
+TABLE: Table = (
     (r"(embed_tokens|lm_head)\.weight$", ROWS),
     (r"self_attn\.(qkv_proj|q_proj|q_b_proj|kv_b_proj)\.(weight|bias)$", ROWS),
     (r"self_attn\.sinks$", ROWS),
@@ -32,23 +34,20 @@ TABLE: tuple[tuple[str, Placement], ...] = (
     (r"layers\.\d+\.mlp\.down_proj\.weight$", COLUMNS),
     (r"", Replicate()),
 )
-ADDED_ONCE = re.compile(r"layers\.\d+\.(self_attn\.o_proj|mlp\.down_proj)\.bias$")  # though the products are summed
+ADDED_ONCE = re.compile(  # though the products are summed
+    r"layers\.\d+\.(self_attn\.o_proj|mlp\.down_proj)\.bias$|^experts\.down_proj_bias$"
+)
 
 
-def placement(name: str) -> Placement:
-    """Return how tensor parallelism cuts the weight `name`."""
-    return next(placed for pattern, placed in TABLE if re.search(pattern, name))
+def placement(name: str, more: Table = ()) -> Placement:
+    """Return how tensor parallelism cuts the weight `name`; the rows of `more` come before those of `TABLE`."""
+    return next(placed for pattern, placed in (*more, *TABLE) if re.search(pattern, name))
 
 
 def apply_tensor_parallel(model: Decoder, mesh: Mesh) -> None:
     """Cut the weights of `model` over the axis tp and put the exchanges around its layers, in place."""
-    tp, group = mesh.dense["tp"], mesh.group("tp")
-    for module, key, name in weights_of(model):
-        if ".experts." not in name:
-            weight = module._parameters[key]
-            assert weight is not None
-            cut = distribute_tensor(weight.detach(), tp, [placement(name)], src_data_rank=None)
-            module._parameters[key] = nn.Parameter(cut, requires_grad=weight.requires_grad)
+    group = mesh.group("tp")
+    cut_weights(model, mesh)
     exchange = _chunked if mesh.layout.overlap else _surround
     for layer in model.layers:
         exchange(layer.self_attn, group)
@@ -57,6 +56,16 @@ def apply_tensor_parallel(model: Decoder, mesh: Mesh) -> None:
     if hasattr(model, "embed_tokens"):
         _cut_vocabulary(model.embed_tokens, group)
     model.read_logits = _cut_head(group)
+
+
+def cut_weights(model: Decoder, mesh: Mesh, more: Table = ()) -> None:
+    """Cut the weights of `model`, but for its experts, over the axis tp, in place."""
+    for module, key, name in weights_of(model):
+        if ".experts." not in name:
+            weight = module._parameters[key]
+            assert weight is not None
+            cut = distribute_tensor(weight.detach(), mesh.dense["tp"], [placement(name, more)], src_data_rank=None)
+            module._parameters[key] = nn.Parameter(cut, requires_grad=weight.requires_grad)
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
@@ -169,4 +178,4 @@ def _local(weight: nn.Parameter | None, name: str) -> Tensor | None:
     if not isinstance(weight, DTensor):
         return weight
     local: Tensor = weight.to_local(grad_placements=weight.placements)
-    return local / weight.device_mesh.size() if ADDED_ONCE.search(name) else local
+    return local / copies(weight) if ADDED_ONCE.search(name) else local

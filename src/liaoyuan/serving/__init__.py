@@ -7,7 +7,7 @@ from liaoyuan.serving.about import About, Words, read_about
 from liaoyuan.serving.app import build_app
 from liaoyuan.serving.keys import Keys, read_keys
 from liaoyuan.serving.security import Access
-from liaoyuan.serving.server import LOOPBACK, Server, check_port, open_server
+from liaoyuan.serving.server import LOOPBACK, Server, check_port, open_front, open_server
 
 __all__ = [
     "LOOPBACK",
@@ -18,6 +18,7 @@ __all__ = [
     "Words",
     "build_app",
     "check_port",
+    "open_front",
     "open_server",
     "read_about",
     "read_keys",

@@ -91,7 +91,7 @@ class _Embedder:
 
 
 def _on_model(step: Step, engine: Engine) -> list[tuple[int, Tensor]]:
-    return step(engine.model)
+    return step(engine.model, engine.memory)
 
 
 def _inputs(served: Served, body: EmbeddingRequest) -> list[tuple[int, ...]]:

@@ -1,7 +1,8 @@
 """Log-probabilities of a prompt's own tokens (`echo` with `logprobs`, `prompt_logprobs`).
 
 A prompt that fits into one step of the engine is scored by the forward pass of `evaluation.score`, so that the two
-agree to the last bit. A longer one goes through the engine in chunks, so that the answers of others go on.
+agree to the last bit (of a model in one process). Else it goes through the engine in chunks, so that the answers of
+others go on.
 """
 
 import contextlib
@@ -11,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from liaoyuan.inference import PromptLogprobs, Request, SamplingParams
+from liaoyuan.inference import Engine, PromptLogprobs, Request, SamplingParams
+from liaoyuan.inference.memory import OwnMemory
 from liaoyuan.models import Decoder, packed_context
 from liaoyuan.ops import linear
 from liaoyuan.serving.caller import CALLER
@@ -29,8 +31,7 @@ async def prompt_scores(served: Served, prompt: tuple[int, ...], top: int) -> Pr
     """
     if len(prompt) < 2:
         return PromptLogprobs([], [])
-    most = await between_steps(served, lambda engine: engine.config.max_batch_tokens)
-    if len(prompt) <= most:
+    if len(prompt) <= await between_steps(served, _most_at_once):
         return await between_steps(served, lambda engine: _scored(engine.model, prompt, top))
     caller, sampling = CALLER.get(), SamplingParams(max_tokens=1, prompt_logprobs=top)
     request = Request(secrets.token_hex(12), prompt, sampling, key=caller.key, timeout=caller.time_left())
@@ -41,12 +42,16 @@ async def prompt_scores(served: Served, prompt: tuple[int, ...], top: int) -> Pr
     raise ApiError(504, "The prompt was not scored in time.", code="timeout")
 
 
+def _most_at_once(engine: Engine) -> int:
+    """Return how long a prompt may be to be scored in one pass: none where only the engine reaches the whole head."""
+    return engine.config.max_batch_tokens if isinstance(engine.memory, OwnMemory) else 0
+
+
 @torch.inference_mode()
 def _scored(model: Decoder, prompt: tuple[int, ...], top: int) -> PromptLogprobs:
     tokens = torch.tensor(prompt, device=model.embed_tokens.weight.device)
     positions, context = packed_context([len(prompt) - 1], tokens.device)
-    residual, x = model.run_layers(model.embed_tokens(tokens[:-1]), positions, context)
-    _, hidden = model.norm.add(residual, x)
+    hidden = model(tokens[:-1], positions, context, hidden=True)
     logprobs = model.score(hidden, tokens[1:]).tolist()
     return PromptLogprobs(logprobs, list(_rivals(model, hidden, top)) if top else [[] for _ in logprobs])
 

@@ -6,21 +6,26 @@ import dataclasses
 import errno
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from liaoyuan.checkpoint import load_model
 from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, EngineThread, read_pooling
-from liaoyuan.models import Decoder
+from liaoyuan.inference.ranks import open_ranks
+from liaoyuan.models import read_config
+from liaoyuan.parallel import Layout, check_inference
 from liaoyuan.serving.about import About, read_about
 from liaoyuan.serving.app import build_app
 from liaoyuan.serving.connections import PatientProtocol
+from liaoyuan.serving.front import MOST_BODY_BYTES, Front
+from liaoyuan.serving.replicas import Replicas, replica_environment
 from liaoyuan.serving.security import Access
 from liaoyuan.serving.unready import answering_unready
 
@@ -29,11 +34,31 @@ GRACE_SECONDS = 2  # how long open answers may go on after Ctrl-C
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-class Server:
-    """An app on a listening socket, and what else ends with it; `run` serves until Ctrl-C or `stop`."""
+class Failure:
+    """Why a server cannot go on, as soon as it cannot; may be told by any thread, before the server is there too."""
 
-    def __init__(self, app: FastAPI, bound: socket.socket, closing: contextlib.ExitStack) -> None:
-        self.app = app
+    def __init__(self) -> None:
+        self.why = ""
+        self._stop: Callable[[], None] = lambda: None
+
+    def __call__(self, why: str) -> None:
+        self.why = why
+        self._stop()
+
+    def ends(self, stop: Callable[[], None]) -> None:
+        """Let it call `stop`."""
+        self._stop = stop
+        if self.why:
+            stop()
+
+
+class Server:
+    """An app on a listening socket, and what else ends with it; `run` serves until Ctrl-C, `stop` or a failure."""
+
+    def __init__(
+        self, app: ASGIApp, bound: socket.socket, closing: contextlib.ExitStack, failure: Failure | None = None
+    ) -> None:
+        self.app, self._failure = app, failure or Failure()
         self._socket, self._closing = bound, closing
         config = uvicorn.Config(
             app,
@@ -47,6 +72,7 @@ class Server:
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
         self._uvicorn = _Uvicorn(config, closing)
+        self._failure.ends(self.stop)
 
     @property
     def url(self) -> str:
@@ -55,13 +81,19 @@ class Server:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run(self) -> None:
-        """Serve until Ctrl-C (which is a clean end) or `stop` from another thread; then close everything."""
+        """Serve until Ctrl-C (which is a clean end) or `stop` from another thread; then close everything.
+
+        Raises:
+            LiaoyuanError: a failure has ended it.
+        """
         try:
             self._uvicorn.run(sockets=[self._socket])
         except KeyboardInterrupt:
             pass
         finally:
             self.close()
+        if self._failure.why:
+            raise LiaoyuanError(self._failure.why)
 
     def stop(self) -> None:
         """Make `run` return soon."""
@@ -108,6 +140,7 @@ def open_server(
     context_length: int | None = None,
     call_format: str | None = None,
     control: bool = False,
+    layout: Layout = Layout(),
 ) -> Server:
     """Load the model of a Hugging Face folder and return a server that holds the port (0: any free one).
 
@@ -116,6 +149,7 @@ def open_server(
         call_format: how the model writes tool calls; None: see its chat template.
         control: see `build_app`.
         about: what the chat page says; read from the folder's `liaoyuan.json` if None.
+        layout: over how many processes, of which this is the first, the model is spread: its axes tp and ep.
         access: who may ask, and how much; on a loopback address only requests that name it are answered.
         max_queued: requests that may wait beyond those that the engine runs at once.
         context_length: the most tokens of a request; as many as model and cache hold if None.
@@ -126,8 +160,9 @@ def open_server(
     with contextlib.ExitStack() as port_kept, contextlib.ExitStack() as opened:
         bound = port_kept.enter_context(_bind(host, port))
         with answering_unready(bound):
-            tokenizer, model = _load(model_dir, device)
-            running = Engine(model, engine)
+            tokenizer, failure = _load_tokenizer(model_dir), Failure()
+            running = _open_engine(model_dir, device, engine, layout, failure, opened)
+            eos = running.model.config.eos_token_id
             runner = opened.enter_context(EngineThread(running, max_queued))
             app = build_app(
                 runner,
@@ -135,15 +170,60 @@ def open_server(
                 name or model_dir.resolve().name,
                 _context_length(running.room, context_length),
                 about or read_about(model_dir),
-                () if model.config.eos_token_id is None else (model.config.eos_token_id,),
+                () if eos is None else (eos,),
                 dataclasses.replace(access, loopback_only=host in LOOPBACK),
                 read_pooling(model_dir),
-                model.config.vocab_size,
+                running.model.config.vocab_size,
                 call_format,
                 control,
             )
         port_kept.pop_all()
-        return Server(app, bound, opened.pop_all())
+        return Server(app, bound, opened.pop_all(), failure)
+
+
+def open_front(
+    model_dir: Path,
+    command: list[str],
+    replicas: int,
+    layout: Layout,
+    threads: int,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_body_bytes: int = MOST_BODY_BYTES,
+) -> Server:
+    """Start replicas of a server, each its own process or `layout.tp` of them, and return a server that hands each
+    request to one of them.
+
+    Args:
+        command: that starts one replica, which says where it listens as a line of JSON.
+        threads: of each replica.
+
+    Raises:
+        LiaoyuanError: the port is in use, the layout does not fit the model, or a replica could not start.
+    """
+    check_inference(layout, read_config(model_dir))
+    with contextlib.ExitStack() as port_kept, contextlib.ExitStack() as opened:
+        bound = port_kept.enter_context(_bind(host, port))
+        environments = [replica_environment(number, layout.tp, threads) for number in range(replicas)]
+        with answering_unready(bound):
+            running = opened.enter_context(Replicas([command] * replicas, environments))
+        front = Front(running, max_body_bytes, LOOPBACK if host in LOOPBACK else ())
+        port_kept.pop_all()
+        return Server(front, bound, opened.pop_all())
+
+
+def _open_engine(
+    model_dir: Path,
+    device: str,
+    config: EngineConfig,
+    layout: Layout,
+    failure: Failure,
+    opened: contextlib.ExitStack,
+) -> Engine:
+    if layout.tp * layout.ep == 1:
+        return Engine(load_model(model_dir, device=select_device(device).torch), config)
+    leader = opened.enter_context(open_ranks(model_dir, layout, device, failure))
+    return Engine(leader.model, config, memory=leader)
 
 
 def _context_length(room: int, wanted: int | None) -> int:
@@ -152,18 +232,16 @@ def _context_length(room: int, wanted: int | None) -> int:
     return wanted or room
 
 
-def _load(model_dir: Path, device: str) -> tuple[Tokenizer, Decoder]:
+def _load_tokenizer(model_dir: Path) -> Tokenizer:
     if not model_dir.is_dir():
         raise LiaoyuanError(f"The model folder {model_dir} does not exist.")
-    place = select_device(device)
     tokenizer = Tokenizer.load(model_dir)
-    model = load_model(model_dir, device=place.torch)
-    ids, rows = tokenizer.vocab_size, model.config.vocab_size
+    ids, rows = tokenizer.vocab_size, read_config(model_dir).vocab_size
     if not ids <= rows < ids + MOST_PADDING:
         raise LiaoyuanError(
             f"The tokenizer and the model in {model_dir} disagree: the tokenizer has {ids} ids, the model {rows}."
         )
-    return tokenizer, model
+    return tokenizer
 
 
 def check_port(host: str = "127.0.0.1", port: int = 8000) -> None:

@@ -1,0 +1,74 @@
+"""Where a model's weights and its cache lie: in this process, or, through `mirror.Leader`, in several."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from liaoyuan.inference.cache import KeyValueCache
+from liaoyuan.inference.weights import (
+    Weights,
+    checked_weights,
+    copy_weights,
+    drop_weights,
+    take_weights,
+    weights_checksum,
+)
+from liaoyuan.models import Decoder
+
+
+class Memory(Protocol):
+    """What an engine asks of it, beside calling the model."""
+
+    def new_cache(self, num_blocks: int, block_size: int) -> KeyValueCache:
+        """Return a cache with nothing in it."""
+        ...
+
+    def checked(self, weights: Weights) -> Mapping[str, Tensor]:
+        """Return new weights for `copy_weights`; see `weights.checked_weights`."""
+        ...
+
+    def copy_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy checked weights into the model, in place."""
+        ...
+
+    def checksum(self) -> str:
+        """Return the checksum of the weights; see `weights.weights_checksum`."""
+        ...
+
+    def drop_weights(self) -> None:
+        """Give the memory of the weights back."""
+        ...
+
+    def take_memory(self) -> None:
+        """Take the memory of dropped weights again; what is in it is not known."""
+        ...
+
+
+class OwnMemory:
+    """The memory of one process."""
+
+    def __init__(self, model: Decoder) -> None:
+        self._model = model
+        self._dropped: dict[str, torch.Size] = {}  # weights whose memory was given back
+
+    def new_cache(self, num_blocks: int, block_size: int) -> KeyValueCache:
+        model = self._model
+        return KeyValueCache(model.config, num_blocks, block_size, model.embed_tokens.weight.device)
+
+    def checked(self, weights: Weights) -> Mapping[str, Tensor]:
+        return checked_weights(self._model, weights)
+
+    def copy_weights(self, weights: Mapping[str, Tensor]) -> None:
+        copy_weights(self._model, weights)
+
+    def checksum(self) -> str:
+        return weights_checksum(self._model)
+
+    def drop_weights(self) -> None:
+        self._dropped = drop_weights(self._model)
+
+    def take_memory(self) -> None:
+        take_weights(self._model, self._dropped)
+        self._dropped = {}

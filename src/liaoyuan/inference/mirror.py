@@ -1,0 +1,285 @@
+"""One model in several processes, one engine: what the first process calls, the others call too.
+
+The engine, its scheduler and all sampling live in the first process, the leader. Its model announces each call before
+it makes it, and its cache each copy of blocks; the followers make the same calls with the same tensors. A step is one
+broadcast of one flat tensor, and a second one if it does not fit into the first (`inference/message.py`).
+"""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from liaoyuan.checkpoint import read_weights
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.inference.cache import KeyValueCache, PagedContext
+from liaoyuan.inference.message import as_text, receive, send, text_tensor
+from liaoyuan.inference.weights import Weights
+from liaoyuan.models import AttentionContext, Decoder, PackedContext, read_config
+from liaoyuan.ops import checksum
+from liaoyuan.parallel import Program, local
+
+Result = TypeVar("Result")
+
+
+class Call(IntEnum):
+    """What the leader announces."""
+
+    END = 0
+    CACHE = 1  # an empty cache: [its number, how many blocks, size of a block]
+    DROP = 2  # a cache that nobody needs any more: [its number]
+    COPY = 3  # blocks of a cache: [its number], sources, targets
+    PAGED = 4  # a forward pass: [hidden, number of the cache], tokens, positions, targets, rows, four of the context
+    PACKED = 5  # a forward pass over whole documents: [hidden], tokens, positions, targets, rows, boundaries
+    READ = 6  # new weights, of a folder: its path
+    TAKE = 7  # the weights that were read
+    SUM = 8  # the checksum of all weights
+    SLEEP = 9  # without weights
+    WAKE = 10
+
+
+class Leader:
+    """The first process's model, `model`, whose calls the followers make too; a `memory.Memory` of all processes.
+
+    Calls from several threads take turns. If one fails, the processes stand at different places: all later ones are
+    refused, and `failure` says why.
+    """
+
+    def __init__(self, program: Program, control: ProcessGroup, failed: Callable[[str], None]) -> None:
+        """control: a group of all processes on the CPU, which waits as long as the engine has nothing to do.
+
+        failed: is told of a failure.
+        """
+        (self.model,) = program.models
+        self._failed = failed
+        self.failure = ""
+        self._program, self._control, self._part = program, control, Part(program, control)
+        self._turn = threading.RLock()
+        self._caches, self._inside = 0, 0  # how many there were; the thread that makes an announced call
+        self._forward = self.model.forward
+        self.model.forward = self._call  # type: ignore[method-assign,assignment]
+        for part in (self.model.embed_tokens, *self.model.layers):
+            part.register_forward_pre_hook(self._refuse_alone)
+
+    def new_cache(self, num_blocks: int, block_size: int) -> KeyValueCache:
+        """Return this process's part of a new cache; the others make theirs, and drop it when this one is dropped."""
+        with self._turn:
+            model, number = self.model, self._caches
+            self._announce(Call.CACHE, [torch.tensor([number, num_blocks, block_size])])
+            cache = SharedCache(model.config, num_blocks, block_size, self._program.device, model.key_value_heads)
+            cache.number, cache.announce = number, self._announce
+            self._caches += 1
+        weakref.finalize(cache, self._drop, number)
+        return cache
+
+    def checked(self, weights: Weights) -> Mapping[str, Tensor]:
+        """Return this process's part of new weights for `copy_weights`; the others have read theirs.
+
+        Raises:
+            LiaoyuanError: they are no folder, or one of the processes refuses its part.
+        """
+        if not isinstance(weights, Path):
+            raise LiaoyuanError("A model that is spread over several processes takes its weights from a folder.")
+        with self._turn:
+            self._announce(Call.READ, [text_tensor(str(weights.resolve()))])
+            return self._together(lambda: self._part.read(weights))
+
+    def copy_weights(self, weights: Mapping[str, Tensor]) -> None:
+        self._everywhere(Call.TAKE, self._part.take)
+
+    def checksum(self) -> str:
+        return self._everywhere(Call.SUM, self._part.checksum)
+
+    def drop_weights(self) -> None:
+        self._everywhere(Call.SLEEP, self._part.drop_weights)
+
+    def take_memory(self) -> None:
+        self._everywhere(Call.WAKE, self._part.take_memory)
+
+    def close(self) -> None:
+        """Let the followers end."""
+        with self._turn:
+            if not self.failure:
+                self._announce(Call.END, [])
+                self.failure = "they have ended"
+
+    def _call(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        context: AttentionContext,
+        targets: Tensor | None = None,
+        rows: Tensor | None = None,
+        hidden: bool = False,
+    ) -> Tensor:
+        kind, number, places = _places(context)
+        head = torch.tensor([hidden, *number], dtype=torch.int64)
+        with self._turn:
+            self._announce(kind, [head, tokens, positions, targets, rows, *places])
+            self._inside = threading.get_ident()
+            try:
+                return self._together(lambda: self._forward(tokens, positions, context, targets, rows, hidden=hidden))
+            finally:
+                self._inside = 0
+
+    def _refuse_alone(self, *_: object) -> None:
+        """Refuse to compute a part of the model that the others do not compute: all would wait for each other."""
+        if self._inside != threading.get_ident():
+            raise LiaoyuanError("A model that is spread over several processes can only be called as a whole.")
+
+    def _everywhere(self, kind: Call, work: Callable[[], Result]) -> Result:
+        with self._turn:
+            self._announce(kind, [])
+            return self._together(work)
+
+    def _announce(self, kind: Call, tensors: Sequence[Tensor | None]) -> None:
+        with self._turn:
+            if self.failure:
+                raise LiaoyuanError(f"The processes of this model do not work together any more: {self.failure}.")
+            self._together(lambda: send(kind, tensors, self._control))
+
+    def _drop(self, number: int) -> None:
+        if not self.failure:
+            self._announce(Call.DROP, [torch.tensor([number])])
+
+    def _together(self, work: Callable[[], Result]) -> Result:
+        try:
+            return work()
+        except LiaoyuanError:
+            raise  # refused in all processes alike
+        except BaseException as error:
+            self.failure = f"{type(error).__name__}: {error}".partition("\n")[0]
+            self._failed(self.failure)
+            raise LiaoyuanError(f"A process of this model failed, and the others with it: {self.failure}.") from error
+
+
+class SharedCache(KeyValueCache):
+    """The leader's part of a cache."""
+
+    number: int
+    announce: Callable[[Call, Sequence[Tensor]], None]
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        self.announce(Call.COPY, [torch.tensor([self.number]), source, target])
+        super().copy(source, target)
+
+
+class Part:
+    """This process's part of the weights."""
+
+    def __init__(self, program: Program, control: ProcessGroup) -> None:
+        self._program, self._control = program, control
+        self._new: dict[str, Tensor] = {}
+        self._dropped: dict[torch.UntypedStorage, int] = {}
+
+    def read(self, folder: Path) -> Mapping[str, Tensor]:
+        """Read this process's part of the weights of a folder beside its own.
+
+        Raises:
+            LiaoyuanError: some process cannot read its part, or may not take it.
+        """
+        fresh = {name: torch.empty_like(tensor.detach()) for name, tensor in self._program.named_tensors()}
+        refusal = _refusal(fresh, self._program, folder)
+        failed = torch.tensor(int(bool(refusal)))
+        dist.all_reduce(failed, group=self._control)
+        if failed:
+            raise LiaoyuanError(refusal or f"Another process of this model cannot read its part of {folder}.")
+        self._new = {name: local(tensor) for name, tensor in fresh.items()}
+        return self._new
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Copy what was read into the model."""
+        for name, tensor in self._own().items():
+            tensor.copy_(self._new[name])
+        self._new = {}
+
+    def checksum(self) -> str:
+        """Return what `weights.weights_checksum` returns of the whole model; all processes must ask."""
+        total, named = 0, dict(self._program.named_tensors())
+        for _, whole in self._program.whole_tensors({name: named[name] for name in sorted(named)}):
+            total = checksum(whole, before=total)
+        return f"{total:016x}"
+
+    def drop_weights(self) -> None:
+        pieces = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in self._own().values()}
+        self._dropped = {piece: piece.nbytes() for piece in pieces.values()}
+        for piece in self._dropped:
+            piece.resize_(0)
+
+    def take_memory(self) -> None:
+        for piece, size in self._dropped.items():
+            piece.resize_(size)
+        self._dropped = {}
+
+    def _own(self) -> dict[str, Tensor]:
+        return {name: local(tensor.detach()) for name, tensor in self._program.named_tensors()}
+
+
+def follow(program: Program, control: ProcessGroup) -> None:
+    """Make the leader's calls until it ends them."""
+    (model,) = program.models
+    device, part = program.device, Part(program, control)
+    silent = {
+        Call.TAKE: part.take,
+        Call.SUM: part.checksum,
+        Call.SLEEP: part.drop_weights,
+        Call.WAKE: part.take_memory,
+    }
+    caches: dict[int, KeyValueCache] = {}
+    while True:
+        kind, found = receive(control)
+        if kind == Call.END:
+            return
+        head = [] if not found or found[0] is None else found[0].tolist()
+        if kind == Call.CACHE:
+            number, num_blocks, block_size = head
+            caches[number] = KeyValueCache(model.config, num_blocks, block_size, device, model.key_value_heads)
+        elif kind == Call.DROP:
+            del caches[head[0]]
+        elif kind == Call.READ:
+            with contextlib.suppress(LiaoyuanError):  # the leader raises it
+                part.read(Path(as_text(head)))
+        elif kind in silent:
+            silent[Call(kind)]()
+        else:
+            _repeat(Call(kind), model, caches, head, [x if x is None else x.to(device) for x in found[1:]])
+
+
+@torch.inference_mode()
+def _repeat(kind: Call, model: Decoder, caches: dict[int, KeyValueCache], head: list[int], tensors: list[Any]) -> None:
+    if kind is Call.COPY:
+        caches[head[0]].copy(*tensors)
+        return
+    tokens, positions, targets, rows, *places = tensors
+    context = PagedContext(caches[head[1]], *places) if kind is Call.PAGED else PackedContext(*places)
+    model(tokens, positions, context, targets, rows, hidden=bool(head[0]))
+
+
+def _places(context: AttentionContext) -> tuple[Call, list[int], list[Tensor]]:
+    if isinstance(context, PagedContext) and isinstance(context.cache, SharedCache):
+        places = [context.slots, context.block_tables, context.query_starts, context.lengths]
+        return Call.PAGED, [context.cache.number], places
+    if isinstance(context, PackedContext):
+        return Call.PACKED, [], [context.boundaries]
+    raise LiaoyuanError("A model that is spread over several processes needs a cache that all of them know.")
+
+
+def _refusal(fresh: dict[str, Tensor], program: Program, folder: Path) -> str:
+    """Read new weights; return why they cannot be taken, or nothing."""
+    try:
+        if read_config(folder) != program.config:
+            return f"The config.json of {folder} is that of another model than the one that is served."
+        read_weights(fresh, program.config, folder)
+    except LiaoyuanError as error:
+        return str(error)
+    wrong = [name for name, tensor in fresh.items() if not bool(local(tensor).isfinite().all())]
+    return f"The new weight '{wrong[0]}' of {folder} has values that are not numbers." if wrong else ""

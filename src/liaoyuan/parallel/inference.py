@@ -1,0 +1,176 @@
+"""Tensor and expert parallelism for inference: every process has all tokens of a step, its heads and its experts.
+
+Weights are cut as training cuts them. A step of decoding has too few tokens to spread them between the layers, so here
+all processes keep the whole residual stream, and each layer's partial outputs are gathered and added in the order of
+ranks. No part of a row's sum depends on which other rows there are: one layout gives the same bits in every batch.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.models import Decoder, ModelConfig
+from liaoyuan.models.experts import Dispatch, GroupedExperts, MixtureOfExperts
+from liaoyuan.ops import (
+    LogitStatistics,
+    ReadLogits,
+    combine_rows,
+    logit_statistics,
+    merge_statistics,
+    permute_rows,
+    wide,
+)
+from liaoyuan.parallel.layout import Layout, Shape, resolve
+from liaoyuan.parallel.mesh import Mesh
+from liaoyuan.parallel.program import Program, compute_each_locally, give_memory
+from liaoyuan.parallel.tensor import COLUMNS, ROWS, Table, cut_weights
+from liaoyuan.parallel.world import World
+
+SHARED_TABLE: Table = (  # training leaves an expert that all tokens pass whole
+    (r"shared_experts\.gate_up_proj\.weight$", ROWS),
+    (r"shared_experts\.down_proj\.weight$", COLUMNS),
+)
+# Of the weights of all experts, [experts, ...]: over the processes that hold the same experts, and over ep.
+EXPERT_TABLE: dict[str, tuple[Placement, Placement]] = {
+    "gate_up_proj": (Shard(1), Shard(0)),
+    "gate_up_proj_bias": (Shard(1), Shard(0)),
+    "down_proj": (Shard(2), Shard(0)),
+    "down_proj_bias": (Replicate(), Shard(0)),
+}
+
+
+def check_inference(layout: Layout, config: ModelConfig) -> Layout:
+    """Return the layout of a replica, resolved.
+
+    Raises:
+        LiaoyuanError: it has other axes than tp and ep, or does not fit the model.
+    """
+    if layout.pp * layout.dp * layout.context > 1 or layout.fsdp > 1 or layout.compile:
+        raise LiaoyuanError(
+            "Inference knows the axes tp and ep of a layout; to use more processes, start more replicas."
+        )
+    resolved = resolve(layout, layout.tp, Shape(config, layout.tp, 1))
+    experts = config.experts
+    widths = []
+    if experts:
+        widths = [
+            ("moe_intermediate_size", experts.moe_intermediate_size, layout.tp // layout.ep),
+            ("the width of the shared experts", experts.shared_intermediate_size, layout.tp),
+        ]
+    for name, width, parts in widths:
+        if width % parts:
+            raise LiaoyuanError(f"The layout {layout.describe()} does not fit: {parts} does not divide {name} {width}.")
+    return resolved
+
+
+def lay_out_inference(model: Decoder, layout: Layout, world: World) -> Program:
+    """Lay out `model`, on the meta device, over the processes of `world` (which must know the layout): each gets memory
+    for its part, to be filled by `checkpoint.load_weights`. `models[0]` of the program is then called as the whole
+    model would be, in all processes with the same inputs, and gives all of them the same output.
+    """
+    mesh = world.mesh
+    assert mesh, "a model of one process needs no layout"
+    group = mesh.group("tp")
+    cut_weights(model, mesh, SHARED_TABLE)
+    model.key_value_heads = model.config.num_key_value_heads // layout.tp
+    for layer in model.layers:
+        _add_up(layer.self_attn, group)
+        _add_up(layer.mlp, group)
+        if isinstance(layer.mlp, MixtureOfExperts):
+            _cut_experts(layer.mlp, mesh)
+    _cut_vocabulary(model.embed_tokens, group)
+    model.read_logits = _read_cut_head(group)
+    _join_logits(model, group)
+    program = Program([model], mesh)
+    compute_each_locally(model, model)
+    give_memory(program, world.device.torch)
+    return program
+
+
+def ordered_sum(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the sum over the processes, added in the order of ranks, in fp32 (fp64 for fp64), rounded once."""
+    parts = x.new_empty(group.size(), *x.shape)
+    dist.all_gather_single(parts.flatten(0, 1), x.contiguous(), group=group)
+    total = wide(parts[0]).clone()
+    for part in parts[1:]:
+        total += part
+    return total.to(x.dtype)
+
+
+def gather_columns(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the columns of all processes side by side: [N, C] -> [N, size * C]."""
+    parts = x.new_empty(group.size(), *x.shape)
+    dist.all_gather_single(parts.flatten(0, 1), x.contiguous(), group=group)
+    return parts.transpose(0, 1).reshape(x.shape[0], group.size() * x.shape[1])
+
+
+def _add_up(module: Any, group: ProcessGroup) -> None:
+    module.register_forward_hook(lambda _, __, out: ordered_sum(out, group))
+
+
+def _cut_vocabulary(embedding: nn.Module, group: ProcessGroup) -> None:
+    """Look tokens up where their row is; of the other processes' rows nothing but zeros is added."""
+
+    def forward(tokens: Tensor) -> Tensor:
+        table = embedding.weight
+        assert isinstance(table, Tensor)
+        local = tokens - len(table) * group.rank()
+        here = (local >= 0) & (local < len(table))
+        rows = nn.functional.embedding(local.where(here, torch.zeros_like(local)), table)
+        return ordered_sum(rows * here[:, None].to(rows.dtype), group)
+
+    embedding.forward = forward
+
+
+def _read_cut_head(group: ProcessGroup) -> ReadLogits:
+    """Return `logit_statistics` for a head whose rows are spread over the processes."""
+
+    def highest(x: Tensor) -> Tensor:
+        found = x.clone()
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+        return found
+
+    def read(hidden: Tensor, head: Tensor, targets: Tensor, moments: bool = False) -> LogitStatistics:
+        first, vocabulary = len(head) * group.rank(), len(head) * group.size()
+        own = logit_statistics(hidden, head, targets, moments, first, vocabulary)
+        return merge_statistics(own, highest, lambda x: ordered_sum(x, group))
+
+    return read
+
+
+def _join_logits(model: Decoder, group: ProcessGroup) -> None:
+    """Put the logits of all processes together; log-probabilities of targets and hidden states are whole already."""
+
+    def after(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], out: Tensor) -> Tensor:
+        targets = inputs[3] if len(inputs) > 3 else options.get("targets")
+        return out if targets is not None or options.get("hidden") else gather_columns(out, group)
+
+    model.register_forward_hook(after, with_kwargs=True)
+
+
+def _cut_experts(layer: MixtureOfExperts, mesh: Mesh) -> None:
+    """Spread the experts over ep, and cut each over the processes that hold the same ones."""
+    over = mesh.experts["expert_shard", "ep"]
+    for key, weight in list(layer.experts.named_parameters(recurse=False)):
+        cut = distribute_tensor(weight.detach(), over, EXPERT_TABLE[key], src_data_rank=None)
+        layer.experts._parameters[key] = nn.Parameter(cut, requires_grad=weight.requires_grad)
+    layer.dispatch = _own_experts(mesh.place("ep"), mesh.layout.ep)
+
+
+def _own_experts(place: int, size: int) -> Dispatch:
+    """Return a dispatch that computes for all tokens what this process's experts add to them."""
+
+    def dispatch(x: Tensor, chosen: Tensor, weights: Tensor, experts: GroupedExperts, count: int) -> Tensor:
+        rows, order, sizes = permute_rows(x, chosen, count)
+        own = slice(count // size * place, count // size * (place + 1))
+        before, here = int(sizes[: own.start].sum()), int(sizes[own].sum())
+        out = torch.zeros_like(rows)
+        out[before : before + here] = experts(rows[before : before + here], sizes[own])
+        return combine_rows(out, order, weights)
+
+    return dispatch
