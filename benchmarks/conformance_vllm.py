@@ -19,8 +19,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from conformance_server import Kind, Servers, random_model
+from liaoyuan.data.template import CHAT_TEMPLATE
 
 FOLDER = Path(os.environ["CONFORMANCE_FOLDER"])
+WITHOUT_THOUGHTS = "{%- set enable_thinking = false %}" + CHAT_TEMPLATE
 OWN_PARTS = "about a part of vLLM itself, not about a server"
 servers = Servers(FOLDER / "vllm")
 
@@ -51,7 +53,8 @@ class RemoteOpenAIServer:
         self.model = model
         context = int(_option(args, "--max-model-len") or 8192)
         name = _option(args, "--served-model-name") or model
-        server = servers.shared(Kind(random_model(FOLDER / "random"), name, context, None, max_sequences=16))
+        template = CHAT_TEMPLATE if _option(args, "--reasoning-parser") else WITHOUT_THOUGHTS
+        server = servers.shared(Kind(random_model(FOLDER / "random"), name, context, template, max_sequences=16))
         self.url_root = server.url
         self.host, self.port = "127.0.0.1", int(server.url.rpartition(":")[2])
 

@@ -141,11 +141,21 @@ def _described(body: ChatRequest) -> list[dict[str, Any]]:
 
 def _prompt(served: Served, body: ChatRequest, calling: _Calling | None, more: bool = True) -> tuple[int, ...]:
     tools = _described(body) if calling else None
+    given = body.messages[:-1] if body.continue_final_message else body.messages
+    more = more and (body.add_generation_prompt is not False or bool(body.continue_final_message))
     try:
-        messages = [_message(message) for message in body.messages]
-        return tuple(served.tokenizer.render(messages, body.thinking, generation_prompt=more, tools=tools))
+        messages = [_message(message) for message in given]
+        prompt = tuple(served.tokenizer.render(messages, body.thinking, generation_prompt=more, tools=tools))
     except LiaoyuanError as error:
         raise invalid(str(error), "messages") from error
+    return _continued(served, prompt, body.messages[-1].text()) if body.continue_final_message else prompt
+
+
+def _continued(served: Served, prompt: tuple[int, ...], begun: str) -> tuple[int, ...]:
+    """Return a prompt with the beginning of the answer; a thought that the template has opened ends before it."""
+    if served.marks and served.marks.left_open(prompt):
+        prompt += (served.marks.close,)
+    return prompt + tuple(served.tokenizer.encode(begun))
 
 
 def _message(message: Message) -> dict[str, Any]:

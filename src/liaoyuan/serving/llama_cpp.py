@@ -56,12 +56,6 @@ class NativeCompletion(Sampling):
         return known_fields(named, cls.model_fields, IGNORED, {})
 
 
-class TemplateRequest(ChatRequest):
-    """Body of `/apply-template`: a conversation."""
-
-    add_generation_prompt: bool | None = None
-
-
 def llama_routes(served: Served) -> APIRouter:
     """Return the router of these endpoints."""
     router = APIRouter()
@@ -80,7 +74,7 @@ def llama_routes(served: Served) -> APIRouter:
         return JSONResponse(whole if _several(body.prompt) else whole[0])
 
     @router.post("/apply-template")
-    async def apply_template(body: TemplateRequest) -> dict[str, str]:
+    async def apply_template(body: ChatRequest) -> dict[str, str]:
         return {"prompt": await asyncio.to_thread(chat_text, served, body, body.add_generation_prompt is not False)}
 
     return router

@@ -15,7 +15,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
-from liaoyuan.serving.conversation import chat_jobs
+from liaoyuan.serving.conversation import chat_jobs, chat_prompt
 from liaoyuan.serving.errors import ANTHROPIC_PATH, ApiError, invalid
 from liaoyuan.serving.generation import EventStream, Job, Served, collect, first_and_rest, server_event, start
 from liaoyuan.serving.messages_body import CountTokensRequest, MessagesRequest
@@ -43,29 +43,18 @@ def message_routes(served: Served) -> APIRouter:
     @router.post(ANTHROPIC_PATH + "/count_tokens", response_model=None)
     async def count_tokens(body: CountTokensRequest) -> dict[str, int]:
         served.check_model(body.model)
-        return {"input_tokens": len((await asyncio.to_thread(_unlimited_job, served, body)).prompt)}
+        return {"input_tokens": len(await asyncio.to_thread(chat_prompt, served, body.chat()))}
 
     return router
 
 
 def _job(served: Served, body: MessagesRequest) -> Job:
     """Return the answer to be generated. More tokens than there is room for are no mistake in this API."""
-    job = _unlimited_job(served, body)
+    [job] = chat_jobs(served, body.chat())
     room = served.context_length - len(job.prompt)
     if room < 1:
         raise invalid(f"The prompt is too long: {len(job.prompt)} tokens, and the context is {served.context_length}.")
     return replace(job, sampling=replace(job.sampling, max_tokens=min(room, body.max_tokens)))
-
-
-def _unlimited_job(served: Served, body: CountTokensRequest) -> Job:
-    """Return the job with the prompt that ends with the answer's given beginning, if there is one."""
-    [job] = chat_jobs(served, body.chat())
-    if not body.prefill:
-        return job
-    prompt = job.prompt
-    if job.marks and job.marks.left_open(prompt):
-        prompt += (job.marks.close,)
-    return replace(job, prompt=prompt + tuple(served.tokenizer.encode(body.prefill)))
 
 
 async def _stream(reply: "_Reply", pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:

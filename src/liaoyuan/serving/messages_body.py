@@ -151,14 +151,13 @@ class CountTokensRequest(Body):
         return known_fields(values, cls.model_fields, IGNORED, NEUTRAL)
 
     @property
-    def prefill(self) -> str:
-        """The beginning of the answer, if the last turn is the assistant's."""
+    def begun(self) -> bool:
+        """Whether the last turn is the beginning of the answer."""
         last = self.messages[-1]
-        only_text = all(block.type == "text" for block in last.content)
-        return _text(last.content) if last.role == "assistant" and only_text else ""
+        return last.role == "assistant" and all(block.type == "text" for block in last.content)
 
     def chat(self) -> ChatRequest:
-        """Return the chat request that asks for the same; without the prefill.
+        """Return the chat request that asks for the same.
 
         Raises:
             ApiError: it asks for what chat refuses.
@@ -175,6 +174,7 @@ class CountTokensRequest(Body):
             ("tool_choice", _chat_choice(choice) if choice else None),
             ("parallel_tool_calls", False if choice and choice.disable_parallel_tool_use else None),
             ("response_format", _chat_format(output.format or self.output_format)),
+            ("continue_final_message", True if self.begun else None),
             ("chat_template_kwargs", {"enable_thinking": thinks}),
             ("thinking_token_budget", self.thinking.budget_tokens if thinks and self.thinking else None),
             ("reasoning_effort", "xhigh" if output.effort == "max" else output.effort),
@@ -184,7 +184,7 @@ class CountTokensRequest(Body):
         messages: list[dict[str, Any]] = []
         if self.system:
             messages.append({"role": "system", "content": _text(self.system)})
-        for message in self.messages[: -1 if self.prefill else None]:
+        for message in self.messages:
             for turn in _turns(message):
                 add_turn(messages, turn, ("user", "assistant"))
         return messages

@@ -266,12 +266,28 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     thinking_token_budget: Annotated[int, Field(ge=0)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     functions: Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None = None
     function_call: Literal["none", "auto"] | FunctionName | None = None
+
+    @model_validator(mode="after")
+    def _one_end(self) -> "ChatRequest":
+        if not self.continue_final_message:
+            return self
+        if self.add_generation_prompt:
+            raise invalid(
+                "'continue_final_message' and 'add_generation_prompt' exclude each other.", "continue_final_message"
+            )
+        last = self.messages[-1]
+        if len(self.messages) < 2 or last.role != "assistant" or last.tool_calls:
+            message = "'continue_final_message' needs messages of which the last is the assistant's, without calls."
+            raise invalid(message, "continue_final_message")
+        return self
 
     @property
     def offered(self) -> list[Function]:
