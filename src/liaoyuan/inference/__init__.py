@@ -8,6 +8,7 @@ from liaoyuan.inference.engine import Engine, EngineConfig
 from liaoyuan.inference.exact import Proof, prove, require_exact
 from liaoyuan.inference.exact_paths import FULL, QUICK
 from liaoyuan.inference.grammar import Grammar, Grammars
+from liaoyuan.inference.pooling import Pooling, embedding_steps, read_pooling
 from liaoyuan.inference.request import Completion, Event, PromptLogprobs, Request, SamplingParams
 from liaoyuan.inference.runner import Busy, EngineThread
 from liaoyuan.inference.thinking import AfterThinking, ThinkMarks
@@ -26,11 +27,14 @@ __all__ = [
     "Event",
     "Grammar",
     "Grammars",
+    "Pooling",
     "PromptLogprobs",
     "Proof",
     "Request",
     "SamplingParams",
     "ThinkMarks",
+    "embedding_steps",
     "prove",
+    "read_pooling",
     "require_exact",
 ]

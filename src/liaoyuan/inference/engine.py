@@ -114,6 +114,11 @@ class Engine:
         self._prompt_tokens = self._computed_tokens = self._generated_tokens = 0
 
     @property
+    def memory(self) -> Memory:
+        """Where the model lies: whoever calls it between two steps may need a cache of his own there."""
+        return self._memory
+
+    @property
     def has_work(self) -> bool:
         """Whether any request waits or runs."""
         return bool(self._scheduler.sequences)

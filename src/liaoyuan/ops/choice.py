@@ -184,13 +184,16 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
     return float(difference / expected.float().abs().max().clamp_min(1e-30)) if difference else 0.0
 
 
-@torch.compiler.assume_constant_result
 def _has_kernel(name: str, device: str, dtype: torch.dtype) -> bool:
     known = _choose(name, device).dtypes
     if known and dtype not in known and dtype.is_floating_point and len(known) > 1:
         names = " and ".join(_short(one) for one in known if one.is_floating_point)
         _warn(f"The kernels for {device} take {names}: the slower references compute {_short(dtype)}.")
     return dtype in known
+
+
+# What torch.compiler.assume_constant_result does, which imports the whole compiler for it: seconds at every start.
+_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -61,7 +61,7 @@ class Front:
             else:
                 await _unless_gone(self._pass_on(asked, send), receive)
         except ApiError as error:
-            reply = error.response()
+            reply = error.response(scope["path"])
             if error.status == 503:
                 reply.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
             await reply(scope, receive, send)
