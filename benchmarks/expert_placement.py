@@ -1,6 +1,6 @@
 """Expert placement beside DeepSeek's: how even the ranks' work is, and how many experts are sent to keep it so.
 
-Every `--every` windows each method gets the moving average of the loads so far and may change the placement; what is
+Every `--every` windows each method gets moving averages of the loads so far and may change the placement; what is
 counted is the imbalance (busiest rank over the mean, mean over layers) of the windows that follow, which it has not
 seen. Loads: routers' choices of a small mixture of experts on a mix of domains that drifts (`expert_traces.py` makes
 them), and Zipf loads whose order drifts. The peer is the published algorithm of DeepSeek-AI 2024 (arXiv 2412.19437,
@@ -23,12 +23,21 @@ from scipy.optimize import linear_sum_assignment
 
 from liaoyuan.inference.expert_placement import LoadAverage, apply, count_moves, imbalance, place, rebalance
 
-Method = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (placement, load [domains, layers, experts]) -> placement
+Change = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (placement, load [averages, layers, experts]) -> placement
+
+
+@dataclass(frozen=True)
+class Method:
+    """half_lives: of the averages of the loads that it gets, in windows; by_domain: for each domain apart."""
+
+    change: Change
+    half_lives: tuple[float, ...] = (2,)
+    by_domain: bool = False
 
 
 @dataclass(frozen=True)
 class Case:
-    """windows: yields (counts by domain [domains, layers, experts], share of each domain)."""
+    """windows: from a seed to the counts by domain [domains, layers, experts] of one window after another."""
 
     name: str
     ranks: int
@@ -41,7 +50,11 @@ def main() -> None:
     cases = [*trace_cases(options.traces), *zipf_cases()]
     results = []
     for case in cases:
-        rows = [measure(case, name, method, options) for name, method in METHODS.items()]
+        rows = [
+            measure(case, name, method, options)
+            for name, method in METHODS.items()
+            if "traces" in case.name or not method.by_domain
+        ]
         print(table(case, rows), flush=True)
         results.append({"case": case.name, "ranks": case.ranks, "slots": case.slots, "rows": rows})
     if options.json:
@@ -112,15 +125,12 @@ def keep(placement: np.ndarray, load: np.ndarray) -> np.ndarray:
     return placement
 
 
-def ours(price: float, by_domain: bool = False) -> Method:
-    def change(placement: np.ndarray, load: np.ndarray) -> np.ndarray:
-        return apply(placement, rebalance(placement, load if by_domain else load.sum(0), price))
-
-    return change
+def ours(price: float) -> Change:
+    return lambda placement, load: apply(placement, rebalance(placement, load, price))
 
 
 def afresh(placement: np.ndarray, load: np.ndarray) -> np.ndarray:
-    return place(load.sum(0), *placement.shape[1:])
+    return place(load, *placement.shape[1:])
 
 
 def published(placement: np.ndarray, load: np.ndarray) -> np.ndarray:
@@ -151,37 +161,40 @@ def matched(placement: np.ndarray, load: np.ndarray) -> np.ndarray:
     return fresh
 
 
+SPANS = (1, 4, 16)
 METHODS: dict[str, Method] = {
-    "never changed": keep,
-    "published": published,
-    "published, ranks matched": matched,
-    "ours, afresh": afresh,
-    "ours, price 0": ours(0.0),
-    "ours, price 0.001": ours(0.001),
-    "ours, price 0.003": ours(0.003),
-    "ours, price 0.01": ours(0.01),
-    "ours by domain, price 0.003": ours(0.003, by_domain=True),
+    "never changed": Method(keep),
+    "published, half-life 8": Method(published, (8,)),
+    "published, half-life 2": Method(published),
+    "published, half-life 2, ranks matched": Method(matched),
+    "ours, half-life 2, afresh": Method(afresh),
+    "ours, half-life 2, price 0": Method(ours(0.0)),
+    "ours, half-life 2, price 0.003": Method(ours(0.003)),
+    "ours, half-lives 1, 4, 16, price 0.001": Method(ours(0.001), SPANS),
+    "ours, half-lives 1, 4, 16, price 0.003": Method(ours(0.003), SPANS),
+    "ours, half-lives 1, 4, 16, price 0.01": Method(ours(0.01), SPANS),
+    "ours, half-life 8 by domain, price 0.003": Method(ours(0.003), (8,), by_domain=True),
+    "ours, half-lives 1, 4, 16 and domains, price 0.003": Method(ours(0.003), SPANS, by_domain=True),
 }
 
 
 def measure(case: Case, name: str, method: Method, options: argparse.Namespace) -> dict[str, object]:
     """Run one method over the windows of several seeds; the first placement is the published one for all."""
-    uneven, moves, seconds, series = [], [], [], []
+    uneven, moves, seconds = [], [], []
     for seed in range(options.seeds):
-        windows, average = case.windows(seed), LoadAverages()
-        for _ in range(options.every):
-            average.add(next(windows))
-        shape = average.load().shape
-        placement = published(np.empty((shape[1], case.ranks, case.slots)), average.load())
+        windows, average = case.windows(seed), LoadAverage(*method.half_lives)
+        first = [next(windows) for _ in range(options.every)]
+        for counts in first:
+            take_up(average, counts, method.by_domain)
+        total = sum(counts.sum(0) for counts in first)
+        placement = published(np.empty((len(total), case.ranks, case.slots)), total[None])
         for step in range(options.windows):
             counts = next(windows)
-            here = float(imbalance(placement, counts.sum(0)).mean())
-            uneven.append(here)
-            series += [here] if seed == 0 else []
-            average.add(counts)
+            uneven.append(float(imbalance(placement, counts.sum(0)).mean()))
+            take_up(average, counts, method.by_domain)
             if step % options.every == options.every - 1:
                 begin, before = time.perf_counter(), placement
-                placement = method(before, average.load())
+                placement = method.change(before, average.load())
                 seconds.append(time.perf_counter() - begin)
                 moves.append(count_moves(before, placement) / len(placement))
     return {
@@ -190,24 +203,12 @@ def measure(case: Case, name: str, method: Method, options: argparse.Namespace) 
         "p99": float(np.quantile(uneven, 0.99)),
         "moves": float(np.mean(moves)),
         "milliseconds": 1e3 * float(np.mean(seconds)) / len(placement),
-        "series": series,
     }
 
 
-class LoadAverages:
-    """The moving average of each domain apart; `load` weighs them by their present shares."""
-
-    def __init__(self) -> None:
-        self._average, self._share = LoadAverage(8), np.zeros(1)
-
-    def add(self, counts: np.ndarray) -> None:
-        share = counts.sum((1, 2)) / counts.sum()
-        self._share = self._share * 0.75 + share * 0.25 if self._share.any() else share
-        for domain, window in enumerate(counts):
-            self._average.add(window, str(domain))
-
-    def load(self) -> np.ndarray:
-        return self._average.load() * self._share[:, None, None]
+def take_up(average: LoadAverage, counts: np.ndarray, by_domain: bool) -> None:
+    for domain, part in enumerate(counts if by_domain else counts.sum(0)[None]):
+        average.add(part, str(domain))
 
 
 def table(case: Case, rows: list[dict[str, object]]) -> str:
@@ -226,22 +227,24 @@ def plot(results: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, -(-len(results) // 2), figsize=(4 * -(-len(results) // 2), 7))
+    columns = -(-(len(results) + 1) // 2)  # one panel is for the legend
+    figure, axes = pyplot.subplots(2, columns, figsize=(4 * columns, 7))
     for axis, result in zip(axes.flat, results, strict=False):
         for row in result["rows"]:
             mark = "s" if row["method"].startswith("published") else "o" if row["method"].startswith("ours") else "x"
-            axis.plot(row["moves"], row["imbalance"], mark, label=row["method"])
+            axis.plot(row["moves"], row["imbalance"] - 1, mark, label=row["method"])
         axis.set_title(f"{result['case']}\n{result['ranks']} ranks of {result['slots']} slots", fontsize=9)
         axis.set_xlabel("moves a layer and change")
-        axis.set_ylabel("busiest rank over the mean")
+        axis.set_ylabel("busiest rank over the mean, less 1")
         axis.set_xscale("symlog", linthresh=1)
+        axis.set_yscale("log")
         axis.set_xlim(left=-0.1)
     for axis in axes.flat[len(results) :]:
         axis.axis("off")
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower right", fontsize=8, ncols=2)
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
-    figure.savefig(path, dpi=110)
+    axes.flat[-1].legend(handles, labels, loc="center", fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

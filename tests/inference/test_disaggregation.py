@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,11 @@ import pytest
 from liaoyuan.checkpoint import save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, EngineThread, Request, SamplingParams, disaggregation
+from liaoyuan.inference.cache import KeyValueCache
 from liaoyuan.inference.disaggregation import Worker
 from liaoyuan.inference.frames import LENGTHS, Closed, put_frame, read_frame, request_from_json, request_to_json
-from liaoyuan.inference.front import Front, start_worker
+from liaoyuan.inference.front import Front, start_worker, tell
+from liaoyuan.inference.prefixes import Prefixes
 from liaoyuan.models import Decoder
 
 PROMPT = tuple((7 * n + n * n) % 96 for n in range(150))  # nine full blocks, and a bit
@@ -68,7 +70,7 @@ async def side(model: Decoder, folder: Path, name: str, lease: float = 10.0, **s
             yield Side(engine, worker, folder / name)
 
 
-def together(model: Decoder, test: Callable[[Side, Side], Coroutine[None, None, None]], lease: float = 10.0) -> None:
+def together(model: Decoder, test: Callable[[Side, Side], Coroutine[None, None, None]], lease: float = 1e3) -> None:
     """Run a test with a prefill and a decode side, which must both be at rest, with all blocks, at its end."""
 
     async def run() -> None:
@@ -172,7 +174,7 @@ def test_a_prefill_side_that_fails_at_any_frame_costs_only_time(
         fresh = request("fresh", PROMPT[::-1])
         assert await answer(Front([decode.socket], [prefill.socket]), fresh) == alone(tiny_model, fresh)
 
-    together(tiny_model, test, lease=0.4 if kind == "stalls" else 10.0)
+    together(tiny_model, test, lease=0.4 if kind == "stalls" else 1e3)
 
 
 def test_no_prefill_side_at_all_costs_only_time(tiny_model: Decoder) -> None:
@@ -184,7 +186,11 @@ def test_no_prefill_side_at_all_costs_only_time(tiny_model: Decoder) -> None:
 
 
 @pytest.mark.parametrize("frames", [0, 1, 2, 5])
-def test_a_decode_side_that_dies_at_any_frame_leaves_no_block_held(tiny_model: Decoder, frames: int) -> None:
+def test_a_decode_side_that_dies_at_any_frame_leaves_no_block_held(
+    tiny_model: Decoder, monkeypatch: pytest.MonkeyPatch, frames: int
+) -> None:
+    monkeypatch.setattr(disaggregation, "LOT", 2)  # at least five frames with blocks
+
     async def test(prefill: Side, decode: Side) -> None:
         reader, writer = await asyncio.open_unix_connection(prefill.socket)
         put_frame(writer, {"do": "prefill", "request": request_to_json(request()), "first": 0})
@@ -280,6 +286,21 @@ def test_when_all_decode_sides_are_gone_the_request_ends_with_a_sentence(tiny_mo
     together(tiny_model, test)
 
 
+def test_an_engine_that_cannot_hand_over_is_refused(tiny_model: Decoder) -> None:
+    class Part(KeyValueCache):
+        """One process's part of a cache."""
+
+    engine = Engine(tiny_model, CONFIG.model_copy(update={"prefix_cache": False}))
+    with pytest.raises(LiaoyuanError, match="set prefix_cache to true"):
+        Prefixes(engine, 1.0)
+    engine = Engine(tiny_model, CONFIG)
+    assert len(Prefixes(engine, 1.0).keys(request())) == 9
+    assert Prefixes(engine, 1.0).keys(replace(request(), adapter="x")) == []  # another worker's "x" may be another
+    engine.cache.__class__ = Part
+    with pytest.raises(LiaoyuanError, match="spread over several processes"):
+        Prefixes(engine, 1.0)
+
+
 def test_requests_travel_whole() -> None:
     sampling = SamplingParams(logit_bias=((3, -1.5),), bad_words=((1, 2), (3,)), stop_token_ids=(5,), prompt_logprobs=2)
     asked = Request("a", (1, 2), sampling, priority=3, key="k", salt="s", timeout=2.5)
@@ -306,6 +327,7 @@ def test_kill_9_of_either_process(tiny_model: Decoder, tmp_path: Path) -> None:
                 if len(tokens) == 10:
                     processes[1].kill()
             assert tokens == expected[0]
+            assert (await tell(paths[0]))["blocks_sent"] == 18
             processes[0].kill()
             later = request("later", PROMPT[::-1])
             assert await answer(front, later) == alone(tiny_model, later)

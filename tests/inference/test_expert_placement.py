@@ -182,6 +182,14 @@ def test_an_average_follows_its_half_life(half_life: float) -> None:
     assert average.load()[0, 0, 0] < 0.5 ** (200 / half_life) / (1 - 0.5 ** (200 / half_life))
 
 
+def test_several_averages_see_what_is_new_and_what_lasts() -> None:
+    average = LoadAverage(1, 100)
+    for counts in [[0.0, 4.0]] * 50 + [[4.0, 0.0]] * 2:
+        average.add(np.array([counts]))
+    new, lasting = average.load()[:, 0, 0]
+    assert new == pytest.approx(0.75) and lasting < 0.1
+
+
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(LiaoyuanError, match="8 experts need 8 slots"):
         place(np.ones((1, 8)), 2, 3)

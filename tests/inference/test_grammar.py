@@ -158,6 +158,17 @@ def test_a_state_and_its_copy_go_their_own_ways() -> None:
     assert [TOKENIZERS[0].token_bytes(i) for i in allowed(other.mask())] == [b"d"]
 
 
+@pytest.mark.parametrize("size", [320, 351, 352, 353, 1024])
+def test_a_mask_has_a_bit_for_every_row_of_the_embedding(size: int) -> None:
+    state = Grammars(TOKENIZERS[0], size, TOKENIZERS[0].eos_ids).compile(choice(["ab"])).begin(())
+    for token in TOKENIZERS[0].encode("ab"):
+        assert len(state.mask()) == -(-size // 32)
+        state.accept(token)
+    assert allowed(state.mask()).tolist() == sorted(TOKENIZERS[0].eos_ids)
+    state.accept(TOKENIZERS[0].eos_ids[0])
+    assert len(state.mask()) == -(-size // 32)
+
+
 def test_a_grammar_is_compiled_once() -> None:
     assert GRAMMARS[0].compile(regex("a+")) is GRAMMARS[0].compile(regex("a+"))
 

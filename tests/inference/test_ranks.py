@@ -17,7 +17,8 @@ from liaoyuan.inference.message import FIRST, decode, encode
 from liaoyuan.inference.mirror import Leader, follow
 from liaoyuan.models import Decoder, config_from_dict, read_config
 from liaoyuan.models.context import packed_context
-from liaoyuan.parallel import Layout, World, check_inference, lay_out_inference
+from liaoyuan.parallel import Layout, World, check_inference, inference, lay_out_inference
+from liaoyuan.parallel.inference import ordered_sum
 from tests.conftest import randomised
 from tests.parallel.layouts import MODELS
 from tests.parallel.processes import run
@@ -118,6 +119,25 @@ def test_the_same_bits_in_every_batch(folder_of: Callable[[str], Path], kind: st
     assert apart[-1] == whole
 
 
+def sums(world: World) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return sums of rows that cancel out in part, as one process adds them up and as others do."""
+    parts = [torch.randn(9, 6, generator=torch.Generator().manual_seed(rank)) * 10.0**rank for rank in range(4)]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (0, 1, 4, 9):
+            of_all = [part[:rows].to(dtype) for part in parts]
+            wanted = ((of_all[0].float() + of_all[1]) + of_all[2]) + of_all[3]
+            found.append((ordered_sum(of_all[world.rank], dist.group.WORLD), wanted.to(dtype)))
+    return found
+
+
+@pytest.mark.parametrize("spread", [0, 2**20])
+def test_sums_are_added_in_the_order_of_ranks(spread: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "SPREAD_BYTES", spread)
+    for pairs in run(4, sums):
+        assert all(torch.equal(found, wanted) and found.dtype == wanted.dtype for found, wanted in pairs)
+
+
 def states(leader: Leader, folder: Path) -> tuple[list[Any], list[str]]:
     """Return what comes of the same requests asleep and awake, in parts, with weights and without, and checksums."""
     engine = Engine(leader.model, SIZES, memory=leader)
@@ -148,6 +168,7 @@ def parts(leader: Leader) -> tuple[torch.Tensor, list[str]]:
     calls = [
         lambda: leader.model.embed_tokens(tokens),
         lambda: leader.model.run_layers(torch.zeros(9, 32), positions, context),
+        lambda: leader.model.score(torch.zeros(9, 32), tokens),
         lambda: leader.model(tokens, positions, PagedContext(foreign, *[tokens] * 4)),
     ]
     foreign = KeyValueCache(leader.model.config, 4, 4, torch.device("cpu"))
@@ -166,8 +187,8 @@ def test_hidden_states_are_whole_and_no_part_of_a_model_waits_for_the_others(fol
     positions, context = packed_context([4, 5])
     wanted = load_model(folder)(torch.arange(1, 10), positions, context, hidden=True)
     torch.testing.assert_close(hidden, wanted, rtol=1e-4, atol=1e-4)
-    assert ["as a whole" in words for words in refusals] == [True, True, False]
-    assert "a cache that all of them know" in refusals[2]
+    assert ["as a whole" in words for words in refusals] == [True, True, True, False]
+    assert "a cache that all of them know" in refusals[3]
 
 
 def update(leader: Leader, folders: list[Path]) -> list[list[Completion] | str]:

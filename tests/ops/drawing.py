@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan import ops
+from liaoyuan.ops.decoder_layer import layer_sample
 
 Sample = tuple[Any, ...]
 
@@ -320,6 +321,22 @@ def write_cache(d: Draw) -> Sample:
     return d.normal(d.rows, heads, d.width), d.normal(d.rows, heads, d.width + 3), *caches, slots
 
 
+def decoder_layer(d: Draw, ones: bool = False) -> Sample:
+    queries = [1] * d.rows if ones else [length for length in d.lengths(4) if length]
+    lengths = queries if ones else [n + int(d.below(50, 1)) for n in queries]
+    sizes = (3 * d.width + 5, 2 * d.width + 3, 1 + d.width % 2, 1 + d.width % 3, 2 * d.width)
+    return layer_sample(queries, lengths, sizes, d.width % 3 > 0, d.dtype, d.generator)
+
+
+def some_sequences_of_a_layer(sample: Sample, units: Sequence[int]) -> tuple[Sample, Tensor]:
+    residual, x, cosine, sine, keys, values, slots, tables, starts, lengths, *rest = sample
+    ranges = [torch.arange(int(starts[u]), int(starts[u + 1])) for u in units]
+    chosen, places = torch.cat(ranges), torch.tensor(units)
+    ends = torch.tensor([0, *map(len, ranges)]).cumsum(0).to(torch.int32)
+    stream = (residual[chosen], None if x is None else x[chosen], cosine[chosen], sine[chosen])
+    return (*stream, keys, values, slots[chosen], tables[places], ends, lengths[places], *rest), chosen
+
+
 # ---- whole tensors
 
 
@@ -384,6 +401,10 @@ DRAWINGS: dict[str, Drawing] = {
         contiguous=("key_cache", "value_cache"),
     ),
     "write_cache": Drawing(write_cache, ops.write_cache, contiguous=("key_cache", "value_cache")),
+    "decoder_layer": Drawing(
+        decoder_layer, ops.decoder_layer, part=some_sequences_of_a_layer, units=lambda sample: len(sample[9]),
+        output_rows=(0, 1), huge=257, contiguous=("key_cache", "value_cache", *ops.LayerWeights._fields),
+    ),
     "adamw_step": Drawing(
         adamw_step, ops.adamw_step, adamw_arguments, contiguous=("weight", "first", "second")
     ),

@@ -122,7 +122,8 @@ def assert_right(name: str, sample: Sample, dtype: torch.dtype) -> None:
 
 
 ROWS = st.one_of(st.sampled_from([0, 1, 2, 31, 97]), st.integers(0, 140))
-DOCUMENTS = ("attention", "paged_attention")
+PAGED = ("paged_attention", "decoder_layer")
+DOCUMENTS = ("attention", *PAGED)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -385,7 +386,7 @@ def test_flops_are_those_of_pytorchs_counter(name: str) -> None:
     operator, one = OPERATORS[name], entry(name)
     for width in (4, 5, 7):
         sample = sample_of(name, 29, width, torch.float32)
-        if name == "paged_attention":  # lengths are not known when FLOPs are asked for: as if every table were full
+        if name in PAGED:  # lengths are not known when FLOPs are asked for: as if every table were full
             sample = workload(operator, torch.float32)
         given = leaves(operator, sample)
         function = one.products or operator.reference

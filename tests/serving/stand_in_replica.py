@@ -37,6 +37,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._begin()
                 while True:  # until nobody listens
                     self._chunk(b"data: more\n\n" * 1000)
+            case "think":
+                threading.Event().wait(30)
             case "busy" | "refuse":
                 self._reply(429 if body["do"] == "busy" else 400, {"number": NUMBER})
             case _:

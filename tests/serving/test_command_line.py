@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import signal
 import socket
@@ -72,7 +73,7 @@ def test_what_the_model_says_of_itself(model_folder: Path, tmp_path: Path) -> No
 
 def test_serve_ends_cleanly_on_ctrl_c(model_folder: Path) -> None:
     code = "import sys; from pathlib import Path; from liaoyuan.cli.serve import serve\n"
-    code += "serve(Path(sys.argv[1]), '127.0.0.1', 0, 'cpu', 'tiny', True)"
+    code += "serve(Path(sys.argv[1]), port=0, device='cpu', name='tiny', json=True)"
     command = [sys.executable, "-c", code, str(model_folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout and server.stderr
@@ -84,6 +85,36 @@ def test_serve_ends_cleanly_on_ctrl_c(model_folder: Path) -> None:
             assert "The engine is shutting down." in reply.read().decode()
         assert server.wait(20) == 0
         assert server.stderr.read() == ""
+
+
+def test_keys_and_sizes_are_set_at_the_command_line(model_folder: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("alice first-secret\n")
+    options = ["--api-key-file", str(keys), "--context-length", "64", "--max-sequences", "4", "--cache-gb", "0.01"]
+    command = [sys.executable, "-m", "liaoyuan", "serve", "--model", str(model_folder), "--port", "0", "--json"]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        api = json.loads(server.stdout.readline())["api"]
+        try:
+            assert httpx.get(api + "/models", trust_env=False).status_code == 401
+            headers = {"Authorization": "Bearer first-secret"}
+            model = httpx.get(api + "/models", headers=headers, trust_env=False).json()["data"][0]
+            assert model["max_model_len"] == 64
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0
+
+
+def test_a_context_that_does_not_fit_is_refused(model_folder: Path) -> None:
+    with pytest.raises(LiaoyuanError, match="1000 is more than model and cache hold"):
+        open_server(model_folder, port=0, context_length=1000)
+
+
+def test_the_help_of_serve_fits_a_screen_and_is_in_groups() -> None:
+    command = [sys.executable, "-m", "liaoyuan", "serve", "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "80"})
+    assert len(said.stdout.splitlines()) <= 40
+    assert "Who may ask, and how much:" in said.stdout and "The engine's sizes:" in said.stdout
 
 
 def talk(monkeypatch: pytest.MonkeyPatch, lines: str, url: str | None = None, model: Path | None = None) -> None:

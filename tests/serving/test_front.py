@@ -94,6 +94,9 @@ def test_a_client_that_goes_frees_its_replica() -> None:
         with client.stream("POST", "/v1/completions", json={"do": "wait"}) as reply:
             next(reply.iter_raw())
         wait_until(lambda: "gone" in health(client)[0]["calls"])
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json={"do": "think"}, timeout=0.2)
+        wait_until(lambda: 'liaoyuan_replica_open{replica="0"} 0' in client.get("/metrics").text)
 
 
 def test_a_change_comes_to_all_and_to_those_that_start_later() -> None:

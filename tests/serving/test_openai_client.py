@@ -205,3 +205,15 @@ def test_many_asynchronous_clients_get_what_they_would_alone(url: str, client: o
 
 async def _text(stream: openai.AsyncStream) -> str:
     return "".join([chunk.choices[0].text async for chunk in stream])
+
+
+def test_an_answer_goes_on_from_the_beginning_it_is_given(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    begun = [*QUESTION, {"role": "assistant", "content": "The answer"}]
+    more = {"continue_final_message": True, "add_generation_prompt": False}
+    asked = {"model": "tiny", "max_tokens": 8, "temperature": 0}
+    chat = client.chat.completions.create(messages=begun, **asked, extra_body=more)
+    prompt = [*tokenizer.render(QUESTION, thinking=False), *tokenizer.encode("The answer")]
+    assert chat.choices[0].message.content == client.completions.create(prompt=prompt, **asked).choices[0].text
+    for wrong in ({"continue_final_message": True, "add_generation_prompt": True}, {"messages": QUESTION, **more}):
+        with pytest.raises(openai.BadRequestError, match="continue_final_message"):
+            client.chat.completions.create(**{"messages": begun, **asked}, extra_body=wrong)

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 
 from liaoyuan.data.tokenizer import Tokenizer
-from liaoyuan.serving import About
-from tests.serving.conftest import ScriptedRunner, scripted
+from liaoyuan.serving import About, Access, build_app
+from liaoyuan.serving import Keys as ServerKeys
+from tests.serving.conftest import ScriptedRunner, chat_tokens, scripted, serving
 
 selenium = pytest.importorskip("selenium")
 from selenium import webdriver  # noqa: E402
 from selenium.common.exceptions import WebDriverException  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.expected_conditions import alert_is_present  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -242,3 +244,16 @@ def test_the_page_fits_its_window(browser: Browser, said: tuple[str, Any], width
         assert browser.execute_script("return document.documentElement.scrollHeight") <= 700
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_page_asks_for_a_key_where_the_server_does(open_browser, tokenizer: Tokenizer) -> None:
+    runner = ScriptedRunner(lambda request: chat_tokens(tokenizer, ANSWER))
+    access = Access(keys=ServerKeys({"reader": "secret-of-reader"}))
+    with serving(build_app(runner, tokenizer, "scripted", 4096, ABOUT, access=access)) as url:
+        browser = open_browser("en")
+        browser.get(url)
+        for given in ("wrong-key", "secret-of-reader"):
+            WebDriverWait(browser, PATIENCE).until(alert_is_present())
+            browser.switch_to.alert.send_keys(given)
+            browser.switch_to.alert.accept()
+        WebDriverWait(browser, PATIENCE).until(lambda page: page.find_element(By.ID, "model").text == "scripted")

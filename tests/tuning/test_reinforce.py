@@ -14,7 +14,7 @@ from liaoyuan.checkpoint import load_model
 from liaoyuan.data import Tokenizer
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.evaluation import completions_of
-from liaoyuan.inference import Completion, Engine
+from liaoyuan.inference import QUICK, Completion, Engine, prove
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Progress, read_metrics
 from liaoyuan.tasks import Problem, Split, find_task
@@ -69,9 +69,11 @@ def test_rollout_and_training_log_probabilities_agree(small_model: Decoder, toke
     kept[1], kept[3, 2] = False, False
     advantages = torch.arange(20.0).view(5, 4)
     (packed,) = pack(rollouts, advantages, kept, torch.device("cpu"))
-    with torch.no_grad():
-        found = small_model(packed.tokens, packed.positions, packed.context, targets=packed.targets)
+    found = small_model(packed.tokens, packed.positions, packed.context, targets=packed.targets).detach()
     chosen = packed.mask.bool()
+    if prove(small_model, QUICK).exact:
+        ratio = (found - packed.rollout_log_probs)[chosen].exp()
+        assert torch.equal(ratio, torch.ones_like(ratio))
     torch.testing.assert_close(found[chosen], packed.rollout_log_probs[chosen], atol=1e-5, rtol=0)
     generated = [one.tokens for place, one in enumerate(rollouts.completions) if kept[place // 4, place % 4]]
     assert packed.targets[chosen].tolist() == [token for tokens in generated for token in tokens]
@@ -79,6 +81,16 @@ def test_rollout_and_training_log_probabilities_agree(small_model: Decoder, toke
         float(place) for place in range(20) if kept[place // 4, place % 4] for _ in rollouts.completions[place].tokens
     ]
     assert packed.advantages[chosen].tolist() == per_token
+
+
+def test_a_run_proves_its_rollouts_exact_and_the_first_update_of_each_step_finds_no_gap(
+    small_model: Decoder, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewarding_short(monkeypatch, tokenizer)
+    done = reinforce(small_model, tokenizer, EndSoon(), CONFIG, tmp_path)
+    gaps = [row["log_prob_gap"] for row in read_metrics(tmp_path / "metrics.jsonl") if "log_prob_gap" in row]
+    assert gaps and done.exact == prove(small_model, QUICK).exact
+    assert max(gaps) == 0.0 or not done.exact
 
 
 def test_a_killed_run_ends_bit_for_bit_as_one_never_interrupted(

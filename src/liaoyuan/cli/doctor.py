@@ -33,9 +33,20 @@ class Part(StrEnum):
 def doctor(
     context: typer.Context,
     part: Annotated[Part | None, typer.Argument(help="ops: the operators' kernels, with their speeds.")] = None,
+    exact: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="Prove that no way to compute this model changes a bit.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the model for --exact (none: its own).")] = None,
+    device: Annotated[str, typer.Option(help="Where --exact computes.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
 ) -> None:
-    """Show devices, kernels, threads, measured rates, and what is missing."""
+    """Show devices, kernels, threads, measured rates, and what is missing. With --exact: exit status 1 if not exact."""
+    if exact is not None:
+        from liaoyuan.cli.doctor_exact import show_proof
+
+        if not show_proof(exact, dtype, device, json):
+            raise typer.Exit(1)
+        return
     if part is Part.OPS:
         show_operators(measured_kernels(), json)
         return

@@ -12,6 +12,7 @@ from liaoyuan.cli.convert import convert
 from liaoyuan.cli.data import data
 from liaoyuan.cli.doctor import doctor
 from liaoyuan.cli.eval import evaluate
+from liaoyuan.cli.groups import GroupedCommand
 from liaoyuan.cli.launch import launch
 from liaoyuan.cli.ops import app as ops
 from liaoyuan.cli.process import tune_process
@@ -36,7 +37,7 @@ app.command()(train)
 app.add_typer(tune, name="tune")
 app.command("eval")(evaluate)
 app.command()(score)
-app.command()(serve)
+app.command(cls=GroupedCommand)(serve)
 app.command()(chat)
 app.command()(convert)
 app.command(context_settings={"allow_interspersed_args": False})(launch)

@@ -5,8 +5,10 @@ glibc gives large blocks back to the kernel at once, so each step faults them in
 nothing but address space and was measured at +30% on a 30M-parameter training step.
 """
 
+import contextlib
 import ctypes
 import os
+import resource
 from dataclasses import dataclass
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # parameters of mallopt, from malloc.h
@@ -53,3 +55,11 @@ def tune_allocator() -> bool:
 def available_cores() -> int:
     """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files, connections among them, as it may; shells often set a lower limit."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != most:
+        with contextlib.suppress(OSError, ValueError):  # some systems refuse their own figure
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

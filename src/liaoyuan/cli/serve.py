@@ -6,36 +6,105 @@ from typing import Annotated
 
 import typer
 
+ENGINE, DOOR, MANY = "The engine's sizes", "Who may ask, and how much", "Many processes"
+
 
 def serve(
-    model: Annotated[Path, typer.Option(help="Folder of the model (config.json, safetensors, tokenizer.json).")],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")] = 8000,
-    device: Annotated[str, typer.Option(help="auto, cpu, or an accelerator such as cuda:0.")] = "auto",
-    name: Annotated[str | None, typer.Option(help="What the API calls the model; else the folder's name.")] = None,
+    model: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the model, as Hugging Face has it.")],
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="What the API calls it; else the folder's.")] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, or one such as cuda:0.")] = "auto",
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", help="0 takes any free one.")] = 8000,
     json: Annotated[bool, typer.Option("--json", help="Say where it serves as one line of JSON.")] = False,
-    tp: Annotated[int, typer.Option(min=1, help="Processes over which the model is spread (tensor parallel).")] = 1,
-    ep: Annotated[int, typer.Option(min=1, help="Of these, how many share the experts; the rest cut each.")] = 1,
-    replicas: Annotated[int, typer.Option(min=1, help="Servers of this model behind the one address.")] = 1,
-    control: Annotated[
-        bool, typer.Option("--control", help="Let clients pause, put to sleep, update weights.")
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Prove at the start that no batch changes a bit.", rich_help_panel=ENGINE)
     ] = False,
+    max_sequences: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Requests that run at once.", rich_help_panel=ENGINE)
+    ] = 256,
+    cache_gb: Annotated[
+        float, typer.Option(min=0, metavar="GB", help="Memory for keys and values.", rich_help_panel=ENGINE)
+    ] = 1.0,
+    context_length: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Most tokens of a request; else the model's.", rich_help_panel=ENGINE),
+    ] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="May come several times.", rich_help_panel=DOOR)
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A line is a key, or a name and a key.", rich_help_panel=DOOR)
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(metavar="SITE", help="Its pages may ask (CORS).", rich_help_panel=DOOR)
+    ] = None,
+    control: Annotated[
+        bool,
+        typer.Option("--control", help="Who may ask may pause it and change its weights.", rich_help_panel=DOOR),
+    ] = False,
+    max_body_mb: Annotated[
+        float, typer.Option(min=0, metavar="MB", help="Largest body of a request.", rich_help_panel=DOOR)
+    ] = 4.0,
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="HTTP requests answered at once.", rich_help_panel=DOOR)
+    ] = None,
+    max_queued: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Requests that may wait for the engine.", rich_help_panel=DOOR)
+    ] = 256,
+    timeout: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="SECONDS", help="Within which an answer must end.", rich_help_panel=DOOR),
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, metavar="N", help="Processes per replica.", rich_help_panel=MANY)] = 1,
+    ep: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Of these, how many share the experts.", rich_help_panel=MANY)
+    ] = 1,
+    replicas: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Servers behind this address.", rich_help_panel=MANY)
+    ] = 1,
+    quantise: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Weights in int8, int4 or fp8.", rich_help_panel=ENGINE)
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A low-rank adapter.", rich_help_panel=ENGINE)
+    ] = None,
+    lora_folder: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Clients may load adapters of it.", rich_help_panel=DOOR)
+    ] = None,
     replica: Annotated[bool, typer.Option(help="End when standard input does.", hidden=True)] = False,
-    quantise: Annotated[str | None, typer.Option(help="Keep the weights in few bits: int8, int4 or fp8.")] = None,
-    lora: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of a low-rank adapter; may be repeated.")] = None,
-    lora_folder: Annotated[Path | None, typer.Option(help="Clients may load adapters from inside it.")] = None,
 ) -> None:
     """Serve a model: chat page and OpenAI-compatible API. Ctrl-C ends it."""
+    from liaoyuan.cli.process import allow_open_files
+
+    allow_open_files()
     from liaoyuan.cli.replicas import replica_command, run_replica, threads_of_each
+    from liaoyuan.errors import LiaoyuanError
+    from liaoyuan.inference import EngineConfig
     from liaoyuan.models import quantisation_named
     from liaoyuan.parallel import Layout
-    from liaoyuan.serving import LOOPBACK, open_front, open_server
+    from liaoyuan.serving import LOOPBACK, Access, open_front, open_server, read_keys
 
+    if exact and tp > 1:
+        raise LiaoyuanError("--exact is proven of a model in one process: leave out --tp, or --exact.")
+    keys = read_keys(api_key or (), api_key_file)
+    access = Access(
+        keys=keys,
+        origins=tuple(allow_origin or ()),
+        max_body_bytes=int(max_body_mb * 2**20),
+        max_concurrent=max_concurrent,
+        timeout=timeout,
+    )
+    engine = EngineConfig(
+        max_sequences=max_sequences,
+        max_batch_tokens=max(EngineConfig().max_batch_tokens, max_sequences),
+        cache_bytes=int(cache_gb * 2**30),
+        exact=exact or None,
+    )
     few_bits, adapters = quantisation_named(quantise), _adapters(lora or [])
     layout = Layout(tp=tp, ep=ep, fsdp=1)
     if replicas > 1:
         threads = threads_of_each(replicas)
-        server = open_front(model, replica_command(), replicas, layout, threads, host, port)
+        server = open_front(model, replica_command(), replicas, layout, threads, host, port, access.max_body_bytes)
     else:
         server = open_server(
             model,
@@ -43,8 +112,12 @@ def serve(
             port,
             device,
             name,
-            layout=layout,
+            engine=engine,
+            access=access,
+            max_queued=max_queued,
+            context_length=context_length,
             control=control,
+            layout=layout,
             quantisation=few_bits,
             adapters=adapters,
             adapter_folder=lora_folder,
@@ -52,8 +125,8 @@ def serve(
     if json:
         print(json_text.dumps({"url": server.url, "api": server.url + "/v1"}), flush=True)
     else:
-        if host not in LOOPBACK:
-            print("Whoever can reach this machine can use it: there are no passwords.", flush=True)
+        if host not in LOOPBACK and not keys:
+            print("Whoever can reach this machine can use it: there are no keys (--api-key-file).", flush=True)
         print(f"Chat page  {server.url}\nAPI        {server.url}/v1\nCtrl-C ends it.", flush=True)
     run_replica(server) if replica else server.run()
 

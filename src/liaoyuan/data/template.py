@@ -26,7 +26,7 @@ CHAT_TEMPLATE = """\
 {%- for message in messages %}
     {%- if message.role == 'user' %}{% set turn.user = loop.index0 %}{% endif %}
 {%- endfor %}
-{%- if tools %}
+{%- if tools is defined and tools %}
     {{- '<|system|>' }}
     {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{% endif %}
     {{- 'You can call these functions:\\n<tools>' }}
@@ -52,7 +52,7 @@ CHAT_TEMPLATE = """\
         {{- ('\\n' if follows else '<|user|>') + '<tool_response>\\n' + message.content + '\\n</tool_response>' }}
         {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|end|>' }}{% endif %}
     {%- elif message.role in ['system', 'user'] %}
-        {%- if not (tools and loop.first and message.role == 'system') %}
+        {%- if not (tools is defined and tools and loop.first and message.role == 'system') %}
             {{- '<|' + message.role + '|>' + message.content + '<|end|>' }}
         {%- endif %}
     {%- else %}

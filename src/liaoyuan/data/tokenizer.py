@@ -32,6 +32,7 @@ SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MINIMUM_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 GUARD = "\ue000"  # stands for a special token's text inside a message while the template is filled in
 
 
@@ -88,12 +89,13 @@ class Tokenizer:
         write_atomic(folder / "tokenizer.json", self._library.to_str(pretty=True))
         write_json(folder / "tokenizer_config.json", self._settings)
 
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Return the ids of `text`; a special token written in it is plain characters.
+    def encode(self, text: str, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+        """Return the ids of `text`; a special token written in it is plain characters unless `parse_special`.
 
         `add_special_tokens` puts those before and after it that a foreign tokenizer wants around a text.
         """
-        return self._plain.encode(text, add_special_tokens=add_special_tokens).ids
+        library = self._library if parse_special else self._plain
+        return library.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text as `encode` does, on all cores."""
@@ -115,6 +117,16 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         """Return the id of the token that is written so, or None."""
         return self._library.token_to_id(token)
+
+    def spelling(self, index: int) -> str | None:
+        """Return how `tokenizer.json` writes the token `index`, or None."""
+        return self._library.id_to_token(index)
+
+    @property
+    def named_tokens(self) -> dict[str, str | None]:
+        """The special tokens that `tokenizer_config.json` names, as templates know them."""
+        found = {name: self._settings.get(name) for name in NAMED_TOKENS}
+        return {name: _content(token) if token else None for name, token in found.items()}
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -166,8 +178,7 @@ class Tokenizer:
     def _fill(self, rows: list[dict[str, Any]], thinking: bool, generation_prompt: bool, tools: Tools | None) -> str:
         if self._template is None:
             raise LiaoyuanError("This tokenizer has no chat template, so it cannot render messages.")
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        tokens = {name: _content(self._settings[name]) for name in names if self._settings.get(name)}
+        tokens = {name: token for name, token in self.named_tokens.items() if token}
         return self._template(rows, generation_prompt, thinking, tokens, tools)
 
     def _guard(self, row: dict[str, Any], hidden: list[str]) -> dict[str, Any]:
@@ -209,14 +220,22 @@ class IncrementalDecoder:
     ids go on after a text: SentencePiece's space before the first word, which `decode` takes away, is kept.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, continuing: bool = False) -> None:
-        self._tokenizer, self._skip_special = tokenizer, skip_special
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special: bool = True,
+        continuing: bool = False,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        """shown: special tokens that are not skipped."""
+        self._tokenizer, self._skip_special, self._shown = tokenizer, skip_special, shown
         self._strip = tokenizer.strips_space and not continuing
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: Iterable[int]) -> str:
         """Return the text that is whole after these ids (perhaps none)."""
-        data = b"".join(self._tokenizer.token_bytes(index, self._skip_special) for index in ids)
+        skip, shown = self._skip_special, self._shown
+        data = b"".join(self._tokenizer.token_bytes(index, skip and index not in shown) for index in ids)
         if self._strip and data:
             data, self._strip = data.removeprefix(b" "), False
         return self._characters.decode(data)

@@ -6,12 +6,17 @@
 from liaoyuan.inference.adapters import Adapters, Loaded
 from liaoyuan.inference.constraint import Constraint, ConstraintState
 from liaoyuan.inference.engine import Engine, EngineConfig
+from liaoyuan.inference.exact import Proof, prove, require_exact
+from liaoyuan.inference.exact_paths import FULL, QUICK
 from liaoyuan.inference.grammar import Grammar, Grammars
+from liaoyuan.inference.pooling import Pooling, embedding_steps, read_pooling
 from liaoyuan.inference.request import Completion, Event, PromptLogprobs, Request, SamplingParams
 from liaoyuan.inference.runner import Busy, EngineThread
 from liaoyuan.inference.thinking import AfterThinking, ThinkMarks
 
 __all__ = [
+    "FULL",
+    "QUICK",
     "Adapters",
     "AfterThinking",
     "Busy",
@@ -25,8 +30,14 @@ __all__ = [
     "Grammar",
     "Grammars",
     "Loaded",
+    "Pooling",
     "PromptLogprobs",
+    "Proof",
     "Request",
     "SamplingParams",
     "ThinkMarks",
+    "embedding_steps",
+    "prove",
+    "read_pooling",
+    "require_exact",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan.models import ModelConfig, Pattern
-from liaoyuan.ops import paged_attention, write_cache
+from liaoyuan.ops import Pages, paged_attention, write_cache
 
 
 class KeyValueCache:
@@ -51,6 +51,12 @@ class PagedContext:
     block_tables: Tensor
     query_starts: Tensor
     lengths: Tensor
+
+    def pages(self, layer: int) -> Pages:
+        cache = self.cache
+        return Pages(
+            cache.keys[layer], cache.values[layer], self.slots, self.block_tables, self.query_starts, self.lengths
+        )
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]

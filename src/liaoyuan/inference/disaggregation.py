@@ -80,6 +80,8 @@ class Worker:
             elif header.get("do") == "generate":
                 request = dataclasses.replace(request_from_json(header["request"]), id=name)
                 await _beside(self._answer(request, header.get("prefill"), writer), _until_closed(reader))
+            elif header.get("do") == "tell":
+                await write_frame(writer, await self._call(self._tell))
             else:
                 raise LiaoyuanError(f"'{header.get('do')}' is nothing that a worker does.")
         except Closed:
@@ -94,9 +96,15 @@ class Worker:
             del self._talks[name]
             writer.close()
 
+    def _tell(self) -> Header:
+        return {**self._runner.health(), **self.counts, "leases": len(self._prefixes.leases)}
+
     async def _answer(self, request: Request, prefill: str | None, writer: asyncio.StreamWriter) -> None:
         """Generate, with what the worker at `prefill` computes of the prompt."""
+        begin = time.monotonic()
         missing = await self._borrow(request, Path(prefill)) if prefill else 0
+        if request.timeout is not None:
+            request = dataclasses.replace(request, timeout=max(0.0, request.timeout - (time.monotonic() - begin)))
         self.counts["blocks_missing"] += missing
         await write_frame(writer, {"missing": missing})
         stream = self._runner.stream(request)
@@ -116,7 +124,8 @@ class Worker:
             reader, writer = await asyncio.open_unix_connection(path)
             try:
                 put_frame(writer, {"do": "prefill", "request": request_to_json(request), "first": got})
-                await _beside(self._receive(keys, got, reader, writer), self._pulse(writer))
+                async with asyncio.timeout(request.timeout):
+                    await _beside(self._receive(keys, got, reader, writer), self._pulse(writer))
             finally:
                 writer.close()
         return len(keys) - await self._call(lambda: self._prefixes.known(keys))
@@ -196,13 +205,13 @@ class Worker:
 
 def _header(lot: Lot) -> Header:
     keys = [key.hex() for key in lot.keys]
-    return {"of": lot.of, "first": lot.first, "keys": keys, "checksums": list(lot.checksums)}
+    return {"of": lot.of, "keys": keys, "checksums": list(lot.checksums)}
 
 
 def _lot(header: Header, data: bytes) -> Lot:
     try:
         keys = tuple(bytes.fromhex(key) for key in header["keys"])
-        return Lot(header["of"], header["first"], keys, tuple(header["checksums"]), data)
+        return Lot(header["of"], keys, tuple(header["checksums"]), data)
     except (KeyError, TypeError, ValueError) as error:
         raise Torn(f"These are no blocks: {error}.") from error
 

@@ -66,7 +66,8 @@ class DraftModel:
         self._computed[slots] = np.minimum(self._computed[slots], lengths - 1)  # what followed was only guessed
         guesses, place_of = np.zeros_like(most), np.zeros(len(self._computed), dtype=np.int64)
         place_of[slots] = np.arange(len(slots))
-        view = replace(self._table, length=self._table.length.copy(), computed=self._computed)
+        nobody = np.zeros_like(self._table.scored)  # a draft's prompts are not scored
+        view = replace(self._table, length=self._table.length.copy(), computed=self._computed, scored=nobody)
         chosen = slots[most > 0]
         todo = view.length[chosen] - self._computed[chosen]
         counts = np.clip(self._budget - (todo.cumsum() - todo), 0, todo)  # who is far behind catches up over some steps

@@ -8,7 +8,7 @@ instead of answering.
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ class EngineConfig(Config):
     speculate: "ngram" guesses next tokens from those before; "" does not guess. speculate_tokens: guesses in a step.
     graphs: capture decode steps in device graphs; None: where the device is none of the CPU's.
     seed: of requests that bring none.
+    exact: whether every way to compute a token is known to give the same bits. True: prove it before anything is
+        computed, or refuse; False: it is known that they do not; None: nobody asked.
     """
 
     max_sequences: int = 256
@@ -57,6 +59,7 @@ class EngineConfig(Config):
     speculate_tokens: int = 8
     graphs: bool | None = None
     seed: int = 0
+    exact: bool | None = None
 
 
 class Engine:
@@ -78,6 +81,10 @@ class Engine:
                 f"max_batch_tokens ({config.max_batch_tokens}) must be at least max_sequences "
                 f"({config.max_sequences}): every running sequence needs a token a step."
             )
+        if config.exact:
+            from liaoyuan.inference.exact import require_exact  # which itself runs engines
+
+            require_exact(model)
         self.model, self.config = model, config
         self.state: State = "ready"
         self._device = model.embed_tokens.weight.device
@@ -108,6 +115,11 @@ class Engine:
         self._ended: list[tuple[Sequence, str]] = []  # without a token of this step, and not told yet
         self._arrivals = self._added = self._steps = 0
         self._prompt_tokens = self._computed_tokens = self._generated_tokens = 0
+
+    @property
+    def memory(self) -> Memory:
+        """Where the model lies: whoever calls it between two steps may need a cache of his own there."""
+        return self._memory
 
     @property
     def has_work(self) -> bool:
@@ -343,8 +355,8 @@ class Engine:
             raise LiaoyuanError("The engine has no whole weights: update them first.")
         return self._memory.checksum()
 
-    def statistics(self) -> dict[str, int]:
-        """Return counts: what runs and waits now, blocks, and totals since the start."""
+    def statistics(self) -> dict[str, Any]:
+        """Return counts: what runs and waits now, blocks, and totals since the start; and whether it is exact."""
         scheduler = self._scheduler
         return {
             "running": len(scheduler.running),
@@ -362,6 +374,7 @@ class Engine:
             "version": self.version,
             "guessed_tokens": self._speculation.guessed if self._speculation else 0,
             "guessed_right": self._speculation.right if self._speculation else 0,
+            "exact": "not proven" if self.config.exact is None else self.config.exact,
         }
 
     def _run(self, total: int, report: Report) -> dict[RequestId, Completion]:

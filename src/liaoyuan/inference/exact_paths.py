@@ -24,9 +24,9 @@ SHARES = (0.8, 0.6, 0.5, 0.4, 0.3)  # of the cache that all would need, until so
 class Extent:
     """How much is computed for a proof.
 
-    lengths: of the prompts, all different, so that a row of a batch is known by its position; tokens: by which each is
-    continued; batches, chunks: how many sequences, and tokens of a prompt, are computed at once; threads: numbers of
-    them (none: as it is).
+    lengths: of the prompts; tokens: by which each is continued; batches, chunks: how many sequences, and tokens of a
+    prompt, are computed at once; threads: numbers of them (none: as it is); stride: with threads other than the first
+    number every so many-th prompt is computed.
     """
 
     lengths: tuple[int, ...]
@@ -34,13 +34,14 @@ class Extent:
     batches: tuple[int, ...]
     chunks: tuple[int, ...]
     threads: tuple[int, ...] = ()
+    stride: int = 1
 
 
 # Lengths around the kernels' sizes: a register's lanes, a cache block, a tile, 512 keys between rescalings.
 FULL = Extent(
     lengths=(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 16, 17, 19, 23, 24, 25, 29, 31, 32, 33, 41, 48, 49, 63, 64, 65,
              100, 129, 530),
-    tokens=10, batches=(8, 32), chunks=(1, 7, 16, 33, 100), threads=(1, 2),
+    tokens=10, batches=(8, 32), chunks=(1, 7, 16, 33, 100), threads=(1, 2), stride=3,
 )  # fmt: skip
 QUICK = Extent(lengths=(1, 15, 16, 17, 40), tokens=10, batches=(5,), chunks=(7,))
 
@@ -106,7 +107,7 @@ def paths_of(extent: Extent) -> list[Path]:
     paths += [Path("decode, alone", decode(1))]
     paths += [Path(f"decode, batches of {size}", decode(size)) for size in extent.batches]
     return [*paths, Path("prefill and decode in one step", _mixed), Path("prefix hit", _prefix_hit),
-            Path("after preemption", _preempted)]  # fmt: skip
+            Path("after preemption", _preempted), Path("speculation", _speculation)]  # fmt: skip
 
 
 def teacher_forcing(model: Decoder, probes: Sequence[Probe], alone: bool, learns: bool) -> Found:
@@ -127,11 +128,11 @@ def teacher_forcing(model: Decoder, probes: Sequence[Probe], alone: bool, learns
     return found
 
 
-def _engine(model: Decoder, **sizes: int) -> Engine:
+def _engine(model: Decoder, draft: Decoder | None = None, **sizes: int) -> Engine:
     room = model.config.max_position_embeddings
     known = {"max_batch_tokens": 2048, "cache_tokens": 4 * room + 4096} | sizes
     with torch.inference_mode():
-        return Engine(model, EngineConfig(**known))
+        return Engine(model, EngineConfig(**known), draft)
 
 
 def _request(probe: Probe, name: int = 0, scored: bool = True) -> Request:
@@ -222,3 +223,12 @@ def _preempted(model: Decoder, probes: Sequence[Probe]) -> Found:
         if engine.statistics()["preemptions"]:
             return found
     raise NotMetError("nobody was preempted")
+
+
+def _speculation(model: Decoder, probes: Sequence[Probe]) -> Found:
+    """The model guesses for itself, so that guesses are right and many tokens come in one step."""
+    engine = _engine(model, model, max_sequences=4)
+    found = _generate(engine, probes)
+    if not engine.statistics()["guessed_right"]:
+        raise NotMetError("no guess was right")
+    return found

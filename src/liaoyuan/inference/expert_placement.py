@@ -4,7 +4,8 @@ A placement is int32 [layers, ranks, slots], the expert in each slot. An expert'
 its copies, so the busiest rank, for which all others wait, has `imbalance` times the work of the mean one. The problem
 and its parts (copies of busy experts, groups kept on one node) are those of DeepSeek-AI 2024 (arXiv 2412.19437,
 sec. 3.4); the method is our own: steps from the placement there is, each of one or two moves and each an improvement,
-so that one may stop after any of them. Loads may be given for several domains of text; then the worst one counts.
+so that one may stop after any of them. Loads may be given for several domains of text and spans of time; then the
+worst one counts.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,6 @@ import numpy as np
 
 from liaoyuan.errors import LiaoyuanError
 
-POWER = 12  # of rank loads in the sum that steps lower: near the maximum, but it also sees the second-busiest rank
 SMALLEST_GAIN = 1e-9  # less is rounding
 
 
@@ -40,23 +40,23 @@ class Step:
 
 
 class LoadAverage:
-    """Moving average of the experts' loads, per domain: what the next windows are expected to ask for.
+    """Moving averages of the experts' loads, per domain: what the next windows may ask for.
 
-    half_life: after so many windows of a domain a window counts half.
+    half_lives: after so many windows of a domain a window counts half. An average of few windows sees what is new, one
+    of many is steady; a placement that is even in both lasts longer than one that is even in one between them.
     """
 
-    def __init__(self, half_life: float) -> None:
-        self._keep = 0.5 ** (1 / half_life)
+    def __init__(self, *half_lives: float) -> None:
+        self._keep = 0.5 ** (1 / np.array(half_lives))[:, None, None]
         self._sums: dict[str, np.ndarray] = {}
 
     def add(self, counts: np.ndarray, domain: str = "") -> None:
         """Take up a window's counts [layers, experts]."""
-        before = self._sums.get(domain, np.zeros(counts.shape))
-        self._sums[domain] = before * self._keep + counts * (1 - self._keep)
+        self._sums[domain] = self._sums.get(domain, 0.0) * self._keep + counts * (1 - self._keep)
 
     def load(self) -> np.ndarray:
-        """Return the loads, fp64 [domains, layers, experts], each layer's of sum one, domains in order of arrival."""
-        sums = np.stack(list(self._sums.values()))
+        """Return the loads, fp64 [domains * half-lives, layers, experts], each layer's of sum one, for `rebalance`."""
+        sums = np.concatenate(list(self._sums.values()))
         return sums / np.maximum(sums.sum(-1, keepdims=True), np.finfo(float).tiny)
 
 
@@ -290,8 +290,14 @@ def _path(index: int, layer: np.ndarray, load: np.ndarray, nodes: int) -> Iterat
 
 
 def _potential(work: np.ndarray, worst: float) -> np.ndarray:
-    """The sum of powers of the ranks' work [..., domains, ranks], relative to the busiest."""
-    return ((np.minimum(work, worst) / worst) ** POWER).sum((-1, -2))
+    """The sum of twelfth powers of the ranks' work [..., domains, ranks], relative to the busiest: near the maximum,
+    but it also sees the second-busiest rank.
+    """
+    power = np.minimum(work, worst) / worst
+    power *= power * power  # numpy's own power is many times as slow as these three
+    power *= power
+    power *= power
+    return power.sum((-1, -2))
 
 
 @dataclass(frozen=True)

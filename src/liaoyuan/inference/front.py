@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import replace
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.process import BaseProcess
@@ -18,7 +18,7 @@ from liaoyuan.checkpoint import load_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.disaggregation import Worker
 from liaoyuan.inference.engine import Engine, EngineConfig
-from liaoyuan.inference.frames import Closed, event_from_json, put_frame, read_frame, request_to_json
+from liaoyuan.inference.frames import Closed, Header, event_from_json, put_frame, read_frame, request_to_json
 from liaoyuan.inference.request import Event, Request
 from liaoyuan.inference.runner import EngineThread
 
@@ -49,16 +49,17 @@ class Front:
             tried.add(worker)
             repeated = told.copy()
             try:
-                async for event in self._ask(worker, request):
-                    event = _untold(event, repeated)
-                    told += event.tokens
-                    if event.tokens or event.finish_reason:
-                        yield replace(event, id=request.id)
+                async with contextlib.aclosing(self._ask(worker, request)) as events:
+                    async for event in events:
+                        event = _untold(event, repeated)
+                        told += event.tokens
+                        if event.tokens or event.finish_reason:
+                            yield replace(event, id=request.id)
                 return
             except (Closed, OSError):
                 self._failures[worker] += 1
 
-    async def _ask(self, worker: Path, request: Request) -> AsyncIterator[Event]:
+    async def _ask(self, worker: Path, request: Request) -> AsyncGenerator[Event, None]:
         prefill = self._least_busy(self._prefill)
         used = [path for path in (worker, prefill) if path]
         self._open.update(used)
@@ -87,6 +88,18 @@ class Front:
         return min(workers, key=lambda path: (self._failures[path], self._open[path]), default=None)
 
 
+async def tell(worker: Path) -> Header:
+    """Return what a worker says of itself: `EngineThread.health`, open leases, blocks sent, received and missing.
+
+    Raises:
+        LiaoyuanError: it is gone. OSError: it cannot be reached.
+    """
+    reader, writer = await asyncio.open_unix_connection(worker)
+    with contextlib.closing(writer):
+        put_frame(writer, {"do": "tell"})
+        return (await read_frame(reader))[0]
+
+
 def _untold(event: Event, repeated: list[int]) -> Event:
     """Return what of an event has not been told; `repeated`, what is still to come again, loses what the event has.
 
@@ -112,6 +125,7 @@ def start_worker(
 
     The socket is there when the worker is ready. Whoever may enter the socket's folder may ask: keep it private.
     """
+    socket.unlink(missing_ok=True)  # a killed worker leaves its own
     process = get_context("spawn").Process(
         target=_run_worker, args=(folder, socket, config, lease_seconds), name="worker", daemon=True
     )

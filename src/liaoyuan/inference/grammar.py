@@ -6,11 +6,12 @@ Whoever may ask for a grammar may be hostile, so each is tried in a process of i
 
 import contextlib
 import json
-import logging
+import re
 import select
 import subprocess
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,10 +30,9 @@ from liaoyuan.inference.constraint import Constraint
 MOST_BYTES = 256 * 1024  # of one grammar's text
 MOST_COMPILED = 128  # grammars that are kept
 SECONDS = 4.0  # that trying a grammar may take
+START_SECONDS = 60.0  # that starting the process that does it may take, on a busy machine
 WAIT_SECONDS = 20.0  # for the grammars of others
 ERROR_LENGTH = 400  # characters of the library's message that are shown
-
-logger = logging.getLogger(__name__)
 
 Kind = Literal["json_schema", "regex", "ebnf", "lark"]
 
@@ -110,6 +110,30 @@ class Vocabulary:
         bits[list(tokens)] = 1
         return np.packbits(bits, bitorder="little").view(np.int32)
 
+    def spelling(self, text: str) -> str:
+        """Return a text as Lark writes it; special tokens in it are tokens, and a single space may be left out."""
+        parts = self._special_pattern.split(text)
+        return " ".join(self._part(part) for part in parts if part)
+
+    def _part(self, part: str) -> str:
+        if part in self._special_texts:
+            return f"<[{self._special_texts[part]}]>"
+        return '" "?' if part == " " else literal(part)
+
+    @cached_property
+    def _special_texts(self) -> dict[str, int]:
+        return {self.tokens[index].decode(): index for index in self.special if self.tokens[index]}
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self._special_texts, key=len, reverse=True)
+        return re.compile("(" + "|".join(["(?<! ) (?! )", *map(re.escape, longest_first)]) + ")")
+
+    @cached_property
+    def breaks(self) -> frozenset[int]:
+        """The tokens that are nothing but line breaks."""
+        return frozenset(index for index, token in enumerate(self.tokens) if token and not token.strip(b"\n"))
+
     def encode(self, text: str) -> list[int]:
         """Return the usual ids of a text that goes on after another (SentencePiece's space before it left out)."""
         ids, wanted = self._tokenizer.encode(text), text.encode()
@@ -133,11 +157,24 @@ class Grammars:
     """Compiles grammars for one model, and keeps those that were used last. Threads may share it."""
 
     def __init__(self, tokenizer: Tokenizer, size: int, ends: Sequence[int]) -> None:
-        """size, ends: see `Vocabulary`."""
-        self.vocabulary = Vocabulary(tokenizer, size, ends)
+        """size, ends: see `Vocabulary`; it is made when it is first needed, as that takes a while."""
+        self._made_of = (tokenizer, size, ends)
         self._kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
-        self._lock, self._trial = threading.Lock(), Trial(self.vocabulary)
-        self._tokenizer: LLTokenizer | None = None
+        self._lock = threading.Lock()
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Raises LiaoyuanError for a model without a token that ends an answer."""
+        return Vocabulary(*self._made_of)
+
+    @cached_property
+    def _trial(self) -> "Trial":
+        return Trial(self.vocabulary)
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        words = self.vocabulary
+        return grammar_trial.library_tokenizer(words.tokens, words.special, list(words.ends), words.encode)
 
     def compile(self, grammar: Grammar) -> Constraint:
         """Return the constraint of a grammar.
@@ -165,10 +202,6 @@ class Grammars:
 
     def _compile(self, grammar: Grammar) -> "CompiledGrammar":
         compiled = self._trial(grammar)
-        if self._tokenizer is None:
-            words = self.vocabulary
-            ends = list(words.ends)
-            self._tokenizer = grammar_trial.library_tokenizer(words.tokens, words.special, ends, words.encode)
         matcher = grammar_trial.matcher(self._tokenizer, compiled)
         if matcher.is_error():
             raise _refused(grammar, matcher.get_error())
@@ -187,34 +220,28 @@ class CompiledGrammar:
 
 
 class GrammarState:
-    """A `ConstraintState`. If the library gives up in mid-answer, the answer ends there and `failure` says why."""
+    """A `ConstraintState`; raises LiaoyuanError if the library gives up in mid-answer."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
-        self._ended, self.failure = False, ""
+    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, ended: bool = False) -> None:
+        self._matcher, self._vocabulary, self._ended = matcher, vocabulary, ended
 
     def mask(self) -> np.ndarray:
-        if not self._ended:
-            found = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32) & self._vocabulary.real_mask
-            if not self._matcher.is_error() and found.any():
-                return found
-            self._fail(self._matcher.get_error() or "no token of this model can go on")
-        return self._vocabulary.end_mask
+        if self._ended:
+            return self._vocabulary.end_mask
+        real = self._vocabulary.real_mask
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)  # may be a word longer than needed
+        found: np.ndarray = bits[: len(real)] & real
+        if self._matcher.is_error() or not found.any():
+            raise LiaoyuanError(_readable(self._matcher.get_error()) or "No token of this model goes on.")
+        return found
 
     def accept(self, token: int) -> None:
-        if self._ended or token in self._vocabulary.ends:
-            self._ended = True
-        elif not self._matcher.consume_token(token):
-            self._fail(self._matcher.get_error())
+        self._ended = self._ended or token in self._vocabulary.ends
+        if not self._ended and not self._matcher.consume_token(token):
+            raise LiaoyuanError(_readable(self._matcher.get_error()))
 
     def copy(self) -> "GrammarState":
-        other = GrammarState(self._matcher.deep_copy(), self._vocabulary)
-        other._ended, other.failure = self._ended, self.failure
-        return other
-
-    def _fail(self, why: str) -> None:
-        self._ended, self.failure = True, why[:ERROR_LENGTH]
-        logger.warning("a grammar gave up in mid-answer: %s", self.failure)
+        return GrammarState(self._matcher.deep_copy(), self._vocabulary, self._ended)
 
 
 class Trial:
@@ -229,7 +256,7 @@ class Trial:
         process = self._process or self._start()
         try:
             self._send({"kind": grammar.kind, "text": grammar.text})
-            answer = _line_in_time(process)
+            answer = _line_in_time(process, SECONDS)
         except OSError:  # it has died
             answer = ""
         if not answer:
@@ -244,11 +271,7 @@ class Trial:
     def close(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):
-                    pipe.close()  # type: ignore[union-attr]
+            _end(process)
 
     def _start(self) -> "subprocess.Popen[str]":
         program = str(Path(grammar_trial.__file__))
@@ -260,9 +283,13 @@ class Trial:
             text=True,
             encoding="utf-8",
         )
+        weakref.finalize(self, _end, self._process)
         words = self._vocabulary
         tokens = [token.hex() for token in words.tokens]
         self._send({"tokens": tokens, "special": words.special, "ends": list(words.ends)})
+        if not _line_in_time(self._process, START_SECONDS):
+            self.close()
+            raise LiaoyuanError("The process that tries grammars does not start, so none can be held.")
         return self._process
 
     def _send(self, value: dict[str, Any]) -> None:
@@ -271,10 +298,18 @@ class Trial:
         self._process.stdin.flush()
 
 
-def _line_in_time(process: "subprocess.Popen[str]") -> str | None:
+def _end(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):
+            pipe.close()  # type: ignore[union-attr]
+
+
+def _line_in_time(process: "subprocess.Popen[str]", seconds: float) -> str | None:
     """Return the next line that a process writes, "" if it has died; None if it takes too long."""
     assert process.stdout
-    ready, _, _ = select.select([process.stdout], [], [], SECONDS)
+    ready, _, _ = select.select([process.stdout], [], [], seconds)
     return process.stdout.readline() if ready else None
 
 
@@ -283,6 +318,10 @@ def _name(grammar: Grammar) -> str:
 
 
 def _refused(grammar: Grammar, why: str) -> LiaoyuanError:
+    return LiaoyuanError(f"The {_name(grammar)} cannot be held: {_readable(why).rstrip('.')}.")
+
+
+def _readable(why: str) -> str:
+    """Return what the library says is wrong as one line."""
     why = why.partition("<backtrace>")[0].replace("<non-verbose/>", "")
-    lines = [line.strip() for line in why.splitlines() if line.strip()]
-    return LiaoyuanError(f"The {_name(grammar)} cannot be held: {' '.join(lines)[:ERROR_LENGTH].rstrip('.')}.")
+    return " ".join(why.split())[:ERROR_LENGTH]

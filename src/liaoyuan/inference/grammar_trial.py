@@ -2,7 +2,7 @@
 
 A hostile grammar can make the grammar library run for minutes, fill the memory or overflow the stack; then this
 process is what ends. It is run as a file and imports nothing of this package, so that it starts within 0.2 seconds.
-Lines of JSON: first the tokens in, then for each grammar its kind and text in, and what came of it out.
+Lines of JSON: first the tokens in and "ready" out, then for each grammar its kind and text in, what came of it out.
 """
 
 import contextlib
@@ -99,6 +99,7 @@ def _serve() -> None:
     special = set(first["special"])
     spelt = {token: index for index, token in enumerate(tokens) if token and index not in special}
     tokenizer = library_tokenizer(tokens, first["special"], first["ends"], lambda text: greedy(spelt, text.encode()))
+    print("ready", flush=True)
     for line in sys.stdin:
         task = json.loads(line)
         print(json.dumps(try_grammar(tokenizer, task["kind"], task["text"])), flush=True)

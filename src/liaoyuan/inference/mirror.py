@@ -24,7 +24,7 @@ from liaoyuan.inference.cache import KeyValueCache, PagedContext
 from liaoyuan.inference.message import as_text, receive, send, text_tensor
 from liaoyuan.inference.weights import Weights
 from liaoyuan.models import AttentionContext, Decoder, PackedContext, read_config
-from liaoyuan.ops import checksum
+from liaoyuan.ops import LogitStatistics, checksum
 from liaoyuan.parallel import Program, local
 
 Result = TypeVar("Result")
@@ -68,6 +68,13 @@ class Leader:
         self.model.forward = self._call  # type: ignore[method-assign,assignment]
         for part in (self.model.embed_tokens, *self.model.layers):
             part.register_forward_pre_hook(self._refuse_alone)
+        read = self.model.read_logits
+
+        def read_together(*inputs: Any, **options: Any) -> LogitStatistics:
+            self._refuse_alone()
+            return read(*inputs, **options)
+
+        self.model.read_logits = read_together
 
     def new_cache(self, num_blocks: int, block_size: int) -> KeyValueCache:
         """Return this process's part of a new cache; the others make theirs, and drop it when this one is dropped."""

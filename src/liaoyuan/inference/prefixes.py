@@ -14,6 +14,7 @@ from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.blocks import Key
+from liaoyuan.inference.cache import KeyValueCache
 from liaoyuan.inference.engine import Engine
 from liaoyuan.inference.lease import Leases
 from liaoyuan.inference.request import Request
@@ -27,13 +28,12 @@ class Torn(LiaoyuanError):  # noqa: N818  (a state, not a fault)
 
 @dataclass(frozen=True)
 class Lot:
-    """Consecutive blocks of one prompt, the first at the place `first`.
+    """Consecutive blocks of one prompt.
 
     of: see `describe`. data: for each block the keys [layers, block_size, Hk, D] and values [..., Dv] as bytes.
     """
 
     of: str
-    first: int
     keys: tuple[Key, ...]
     checksums: tuple[int, ...]
     data: bytes
@@ -43,6 +43,14 @@ class Prefixes:
     """The prefix cache of one engine, as another process sees it."""
 
     def __init__(self, engine: Engine, lease_seconds: float) -> None:
+        """
+        Raises:
+            LiaoyuanError: the engine's cache lies over several processes, or keeps no prefixes.
+        """
+        if type(engine.cache) is not KeyValueCache:
+            raise LiaoyuanError("A model spread over several processes cannot hand over its cache's blocks yet.")
+        if not engine.config.prefix_cache:
+            raise LiaoyuanError("Blocks are handed over through the prefix cache: set prefix_cache to true.")
         self._engine, self._pool = engine, engine.pool
         self.leases = Leases(lease_seconds, self._pool.give)
         engine.lenders.append(self.leases.held)
@@ -57,9 +65,9 @@ class Prefixes:
         return self._described[1]
 
     def keys(self, request: Request) -> list[Key]:
-        """Return the keys of the blocks of a prompt that a request can find; the last token is always computed."""
-        if request.sampling.prompt_logprobs is not None:
-            return []  # every row is computed
+        """Return the keys of the blocks that may be handed over; the last token of a prompt is always computed."""
+        if request.sampling.prompt_logprobs is not None or request.adapter:
+            return []  # every row is computed; two workers may know different adapters by one name
         keys: list[Key] = []
         size = self._engine.config.block_size
         tokens = np.array(request.prompt[: (len(request.prompt) - 1) // size * size], dtype=np.int64)
@@ -89,7 +97,7 @@ class Prefixes:
             raise
         rows = self._read(blocks)
         sums = tuple(checksum(row) for row in rows)
-        return Lot(self.describe(), first, tuple(keys[first : first + len(blocks)]), sums, rows.numpy().tobytes())
+        return Lot(self.describe(), tuple(keys[first : first + len(blocks)]), sums, rows.numpy().tobytes())
 
     def put(self, lot: Lot, keys: list[Key], first: int) -> bool:
         """Check the blocks from the place `first` on, and let them be found; False if there is no room for them.
@@ -120,7 +128,7 @@ class Prefixes:
         """Return the blocks' bytes, uint8 [blocks, bytes], if they are what was asked for, and whole."""
         if lot.of != self.describe():
             raise Torn("The blocks are of other weights, or of another shape.")
-        if lot.first != first or lot.keys != tuple(keys[first : first + len(lot.keys)]) or not lot.keys:
+        if lot.keys != tuple(keys[first : first + len(lot.keys)]) or not lot.keys:
             raise Torn(f"The blocks are not those of the prompt from place {first} on.")
         count, size = len(lot.keys), sum(part.nbytes for part in self._parts(np.zeros(1, dtype=np.int32)))
         if len(lot.data) != count * size or len(lot.checksums) != count:

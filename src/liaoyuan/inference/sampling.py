@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from liaoyuan.ops import log_probability, log_sum_exp, sample_tokens, sampling_settings
-from liaoyuan.ops.sampling import penalised
+from liaoyuan.ops import log_probability, log_sum_exp, sample_tokens
+from liaoyuan.ops.sampling import COLUMNS, penalised
 
 Bias = tuple[tuple[int, float], ...]
 
@@ -55,8 +55,10 @@ class Settings:
 
     def table(self) -> Tensor:
         """Return them as `ops.sample_tokens` takes them."""
-        numbers = ("temperature", "top_p", "top_k", "min_p", "uniform", "repetition", "presence", "frequency")
-        return sampling_settings(len(self.temperature), **{name: getattr(self, name) for name in numbers})
+        table = np.empty((len(self.temperature), len(COLUMNS)))
+        for column, name in enumerate(COLUMNS):
+            table[:, column] = getattr(self, name)
+        return torch.from_numpy(table)
 
 
 def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:

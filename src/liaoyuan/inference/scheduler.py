@@ -24,6 +24,7 @@ from liaoyuan.inference.speculation import Speculation
 from liaoyuan.inference.waiting import Waiting
 
 NOBODY = -1
+NO_COPIES = np.empty((2, 0), dtype=np.int64)
 
 
 class Scheduler:
@@ -98,14 +99,18 @@ class Scheduler:
         self._admit()
         if not len(self.running):
             return None
-        copies = self._fork()
-        waits = self._leader[self.running] != NOBODY
-        todo = np.where(waits, 0, self.length[self.running] - self.computed[self.running])
-        counts = self._share(todo)
-        chosen = counts > 0
-        slots, counts = self.running[chosen], counts[chosen]
+        copies, todo = NO_COPIES, self.length[self.running] - self.computed[self.running]
+        if (self._leader[self.running] != NOBODY).any():
+            copies = self._fork()
+            waits = self._leader[self.running] != NOBODY
+            todo = np.where(waits, 0, self.length[self.running] - self.computed[self.running])
+        slots, counts = self.running, todo
+        if (todo != 1).any():  # else all decode, and there is a token for everyone who runs
+            counts = self._share(todo)
+            chosen = counts > 0
+            slots, counts, todo = slots[chosen], counts[chosen], todo[chosen]
         self.waiting.charge(self._account[slots], counts)
-        drafts = self._guess(slots, counts, todo[chosen])
+        drafts = self._guess(slots, counts, todo)
         return lay_out(self.table, slots, counts + drafts, drafts, copies)
 
     def commit(self, plan: Plan, kept: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
@@ -229,9 +234,11 @@ class Scheduler:
         One block for everyone who runs stays in reserve, so that a newcomer is not preempted at once. Who would not
         compute in this step need not hold blocks yet.
         """
+        if not len(self.waiting) or self.draining:
+            return
         todo = self.length[self.running] - self.computed[self.running]
         budget = self.max_batch_tokens - int(todo.sum())
-        while not self.draining and budget > 0 and (sequence := self.waiting.first()) is not None:
+        while budget > 0 and (sequence := self.waiting.first()) is not None:
             shared = self._shared(sequence)
             if not self._fits(sequence, shared.blocks):
                 if not self._make_room(sequence):

@@ -46,10 +46,7 @@ class AfterThinking:
         self.closing = vocabulary.mask([marks.close])
         # An end inside the thought would leave the answer out.
         self.within = vocabulary.real_mask & ~vocabulary.end_mask if inner else None
-        self.breaks = frozenset(
-            index for index, token in enumerate(vocabulary.tokens) if token and not token.strip(b"\n")
-        )
-        self.break_mask = vocabulary.mask(sorted(self.breaks))
+        self.break_mask = vocabulary.mask(sorted(vocabulary.breaks))
 
     def begin(self, prompt: tuple[int, ...]) -> "ThinkingState":
         inner = self.inner.begin(prompt) if self.inner else None
@@ -75,10 +72,6 @@ class ThinkingState:
 
     def __init__(self, rules: AfterThinking, inner: ConstraintState | None, place: str, thought: int = 0) -> None:
         self._rules, self._inner, self._place, self._thought = rules, inner, place, thought
-
-    @property
-    def failure(self) -> str:
-        return getattr(self._inner, "failure", "")
 
     def mask(self) -> np.ndarray | None:
         rules = self._rules
@@ -111,7 +104,7 @@ class ThinkingState:
 
     def _is_break(self, token: int) -> bool:
         """Whether a token after the thought is but a line break; one that the answer may begin with belongs to it."""
-        if token not in self._rules.breaks:
+        if token not in self._rules.vocabulary.breaks:
             return False
         after = self._inner.mask() if self._inner else None
         return after is not None and not after[token // 32] >> (token % 32) & 1

@@ -28,7 +28,10 @@ class Pattern:
 
 
 class AttentionContext(Protocol):
-    """What the attention layer of a decoder asks."""
+    """What the attention layer of a decoder asks.
+
+    One over a paged cache also has `pages(layer)`, which returns `ops.Pages`: with it a whole layer is one operator.
+    """
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
         """Return a layer's attention output [N, Hq, Dv] for query [N, Hq, D], key [N, Hk, D] and value [N, Hk, Dv]."""

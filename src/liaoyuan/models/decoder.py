@@ -17,8 +17,9 @@ from liaoyuan.models.config import ModelConfig
 from liaoyuan.models.context import AttentionContext
 from liaoyuan.models.experts import MixtureOfExperts
 from liaoyuan.models.layers import FeedForward, Linear, RMSNorm
+from liaoyuan.models.plain import PlainLayer
 from liaoyuan.models.rotary import rotary_angles
-from liaoyuan.ops import Penalties, ReadLogits, linear, logit_statistics
+from liaoyuan.ops import Penalties, ReadLogits, layer_kernel, linear, logit_statistics
 
 
 class Layer(nn.Module):
@@ -37,6 +38,7 @@ class Layer(nn.Module):
         if config.post_norms:
             self.post_self_attn_layernorm = RMSNorm(hidden, eps)
             self.post_mlp_layernorm = RMSNorm(hidden, eps)
+        self.plain = PlainLayer()
 
     def forward(
         self, residual: Tensor, x: Tensor | None, cosine: Tensor, sine: Tensor, context: AttentionContext
@@ -114,10 +116,15 @@ class Decoder(nn.Module):
 
     def run_layers(self, residual: Tensor, positions: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """Pass the layers of this stage: residual stream [N, H] -> the stream and the last addend to it."""
-        cosine, sine = self.angles(positions)
-        x = None
+        angles, x = self.angles(positions), None
+        pages = getattr(context, "pages", None)  # of contexts over a paged cache: a whole layer is one operator there
+        kernel = layer_kernel(residual, self.config.head_dim) if pages else None
         for layer in self.layers:
-            residual, x = layer(residual, x, cosine, sine, context)
+            plain = layer.plain.of(layer) if kernel and isinstance(layer, Layer) else None
+            if kernel and pages and plain:
+                residual, x = kernel(residual, x, *angles, *pages(plain.layer), *plain.weights, *plain.settings)
+            else:
+                residual, x = layer(residual, x, *angles, context)
         assert x is not None
         return residual, x
 

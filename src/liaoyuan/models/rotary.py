@@ -5,10 +5,13 @@ family's files do: dimensions are put in that order when weights are read. A hea
 other dimensions as pairs of angle zero. So one kernel serves all.
 """
 
+import contextlib
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SCALINGS = ("default", "linear", "llama3", "yarn")
@@ -92,10 +95,25 @@ class Rotary:
 
 
 PLAIN_ROTARY = Rotary()
+TABLE = 8192  # positions whose angles are kept: 2 MiB where a head has 64 dimensions
 
 
 def rotary_angles(positions: Tensor, rotary: Rotary, head_dim: int) -> tuple[Tensor, Tensor]:
     """Return cosine and sine, fp32 [N, head_dim / 2], of the rotary angles of positions [N]."""
+    if type(positions) is Tensor and positions.is_cpu and len(positions) < TABLE and not torch.is_grad_enabled():
+        with contextlib.suppress(IndexError):  # a position beyond the table
+            cosine, sine = _angle_table(rotary, head_dim)
+            return F.embedding(positions, cosine), F.embedding(positions, sine)
+    return _angles(positions, rotary, head_dim)
+
+
+@functools.lru_cache(maxsize=4)
+def _angle_table(rotary: Rotary, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Return the angles of the first positions: decoding asks for few, and to compute them takes a dozen operators."""
+    return _angles(torch.arange(TABLE, device="cpu"), rotary, head_dim)
+
+
+def _angles(positions: Tensor, rotary: Rotary, head_dim: int) -> tuple[Tensor, Tensor]:
     width = rotary.width(head_dim)
     angles = positions.float()[:, None] * rotary.frequencies(width).to(positions.device)
     cosine, sine = angles.cos() * rotary.angle_scale, angles.sin() * rotary.angle_scale

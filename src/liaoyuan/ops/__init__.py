@@ -20,6 +20,7 @@ from liaoyuan.ops.cross_entropy import (
     merge_statistics,
     token_log_prob,
 )
+from liaoyuan.ops.decoder_layer import LayerWeights, Pages, decoder_layer, layer_kernel
 from liaoyuan.ops.gated import clamped_swiglu, geglu, swiglu
 from liaoyuan.ops.grouped_linear import grouped_linear
 from liaoyuan.ops.linear import exact_rows, linear
@@ -36,8 +37,10 @@ from liaoyuan.ops.sampling import Sampled, packed_mask, sample_tokens, sampling_
 
 __all__ = [
     "CrossEntropy",
+    "LayerWeights",
     "LogitStatistics",
     "OperatorStatus",
+    "Pages",
     "Penalties",
     "QuantisedWeight",
     "ReadLogits",
@@ -53,12 +56,14 @@ __all__ = [
     "clip",
     "combine_rows",
     "configure",
+    "decoder_layer",
     "dequantise",
     "exact_rows",
     "geglu",
     "global_norm",
     "grouped_linear",
     "latent_rotary",
+    "layer_kernel",
     "linear",
     "linear_cross_entropy",
     "log_probability",

@@ -36,7 +36,7 @@ COMMON_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-w"
 WITH_TORCH = (
     *("binding.cpp", "autograd.cpp", "binding_attention.cpp", "binding_experts.cpp", "autograd_experts.cpp"),
     *("binding_inference.cpp", "binding_optimiser.cpp", "binding_loss.cpp", "autograd_loss.cpp"),
-    *("binding_rows.cpp", "autograd_rows.cpp"),
+    *("binding_rows.cpp", "autograd_rows.cpp", "binding_layer.cpp"),
 )
 PATIENCE = 600.0  # seconds for which a failure that may pass is not tried again
 PASSING = ("Killed signal", "No space left on device", "Disk quota exceeded", "Cannot allocate memory")

@@ -43,6 +43,16 @@ def takes(operator: Operator, first: Tensor, *others: Tensor | None) -> bool:
     return _through_registered or _has_kernel(operator.name, device, dtype)
 
 
+def kernel_in_use(name: str, device: str) -> str:
+    """Return the name of the kernel that computes an operator on a kind of device, or "reference"."""
+    return _choose(name, device).kernel
+
+
+def is_watched() -> bool:
+    """Return whether `operators_called` is in force."""
+    return _through_registered
+
+
 @contextlib.contextmanager
 def operators_called() -> Iterator[None]:
     """Call every operator by its registered name, whatever kernel is in use, so that who watches sees the same names.
@@ -174,13 +184,16 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
     return float(difference / expected.float().abs().max().clamp_min(1e-30)) if difference else 0.0
 
 
-@torch.compiler.assume_constant_result
 def _has_kernel(name: str, device: str, dtype: torch.dtype) -> bool:
     known = _choose(name, device).dtypes
     if known and dtype not in known and dtype.is_floating_point and len(known) > 1:
         names = " and ".join(_short(one) for one in known if one.is_floating_point)
         _warn(f"The kernels for {device} take {names}: the slower references compute {_short(dtype)}.")
     return dtype in known
+
+
+# What torch.compiler.assume_constant_result does, which imports the whole compiler for it: seconds at every start.
+_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

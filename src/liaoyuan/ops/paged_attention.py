@@ -131,19 +131,19 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     ):
         queries, lengths = [c[0] for c in cases], [c[1] for c in cases]
         query = torch.randn(sum(queries) + 2, query_heads, dim, generator=generator).to(dtype)
-        tables, key_cache, value_cache = _sample_pages(lengths, key_heads, (dim, value_dim), dtype, generator)
+        tables, key_cache, value_cache = sample_pages(lengths, key_heads, (dim, value_dim), dtype, generator)
         starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
         sinks = torch.randn(query_heads, generator=generator).to(dtype) if with_sinks else None
         counts = torch.tensor(lengths, dtype=torch.int32)
         yield query, key_cache, value_cache, tables, starts, counts, dim**-0.5, window, sinks
 
 
-def _sample_pages(
+def sample_pages(
     lengths: list[int], heads: int, dims: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return tables of pages in random order, and caches of random keys and values."""
     blocks = [-(-length // 16) for length in lengths]
-    tables = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
+    tables = torch.zeros(len(lengths), max(blocks, default=1), dtype=torch.int32)
     order = torch.randperm(sum(blocks), generator=generator).to(torch.int32)
     for row, part in enumerate(order.split(blocks)):
         tables[row, : len(part)] = part

@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def takes_shapes(
     """Return a decorator that checks a function's tensors by sentences like "int64 [N, K]": a key of `KINDS`, sizes.
 
     Sizes of one name are equal in all tensors; "_" is any size, "..." in front any sizes, a number itself. An argument
-    may be None if that is its default. All tensors are on one device.
+    may be None if its annotation says so. All tensors are on one device.
 
     Args:
         multiple: names of two sizes, the first of which must be a multiple of the second.
@@ -102,7 +102,8 @@ def _read(function: Callable[..., Any], sentences: Mapping[str, str]) -> tuple[E
             sizes = tuple(shape.strip("[]").replace(",", " ").split())
             is_open = sizes[:1] == ("...",)
             named = sizes[1:] if is_open else sizes
-            found.append(Expected(name, place, parameter.default is None, KINDS[kind], named, is_open))
+            is_optional = type(None) in get_args(parameter.annotation)
+            found.append(Expected(name, place, is_optional, KINDS[kind], named, is_open))
     return tuple(found)
 
 

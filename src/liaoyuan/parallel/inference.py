@@ -31,6 +31,7 @@ from liaoyuan.parallel.program import Program, compute_each_locally, give_memory
 from liaoyuan.parallel.tensor import COLUMNS, ROWS, Table, cut_weights
 from liaoyuan.parallel.world import World
 
+SPREAD_BYTES = 2**20  # of all parts of a sum; below it, one exchange takes less time than two
 SHARED_TABLE: Table = (  # training leaves an expert that all tokens pass whole
     (r"shared_experts\.gate_up_proj\.weight$", ROWS),
     (r"shared_experts\.down_proj\.weight$", COLUMNS),
@@ -93,19 +94,38 @@ def lay_out_inference(model: Decoder, layout: Layout, world: World) -> Program:
 
 
 def ordered_sum(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Return the sum over the processes, added in the order of ranks, in fp32 (fp64 for fp64), rounded once."""
-    parts = x.new_empty(group.size(), *x.shape)
-    dist.all_gather_single(parts.flatten(0, 1), x.contiguous(), group=group)
+    """Return the sum over the processes, added in the order of ranks, in fp32 (fp64 for fp64), rounded once.
+
+    x: [N, ...]. Where all parts together are large, each process adds up some of the rows for all: the same bits, and
+    less to send.
+    """
+    size = group.size()
+    if size == 2 or x.nbytes * size < SPREAD_BYTES:
+        return _add_parts(_gather(x, group).unflatten(0, (size, -1)))
+    missing = -len(x) % size
+    padded = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
+    parts = torch.empty_like(padded, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(parts, padded.contiguous(), group=group)
+    return _gather(_add_parts(parts.unflatten(0, (size, -1))), group)[: len(x)]
+
+
+def _gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the rows of all processes, one after another."""
+    out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+    dist.all_gather_single(out, x.contiguous(), group=group)
+    return out
+
+
+def _add_parts(parts: Tensor) -> Tensor:
     total = wide(parts[0]).clone()
     for part in parts[1:]:
         total += part
-    return total.to(x.dtype)
+    return total.to(parts.dtype)
 
 
 def gather_columns(x: Tensor, group: ProcessGroup) -> Tensor:
     """Return the columns of all processes side by side: [N, C] -> [N, size * C]."""
-    parts = x.new_empty(group.size(), *x.shape)
-    dist.all_gather_single(parts.flatten(0, 1), x.contiguous(), group=group)
+    parts = _gather(x, group).view(group.size(), *x.shape)
     return parts.transpose(0, 1).reshape(x.shape[0], group.size() * x.shape[1])
 
 

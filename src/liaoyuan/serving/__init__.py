@@ -5,6 +5,21 @@
 
 from liaoyuan.serving.about import About, Words, read_about
 from liaoyuan.serving.app import build_app
+from liaoyuan.serving.keys import Keys, read_keys
+from liaoyuan.serving.security import Access
 from liaoyuan.serving.server import LOOPBACK, Server, check_port, open_front, open_server
 
-__all__ = ["LOOPBACK", "About", "Server", "Words", "build_app", "check_port", "open_front", "open_server", "read_about"]
+__all__ = [
+    "LOOPBACK",
+    "About",
+    "Access",
+    "Keys",
+    "Server",
+    "Words",
+    "build_app",
+    "check_port",
+    "open_front",
+    "open_server",
+    "read_about",
+    "read_keys",
+]

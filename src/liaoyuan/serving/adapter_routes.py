@@ -1,10 +1,10 @@
-"""`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as vLLM has them, and adapters among the models."""
+"""`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as vLLM has them."""
 
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
@@ -69,15 +69,6 @@ def adapter_routes(runner: Runner, model: str, shelf: Shelf) -> APIRouter:
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     return router
-
-
-def adapter_cards(model: dict[str, Any], shelf: Shelf) -> list[dict[str, Any]]:
-    """Return what `/v1/models` says of each adapter, given what it says of the model."""
-    return [
-        {**model, "id": adapter.name, "parent": model["id"], "root": adapter.folder, "lora_rank": adapter.rank}
-        for adapter in shelf.loaded()
-        if adapter.name != model["id"]
-    ]
 
 
 def _unloads(name: str) -> Callable[[Engine], None]:

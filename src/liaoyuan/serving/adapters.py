@@ -3,6 +3,7 @@
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from liaoyuan.inference import Adapters, Loaded
 
@@ -20,3 +21,12 @@ class Shelf:
     def loaded(self) -> list[Loaded]:
         """Return those that a request may name now."""
         return [] if self.adapters is None else self.adapters.loaded()
+
+
+def adapter_cards(model: dict[str, Any], shelf: Shelf) -> list[dict[str, Any]]:
+    """Return what `/v1/models` says of each adapter, given what it says of the model."""
+    return [
+        {**model, "id": adapter.name, "parent": model["id"], "root": adapter.folder, "lora_rank": adapter.rank}
+        for adapter in shelf.loaded()
+        if adapter.name != model["id"]
+    ]

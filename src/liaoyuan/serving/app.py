@@ -1,28 +1,37 @@
-"""The HTTP application: OpenAI-compatible API, chat page, health."""
+"""The HTTP application: OpenAI-compatible API, chat page, health, metrics, and the guard around them."""
 
 import time
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import FileResponse
+from fastapi.routing import APIRoute
+from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from liaoyuan.data.tokenizer import Tokenizer
-from liaoyuan.inference import ThinkMarks
+from liaoyuan.inference import Grammars, Pooling, ThinkMarks
 from liaoyuan.serving.about import About
-from liaoyuan.serving.adapter_routes import adapter_cards, adapter_routes
+from liaoyuan.serving.adapter_routes import adapter_routes
 from liaoyuan.serving.adapters import Shelf
 from liaoyuan.serving.chat import chat_routes
 from liaoyuan.serving.completions import completion_routes
 from liaoyuan.serving.control import control_routes
-from liaoyuan.serving.errors import add_handlers
+from liaoyuan.serving.embeddings import embedding_routes
+from liaoyuan.serving.errors import ANTHROPIC_ERRORS, ANTHROPIC_PATH, ERRORS, add_handlers
 from liaoyuan.serving.generate import generate_routes
 from liaoyuan.serving.generation import Runner, Served
+from liaoyuan.serving.llama_cpp import llama_routes
 from liaoyuan.serving.markdown import render
+from liaoyuan.serving.messages import message_routes
+from liaoyuan.serving.metrics import Metrics
 from liaoyuan.serving.protocol import RenderRequest
-from liaoyuan.serving.scores import PromptScorer
-from liaoyuan.serving.security import Guard
+from liaoyuan.serving.responses import response_routes
+from liaoyuan.serving.security import Access, Guard
+from liaoyuan.serving.status import VERSION, status_routes
+from liaoyuan.serving.tokens import token_routes
+from liaoyuan.serving.tools import format_of
 
 PAGE = Path(__file__).parent / "page"
 
@@ -33,9 +42,11 @@ def build_app(
     name: str,
     context_length: int,
     about: About = About(),
-    scorer: PromptScorer | None = None,
     stop_token_ids: tuple[int, ...] = (),
-    loopback_only: bool = True,
+    access: Access = Access(),
+    pooling: Pooling = Pooling(),
+    vocab_size: int | None = None,
+    call_format: str | None = None,
     control: bool = False,
     shelf: Shelf = Shelf(),
 ) -> FastAPI:
@@ -46,54 +57,66 @@ def build_app(
         name: what the API calls the model.
         context_length: the most tokens of a prompt and its answer together.
         about: what the chat page says of the model.
-        scorer: log-probabilities of prompts (`echo` with `logprobs`); None refuses them.
         stop_token_ids: tokens that end an answer, besides the tokenizer's own.
+        access: who may ask, and how much.
+        pooling: how the model's hidden states become an embedding.
+        vocab_size: logits of the model, which may be more than the tokenizer has ids; None: just as many.
+        call_format: how the model writes tool calls (a name of `tools.FORMATS`); None: found in its chat template.
         control: whether who may ask may also pause the engine and change its weights.
-        loopback_only: refuse requests whose Host is not this machine's loopback.
         shelf: the adapters that requests may name.
+
+    Raises:
+        LiaoyuanError: there is no such form of tool calls.
     """
     marks = ThinkMarks(*tokenizer.think_ids) if tokenizer.think_ids else None
     stops = tuple(dict.fromkeys((*tokenizer.eos_ids, *stop_token_ids)))
-    served = Served(runner, tokenizer, name, context_length, int(time.time()), stops, marks, scorer, shelf)
+    grammars = Grammars(tokenizer, vocab_size or tokenizer.vocab_size, stops)
+    form, metrics = format_of(tokenizer.template_text, call_format), Metrics(runner.health)
+    served = Served(
+        runner, tokenizer, name, context_length, int(time.time()), stops, marks, grammars, form, metrics, shelf
+    )
     # The documentation pages of FastAPI load scripts from elsewhere; /openapi.json is the whole truth.
-    app = FastAPI(title="Liaoyuan", docs_url=None, redoc_url=None)
+    app = FastAPI(title="Liaoyuan", version=VERSION, docs_url=None, redoc_url=None, responses=ERRORS)
     add_handlers(app)
-    _add_models(app, served)
-    app.include_router(chat_routes(served))
-    app.include_router(completion_routes(served))
-    app.include_router(generate_routes(served))
+    _add_api(app, served, pooling)
+    app.include_router(adapter_routes(runner, name, shelf))
     if control:
         app.include_router(control_routes(served))
-    app.include_router(adapter_routes(served.runner, served.name, shelf))
     _add_page(app, served, about)
-    app.add_middleware(Guard, loopback_only=loopback_only)
+    metrics.endpoints.update(path for path in app.openapi()["paths"] if "{" not in path)
+    app.add_middleware(Guard, access=access, metrics=metrics)
+    if access.origins:  # around the guard: a browser must be able to read why it was refused
+        app.add_middleware(
+            CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
     return app
 
 
-def _add_models(app: FastAPI, served: Served) -> None:
-    card = {
-        "id": served.name,
-        "object": "model",
-        "created": served.created,
-        "owned_by": "liaoyuan",
-        "max_model_len": served.context_length,
-    }
+def _add_api(app: FastAPI, served: Served, pooling: Pooling) -> None:
+    app.include_router(message_routes(served), responses=ANTHROPIC_ERRORS)
+    for routes in (status_routes, token_routes, generate_routes):
+        app.include_router(routes(served))
+    for router in (
+        chat_routes(served),
+        completion_routes(served),
+        response_routes(served),
+        llama_routes(served),
+        embedding_routes(served, pooling),
+    ):
+        app.include_router(router)
+        _add_short_paths(app, router)
 
-    @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [card, *adapter_cards(card, served.shelf)]}
 
-    @app.get("/v1/models/{name:path}")
-    async def get_model(name: str) -> dict[str, Any]:
-        cards = {each["id"]: each for each in (*adapter_cards(card, served.shelf), card)}
-        if name not in cards:
-            served.choose_model(name)
-        return cards[name]
-
-    @app.get("/health", response_model=None)
-    async def health() -> JSONResponse:
-        state = served.runner.health()
-        return JSONResponse({"status": "ok" if state["alive"] else "failed", **state}, 200 if state["alive"] else 503)
+def _add_short_paths(app: FastAPI, router: APIRouter) -> None:
+    """Answer OpenAI's paths without "/v1" too, as llama.cpp does (where "/completions" is its own)."""
+    paths = {"/completions", *(route.path for route in router.routes if isinstance(route, APIRoute))}
+    for route in router.routes:
+        assert isinstance(route, APIRoute)
+        short = route.path.removeprefix("/v1")
+        if short not in paths and not route.path.startswith(ANTHROPIC_PATH):
+            app.add_api_route(
+                short, route.endpoint, methods=[*(route.methods or ())], response_model=None, include_in_schema=False
+            )
 
 
 def _add_page(app: FastAPI, served: Served, about: About) -> None:

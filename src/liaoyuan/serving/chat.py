@@ -1,7 +1,6 @@
 """`/v1/chat/completions`: a conversation in, the next message out, thoughts apart from content."""
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
+from liaoyuan.data.tokenizer import Tokenizer
+from liaoyuan.serving.caller import CALLER
 from liaoyuan.serving.conversation import chat_jobs
 from liaoyuan.serving.errors import ApiError
 from liaoyuan.serving.generation import (
@@ -23,7 +24,9 @@ from liaoyuan.serving.generation import (
     start,
 )
 from liaoyuan.serving.protocol import ChatRequest
+from liaoyuan.serving.status import SYSTEM_FINGERPRINT
 from liaoyuan.serving.text import Piece, ScoredToken
+from liaoyuan.serving.tools import Call, CallPiece, whole_calls
 
 
 def chat_routes(served: Served) -> APIRouter:
@@ -35,7 +38,9 @@ def chat_routes(served: Served) -> APIRouter:
         served.choose_model(body.model)
         jobs = await asyncio.to_thread(chat_jobs, served, body)  # a long prompt must not hold up the streams of others
         pieces = start(served, jobs)
-        reply = _Reply(served, body, len(jobs[0].prompt), "chatcmpl-" + secrets.token_hex(12), int(time.time()))
+        reply = _Reply(
+            served, body, len(jobs[0].prompt), "chatcmpl-" + (body.request_id or CALLER.get().id), int(time.time())
+        )
         if body.stream:
             return EventStream(_stream(reply, len(jobs), await first_and_rest(http, pieces)))
         return JSONResponse(reply.whole(await collect(http, pieces, len(jobs))))
@@ -46,7 +51,7 @@ def chat_routes(served: Served) -> APIRouter:
 async def _stream(reply: "_Reply", count: int, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
     """Yield server-sent events; an error in mid-stream is the last of them."""
     for index in range(count):
-        yield server_event(reply.chunk(index, {"role": "assistant", "content": ""}))
+        yield server_event(reply.chunk(index, {"role": "assistant", "content": None}))
     try:
         async for index, piece in pieces:
             for chunk in reply.chunks(index, piece):
@@ -69,6 +74,7 @@ class _Reply:
     created: int
 
     def __post_init__(self) -> None:
+        self._cached = 0  # tokens of the prompt that were found in the prefix cache
         self._counts: dict[int, tuple[int, int]] = {}  # choice -> (completion tokens, reasoning tokens)
 
     def whole(self, choices: list[list[Piece]]) -> dict[str, Any]:
@@ -87,11 +93,29 @@ class _Reply:
             delta["reasoning"] = delta["reasoning_content"] = piece.reasoning
         if piece.content:
             delta["content"] = piece.content
+        delta |= self._called_delta(piece)
         scores = self._logprobs(piece.tokens)
         if delta or piece.tokens or self.body.running_usage:
             yield self.chunk(index, delta, scores)
         if piece.finish_reason:
-            yield self.chunk(index, {}, None, piece.finish_reason)
+            yield self.chunk(index, {}, None, self._reason(piece))
+
+    def _called_delta(self, piece: Piece) -> dict[str, Any]:
+        """Return what a piece adds to tool calls: the name first, then text of the arguments."""
+        if not piece.calls:
+            return {}
+        if self._old:
+            name, text = ("".join(getattr(call, part) for call in piece.calls) for part in ("name", "arguments"))
+            return {"function_call": {"name": name, "arguments": text} if name else {"arguments": text}}
+        return {"tool_calls": [_call_delta(call) for call in piece.calls]}
+
+    @property
+    def _old(self) -> bool:
+        """Whether calls are asked for by the names that they had at first: `functions`, `function_call`."""
+        return bool(self.body.functions and not self.body.tools)
+
+    def _reason(self, piece: Piece) -> str | None:
+        return "function_call" if self._old and piece.finish_reason == "tool_calls" else piece.finish_reason
 
     def chunk(
         self, index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None
@@ -109,15 +133,22 @@ class _Reply:
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.served.answering}
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.served.answering}
+        return {**head, "system_fingerprint": SYSTEM_FINGERPRINT}
 
     def _choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
         self._count(index, pieces[-1])
+        content = "".join(piece.content for piece in pieces)
+        calls = whole_calls(call for piece in pieces for call in piece.calls)
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": "".join(piece.content for piece in pieces),
+            "content": content or (None if calls else ""),
             "refusal": None,
         }
+        if calls and self._old:
+            message["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
+        elif calls:
+            message["tool_calls"] = [_whole_call(call) for call in calls]
         reasoning = "".join(piece.reasoning for piece in pieces)
         message["reasoning"] = message["reasoning_content"] = reasoning or None
         scores = self._logprobs([token for piece in pieces for token in piece.tokens])
@@ -125,11 +156,12 @@ class _Reply:
             "index": index,
             "message": message,
             "logprobs": scores,
-            "finish_reason": pieces[-1].finish_reason,
+            "finish_reason": self._reason(pieces[-1]),
         }
 
     def _count(self, index: int, piece: Piece) -> None:
         self._counts[index] = (piece.completion_tokens, piece.reasoning_tokens)
+        self._cached = max(self._cached, piece.cached_tokens)
 
     def _usage(self) -> dict[str, Any]:
         completion = sum(tokens for tokens, _ in self._counts.values())
@@ -137,18 +169,34 @@ class _Reply:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": self._cached},
             "completion_tokens_details": {"reasoning_tokens": sum(tokens for _, tokens in self._counts.values())},
         }
 
     def _logprobs(self, tokens: list[ScoredToken]) -> dict[str, Any] | None:
         if not self.body.logprobs:
             return None
-        return {"content": [self._scored(token) for token in tokens], "refusal": None}
+        return {"content": [scored_token(self.served.tokenizer, token) for token in tokens], "refusal": None}
 
-    def _scored(self, token: ScoredToken) -> dict[str, Any]:
-        rivals = [self._token(rival, logprob) for rival, logprob in token.top]
-        return {**self._token(token.id, token.logprob), "top_logprobs": rivals}
 
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        raw = self.served.tokenizer.token_bytes(token)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
+def scored_token(tokenizer: Tokenizer, token: ScoredToken) -> dict[str, Any]:
+    """Return a token with its log-probability and its rivals, as OpenAI shows them."""
+    rivals = [token_values(tokenizer, rival, logprob) for rival, logprob in token.top]
+    return {**token_values(tokenizer, token.id, token.logprob), "top_logprobs": rivals}
+
+
+def token_values(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    """Return a token as text, its log-probability and its bytes."""
+    raw = tokenizer.token_bytes(token)
+    return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
+
+
+def _whole_call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _call_delta(call: CallPiece) -> dict[str, Any]:
+    """Return a piece of a call as OpenAI streams it: id, type and name are said once."""
+    function = {"name": call.name, "arguments": call.arguments} if call.name else {"arguments": call.arguments}
+    head = {"id": call.id, "type": "function"} if call.name else {}
+    return {"index": call.index, **head, "function": function}

@@ -4,12 +4,19 @@ An endpoint of another shape (Anthropic's messages, OpenAI's responses) says wha
 runs `chat_jobs` with `generation.start`, and gives the pieces its own shape; `tools.whole_calls` puts calls together.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from liaoyuan.errors import LiaoyuanError
-from liaoyuan.serving.errors import invalid
+from liaoyuan.errors import LiaoyuanError, nearest
+from liaoyuan.inference import AfterThinking, Constraint
+from liaoyuan.serving.call_grammar import calls_grammar
+from liaoyuan.serving.call_reader import CallReader
+from liaoyuan.serving.errors import invalid, unsupported
 from liaoyuan.serving.generation import Job, Served, sampling_params
-from liaoyuan.serving.protocol import ChatRequest, Message
+from liaoyuan.serving.protocol import ChatRequest, EarlierCall, Function, FunctionName, Message
+from liaoyuan.serving.structure import asked_grammar, asked_schema
+from liaoyuan.serving.tools import CallFormat
 
 
 def chat_jobs(served: Served, body: ChatRequest) -> list[Job]:
@@ -18,30 +25,148 @@ def chat_jobs(served: Served, body: ChatRequest) -> list[Job]:
     Raises:
         ApiError: the template refuses the messages, the prompt is too long, or a schema cannot be held.
     """
-    prompt = _prompt(served, body)
+    calling = _calling(served, body)
+    prompt = _prompt(served, body, calling)
     top_logprobs = body.top_logprobs or 0
     if top_logprobs and not body.logprobs:
         raise invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
     most = body.max_completion_tokens or body.max_tokens
+    constraint = _constraint(served, body, calling)
+    stops, shown = body.stops(), calling.shown(served) if calling else frozenset[int]()
     return [
-        Job(prompt, sampling_params(served, body, prompt, most, top_logprobs, choice), body.stops(), served.marks)
+        Job(
+            prompt,
+            sampling_params(served, body, prompt, most, top_logprobs, choice, constraint),
+            stops,
+            served.marks,
+            calling.reader if calling else None,
+            shown,
+            body.priority or 0,
+            body.cache_salt or "",
+        )
         for choice in range(body.n or 1)
     ]
 
 
-def _prompt(served: Served, body: ChatRequest) -> tuple[int, ...]:
+@dataclass(frozen=True)
+class _Calling:
+    """What may be called, and how. must: at least one call is made. most: of calls; None: any number."""
+
+    form: CallFormat
+    functions: tuple[Function, ...]
+    must: bool
+    most: int | None
+
+    @property
+    def reader(self) -> Callable[[], CallReader]:
+        tools = {function.name: function.parameters or {} for function in self.functions}
+        return lambda: CallReader(self.form, tools, self.most)
+
+    def shown(self, served: Served) -> frozenset[int]:
+        """Return the special tokens of which the marks of calls are made."""
+        form = self.form
+        marks = form.open + form.start + form.separator + form.end + form.close
+        special = ((index, served.tokenizer.token_bytes(index).decode()) for index in served.tokenizer.special_ids)
+        return frozenset(index for index, text in special if text and text in marks)
+
+
+def _calling(served: Served, body: ChatRequest) -> _Calling | None:
+    """Return what a request lets the model call; None: nothing."""
+    functions, choice = body.offered, body.choice
+    if not functions and choice not in ("auto", "none"):
+        raise invalid("'tool_choice' wants a call, but there are no 'tools'.", "tool_choice")
+    if not functions or choice == "none":
+        return None
+    if not served.tokenizer.takes_tools or served.call_format is None:
+        raise unsupported("tools", "the chat template of this model says nothing of tools in a form that is known.")
+    if len({function.name for function in functions}) < len(functions):
+        raise invalid("Two tools have the same name.", "tools")
+    most = 1 if body.parallel_tool_calls is False or (body.functions and not body.tools) else None
+    if isinstance(choice, FunctionName):
+        functions, most = [_named(functions, choice.name)], 1
+    return _Calling(served.call_format, tuple(functions), choice != "auto", most)
+
+
+def _named(functions: list[Function], name: str) -> Function:
+    found = next((function for function in functions if function.name == name), None)
+    if found is None:
+        hint = nearest(name, [function.name for function in functions]) or "."
+        raise invalid(f"'tool_choice' names the tool '{name}', which is not among 'tools'{hint}", "tool_choice")
+    return found
+
+
+def _constraint(served: Served, body: ChatRequest, calling: _Calling | None) -> Constraint | None:
+    """Return what holds the answer: its form, its calls, and the budget of the thought before it."""
+    grammar = asked_grammar(body)
+    inner = served.hold(grammar) if grammar and not calling else None
+    if calling:
+        schema = asked_schema(body)
+        if grammar and schema is None:
+            raise invalid("With 'tools', the form of an answer can only be asked for as 'response_format'.", "tools")
+        if calling.must or schema is not None or any(function.strict for function in calling.functions):
+            inner = served.hold(_calls_grammar(served, calling, schema), "tools")
+    if served.marks is None or (inner is None and body.thinking_token_budget is None):
+        return inner
+    vocabulary = served.grammars.vocabulary
+    return AfterThinking(inner, served.marks, vocabulary, body.thinking_token_budget, may_open=body.thinking)
+
+
+def _calls_grammar(served: Served, calling: _Calling, schema: dict[str, Any] | None) -> Any:
+    free = not calling.must and schema is None
+    answer = None if calling.must else schema
+    return calls_grammar(
+        calling.form, calling.functions, served.grammars.vocabulary, calling.most, text=free, answer=answer
+    )
+
+
+def chat_prompt(served: Served, body: ChatRequest, generation_prompt: bool = True) -> tuple[int, ...]:
+    """Return the ids of a conversation and its tools. Raises ApiError if the template refuses them."""
+    return _prompt(served, body, _calling(served, body), generation_prompt)
+
+
+def chat_text(served: Served, body: ChatRequest, generation_prompt: bool = True) -> str:
+    """Return the text that the chat template makes of a conversation and its tools. Raises ApiError if it refuses."""
     try:
         messages = [_message(message) for message in body.messages]
-        return tuple(served.tokenizer.render(messages, thinking=body.thinking, generation_prompt=True))
+        return served.tokenizer.render_text(messages, body.thinking, generation_prompt, _described(body) or None)
     except LiaoyuanError as error:
         raise invalid(str(error), "messages") from error
 
 
+def _described(body: ChatRequest) -> list[dict[str, Any]]:
+    """Return the tools as templates know them."""
+    described = (function.model_dump(exclude_none=True, exclude={"strict"}) for function in body.offered)
+    return [{"type": "function", "function": function} for function in described]
+
+
+def _prompt(served: Served, body: ChatRequest, calling: _Calling | None, more: bool = True) -> tuple[int, ...]:
+    tools = _described(body) if calling else None
+    given = body.messages[:-1] if body.continue_final_message else body.messages
+    more = more and (body.add_generation_prompt is not False or bool(body.continue_final_message))
+    try:
+        messages = [_message(message) for message in given]
+        prompt = tuple(served.tokenizer.render(messages, body.thinking, generation_prompt=more, tools=tools))
+    except LiaoyuanError as error:
+        raise invalid(str(error), "messages") from error
+    return _continued(served, prompt, body.messages[-1].text()) if body.continue_final_message else prompt
+
+
+def _continued(served: Served, prompt: tuple[int, ...], begun: str) -> tuple[int, ...]:
+    """Return a prompt with the beginning of the answer; a thought that the template has opened ends before it."""
+    if served.marks and served.marks.left_open(prompt):
+        prompt += (served.marks.close,)
+    return prompt + tuple(served.tokenizer.encode(begun))
+
+
 def _message(message: Message) -> dict[str, Any]:
-    """Return a message as chat templates know it ("developer" is OpenAI's newer name of "system")."""
-    role = "system" if message.role == "developer" else message.role
+    """Return a message as chat templates know it; "developer", and calls of "functions", have other names there."""
+    role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
     rendered: dict[str, Any] = {"role": role, "content": message.text()}
     thought = message.reasoning_content or message.reasoning
     if thought:
         rendered["reasoning_content"] = thought
+    calls = message.tool_calls or ([EarlierCall(function=message.function_call)] if message.function_call else [])
+    if calls:
+        rendered["tool_calls"] = [call.model_dump(exclude_none=True) for call in calls]
+    rendered |= {name: value for name in ("tool_call_id", "name") if (value := getattr(message, name))}
     return rendered

@@ -1,10 +1,14 @@
-"""Errors of the API, in the shape that OpenAI's clients know: `{"error": {message, type, param, code}}`."""
+"""Errors of the API, in the shape that OpenAI's clients know: `{"error": {message, type, param, code}}`.
+
+Under `ANTHROPIC_PATH` they have Anthropic's: `{"type": "error", "error": {type, message}}`.
+"""
 
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from liaoyuan.errors import LiaoyuanError, nearest
@@ -17,7 +21,57 @@ SEVERAL_FORMS = {  # of these fields pydantic would name the first form only
     "guided_json": "a JSON schema, as an object or as text",
     "json_schema": "a JSON schema",
 }
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_TYPES = {  # by status; any other below 500 is an invalid_request_error, from 500 on an api_error
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
 RETRY_AFTER_SECONDS = 1  # a full queue of short answers drains in about this time
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong, in a sentence and in OpenAI's names."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """The body of every refusal."""
+
+    error: ErrorDetail
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {  # for the description of the API
+    "4XX": {"model": ErrorReply, "description": "The request is refused; the body says why."},
+    "5XX": {"model": ErrorReply, "description": "The server cannot answer; the body says why."},
+}
+
+
+class AnthropicDetail(BaseModel):
+    """What is wrong, in a sentence and in Anthropic's names."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorReply(BaseModel):
+    """The body of every refusal under `ANTHROPIC_PATH`."""
+
+    type: str
+    error: AnthropicDetail
+
+
+ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {**reply, "model": AnthropicErrorReply} for status, reply in ERRORS.items()
+}
 
 
 class ApiError(Exception):
@@ -29,13 +83,26 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """Return the JSON body of the reply."""
-        kind = {404: "not_found_error", 429: "rate_limit_error"}.get(self.status)
+        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status == 429 else None
-        return JSONResponse(self.body(), self.status, headers)
+    def anthropic_body(self) -> dict[str, Any]:
+        """Return the JSON body of the reply to a client of Anthropic's API."""
+        kind = ANTHROPIC_TYPES.get(self.status)
+        kind = kind or ("api_error" if self.status >= 500 else "invalid_request_error")
+        details = {"details": {"error_code": self.code}} if self.code else {}
+        return {"type": "error", "error": {"type": kind, "message": self.message, **details}}
+
+    def response(self, path: str) -> JSONResponse:
+        """Return the reply to a request for `path`, whose API says what errors look like."""
+        headers = {
+            401: {"WWW-Authenticate": "Bearer"},
+            429: {"Retry-After": str(RETRY_AFTER_SECONDS)},
+            503: {"Retry-After": str(RETRY_AFTER_SECONDS)},
+        }.get(self.status)
+        body = self.anthropic_body() if path.startswith(ANTHROPIC_PATH) else self.body()
+        return JSONResponse(body, self.status, headers)
 
 
 class ClientGoneError(Exception):
@@ -64,16 +131,16 @@ def add_handlers(app: FastAPI) -> None:
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error.response(request.url.path)
 
 
 async def _cannot(request: Request, error: Exception) -> JSONResponse:
-    return invalid(str(error)).response()
+    return invalid(str(error)).response(request.url.path)
 
 
 async def _malformed(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return from_validation(error).response()
+    return from_validation(error).response(request.url.path)
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
@@ -83,15 +150,18 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
         404: f"There is nothing at {request.url.path}.",
         405: f"{request.url.path} does not answer {request.method}.",
     }
-    return ApiError(error.status_code, messages.get(error.status_code, str(error.detail))).response()
+    refusal = ApiError(error.status_code, messages.get(error.status_code, str(error.detail)))
+    reply = refusal.response(request.url.path)
+    reply.headers.update(error.headers or {})  # 405 says what is allowed
+    return reply
 
 
 async def _gone(request: Request, error: Exception) -> JSONResponse:
-    return ApiError(499, "The client closed the request.").response()  # nobody reads it
+    return ApiError(499, "The client closed the request.").response(request.url.path)  # nobody reads it
 
 
 async def _defect(request: Request, error: Exception) -> JSONResponse:
-    return ApiError(500, "The server failed to answer; its log says why.").response()
+    return ApiError(500, "The server failed to answer; its log says why.").response(request.url.path)
 
 
 def from_validation(error: RequestValidationError) -> ApiError:

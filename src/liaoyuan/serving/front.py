@@ -61,7 +61,7 @@ class Front:
             else:
                 await _unless_gone(self._pass_on(asked, send), receive)
         except ApiError as error:
-            reply = error.response()
+            reply = error.response(scope["path"])
             if error.status == 503:
                 reply.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
             await reply(scope, receive, send)
@@ -130,18 +130,16 @@ class Front:
         request = client.build_request(
             asked.method, replica.url + asked.target, headers=asked.headers, content=asked.body
         )
+        reply = None
         replica.busy += 1
         try:
-            reply = await client.send(request, stream=True)
-        except httpx.HTTPError:
-            replica.busy -= 1
-            yield None
-            return
-        try:
+            with contextlib.suppress(httpx.HTTPError):
+                reply = await client.send(request, stream=True)
             yield reply
         finally:
             replica.busy -= 1
-            await reply.aclose()
+            if reply is not None:
+                await reply.aclose()
 
     async def _hand_back(self, replica: Replica, asked: Call, reply: httpx.Response, send: Send) -> bool:
         """Send a reply as it comes; False if it broke off before anything was sent."""
@@ -197,6 +195,7 @@ class Front:
             ("replicas_ready", "gauge", {"": len(replicas.ready)}),
             ("replica_starts_total", "counter", {"": sum(replica.starts for replica in replicas.all)}),
             ("replica_requests_total", "counter", {f'{{replica="{n}"}}': self._given[n] for n in sorted(self._given)}),
+            ("replica_open", "gauge", {f'{{replica="{one.number}"}}': one.busy for one in replicas.all}),
             ("front_failed_total", "counter", {"": self._counts["failed"]}),
             ("front_retried_total", "counter", {"": self._counts["retried"]}),
             ("front_broken_total", "counter", {"": self._counts["broken"]}),

@@ -18,6 +18,7 @@ from pydantic import Field
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Busy, Event, PromptLogprobs, Request, SamplingParams
 from liaoyuan.serving.adapters import ADAPTER
+from liaoyuan.serving.caller import CALLER
 from liaoyuan.serving.errors import ApiError, invalid
 from liaoyuan.serving.generation import SEEDS, EventStream, Served, finite, server_event, unless_gone
 from liaoyuan.serving.protocol import Body, Tokens
@@ -73,8 +74,8 @@ def generate_routes(served: Served) -> APIRouter:
         except LiaoyuanError as error:
             raise invalid(str(error)) from error
         if body.stream:
-            return EventStream(_stream(request.id, events))
-        return JSONResponse(await unless_gone(http, _whole(request, events)))
+            return EventStream(_stream(served, request.id, events))
+        return JSONResponse(await unless_gone(http, _whole(served, request, events)))
 
     return router
 
@@ -101,14 +102,16 @@ def _request(served: Served, body: GenerateRequest) -> Request:
         processed_logprobs=asked.processed_logprobs,
         return_masks=asked.return_masks,
     )
+    times = [time for time in (body.timeout, CALLER.get().time_left()) if time is not None]
     return Request(
         "gen-" + secrets.token_hex(12),
         tuple(body.token_ids),
         sampling,
         priority=body.priority,
+        key=CALLER.get().key,
         salt=body.cache_salt,
         adapter=ADAPTER.get(),
-        timeout=body.timeout,
+        timeout=min(times) if times else None,
     )
 
 
@@ -118,9 +121,9 @@ def _token(name: str) -> int:
     return int(name)
 
 
-async def _whole(request: Request, events: AsyncIterator[Event]) -> dict[str, Any]:
+async def _whole(served: Served, request: Request, events: AsyncIterator[Event]) -> dict[str, Any]:
     """Return the reply of all events together."""
-    told = [event async for event in _closing(events)]
+    told = [event async for event in _closing(served, events)]
     choice: dict[str, Any] = {"index": 0, "finish_reason": told[-1].finish_reason}
     parts = [_fields(event) for event in told]
     for name in parts[0]:
@@ -136,9 +139,9 @@ async def _whole(request: Request, events: AsyncIterator[Event]) -> dict[str, An
     return {"request_id": request.id, "choices": [choice], "prompt_logprobs": _prompt(prompt), "usage": usage}
 
 
-async def _stream(name: Any, events: AsyncIterator[Event]) -> AsyncIterator[str]:
+async def _stream(served: Served, name: Any, events: AsyncIterator[Event]) -> AsyncIterator[str]:
     try:
-        async for event in _closing(events):
+        async for event in _closing(served, events):
             choice = {"index": 0, **_fields(event), "finish_reason": event.finish_reason}
             yield server_event({"request_id": name, "choices": [choice], "prompt_logprobs": _prompt(event.prompt)})
     except ApiError as error:
@@ -146,11 +149,15 @@ async def _stream(name: Any, events: AsyncIterator[Event]) -> AsyncIterator[str]
     yield "data: [DONE]\n\n"
 
 
-async def _closing(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+async def _closing(served: Served, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
     async with contextlib.aclosing(events):  # type: ignore[type-var]
         try:
-            async for event in events:
-                yield event
+            with served.metrics.watch() as watch:
+                async for event in events:
+                    watch.saw(event)
+                    if event.finish_reason:
+                        watch.end(event.finish_reason)
+                    yield event
         except LiaoyuanError as error:
             raise ApiError(500, str(error), code="engine_failed") from error
 

@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -19,12 +19,17 @@ from starlette.types import Send
 
 from liaoyuan.data.tokenizer import IncrementalDecoder, Tokenizer
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference import Busy, Engine, Event, Request, SamplingParams, ThinkMarks
+from liaoyuan.inference import Busy, Constraint, Engine, Event, Grammars, Request, SamplingParams, ThinkMarks
+from liaoyuan.inference.grammar import Grammar
 from liaoyuan.serving.adapters import ADAPTER, Shelf
+from liaoyuan.serving.call_reader import CallReader
+from liaoyuan.serving.caller import CALLER
 from liaoyuan.serving.errors import ApiError, ClientGoneError, invalid
+from liaoyuan.serving.metrics import Metrics
 from liaoyuan.serving.protocol import Sampling
-from liaoyuan.serving.scores import PromptScorer
+from liaoyuan.serving.structure import asked_grammar
 from liaoyuan.serving.text import AnswerReader, Piece
+from liaoyuan.serving.tools import CallFormat
 
 SEEDS = 2**63  # seeds are taken modulo this, so that a negative one is as good as any
 
@@ -51,7 +56,10 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Served:
-    """The model that an app serves. `context_length`: the most tokens of a prompt and its answer together."""
+    """The model that an app serves. `context_length`: the most tokens of a prompt and its answer together.
+
+    call_format: how the model writes tool calls; None: it is not known.
+    """
 
     runner: Runner
     tokenizer: Tokenizer
@@ -60,11 +68,20 @@ class Served:
     created: int
     stop_token_ids: tuple[int, ...]
     marks: ThinkMarks | None
-    scorer: PromptScorer | None = None
+    grammars: Grammars
+    call_format: CallFormat | None = None
+    metrics: Metrics = field(default_factory=lambda: Metrics(dict))
     shelf: Shelf = field(default_factory=Shelf)
 
-    def decoder(self) -> IncrementalDecoder:
-        return IncrementalDecoder(self.tokenizer)
+    def decoder(self, shown: frozenset[int] = frozenset()) -> IncrementalDecoder:
+        return IncrementalDecoder(self.tokenizer, shown=shown)
+
+    def hold(self, grammar: Grammar, param: str | None = None) -> Constraint:
+        """Return the constraint of a grammar. Raises ApiError if it cannot be held."""
+        try:
+            return self.grammars.compile(grammar)
+        except LiaoyuanError as error:
+            raise invalid(str(error), param, "invalid_grammar") from error
 
     @property
     def answering(self) -> str:
@@ -86,31 +103,86 @@ class Served:
             raise ApiError(404, message, "model", "model_not_found")
 
     def check_model(self, name: str | None) -> None:
-        """Raise ApiError if a request asks for another model."""
+        """Raise ApiError if a request asks for another model, or for an adapter, where these do not answer."""
         if name is not None and name != self.name:
             message = f"The model '{name}' does not exist; this server has '{self.name}'."
             raise ApiError(404, message, "model", "model_not_found")
 
+    def check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        """Raise ApiError if a token is none of the tokenizer's."""
+        size = self.tokenizer.vocab_size
+        if tokens and max(tokens) >= size:
+            message = f"There is the token {max(tokens)}, but the vocabulary has {size} tokens."
+            raise invalid(message, param)
+
 
 @dataclass(frozen=True)
 class Job:
-    """One answer to be generated."""
+    """One answer to be generated.
+
+    marks: None: thoughts are not told apart. calls: makes the reader of its tool calls; None: they are not told apart.
+    shown: special tokens whose text is part of the answer, as marks of tool calls are. priority, salt: see `Request`.
+    """
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
     stops: tuple[str, ...]
-    marks: ThinkMarks | None = None  # None: thoughts are not told apart
+    marks: ThinkMarks | None = None
+    calls: Callable[[], CallReader] | None = None
+    shown: frozenset[int] = frozenset()
+    priority: int = 0
+    salt: str = ""
     adapter: str = field(default_factory=ADAPTER.get)
+
+    def request(self) -> Request:
+        """Return what the engine is asked, for the caller of this HTTP request."""
+        caller = CALLER.get()
+        return Request(
+            secrets.token_hex(12),  # not the caller's: he may send one twice
+            self.prompt,
+            self.sampling,
+            self.priority,
+            caller.key,
+            self.salt,
+            self.adapter,
+            timeout=caller.time_left(),
+        )
+
+
+def prompt_ids(served: Served, prompt: str | list[int], param: str = "prompt") -> tuple[int, ...]:
+    """Return the ids of a text or of ids; a text gets the special tokens that the model wants before it."""
+    if isinstance(prompt, str):
+        return tuple(served.tokenizer.encode(prompt, add_special_tokens=True))
+    served.check_tokens(prompt, param)
+    return tuple(prompt)
+
+
+def truncated(prompt: tuple[int, ...], truncation: int | None, most: int) -> tuple[int, ...]:
+    """Return the last `truncation` tokens of a prompt (-1: as many as fit, `most`; None: all)."""
+    if truncation is None:
+        return prompt
+    keep = max(most, 1) if truncation < 0 else truncation
+    return prompt[max(0, len(prompt) - keep) :]
 
 
 def sampling_params(
-    served: Served, body: Sampling, prompt: tuple[int, ...], max_tokens: int | None, top_logprobs: int, choice: int
+    served: Served,
+    body: Sampling,
+    prompt: tuple[int, ...],
+    max_tokens: int | None,
+    top_logprobs: int,
+    choice: int,
+    constraint: Constraint | None = None,
 ) -> SamplingParams:
-    """Return the engine's parameters for choice number `choice` of a request.
+    """Return the engine's parameters for choice number `choice` of a request; call it in a thread.
+
+    constraint: None takes the form that the request asks for, if any (compiling it may take a while).
 
     Raises:
-        ApiError: prompt and answer do not fit together.
+        ApiError: prompt and answer do not fit together, or a field cannot be held.
     """
+    if constraint is None and (grammar := asked_grammar(body)) is not None:
+        constraint = served.hold(grammar)
     room = served.context_length - len(prompt)
     if room < (max_tokens or 1):
         wanted = f" and {max_tokens} tokens are asked for" if max_tokens else ""
@@ -133,7 +205,36 @@ def sampling_params(
         seed=(seed + choice) % SEEDS,
         stop_token_ids=(*ends, *(body.stop_token_ids or ())),
         top_logprobs=top_logprobs,
+        min_tokens=_min_tokens(body.min_tokens or 0, max_tokens or room),
+        repetition_penalty=body.repetition_penalty or 1.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=_biases(served, body.logit_bias or {}),
+        bad_words=_bad_words(served, body.bad_words or []),
+        constraint=constraint,
     )
+
+
+def _min_tokens(least: int, most: int) -> int:
+    if least > most:
+        raise invalid(f"'min_tokens' ({least}) is more than the {most} tokens that the answer may have.", "min_tokens")
+    return least
+
+
+def _biases(served: Served, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    """Return what is added to the logit of each token; JSON writes their ids as texts."""
+    size = served.tokenizer.vocab_size
+    for token in biases:
+        if not (token.isascii() and token.isdigit() and len(token) < 10 and int(token) < size):
+            message = f"'logit_bias' has the key '{token[:40]}', but keys are ids of tokens, from 0 to {size - 1}."
+            raise invalid(message, "logit_bias")
+    return tuple((int(token), bias) for token, bias in biases.items())
+
+
+def _bad_words(served: Served, words: list[str]) -> tuple[tuple[int, ...], ...]:
+    """Return the tokens of words, each as it is written at the beginning of a text and after a space."""
+    spelt = [tuple(served.tokenizer.encode(form)) for word in words for form in (word, " " + word)]
+    return tuple(dict.fromkeys(ids for ids in spelt if ids))
 
 
 def start(served: Served, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Piece]]:
@@ -194,9 +295,34 @@ async def _hung_up(http: HttpRequest) -> None:
 
 async def _pieces(served: Served, job: Job) -> AsyncIterator[Piece]:
     thinking = job.marks is not None and job.marks.left_open(job.prompt)
-    reader = AnswerReader(served.decoder, job.stops, job.sampling.stop_token_ids, job.marks, thinking)
+    calls = job.calls() if job.calls else None
+    stop_tokens = job.sampling.stop_token_ids
+    reader = AnswerReader(lambda: served.decoder(job.shown), job.stops, stop_tokens, job.marks, thinking, calls)
+    async with contextlib.aclosing(engine_events(served, job.request())) as events:
+        with served.metrics.watch() as watch:
+            async for event in events:
+                watch.saw(event)
+                if event.finish_reason == "error":
+                    message = "The form that was asked for could not be held to the end."
+                    raise invalid(message, code="grammar_failed")  # a schema that nothing fits, say
+                piece = reader.read(event)
+                if piece.finish_reason:
+                    watch.end(piece.finish_reason)
+                    if piece.finish_reason == "timeout" and not piece.completion_tokens:
+                        raise CALLER.get().too_late()
+                yield piece
+                if piece.finish_reason:
+                    return
+
+
+async def engine_events(served: Served, request: Request) -> AsyncGenerator[Event]:
+    """Yield the events of a request.
+
+    Raises:
+        ApiError: the request is refused (400), the queue is full (429), or the engine fails (500).
+    """
     try:
-        events = served.runner.stream(Request(secrets.token_hex(12), job.prompt, job.sampling, adapter=job.adapter))
+        events = served.runner.stream(request)
     except Busy as error:
         raise ApiError(429, str(error), code="server_busy") from error
     except LiaoyuanError as error:
@@ -204,12 +330,28 @@ async def _pieces(served: Served, job: Job) -> AsyncIterator[Piece]:
     async with contextlib.aclosing(events):  # type: ignore[type-var]
         try:
             async for event in events:
-                piece = reader.read(event)
-                yield piece
-                if piece.finish_reason:
-                    return
+                yield event
         except LiaoyuanError as error:
             raise ApiError(500, str(error), code="engine_failed") from error
+
+
+async def between_steps(served: Served, work: Callable[[Engine], Result]) -> Result:
+    """Return `work(engine)`, done between two steps.
+
+    Raises:
+        ApiError: the engine is not ready (503), or time is up (504).
+    """
+
+    def ready(engine: Engine) -> Result:
+        if engine.state != "ready":  # its weights may be gone
+            raise LiaoyuanError(f"The engine is {engine.state}.")
+        return work(engine)
+
+    CALLER.get().time_left()
+    try:
+        return await served.runner.call(ready)
+    except LiaoyuanError as error:
+        raise ApiError(503, str(error), code="not_ready") from error
 
 
 async def _merged(streams: list[AsyncIterator[Piece]]) -> AsyncIterator[tuple[int, Piece]]:

@@ -4,6 +4,7 @@ A field that this server honours is typed; one that makes no difference here is 
 would change the answer and cannot be honoured is refused unless it has its neutral value; any other is unknown.
 """
 
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -13,6 +14,7 @@ from liaoyuan.errors import nearest
 from liaoyuan.serving.errors import invalid, unsupported
 
 MAX_CHOICES = 128  # `n`, and prompts in one request
+MAX_INPUTS = 2048  # of one request for embeddings, OpenAI's own limit
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20  # OpenAI's own limit
 MAX_BAD_WORDS = 256
@@ -33,7 +35,8 @@ IGNORED = {
     "guided_decoding_backend",
 }
 # Fields that this server cannot honour, their neutral values, and what to say.
-NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+Neutral = Mapping[str, tuple[tuple[Any, ...], str]]
+NEUTRAL: Neutral = {
     "tools": (([],), "only /v1/chat/completions calls tools."),
     "functions": (([],), "only /v1/chat/completions calls functions."),
     "tool_choice": (("none", "auto"), "only /v1/chat/completions calls tools."),
@@ -43,7 +46,6 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((), "it answers in text only."),
     "web_search_options": ((), "it never leaves this machine."),
     "suffix": (("",), "it only continues text."),
-    "best_of": ((1,), "ask for several answers with 'n'."),
 }
 
 
@@ -62,6 +64,7 @@ Tokens = list[Annotated[int, Field(ge=0)]]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Schema = dict[str, Any] | bool
 Choices = Annotated[list[Text], Field(min_length=1)]
+Truncation = Annotated[int, Field(ge=-1)]  # keep so many tokens at the end of a prompt; -1: as many as fit
 
 
 class Body(BaseModel):
@@ -105,10 +108,20 @@ class StructuredOutputs(Body):
     json_object: bool | None = None
 
 
-class Sampling(Body):
-    """What chat and plain completions have in common."""
+class Asked(Body):
+    """A request of this API: names a model; a field that nobody knows is refused with the nearest right name."""
 
     model: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, values: Any) -> Any:
+        return known_fields(values, cls.model_fields, IGNORED, NEUTRAL)
+
+
+class Sampling(Asked):
+    """What chat and plain completions have in common."""
+
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
@@ -135,16 +148,9 @@ class Sampling(Body):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, values: Any) -> Any:
-        """Drop fields without effect, refuse those that cannot be honoured and those that nobody knows."""
-        if not isinstance(values, dict):
-            return values
-        for name in values.keys() - cls.model_fields.keys() - IGNORED:
-            _refuse(name, values[name], [*cls.model_fields, *IGNORED, *NEUTRAL])
-        return {name: value for name, value in values.items() if name in cls.model_fields}
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=256)] | None = None
+    request_id: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
 
     def stops(self) -> tuple[str, ...]:
         """Return the stop strings. Raises ApiError if there are too many or one is empty."""
@@ -260,12 +266,28 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     thinking_token_budget: Annotated[int, Field(ge=0)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     functions: Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None = None
     function_call: Literal["none", "auto"] | FunctionName | None = None
+
+    @model_validator(mode="after")
+    def _one_end(self) -> "ChatRequest":
+        if not self.continue_final_message:
+            return self
+        if self.add_generation_prompt:
+            raise invalid(
+                "'continue_final_message' and 'add_generation_prompt' exclude each other.", "continue_final_message"
+            )
+        last = self.messages[-1]
+        if len(self.messages) < 2 or last.role != "assistant" or last.tool_calls:
+            message = "'continue_final_message' needs messages of which the last is the assistant's, without calls."
+            raise invalid(message, "continue_final_message")
+        return self
 
     @property
     def offered(self) -> list[Function]:
@@ -292,6 +314,96 @@ class CompletionRequest(Sampling):
     prompt: Text | Tokens | Annotated[list[Text] | list[Tokens], Field(max_length=MAX_CHOICES)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: Truncation | None = None
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def candidates(self) -> int:
+        """How many answers are generated for each prompt, of which the best `choices` are given."""
+        return max(self.best_of or 1, self.choices)
+
+    @model_validator(mode="after")
+    def _best_of_whole_answers(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of < self.choices:
+            raise invalid(f"'best_of' ({self.best_of}) must be at least 'n' ({self.choices}).", "best_of")
+        if self.candidates > self.choices and self.stream:
+            raise invalid("'best_of' cannot be streamed: the best is known at the end.", "best_of")
+        return self
+
+
+class TokenizeRequest(Asked):
+    """Body of `/tokenize`: `prompt` or `messages` as vLLM has them, or `content` as llama.cpp has it.
+
+    parse_special: whether a special token that stands in the text is that token (else it is plain characters, as the
+    prompt of a completion is read).
+    """
+
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    content: Text | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    return_token_strs: bool | None = None
+    add_special: bool | None = None
+    parse_special: bool | None = None
+    with_pieces: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_text(self) -> "TokenizeRequest":
+        if sum(given is not None for given in (self.prompt, self.messages, self.content)) != 1:
+            raise invalid("Give one of 'prompt', 'messages' and 'content'.", "prompt")
+        return self
+
+
+class DetokenizeRequest(Asked):
+    """Body of `/detokenize`."""
+
+    tokens: Tokens
+
+
+class EmbeddingRequest(Asked):
+    """Body of `/v1/embeddings`."""
+
+    input: Text | Tokens | Annotated[list[Text] | list[Tokens], Field(max_length=MAX_INPUTS)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Bounded | None = None
+    truncate_prompt_tokens: Truncation | None = None
+
+
+class Document(Body):
+    """A text to be ranked."""
+
+    text: Text
+
+
+Texts = Annotated[list[Text | Document], Field(min_length=1, max_length=MAX_INPUTS)]
+
+
+class RerankRequest(Asked):
+    """Body of `/rerank` (Jina's and Cohere's fields)."""
+
+    query: Text
+    documents: Texts
+    top_n: Annotated[int, Field(ge=0)] | None = None
+    return_documents: bool | None = None
+    truncate_prompt_tokens: Truncation | None = None
+
+
+class ScoreRequest(Asked):
+    """Body of `/score`: one text with many, or as many with as many, pair by pair."""
+
+    text_1: Text | Texts
+    text_2: Text | Texts
+    truncate_prompt_tokens: Truncation | None = None
 
 
 class RenderRequest(Body):
@@ -300,10 +412,16 @@ class RenderRequest(Body):
     text: Annotated[Text, Field(max_length=200_000)]
 
 
-def _refuse(name: str, value: Any, known: list[str]) -> None:
-    if name not in NEUTRAL:
-        raise invalid(f"Unknown field '{name}'{nearest(name, known) or '.'}", name, "unknown_parameter")
-    neutral, remedy = NEUTRAL[name]
-    # `True == 1` in Python, but true is no number in JSON.
-    if value is not None and (isinstance(value, bool) or value not in neutral):
-        raise unsupported(name, remedy)
+def known_fields(values: Any, fields: Collection[str], ignored: Collection[str], neutral: Neutral) -> Any:
+    """Drop fields without effect, refuse those that cannot be honoured and those that nobody knows."""
+    if not isinstance(values, dict):
+        return values
+    for name in values.keys() - {*fields, *ignored}:
+        if name not in neutral:
+            hint = nearest(name, [*fields, *ignored, *neutral]) or "."
+            raise invalid(f"Unknown field '{name}'{hint}", name, "unknown_parameter")
+        allowed, remedy = neutral[name]
+        # `True == 1` in Python, but true is no number in JSON.
+        if values[name] is not None and (isinstance(values[name], bool) or values[name] not in allowed):
+            raise unsupported(name, remedy)
+    return {name: value for name, value in values.items() if name in fields}

@@ -1,14 +1,22 @@
-"""What guards the door: the size of bodies, the Host header (DNS rebinding), and the headers of every reply.
+"""What guards the door: API keys, the size and pace of bodies, how many may ask at once, the Host header (DNS
+rebinding), and the headers of every reply.
 
 Plain ASGI, so that streams pass through without a buffer and a lost client is noticed.
 """
 
+import asyncio
+import secrets
+import time
+from dataclasses import dataclass, field
+
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from liaoyuan.serving.caller import CALLER, Caller
 from liaoyuan.serving.errors import ApiError
+from liaoyuan.serving.keys import Keys
+from liaoyuan.serving.metrics import Metrics
 
-MAX_BODY_BYTES = 4 * 2**20  # room for a prompt of a million tokens; nothing honest is larger
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -18,36 +26,101 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+HEALTH = frozenset({"/health", "/v1/health", "/health/ready", "/ready", "/ping"})  # whoever watches a server has no key
+UNREAD = (408, 413)  # replies to a body of which the rest is not read: the connection cannot go on
+LONGEST_ID = 128  # characters of a client's X-Request-Id
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may ask, and how much of this server.
+
+    loopback_only: answer only requests that name this machine's loopback (a page of another site that rebinds its
+        name to 127.0.0.1 names itself). origins: of pages that may ask from a browser; "*": of all; none: no CORS.
+    max_body_bytes: the default has room for a prompt of a million tokens. body_seconds: within which a body is here.
+    max_concurrent: requests that are answered at once; None: as many as come. timeout: seconds for an answer.
+    """
+
+    keys: Keys = field(default_factory=Keys)
+    loopback_only: bool = True
+    origins: tuple[str, ...] = ()
+    max_body_bytes: int = 4 * 2**20
+    body_seconds: float = 30.0
+    max_concurrent: int | None = None
+    timeout: float | None = None
 
 
 class Guard:
     """ASGI middleware around the whole app."""
 
-    def __init__(self, app: ASGIApp, loopback_only: bool) -> None:
-        """loopback_only: answer only requests that name this machine's loopback (a page of another site that
-        rebinds its name to 127.0.0.1 names itself)."""
-        self.app, self.loopback_only = app, loopback_only
+    def __init__(self, app: ASGIApp, access: Access, metrics: Metrics) -> None:
+        self._app, self._access, self._metrics = app, access, metrics
+        self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
-        guarded = _with_headers(send)
-        refusal = self._refusal(headers)
-        if refusal:
-            return await refusal.response()(scope, receive, guarded)
-        return await self.app(scope, _limited(receive), guarded)
+        request_id = _request_id(headers)
+        guarded = self._metrics.counted(scope["path"], _with_headers(send, request_id))
+        try:
+            caller = self._admit(scope, headers, request_id)
+        except ApiError as refusal:
+            return await refusal.response(scope["path"])(scope, receive, guarded)
+        CALLER.set(caller)
+        limited = _limited(receive, self._access)
+        if not _is_work(scope):
+            return await self._app(scope, limited, guarded)
+        self._open += 1
+        try:
+            return await self._app(scope, limited, guarded)
+        finally:
+            self._open -= 1
 
-    def _refusal(self, headers: dict[bytes, bytes]) -> ApiError | None:
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes], request_id: str) -> Caller:
+        """Return who asks. Raises ApiError if he may not."""
+        access, most = self._access, self._access.max_concurrent
         host = headers.get(b"host", b"").decode("latin-1").lower()
-        if self.loopback_only and _name(host) not in LOOPBACK_NAMES:
-            return ApiError(
-                403, f"The host '{host}' is not this machine; use http://127.0.0.1.", code="host_not_allowed"
-            )
+        if access.loopback_only and _name(host) not in LOOPBACK_NAMES:
+            message = f"The host '{host}' is not this machine; use http://127.0.0.1."
+            raise ApiError(403, message, code="host_not_allowed")
+        name = "" if not access.keys or _is_open(scope) else self._key_name(headers)
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length[:20]) > MAX_BODY_BYTES:
-            return _too_large()
-        return None
+        if not length.isdigit() or int(length[:20]) > access.max_body_bytes:
+            raise _too_large(access)
+        if most is not None and self._open >= most and _is_work(scope):
+            raise ApiError(429, f"The server answers {most} requests at once. Try again in a moment.", code="busy")
+        return Caller(request_id, name, scope["path"], access.timeout)
+
+    def _key_name(self, headers: dict[bytes, bytes]) -> str:
+        scheme, _, secret = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        if scheme.lower() != "bearer":
+            secret = headers.get(b"x-api-key", b"").decode("latin-1")
+        name = self._access.keys.name_of(secret.strip())
+        if name is None:
+            wrong = "is wrong" if secret else "is missing"
+            message = f"The API key {wrong}; send it as 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'."
+            raise ApiError(401, message, code="invalid_api_key")
+        return name
+
+
+def _is_open(scope: Scope) -> bool:
+    """Return whether a request needs no key: health, and the files of the chat page (what they ask for needs one)."""
+    path = scope["path"]
+    page = path == "/" or (path.startswith("/page/") and path != "/page/about")
+    return path in HEALTH or (page and scope["method"] in ("GET", "HEAD"))
+
+
+def _is_work(scope: Scope) -> bool:
+    """Return whether a request counts among those that are answered at once: those that bring a body."""
+    return scope["method"] == "POST" and scope["path"] not in HEALTH
+
+
+def _request_id(headers: dict[bytes, bytes]) -> str:
+    """Return the client's own id of a request if it sent a decent one, else a new one."""
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    decent = 0 < len(given) <= LONGEST_ID and given.isascii() and given.isprintable()
+    return given if decent else secrets.token_hex(12)
 
 
 def _name(host: str) -> str:
@@ -55,30 +128,41 @@ def _name(host: str) -> str:
     return host[: host.index("]") + 1] if "]" in host else host.partition(":")[0]
 
 
-def _too_large() -> ApiError:
-    return ApiError(413, f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB.", code="request_too_large")
+def _too_large(access: Access) -> ApiError:
+    message = f"The body is larger than {access.max_body_bytes / 2**20:g} MiB."
+    return ApiError(413, message, code="request_too_large")
 
 
-def _limited(receive: Receive) -> Receive:
-    """Return a receive that stops a body (of unknown length) once it has grown too large."""
-    total = 0
+def _limited(receive: Receive, access: Access) -> Receive:
+    """Return a receive that stops a body which grows too large or comes too slowly."""
+    total, whole, until = 0, False, time.monotonic() + access.body_seconds
 
     async def limited() -> Message:
-        nonlocal total
-        message = await receive()
+        nonlocal total, whole
+        if whole:
+            return await receive()  # only waits for the client to go
+        try:
+            message = await asyncio.wait_for(receive(), until - time.monotonic())
+        except TimeoutError:
+            # The framework lets this exception through.
+            raise HTTPException(408, f"The body did not come within {access.body_seconds:g} seconds.") from None
         total += len(message.get("body", b""))
-        if total > MAX_BODY_BYTES:
-            raise HTTPException(413, _too_large().message)  # the framework lets this one through
+        whole = not message.get("more_body", False)
+        if total > access.max_body_bytes:
+            raise HTTPException(413, _too_large(access).message)
         return message
 
     return limited
 
 
-def _with_headers(send: Send) -> Send:
+def _with_headers(send: Send, request_id: str) -> Send:
+    headers = {**HEADERS, "X-Request-Id": request_id}
+    own = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+
     async def guarded(message: Message) -> None:
         if message["type"] == "http.response.start":
-            own = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-            message = {**message, "headers": [*message["headers"], *own]}
+            closing = [(b"connection", b"close")] if message["status"] in UNREAD else []
+            message = {**message, "headers": [*message["headers"], *own, *closing]}
         await send(message)
 
     return guarded

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import socket
 import threading
@@ -16,16 +17,18 @@ from liaoyuan.checkpoint import load_model
 from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference import Engine, EngineConfig, EngineThread
+from liaoyuan.inference import Engine, EngineConfig, EngineThread, read_pooling
 from liaoyuan.inference.ranks import open_ranks
 from liaoyuan.models import Quantisation, read_config
 from liaoyuan.parallel import Layout, check_inference
 from liaoyuan.serving.about import About, read_about
 from liaoyuan.serving.adapters import Shelf
 from liaoyuan.serving.app import build_app
+from liaoyuan.serving.connections import PatientProtocol
 from liaoyuan.serving.front import MOST_BODY_BYTES, Front
 from liaoyuan.serving.replicas import Replicas, replica_environment
-from liaoyuan.serving.scores import ModelScorer
+from liaoyuan.serving.security import Access
+from liaoyuan.serving.unready import answering_unready
 
 MOST_PADDING = 1024  # rows that a model's embedding may have beyond the tokenizer's ids (padded for speed)
 GRACE_SECONDS = 2  # how long open answers may go on after Ctrl-C
@@ -60,7 +63,7 @@ class Server:
         self._socket, self._closing = bound, closing
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=PatientProtocol,
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -133,6 +136,10 @@ def open_server(
     name: str | None = None,
     about: About | None = None,
     engine: EngineConfig = EngineConfig(),
+    access: Access = Access(),
+    max_queued: int = 256,
+    context_length: int | None = None,
+    call_format: str | None = None,
     control: bool = False,
     layout: Layout = Layout(),
     quantisation: Quantisation | None = None,
@@ -143,9 +150,13 @@ def open_server(
 
     Args:
         name: what the API calls the model; the folder's name if None.
+        call_format: how the model writes tool calls; None: see its chat template.
         control: see `build_app`.
         about: what the chat page says; read from the folder's `liaoyuan.json` if None.
         layout: over how many processes, of which this is the first, the model is spread: its axes tp and ep.
+        access: who may ask, and how much; on a loopback address only requests that name it are answered.
+        max_queued: requests that may wait beyond those that the engine runs at once.
+        context_length: the most tokens of a request; as many as model and cache hold if None.
         quantisation: keep the weights in few bits.
         adapters: low-rank adapters to begin with, each a folder by its name.
         adapter_folder: whoever may ask may load adapters from inside it; None: from nowhere.
@@ -155,29 +166,29 @@ def open_server(
     """
     with contextlib.ExitStack() as port_kept, contextlib.ExitStack() as opened:
         bound = port_kept.enter_context(_bind(host, port))
-        tokenizer, failure = _load_tokenizer(model_dir), Failure()
-        if layout.tp * layout.ep > 1:
-            _refuse_spread(quantisation, adapters, adapter_folder)
-            leader = opened.enter_context(open_ranks(model_dir, layout, device, failure))
-            model, running = leader.model, Engine(leader.model, engine, memory=leader)
-        else:
-            model = load_model(model_dir, device=select_device(device).torch, quantisation=quantisation)
-            running = Engine(model, engine)
-        for adapter, folder in adapters.items():
-            running.load_adapter(adapter, folder)
-        runner = opened.enter_context(EngineThread(running))
-        app = build_app(
-            runner,
-            tokenizer,
-            name or model_dir.resolve().name,
-            running.room,
-            about or read_about(model_dir),
-            ModelScorer(model),
-            () if model.config.eos_token_id is None else (model.config.eos_token_id,),
-            loopback_only=host in LOOPBACK,
-            control=control,
-            shelf=Shelf(running.adapters, adapter_folder),
-        )
+        with answering_unready(bound):
+            tokenizer, failure = _load_tokenizer(model_dir), Failure()
+            if layout.tp * layout.ep > 1:
+                _refuse_spread(quantisation, adapters, adapter_folder)
+            running = _open_engine(model_dir, device, engine, layout, failure, opened, quantisation)
+            for adapter, folder in adapters.items():
+                running.load_adapter(adapter, folder)
+            eos = running.model.config.eos_token_id
+            runner = opened.enter_context(EngineThread(running, max_queued))
+            app = build_app(
+                runner,
+                tokenizer,
+                name or model_dir.resolve().name,
+                _context_length(running.room, context_length),
+                about or read_about(model_dir),
+                () if eos is None else (eos,),
+                dataclasses.replace(access, loopback_only=host in LOOPBACK),
+                read_pooling(model_dir),
+                running.model.config.vocab_size,
+                call_format,
+                control,
+                Shelf(running.adapters, adapter_folder),
+            )
         port_kept.pop_all()
         return Server(app, bound, opened.pop_all(), failure)
 
@@ -206,10 +217,26 @@ def open_front(
     with contextlib.ExitStack() as port_kept, contextlib.ExitStack() as opened:
         bound = port_kept.enter_context(_bind(host, port))
         environments = [replica_environment(number, layout.tp, threads) for number in range(replicas)]
-        running = opened.enter_context(Replicas([command] * replicas, environments))
+        with answering_unready(bound):
+            running = opened.enter_context(Replicas([command] * replicas, environments))
         front = Front(running, max_body_bytes, LOOPBACK if host in LOOPBACK else ())
         port_kept.pop_all()
         return Server(front, bound, opened.pop_all())
+
+
+def _open_engine(
+    model_dir: Path,
+    device: str,
+    config: EngineConfig,
+    layout: Layout,
+    failure: Failure,
+    opened: contextlib.ExitStack,
+    quantisation: Quantisation | None,
+) -> Engine:
+    if layout.tp * layout.ep == 1:
+        return Engine(load_model(model_dir, device=select_device(device).torch, quantisation=quantisation), config)
+    leader = opened.enter_context(open_ranks(model_dir, layout, device, failure))
+    return Engine(leader.model, config, memory=leader)
 
 
 def _refuse_spread(
@@ -221,6 +248,12 @@ def _refuse_spread(
             "Weights of few bits and adapters need the whole model in one process: leave out --tp and --ep "
             "(--replicas may stay), or --quantise and --lora."
         )
+
+
+def _context_length(room: int, wanted: int | None) -> int:
+    if wanted is not None and wanted > room:
+        raise LiaoyuanError(f"The context length {wanted} is more than model and cache hold ({room} tokens).")
+    return wanted or room
 
 
 def _load_tokenizer(model_dir: Path) -> Tokenizer:

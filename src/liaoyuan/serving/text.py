@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from liaoyuan.inference import Event, ThinkMarks
+from liaoyuan.serving.call_reader import CallReader
 from liaoyuan.serving.tools import CallPiece
 
 
@@ -30,7 +31,11 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one event adds to an answer; the counts are those of the answer so far."""
+    """What one event adds to an answer; the counts are those of the answer so far.
+
+    stop: the stop string that ended the answer, if one did. cached_tokens: of the prompt, found in the prefix cache.
+    generated: every token that the event brought, thoughts, marks and the one that ended the answer included.
+    """
 
     reasoning: str
     content: str
@@ -39,21 +44,30 @@ class Piece:
     reasoning_tokens: int
     finish_reason: str | None
     calls: tuple[CallPiece, ...] = ()
+    stop: str | None = None
+    cached_tokens: int = 0
+    generated: tuple[ScoredToken, ...] = ()
 
 
 class StopFilter:
     """Lets text pass up to the first stop string, and holds back what may be the beginning of one."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops, self._held, self.stopped = stops, "", False
+        self._stops, self._held = stops, ""
+        self.stop: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string (`stop`) was met."""
+        return self.stop is not None
 
     def feed(self, text: str) -> str:
         """Return the text that may be shown now; once `stopped`, nothing more may."""
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
+            at, self.stop = min(found, key=lambda each: each[0])
+            shown, self._held = self._held[:at], ""
             return shown
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
@@ -67,7 +81,10 @@ class StopFilter:
 
 
 class AnswerReader:
-    """Reads the events of one answer; see the module. Stop strings are looked for in the content, not in thoughts."""
+    """Reads the events of one answer; see the module. Stop strings are looked for in the content, not in thoughts.
+
+    Tool calls are told apart from the rest of the content by `calls`; an answer that ends with some says so.
+    """
 
     def __init__(
         self,
@@ -76,36 +93,51 @@ class AnswerReader:
         stop_tokens: tuple[int, ...] = (),
         marks: ThinkMarks | None = None,
         thinking: bool = False,
+        calls: CallReader | None = None,
     ) -> None:
         """marks: None leaves thoughts in the content. thinking: the prompt has already opened a thought."""
+        self._calls, self._pieces = calls, tuple[CallPiece, ...]()
         self._new_decoder, self._decoder = decoder, decoder()
         self._filter, self._stop_tokens = StopFilter(stops), set(stop_tokens)
         self._marks, self._thinking = marks, thinking
         self._trim = marks is not None  # templates put line breaks around a thought; they are no part of the text
         self._scored: list[ScoredToken] = []
+        self._generated: list[ScoredToken] = []
         self._read = self._shown = 0  # characters of content: decoded, and let through the filter
-        self._completion_tokens = self._reasoning_tokens = 0
+        self._completion_tokens = self._reasoning_tokens = self._cached_tokens = 0
 
     def read(self, event: Event) -> Piece:
         """Return what `event` adds; a piece with a finish reason is the last one."""
         reasoning, content = "", ""
+        self._cached_tokens = max(self._cached_tokens, event.cached_tokens)
+        self._generated = []
         for place, token in enumerate(event.tokens):
             self._completion_tokens += 1
+            top = event.top_logprobs[place] if event.top_logprobs else []
+            scored = ScoredToken(token, event.logprobs[place], top, self._read)
+            self._generated.append(scored)
             if token in self._stop_tokens:
                 break
             if self._thinking:
                 reasoning += self._think(token)
             else:
-                top = event.top_logprobs[place] if event.top_logprobs else []
-                content += self._speak(ScoredToken(token, event.logprobs[place], top, self._read))
-            if self._filter.stopped:
+                content += self._speak(scored)
+            if self._stopped:
                 break
-        finish = "stop" if self._filter.stopped else event.finish_reason
+        finish = "stop" if self._stopped else event.finish_reason
         if finish and not self._filter.stopped:
             rest_of_thought, rest = self._end()
             reasoning, content = reasoning + rest_of_thought, content + rest
-            finish = "stop" if self._filter.stopped else finish
+            finish = "stop" if self._stopped else finish
+        if finish and self._calls:
+            content += self._told_apart(*self._calls.finish())
+            finish = "tool_calls" if finish == "stop" and self._calls.count else finish
         return self._piece(reasoning, content, finish)
+
+    @property
+    def _stopped(self) -> bool:
+        """Whether the answer ends here, although the model might go on."""
+        return self._filter.stopped or bool(self._calls and self._calls.done)
 
     def _think(self, token: int) -> str:
         assert self._marks
@@ -129,7 +161,12 @@ class AnswerReader:
         self._read += len(text)
         shown = self._filter.feed(text)
         self._shown += len(shown)
-        return shown
+        return self._told_apart(*self._calls.feed(shown)) if self._calls else shown
+
+    def _told_apart(self, content: str, pieces: tuple[CallPiece, ...]) -> str:
+        """Keep pieces of calls for the next `Piece`; return the content."""
+        self._pieces += pieces
+        return content
 
     def _end(self) -> tuple[str, str]:
         rest = self._trimmed(self._decoder.finish())
@@ -138,7 +175,7 @@ class AnswerReader:
         content = self._let_through(rest)
         held = self._filter.flush()
         self._shown += len(held)
-        return "", content + held
+        return "", content + (self._told_apart(*self._calls.feed(held)) if self._calls else held)
 
     def _trimmed(self, text: str) -> str:
         """Drop line breaks at the beginning of a thought or of the content after it."""
@@ -152,7 +189,11 @@ class AnswerReader:
         ended = finish is not None and not self._filter.stopped
         ready = [scored for scored in self._scored if ended or scored.start < self._shown]
         self._scored = [scored for scored in self._scored if not ended and scored.start >= self._shown]
-        return Piece(reasoning, content, ready, self._completion_tokens, self._reasoning_tokens, finish)
+        calls, self._pieces = self._pieces, ()
+        counts = self._completion_tokens, self._reasoning_tokens
+        generated = tuple(self._generated)
+        stop, cached = self._filter.stop, self._cached_tokens
+        return Piece(reasoning, content, ready, *counts, finish, calls, stop, cached, generated)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,7 +1,14 @@
-"""Tool calls: what a model writes to call a function, told apart from what it says."""
+"""Tool calls: the forms in which models write them, and what the API makes of them.
+
+A model calls tools in the form that its chat template taught it. `FORMATS` describes the forms that are known;
+`call_reader` reads them as they come, `call_grammar` holds a model to them.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
+
+from liaoyuan.errors import LiaoyuanError, nearest
 
 
 @dataclass(frozen=True)
@@ -35,3 +42,116 @@ def whole_calls(pieces: Iterable[CallPiece]) -> list[Call]:
             calls.append(Call(piece.id, piece.name, ""))
         calls[piece.index] = replace(calls[piece.index], arguments=calls[piece.index].arguments + piece.arguments)
     return calls
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """How a model writes tool calls: open, then calls with `between` between them, then close.
+
+    A call is `start`, a body, `end`. The body is by style:
+        "object": {"name": name, "<arguments>": arguments}
+        "named": name, `separator`, arguments
+        "tagged": name, `separator`, and for each argument: key_open, name, key_close, value, value_close, where a text
+            is written without quotes.
+    White space around and within these marks is not significant when it is read. Marks may be special tokens.
+
+    template: texts of which a chat template of such a model has every one.
+    id_length: the ids of calls are so many letters and digits; 0: as OpenAI's.
+    """
+
+    name: str
+    template: tuple[str, ...]
+    style: Literal["object", "named", "tagged"] = "object"
+    open: str = ""
+    start: str = ""
+    separator: str = ""
+    end: str = ""
+    between: str = ""
+    close: str = ""
+    arguments: str = "arguments"
+    key_open: str = ""
+    key_close: str = ""
+    value_close: str = ""
+    id_length: int = 0
+
+    @property
+    def trigger(self) -> str:
+        """What a model writes first when it calls a tool; "" if the call itself begins the answer."""
+        return next(iter((self.open or self.start).split()), "")
+
+
+# In the order in which they are looked for in a template: the more particular first.
+FORMATS = (
+    CallFormat(
+        "qwen-xml",
+        ("<tool_call>", "<function=", "<parameter="),
+        "tagged",
+        start="<tool_call>\n<function=",
+        separator=">\n",
+        end="</function>\n</tool_call>",
+        between="\n",
+        key_open="<parameter=",
+        key_close=">\n",
+        value_close="\n</parameter>\n",
+    ),
+    CallFormat(
+        "glm",
+        ("<tool_call>", "<arg_key>", "<arg_value>"),
+        "tagged",
+        start="<tool_call>",
+        separator="\n",
+        end="</tool_call>",
+        between="\n",
+        key_open="<arg_key>",
+        key_close="</arg_key>\n<arg_value>",
+        value_close="</arg_value>\n",
+    ),
+    CallFormat(
+        "deepseek-v3",
+        ("<｜tool▁calls▁begin｜>", "```json"),
+        "named",
+        open="<｜tool▁calls▁begin｜>",
+        start="<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
+        separator="\n```json\n",
+        end="\n```<｜tool▁call▁end｜>",
+        between="\n",
+        close="<｜tool▁calls▁end｜>",
+    ),
+    CallFormat(
+        "deepseek-v3.1",
+        ("<｜tool▁calls▁begin｜>",),
+        "named",
+        open="<｜tool▁calls▁begin｜>",
+        start="<｜tool▁call▁begin｜>",
+        separator="<｜tool▁sep｜>",
+        end="<｜tool▁call▁end｜>",
+        close="<｜tool▁calls▁end｜>",
+    ),
+    CallFormat(
+        "mistral-args",
+        ("[TOOL_CALLS]", "[ARGS]"),
+        "named",
+        start="[TOOL_CALLS]",
+        separator="[ARGS]",
+        id_length=9,
+    ),
+    CallFormat("mistral", ("[TOOL_CALLS]",), open="[TOOL_CALLS] [", between=", ", close="]", id_length=9),
+    CallFormat("hermes", ("<tool_call>",), start="<tool_call>\n", end="\n</tool_call>", between="\n"),
+    CallFormat("llama", ('"parameters": ',), between="; ", arguments="parameters"),
+)
+
+
+def format_of(template: str | None, chosen: str | None = None) -> CallFormat | None:
+    """Return the form that a template teaches, or the one of that name; None if no known form is in the template.
+
+    Raises:
+        LiaoyuanError: no form has the name that was chosen.
+    """
+    if chosen is not None:
+        found = next((form for form in FORMATS if form.name == chosen), None)
+        if found is None:
+            names = [form.name for form in FORMATS]
+            hint = nearest(chosen, names) or "."
+            raise LiaoyuanError(f"There is no form of tool calls '{chosen}'{hint} Known: {', '.join(names)}.")
+        return found
+    return next((form for form in FORMATS if template and all(text in template for text in form.template)), None)

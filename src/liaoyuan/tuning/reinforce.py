@@ -3,7 +3,8 @@
 GRPO (Shao et al. 2024, arXiv 2402.03300): a few minibatch updates per batch of rollouts with the clipped ratio, no KL
 term, groups without signal dropped, of the others the most different rollouts learned from, and levels of difficulty
 drawn by what they teach (see `curriculum`). Rollouts come from the inference engine on the weights that are trained;
-how far its log-probabilities are from those of training is measured at every step. What happens in a step is a
+whether its log-probabilities have the very bits of those of training is proven at the start (`inference.exact`), and
+how far they are apart is measured at every step. What happens in a step is a
 function of the seed, the step and the state, so a killed run ends with the same weights bit for bit.
 """
 
@@ -21,6 +22,7 @@ from liaoyuan.checkpoint.training_state import load_state, save_state
 from liaoyuan.config import Config
 from liaoyuan.data import Tokenizer
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.inference import QUICK, prove
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Lock, Metrics, Progress, Report, silent
 from liaoyuan.tasks import Problem, Task
@@ -76,6 +78,7 @@ class ReinforceResult:
     cpu_seconds: float = 0.0
     flops: float = 0.0
     drawn: tuple[tuple[int, ...], ...] = ()  # levels of each step's problems
+    exact: bool = False  # whether rollouts were proven to have the log-probabilities of training, bit for bit
     signal: tuple[float, ...] = ()  # share of each level's recent groups that taught something
 
     @property
@@ -104,7 +107,8 @@ def reinforce(
     lock.take()
     done = _resume(model, optimiser, config, folder)
     metrics = Metrics(folder / METRICS, resume_from=done.steps)
-    engine = tuning_engine(model.eval(), config.max_tokens)
+    done = replace(done, exact=prove(model.eval(), QUICK).exact)
+    engine = tuning_engine(model, config.max_tokens)
     end = min(config.steps, until or config.steps)
     while done.steps < end:
         step, start = done.steps, time.process_time()
@@ -240,7 +244,7 @@ def _resume(model: Decoder, optimiser: Optimiser, config: ReinforceConfig, folde
 
 def result_of(values: dict[str, Any]) -> ReinforceResult:
     """Return the result that `values`, read from JSON, hold; other keys are ignored."""
-    known = {key: values[key] for key in ReinforceResult.__dataclass_fields__}
+    known = {key: values[key] for key in ReinforceResult.__dataclass_fields__ if key in values}
     drawn = tuple(tuple(levels) for levels in known["drawn"])
     return ReinforceResult(**known | {"drawn": drawn, "signal": tuple(known["signal"])})
 

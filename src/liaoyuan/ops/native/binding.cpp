@@ -41,7 +41,7 @@ void* scratch(int slot, size_t bytes) {
     size_t size = 0;
     ~Buffer() { std::free(data); }
   };
-  thread_local Buffer buffers[4];
+  thread_local Buffer buffers[5];
   Buffer& buffer = buffers[slot];
   if (buffer.size < bytes) {
     std::free(buffer.data);
@@ -166,7 +166,7 @@ void register_kernels(torch::Library& library, const std::string& name) {
     library.impl("linear_backward", &linear_backward_cpu);
   } else if (!register_attention(library, name) && !register_experts(library, name) &&
              !register_inference(library, name) && !register_optimiser(library, name) && !register_loss(library, name) &&
-             !register_rows(library, name)) {
+             !register_rows(library, name) && !register_layer(library, name)) {
     TORCH_CHECK(false, "there is no native kernel called ", name);
   }
 }

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty_like.h>
 
 #include "operators.h"
+#include "pages.h"
 #include "tensors.h"
 
 namespace liaoyuan {
@@ -10,6 +11,58 @@ namespace liaoyuan {
 namespace {
 
 constexpr int64_t ALL = int64_t(1) << 40;  // a window beyond every sequence
+
+}  // namespace
+
+int64_t window_of(std::optional<int64_t> window) {
+  TORCH_CHECK(window.value_or(0) >= 0, "a window of ", *window, " tokens: it must be 1 or more, or None for all");
+  return window.value_or(0) ? std::min(*window, ALL) : ALL;
+}
+
+OptionalTensor sinks_of(const OptionalTensor& sinks, int64_t heads) {
+  if (!sinks || !sinks->defined()) return std::nullopt;
+  TORCH_CHECK(sinks->device().is_cpu() && sinks->dim() == 1 && sinks->size(0) == heads, "sinks ", sinks->sizes(),
+              " do not fit ", heads, " query heads");
+  return sinks->to(at::kFloat).contiguous();
+}
+
+Tensor int_list(const Tensor& values) { return dense(values.scalar_type() == at::kInt ? values : values.to(at::kInt)); }
+
+Tensor slot_list(const Tensor& slots_, const Tensor& cache) {
+  Tensor slots = dense(slots_);
+  TORCH_CHECK(slots.scalar_type() == at::kLong, "slots must be int64, not ", slots.scalar_type());
+  int64_t capacity = cache.size(0) * cache.size(1);
+  for (int64_t i = 0; i < slots.numel(); ++i)
+    TORCH_CHECK(in<int64_t>(slots)[i] < capacity, "slot ", in<int64_t>(slots)[i], " is outside the cache");
+  return slots;
+}
+
+void check_caches(const Tensor& key_cache, const Tensor& value_cache) {
+  same_type(key_cache, value_cache);
+  TORCH_CHECK(key_cache.dim() == 4 && value_cache.dim() == 4 && key_cache.is_contiguous() &&
+                  value_cache.is_contiguous() && key_cache.sizes().slice(0, 3) == value_cache.sizes().slice(0, 3),
+              "the caches of keys ", key_cache.sizes(), " and values ", value_cache.sizes(),
+              " must be contiguous and fit each other");
+}
+
+void check_pages(const Tensor& tables, const Tensor& starts, const Tensor& lengths, const Tensor& cache,
+                 int64_t queries) {
+  TORCH_CHECK(tables.dim() == 2 && tables.size(0) == lengths.numel() && starts.numel() == lengths.numel() + 1,
+              "block_tables ", tables.sizes(), ", query_starts ", starts.sizes(), " and lengths ", lengths.sizes(),
+              " do not fit");
+  int64_t sequences = lengths.numel(), width = tables.size(1);
+  const int32_t *start = in<int32_t>(starts), *length = in<int32_t>(lengths), *table = in<int32_t>(tables);
+  bool fit = start[0] == 0 && start[sequences] <= queries;
+  for (int64_t s = 0; fit && s < sequences; ++s) {
+    int64_t blocks = (length[s] + cache.size(1) - 1) / cache.size(1);
+    fit = start[s] <= start[s + 1] && start[s + 1] - start[s] <= length[s] && blocks <= width;
+    for (int64_t b = 0; fit && b < blocks; ++b)
+      fit = table[s * width + b] >= 0 && table[s * width + b] < cache.size(0);
+  }
+  TORCH_CHECK(fit, "a sequence reaches outside its cache blocks or its queries");
+}
+
+namespace {
 
 // Sizes [.., heads, dim]; those of a cache without its blocks.
 AttentionShape attention_shape(at::IntArrayRef query, at::IntArrayRef key, at::IntArrayRef value, double scale) {
@@ -23,19 +76,6 @@ AttentionShape attention_shape(const Tensor& query, const Tensor& key, const Ten
   same_type(query, key);
   same_type(key, value);
   return attention_shape(query.sizes(), key.sizes(), value.sizes(), scale);
-}
-
-int64_t window_of(std::optional<int64_t> window) {
-  TORCH_CHECK(window.value_or(0) >= 0, "a window of ", *window, " tokens: it must be 1 or more, or None for all");
-  return window.value_or(0) ? std::min(*window, ALL) : ALL;
-}
-
-// fp32, so that the kernels need not know the dtype.
-OptionalTensor sinks_of(const OptionalTensor& sinks, int64_t heads) {
-  if (!sinks || !sinks->defined()) return std::nullopt;
-  TORCH_CHECK(sinks->device().is_cpu() && sinks->dim() == 1 && sinks->size(0) == heads, "sinks ", sinks->sizes(),
-              " do not fit ", heads, " query heads");
-  return sinks->to(at::kFloat).contiguous();
 }
 
 // ---- packed documents
@@ -157,31 +197,6 @@ Three block_attention_backward_cpu(const Tensor& grad_, const Tensor& delta_, co
 
 // ---- paged cache
 
-void check_caches(const Tensor& key_cache, const Tensor& value_cache) {
-  same_type(key_cache, value_cache);
-  TORCH_CHECK(key_cache.dim() == 4 && value_cache.dim() == 4 && key_cache.is_contiguous() &&
-                  value_cache.is_contiguous() && key_cache.sizes().slice(0, 3) == value_cache.sizes().slice(0, 3),
-              "the caches of keys ", key_cache.sizes(), " and values ", value_cache.sizes(),
-              " must be contiguous and fit each other");
-}
-
-void check_pages(const Tensor& tables, const Tensor& starts, const Tensor& lengths, const Tensor& cache,
-                 int64_t queries) {
-  TORCH_CHECK(tables.dim() == 2 && tables.size(0) == lengths.numel() && starts.numel() == lengths.numel() + 1,
-              "block_tables ", tables.sizes(), ", query_starts ", starts.sizes(), " and lengths ", lengths.sizes(),
-              " do not fit");
-  int64_t sequences = lengths.numel(), width = tables.size(1);
-  const int32_t *start = in<int32_t>(starts), *length = in<int32_t>(lengths), *table = in<int32_t>(tables);
-  bool fit = start[0] == 0 && start[sequences] <= queries;
-  for (int64_t s = 0; fit && s < sequences; ++s) {
-    int64_t blocks = (length[s] + cache.size(1) - 1) / cache.size(1);
-    fit = start[s] <= start[s + 1] && start[s + 1] - start[s] <= length[s] && blocks <= width;
-    for (int64_t b = 0; fit && b < blocks; ++b)
-      fit = table[s * width + b] >= 0 && table[s * width + b] < cache.size(0);
-  }
-  TORCH_CHECK(fit, "a sequence reaches outside its cache blocks or its queries");
-}
-
 Tensor paged_attention_cpu(const Tensor& query_, const Tensor& key_cache, const Tensor& value_cache,
                            const Tensor& block_tables_, const Tensor& query_starts_, const Tensor& lengths_,
                            double scale, std::optional<int64_t> window, const OptionalTensor& sinks_) {
@@ -191,8 +206,8 @@ Tensor paged_attention_cpu(const Tensor& query_, const Tensor& key_cache, const 
       attention_shape(query_.sizes(), key_cache.sizes().slice(1), value_cache.sizes().slice(1), scale)};
   shape.window = window_of(window);
   OptionalTensor sinks = sinks_of(sinks_, shape.query_heads);
-  Tensor query = dense(query_), tables = dense(block_tables_.to(at::kInt));
-  Tensor starts = dense(query_starts_.to(at::kInt)), lengths = dense(lengths_.to(at::kInt));
+  Tensor query = dense(query_), tables = int_list(block_tables_);
+  Tensor starts = int_list(query_starts_), lengths = int_list(lengths_);
   check_pages(tables, starts, lengths, key_cache, query.size(0));
   shape.sequences = lengths.numel(), shape.block_size = key_cache.size(1), shape.max_blocks = tables.size(1);
   Tensor result = at::empty({query.size(0), shape.query_heads, shape.value_dim}, query.options());
@@ -208,12 +223,9 @@ Tensor paged_attention_cpu(const Tensor& query_, const Tensor& key_cache, const 
 
 void write_cache_cpu(const Tensor& key_, const Tensor& value_, Tensor& key_cache, Tensor& value_cache,
                      const Tensor& slots_) {
-  Tensor key = dense(key_), value = dense(value_), slots = dense(slots_);
+  Tensor key = dense(key_), value = dense(value_);
   check_caches(key_cache, value_cache);
-  TORCH_CHECK(slots.scalar_type() == at::kLong, "slots must be int64, not ", slots.scalar_type());
-  int64_t capacity = key_cache.size(0) * key_cache.size(1);
-  for (int64_t i = 0; i < slots.numel(); ++i)
-    TORCH_CHECK(in<int64_t>(slots)[i] < capacity, "slot ", in<int64_t>(slots)[i], " is outside the cache");
+  Tensor slots = slot_list(slots_, key_cache);
   for (auto [rows, cache] : {std::pair(key, key_cache), std::pair(value, value_cache)}) {
     same_type(rows, cache);
     TORCH_CHECK(rows.dim() == 3 && slots.numel() == rows.size(0) && rows.sizes().slice(1) == cache.sizes().slice(2),

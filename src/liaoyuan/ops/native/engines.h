@@ -103,6 +103,8 @@ struct LaneProducts : VectorProducts<LaneProducts<T>, float> {
   using Word = float;
   static constexpr int VALUES = 1;  // of the depth in a word
   static constexpr bool IN_PLACE = std::is_same_v<T, float>;  // whether words can be read where the values lie
+  // Whether the words of 16 items are turned in registers.
+  static constexpr bool STREAMS = IN_PLACE && REGISTERS == 1;
   static void add_product(Register& sum, float item, Register lanes) { sum += item * lanes; }
   // Up to 16 words along the depth; zeros past its end.
   static Vec along(const T* from, int64_t values) { return load(from, values); }
@@ -149,6 +151,7 @@ struct PairWords {
 
 #ifdef __AVX512BF16__
 struct PairProducts : PairWords, VectorProducts<PairProducts, uint32_t> {
+  static constexpr bool STREAMS = true;
   static void add_product(Register& sum, uint32_t item, Register lanes) {
     sum = (Register)_mm512_dpbf16_ps((__m512)sum, (__m512bh)lanes, (__m512bh)_mm512_set1_epi32(int(item)));
   }
@@ -162,6 +165,7 @@ struct TileProducts : PairWords, Tiles {
   // A strip and a panel, 20 KiB each, stay in a first cache of 48 KiB with their sums. The panels of a task stream from
   // the second one: with the sums 28 KiB in the 640 cycles that the tiles of a cut take.
   static constexpr int64_t CUT = 10 * STEP, TASK_PANELS = 8, TASK_STRIPS = 8;
+  static constexpr bool STREAMS = false;
   static constexpr int64_t FEW = 0;  // a tile of lanes costs the same however few are used, and needs no copy
   static constexpr bool WHOLE_STRIPS = true;
 

@@ -18,6 +18,8 @@ constexpr int64_t CUT_ALONG = 64, CUT_ACROSS = 16, PANELS_ACROSS = 8;
 // Where there is but one panel the other operand is read once: in long pieces, as memory likes it.
 constexpr int64_t ONE_PANEL = 1 << 14;  // words of a cut: 64 KiB
 constexpr int64_t TASK_ITEMS = 128;     // at least
+// Few rows: vectors of lanes that a task takes. A weight then goes by once, at the speed of memory.
+constexpr int64_t STREAM_VECTORS = 4;
 
 int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -123,6 +125,7 @@ class Plan {
   bool as_it_goes;  // panels are packed by the tasks that multiply, for few items
   bool added;       // a bias or a residual
   bool near;        // strips are copied by the tasks that multiply, cut by cut
+  bool streams;     // few rows: see run_stream
   int64_t steps, cut, vectors, panels, strips, stride, task_panels, task_strips;
   Word *packed_panels = nullptr, *packed_items = nullptr;
 
@@ -132,6 +135,7 @@ class Plan {
     Source<T> left{p.a, s.a_stride, s.rows, s.depth, !s.a_transposed};
     Source<T> right{p.b, s.b_stride, s.columns, s.depth, s.b_transposed};
     as_it_goes = s.rows <= (right.along ? E::FEW : E::STRIP);
+    streams = E::STREAMS && as_it_goes && right.along;
     turned = right.along && !as_it_goes && s.rows < s.depth / 2;  // else turning the result costs more than packing
     lanes = turned ? left : right;
     items = turned ? right : left;
@@ -139,7 +143,7 @@ class Plan {
     vectors = parts(lanes.count, LANES);
     panels = parts(vectors * LANES, E::PANEL);
     strips = parts(items.count, E::STRIP);
-    cut = !as_it_goes ? E::CUT : lanes.along ? CUT_ALONG : CUT_ACROSS;
+    cut = !as_it_goes ? E::CUT : streams ? steps : lanes.along ? CUT_ALONG : CUT_ACROSS;
     if (panels == 1 && turned) cut = std::max(cut, ONE_PANEL / (vectors * LANES * E::STEP) * E::STEP);
     task_panels = !as_it_goes ? E::TASK_PANELS : lanes.along ? 1 : PANELS_ACROSS;
     task_strips = std::max(TASK_ITEMS / E::STRIP, E::TASK_STRIPS * std::min(panels, task_panels) / task_panels);
@@ -167,8 +171,12 @@ class Plan {
                 packed_panels + begin(task * task_panels) * steps);
   }
 
-  int64_t tasks() const { return parts(panels, task_panels) * parts(strips, task_strips); }
+  int64_t tasks() const {
+    return streams ? parts(vectors, STREAM_VECTORS) : parts(panels, task_panels) * parts(strips, task_strips);
+  }
   void run(int64_t task) const {
+    if constexpr (E::STREAMS)
+      if (streams) return run_stream(task);
     int64_t groups = parts(strips, task_strips);
     int64_t i_first = task / groups * task_panels, i_end = std::min(panels, i_first + task_panels);
     int64_t j_first = task % groups * task_strips, j_end = std::min(strips, j_first + task_strips);
@@ -200,6 +208,68 @@ class Plan {
   }
 
  private:
+  // Few rows times a weight that lies along the depth: 16 x 16 words of it are turned in registers, and used there.
+  // What this thread needs next is asked for in the order of memory, as memory likes it.
+  void run_stream(int64_t task) const {
+    auto* copy = static_cast<Word*>(near ? scratch(0, size_t(E::STRIP * stride) * 4) : nullptr);
+    Items<Word> x = items.count == 0 ? Items<Word>{} : near ? copied(0, 0, steps, copy) : shared(0, 0);
+    int64_t first = task * STREAM_VECTORS, end = std::min(vectors, first + STREAM_VECTORS);
+    for (int64_t v = first; v < end; ++v) {
+      int64_t next = v + 1 < end ? v + 1 : v + 1 + (threads() - 1) * STREAM_VECTORS;
+      const T* ahead = next < vectors ? lanes.matrix + next * LANES * lanes.stride : nullptr;
+      with_rows<E::FEW>([&](auto rows) { stream_vector<rows>(v * LANES, x, ahead); });
+    }
+  }
+
+  // body(number of rows as a constant), of 1 ... MOST.
+  template <int64_t MOST, class Body>
+  void with_rows(const Body& body) const {
+    if (items.count == MOST) return body(std::integral_constant<int, int(MOST)>{});
+    if constexpr (MOST > 1) with_rows<MOST - 1>(body);
+  }
+
+  template <int ROWS>
+  void stream_vector(int64_t lane, Items<Word> x, const T* ahead) const {
+    Register sums[ROWS] = {};
+    const T* from = lanes.matrix + lane * lanes.stride;
+    bool whole = lane + LANES <= lanes.count;
+    int64_t step = 0;
+    for (; whole && (step + LANES) * E::VALUES <= lanes.depth; step += LANES) {
+      if (ahead)
+        for (int i = 0; i < LANES; ++i) __builtin_prefetch(reinterpret_cast<const char*>(ahead) + 64 * i, 0, 2);
+      if (ahead) ahead += LANES * LANES * E::VALUES;
+      Register columns[LANES];
+      transpose_words(from + step * E::VALUES, lanes.stride * int64_t(sizeof(T)), columns);
+      add_columns(columns, LANES, x, step, sums);
+    }
+    for (; step < steps; step += LANES) {
+      alignas(64) Word block[LANES * LANES];
+      Register columns[LANES];
+      turned_words<E>(lanes, lane, step, LANES, block, LANES);
+      std::memcpy(columns, block, sizeof columns);
+      add_columns(columns, std::min<int64_t>(LANES, steps - step), x, step, sums);
+    }
+    for (int r = 0; r < ROWS; ++r) finish(r, lane, sums[r], std::min<int64_t>(LANES, lanes.count - lane));
+  }
+
+  template <int ROWS>
+  [[gnu::always_inline]] static void add_columns(const Register* columns, int64_t count, Items<Word> x, int64_t step,
+                                                 Register (&sums)[ROWS]) {
+    auto add = [&](int64_t i) {
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        Word word;
+        std::memcpy(&word, x.words + r * x.stride + step + i, sizeof word);
+        E::add_product(sums[r], word, columns[i]);
+      }
+    };
+    if (count == LANES)
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; ++i) add(i);
+    else
+      for (int64_t i = 0; i < count; ++i) add(i);
+  }
+
   // An odd number of lines from item to item, so that they fall into all sets of a cache.
   static int64_t padded(int64_t words) { return (parts(words, LANES) | 1) * LANES; }
 

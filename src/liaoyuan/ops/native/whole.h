@@ -44,8 +44,8 @@ inline void zip(Vec even, Vec odd, Vec& low, Vec& high) {
   high = __builtin_shuffle(even, odd, places + 8);
 }
 
-// 16 x 16 words; strides in bytes.
-inline void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride = 64) {
+// 16 x 16 words, turned in registers; the stride in bytes.
+[[gnu::always_inline]] inline void transpose_words(const void* from, int64_t from_stride, Vec* columns) {
   __m512i a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(static_cast<const char*>(from) + i * from_stride);
   for (int i = 0; i < 16; i += 2) {
@@ -62,11 +62,17 @@ inline void transpose(const void* from, int64_t from_stride, void* to, int64_t t
       b[i + k] = _mm512_shuffle_i32x4(a[i + k], a[i + k + 4], 0x88);
       b[i + k + 4] = _mm512_shuffle_i32x4(a[i + k], a[i + k + 4], 0xdd);
     }
-  auto write_row = [&](int i, __m512i row) { _mm512_storeu_si512(static_cast<char*>(to) + i * to_stride, row); };
   for (int i = 0; i < 8; ++i) {
-    write_row(i, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-    write_row(i + 8, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+    columns[i] = (Vec)_mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
+    columns[i + 8] = (Vec)_mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
   }
+}
+
+// The same to memory; strides in bytes.
+inline void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride = 64) {
+  Vec columns[16];
+  transpose_words(from, from_stride, columns);
+  for (int i = 0; i < 16; ++i) write(static_cast<char*>(to) + i * to_stride, columns[i]);
 }
 
 }  // namespace liaoyuan

@@ -1,5 +1,9 @@
 // The server's public API, as any other client sees it.
 
+import { say } from "./words.js";
+
+const KEY = "liaoyuan.key"; // kept until the tab is closed
+
 /** A refusal in the server's own words; `code` is OpenAI's name of it. */
 export class Refusal extends Error {
   constructor(status, error) {
@@ -10,7 +14,7 @@ export class Refusal extends Error {
 }
 
 export async function fetchAbout() {
-  const response = await fetch("/page/about");
+  const response = await fetchWithKey("/page/about");
   if (!response.ok) throw new Refusal(response.status, null);
   return response.json();
 }
@@ -47,12 +51,25 @@ export async function* streamAnswer(question, signal) {
 
 async function post(path, body, signal) {
   const headers = { "Content-Type": "application/json" };
-  const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+  const response = await fetchWithKey(path, { method: "POST", headers, body: JSON.stringify(body), signal });
   if (!response.ok) {
     const reply = await response.json().catch(() => null);
     throw new Refusal(response.status, reply?.error);
   }
   return response;
+}
+
+/** fetch, with an API key if the server asks for one: then so does the page, until the key is right or none is given. */
+async function fetchWithKey(path, options = {}) {
+  for (;;) {
+    const key = sessionStorage.getItem(KEY);
+    const headers = key ? { ...options.headers, Authorization: `Bearer ${key}` } : options.headers;
+    const response = await fetch(path, { ...options, headers });
+    if (response.status !== 401) return response;
+    const given = window.prompt(say("key"));
+    if (!given) return response;
+    sessionStorage.setItem(KEY, given.replace(/[^!-~]/g, "")); // a header carries no other characters
+  }
 }
 
 /** Yield the data of each server-sent event of a byte stream. */

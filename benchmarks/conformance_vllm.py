@@ -1,0 +1,160 @@
+"""A pytest plugin for vLLM's tests over HTTP: their RemoteOpenAIServer is a server of ours, and vLLM is not installed.
+
+What a test imports of vLLM itself is a stand-in; a test that calls one is about vLLM's own parts and is skipped.
+"""
+
+import importlib.abc
+import importlib.machinery
+import inspect
+import os
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+from transformers import AutoTokenizer
+
+from conformance_server import Kind, Servers, random_model
+from liaoyuan.data.template import CHAT_TEMPLATE
+
+FOLDER = Path(os.environ["CONFORMANCE_FOLDER"])
+WITHOUT_THOUGHTS = "{%- set enable_thinking = false %}" + CHAT_TEMPLATE
+OWN_PARTS = "about a part of vLLM itself, not about a server"
+servers = Servers(FOLDER / "vllm")
+
+
+def pytest_unconfigure() -> None:
+    servers.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out the tests that never speak to a server, and all but one of those that differ in the model alone."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        speaks = any(name in item.fixturenames for name in ("server", "client", "async_client"))
+        if not speaks and "RemoteOpenAIServer" not in inspect.getsource(item.function):
+            item.add_marker(pytest.mark.skip(reason=OWN_PARTS))
+        config = item.callspec.params.get("server_config") if hasattr(item, "callspec") else None
+        if config not in (None, "hermes"):
+            item.add_marker(pytest.mark.skip(reason=f"needs the model of '{config}'"))
+
+
+class RemoteOpenAIServer:
+    """Takes the place of vLLM's class of this name."""
+
+    DUMMY_API_KEY = "token-abc123"
+
+    def __init__(self, model: str, vllm_serve_args: Any = (), **options: Any) -> None:
+        args = [str(arg) for arg in vllm_serve_args] if isinstance(vllm_serve_args, Sequence) else []
+        self.model = model
+        context = int(_option(args, "--max-model-len") or 8192)
+        name = _option(args, "--served-model-name") or model
+        template = CHAT_TEMPLATE if _option(args, "--reasoning-parser") else WITHOUT_THOUGHTS
+        server = servers.shared(Kind(random_model(FOLDER / "random"), name, context, template, max_sequences=16))
+        self.url_root = server.url
+        self.host, self.port = "127.0.0.1", int(server.url.rpartition(":")[2])
+
+    def __enter__(self) -> "RemoteOpenAIServer":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def url_for(self, *parts: str) -> str:
+        return "/".join([self.url_root, *parts])
+
+    def get_client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(**self._options("v1", options))
+
+    def get_async_client(self, **options: Any) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(**self._options("v1", options))
+
+    def get_client_anthropic(self, **options: Any) -> anthropic.Anthropic:
+        return anthropic.Anthropic(**self._options("", options))
+
+    def get_async_client_anthropic(self, **options: Any) -> anthropic.AsyncAnthropic:
+        return anthropic.AsyncAnthropic(**self._options("", options))
+
+    def _options(self, path: str, options: dict[str, Any]) -> dict[str, Any]:
+        base_url = self.url_for(path) if path else self.url_root
+        return {"base_url": base_url, "api_key": self.DUMMY_API_KEY, "max_retries": 0, "timeout": 120, **options}
+
+
+def _option(args: list[str], name: str) -> str | None:
+    joined = [arg.partition("=")[2] for arg in args if arg.startswith(name + "=")]
+    return joined[0] if joined else args[args.index(name) + 1] if name in args else None
+
+
+class _Absent(type):
+    """The class of stand-ins for what vLLM has: they can be imported and named, but not used."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        pytest.skip(OWN_PARTS)
+
+    def __getattr__(cls, name: str) -> Any:
+        return _absent(name)
+
+
+def _absent(name: str) -> Any:
+    """Return the stand-in for something of vLLM: an exception, so that `pytest.raises` takes it."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _Absent(name, (Exception,), {})
+
+
+class _NoPlatform:
+    """Says no to every question about the machine."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: False
+
+
+class _Hub:
+    """Downloads nothing: whatever model is asked for is the random one."""
+
+    def snapshot_download(self, *_: Any, **__: Any) -> str:
+        return str(FOLDER / "random")
+
+
+class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports any module of vLLM as an empty one whose names are stand-ins."""
+
+    given = {  # noqa: RUF012
+        "vllm.platforms": {"current_platform": _NoPlatform()},
+        "vllm.tokenizers": {"get_tokenizer": lambda *_, **__: AutoTokenizer.from_pretrained(FOLDER / "random")},
+        "vllm.transformers_utils.repo_utils": {"hf_api": _Hub},
+        "vllm.model_executor.model_loader.weight_utils": {
+            "download_weights_from_hf": lambda *_, **__: str(FOLDER / "random")
+        },
+        "vllm.version": {"__version__": "0"},
+    }
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] != "vllm":
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__dict__.update(self.given.get(module.__name__, {}))
+        module.__getattr__ = _absent  # type: ignore[method-assign]
+
+
+def _utils() -> types.ModuleType:
+    """Return what takes the place of vLLM's `tests.utils`."""
+    utils = types.ModuleType("tests.utils")
+    utils.RemoteOpenAIServer = utils.RemoteOpenAIServerCustom = RemoteOpenAIServer  # type: ignore[attr-defined]
+    utils.ROCM_EXTRA_ARGS, utils.ROCM_ENV_OVERRIDES = [], {}  # type: ignore[attr-defined]
+    utils.multi_gpu_only = utils.requires_fp8 = lambda *_, **__: lambda test: test  # type: ignore[attr-defined]
+    utils.VLLM_PATH = Path.cwd()  # type: ignore[attr-defined]
+    return utils
+
+
+sys.path.insert(0, str(Path.cwd()))
+sys.meta_path.insert(0, _StandIns())
+random_model(FOLDER / "random")
+sys.modules["tests.utils"] = _utils()
+sys.modules["tests.conftest"] = types.ModuleType("tests.conftest")
+sys.modules["tests.conftest"].__getattr__ = _absent  # type: ignore[method-assign]

@@ -1,0 +1,19 @@
+"""A command with many options shows them in groups."""
+
+from typing import Any
+
+from typer.core import TyperCommand
+
+
+class GroupedCommand(TyperCommand):
+    """Shows options under the titles that their `rich_help_panel` names, in the order in which those first come."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)

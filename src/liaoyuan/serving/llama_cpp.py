@@ -1,0 +1,273 @@
+"""`/completion` and `/apply-template`: llama.cpp's own paths, for the clients that speak them."""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field, model_validator
+
+from liaoyuan.serving.chat import token_values
+from liaoyuan.serving.conversation import chat_text
+from liaoyuan.serving.errors import ApiError, invalid
+from liaoyuan.serving.generation import (
+    EventStream,
+    Job,
+    Served,
+    collect,
+    first_and_rest,
+    sampling_params,
+    server_event,
+    start,
+)
+from liaoyuan.serving.protocol import MAX_CHOICES, ChatRequest, Sampling, known_fields
+from liaoyuan.serving.text import Piece, ScoredToken
+
+RENAMED = {"n_predict": "max_tokens", "repeat_penalty": "repetition_penalty"}
+IGNORED = {"cache_prompt", "id_slot", "n_keep", "return_progress", "samplers", "t_max_predict_ms", "timings_per_token"}
+STOP_TYPES = {"stop": "eos", "length": "limit", "timeout": "limit"}
+NEVER = -100.0  # a bias that keeps a token out
+
+
+class NativeCompletion(Sampling):
+    """Body of `/completion`; what llama.cpp only names otherwise has OpenAI's name here."""
+
+    prompt: Any
+    logit_bias: Any = None  # with texts as well as tokens
+    n_probs: Annotated[int, Field(ge=0, le=1000)] | None = None
+    post_sampling_probs: bool | None = None
+    return_tokens: bool | None = None
+    response_fields: list[str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        named = {RENAMED.get(name, name): value for name, value in values.items()}
+        for name in ("max_tokens", "seed"):  # -1: no limit, any seed
+            if named.get(name) == -1:
+                del named[name]
+        return known_fields(named, cls.model_fields, IGNORED, {})
+
+
+def llama_routes(served: Served) -> APIRouter:
+    """Return the router of these endpoints."""
+    router = APIRouter()
+
+    @router.post("/completions", response_model=None)  # not OpenAI's, as long as it lacks /v1
+    @router.post("/completion", response_model=None)
+    async def completion(http: HttpRequest, body: NativeCompletion) -> Response:
+        served.choose_model(body.model)
+        jobs = await asyncio.to_thread(_jobs, served, body)  # a long prompt must not hold up the streams of others
+        pieces, begun = start(served, jobs), time.monotonic()
+        replies = [_Reply(served, body, job, index, begun) for index, job in enumerate(jobs)]
+        if body.stream:
+            return EventStream(_stream(replies, await first_and_rest(http, pieces)))
+        answers = await collect(http, pieces, len(jobs))
+        whole = [reply.whole(answer) for reply, answer in zip(replies, answers, strict=True)]
+        return JSONResponse(whole if _several(body.prompt) else whole[0])
+
+    @router.post("/apply-template")
+    async def apply_template(body: ChatRequest) -> dict[str, str]:
+        return {"prompt": await asyncio.to_thread(chat_text, served, body, body.add_generation_prompt is not False)}
+
+    return router
+
+
+def _jobs(served: Served, body: NativeCompletion) -> list[Job]:
+    body = body.model_copy(update={"logit_bias": _bias(served, body.logit_bias)})
+    prompts = [_ids(served, each) for each in (body.prompt if _several(body.prompt) else [body.prompt])]
+    if not 1 <= len(prompts) <= MAX_CHOICES:
+        raise invalid(f"There must be from 1 to {MAX_CHOICES} prompts (there are {len(prompts)}).", "prompt")
+    return [_job(served, body, prompt) for prompt in prompts]
+
+
+def _job(served: Served, body: NativeCompletion, prompt: tuple[int, ...]) -> Job:
+    """Return the answer to be generated; it ends where the context does, however many tokens are asked for."""
+    sampling = sampling_params(served, body, prompt, None, body.n_probs or 0, 0)
+    most = min(sampling.max_tokens or 1, served.context_length if body.max_tokens is None else max(1, body.max_tokens))
+    sampling = replace(sampling, max_tokens=most, processed_logprobs=bool(body.post_sampling_probs))
+    return Job(prompt, sampling, body.stops())
+
+
+def _several(prompt: Any) -> bool:
+    """Return whether a prompt is a list of prompts: one list may also mix tokens and texts to one prompt."""
+    return isinstance(prompt, list) and not any(isinstance(part, int) for part in prompt)
+
+
+def _ids(served: Served, prompt: Any) -> tuple[int, ...]:
+    """Return the ids of a text, of `{"prompt_string": text}`, or of tokens and texts mixed."""
+    if isinstance(prompt, Mapping) and prompt.keys() <= {"prompt_string", "multimodal_data"}:
+        if prompt.get("multimodal_data"):
+            raise invalid("'multimodal_data' is not supported by this server: it reads text only.", "prompt")
+        prompt = prompt.get("prompt_string")
+    ids: list[int] = []
+    for part in prompt if isinstance(prompt, list) else [prompt]:
+        if isinstance(part, str):
+            ids += served.tokenizer.encode(part, add_special_tokens=not ids)
+        elif type(part) is int and 0 <= part < served.tokenizer.vocab_size:
+            ids.append(part)
+        else:
+            raise invalid("A prompt must be a text, tokens of the vocabulary, or a list of both.", "prompt")
+    if not ids:
+        raise invalid("A prompt must have at least one token.", "prompt")
+    return tuple(ids)
+
+
+def _bias(served: Served, given: Any) -> dict[str, float] | None:
+    """Return the bias of each token: pairs or a mapping, of tokens or of texts, `false` for never."""
+    if given is None:
+        return None
+    pairs = given.items() if isinstance(given, Mapping) else given
+    try:
+        return {
+            str(token): NEVER if bias is False else float(bias)
+            for name, bias in pairs
+            for token in _tokens(served, name)
+        }
+    except (TypeError, ValueError) as error:
+        message = "'logit_bias' must be a list of [token or text, bias] or an object of them."
+        raise invalid(message, "logit_bias") from error
+
+
+def _tokens(served: Served, name: Any) -> list[int]:
+    if isinstance(name, str) and not name.isdigit():
+        return served.tokenizer.encode(name)
+    return [int(name)]
+
+
+async def _stream(replies: "list[_Reply]", pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
+    """Yield server-sent events; an error in mid-stream is the last of them."""
+    try:
+        async for index, piece in pieces:
+            if piece.content or piece.tokens:
+                yield server_event(replies[index].part(piece))
+            if piece.finish_reason:
+                yield server_event(replies[index].last([piece]))
+    except ApiError as error:
+        yield server_event(error.body())
+
+
+@dataclass
+class _Reply:
+    """The shape of one answer. begun: when it was asked for, by the monotonic clock."""
+
+    served: Served
+    body: NativeCompletion
+    job: Job
+    index: int
+    begun: float
+
+    def __post_init__(self) -> None:
+        self._first = 0.0  # when the first token came
+        self._new_line = False
+
+    def part(self, piece: Piece) -> dict[str, Any]:
+        """Return the event of one piece."""
+        self._first = self._first or time.monotonic()
+        self._new_line |= "\n" in piece.content
+        tokens = [token.id for token in piece.tokens]
+        part = {"index": self.index, "content": piece.content, "tokens": tokens, "stop": False}
+        return {**part, **self._counts(piece), **self._probabilities(piece.tokens)}
+
+    def whole(self, pieces: list[Piece]) -> dict[str, Any]:
+        """Return the answer that is not streamed."""
+        for piece in pieces:
+            self.part(piece)
+        tokens = [token for piece in pieces for token in piece.tokens]
+        answer = self.last(pieces) | {
+            "content": "".join(piece.content for piece in pieces),
+            "tokens": [token.id for token in tokens] if self.body.return_tokens else [],
+            **self._probabilities(tokens),
+        }
+        wanted = self.body.response_fields
+        return {path: _at(answer, path) for path in wanted} if wanted else answer
+
+    def last(self, pieces: list[Piece]) -> dict[str, Any]:
+        """Return what is known when the answer has ended."""
+        piece = pieces[-1]
+        return {
+            "index": self.index,
+            "content": "",
+            "tokens": [],
+            "stop": True,
+            "model": self.served.answering,
+            **self._counts(piece),
+            "tokens_cached": len(self.job.prompt) + piece.completion_tokens,
+            "generation_settings": self._settings(),
+            "prompt": self.served.tokenizer.decode(self.job.prompt, skip_special=False),
+            "has_new_line": self._new_line,
+            "truncated": False,
+            "stop_type": "word" if piece.stop else STOP_TYPES.get(piece.finish_reason or "", "none"),
+            "stopping_word": piece.stop or "",
+            "timings": self._timings(piece),
+        }
+
+    def _counts(self, piece: Piece) -> dict[str, int]:
+        return {"tokens_predicted": piece.completion_tokens, "tokens_evaluated": len(self.job.prompt)}
+
+    def _settings(self) -> dict[str, Any]:
+        sampling = self.job.sampling
+        ends = self.served.stop_token_ids if self.body.ignore_eos else ()
+        bias = [{"token": token, "bias": bias} for token, bias in sampling.logit_bias]
+        return {
+            "n_predict": sampling.max_tokens if self.body.max_tokens is None else self.body.max_tokens,
+            "seed": sampling.seed,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
+            "repeat_penalty": sampling.repetition_penalty,
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+            "logit_bias": [*bias, *({"token": token, "bias": None} for token in ends)],
+            "stop": list(self.job.stops),
+            "ignore_eos": bool(self.body.ignore_eos),
+            "n_probs": self.body.n_probs or 0,
+            "stream": bool(self.body.stream),
+        }
+
+    def _timings(self, piece: Piece) -> dict[str, Any]:
+        """Return counts and times in milliseconds, as the client's request saw them: waiting is part of them."""
+        first = self._first or time.monotonic()
+        read, written = 1000 * (first - self.begun), 1000 * (time.monotonic() - first)
+        computed, count = len(self.job.prompt) - piece.cached_tokens, piece.completion_tokens
+        return {
+            "cache_n": piece.cached_tokens,
+            "prompt_n": computed,
+            "prompt_ms": read,
+            "prompt_per_second": 1000 * computed / max(read, 1e-3),
+            "predicted_n": count,
+            "predicted_ms": written,
+            "predicted_per_second": 1000 * count / max(written, 1e-3),
+        }
+
+    def _probabilities(self, tokens: list[ScoredToken]) -> dict[str, Any]:
+        if not self.body.n_probs:
+            return {}
+        return {"completion_probabilities": [self._scored(token) for token in tokens]}
+
+    def _scored(self, token: ScoredToken) -> dict[str, Any]:
+        processed = bool(self.body.post_sampling_probs)
+        name = "top_probs" if processed else "top_logprobs"
+        rivals = [self._token(*rival) for rival in token.top if not processed or math.exp(rival[1]) > 0]
+        return {**self._token(token.id, token.logprob), name: rivals}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        values = {"id": token, **token_values(self.served.tokenizer, token, logprob)}
+        if self.body.post_sampling_probs:
+            values["prob"] = math.exp(values.pop("logprob"))
+        return values
+
+
+def _at(values: dict[str, Any], path: str) -> Any:
+    """Return the value at a path such as "generation_settings/seed"; None if there is none."""
+    for name in path.split("/"):
+        values = values.get(name) if isinstance(values, dict) else None  # type: ignore[assignment]
+    return values

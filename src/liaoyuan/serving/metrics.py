@@ -1,0 +1,158 @@
+"""`/metrics`: what a server has done and is doing, in Prometheus' text format.
+
+Counters and histograms are of `prometheus_client`, in a registry of one app; they may be written from any thread.
+What the engine counts itself is read from it when somebody asks.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from starlette.types import Message, Send
+
+from liaoyuan.inference import Event
+from liaoyuan.serving.caller import CALLER
+
+OTHER = "other"  # paths that are no endpoint: a client must not be able to make ever new series
+SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds between two tokens
+LONG = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # seconds of a request
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A number of `EngineThread.health` under the name and with the meaning that it has here."""
+
+    source: str
+    name: str
+    meaning: str
+
+
+GAUGES = (
+    Reading("running", "liaoyuan_requests_running", "Requests in the batch."),
+    Reading("waiting", "liaoyuan_requests_waiting", "Requests in the queue."),
+    Reading("open", "liaoyuan_requests_open", "Requests that somebody waits for."),
+    Reading("blocks", "liaoyuan_cache_blocks", "Blocks of the cache of keys and values."),
+    Reading("free_blocks", "liaoyuan_cache_free_blocks", "Blocks that no running request holds."),
+    Reading("cached_blocks", "liaoyuan_cache_prefix_blocks", "Free blocks whose content may be found again."),
+    Reading("version", "liaoyuan_weights_version", "Version of the weights."),
+)
+COUNTERS = (
+    Reading("steps", "liaoyuan_steps", "Batches computed; tokens by steps are the size of a batch."),
+    Reading("computed_tokens", "liaoyuan_computed_tokens", "Tokens computed, of prompts and of completions."),
+    Reading("prompt_tokens", "liaoyuan_prompt_tokens", "Tokens of prompts that came in."),
+    Reading("generated_tokens", "liaoyuan_generated_tokens", "Tokens generated."),
+    Reading("prefix_asked_tokens", "liaoyuan_prefix_cache_asked_tokens", "Tokens looked for in the prefix cache."),
+    Reading("prefix_hit_tokens", "liaoyuan_prefix_cache_hit_tokens", "Tokens found in the prefix cache."),
+    Reading("preemptions", "liaoyuan_preemptions", "Requests that gave up their blocks for others for a while."),
+    Reading("failures", "liaoyuan_engine_failures", "Steps that failed."),
+)
+
+
+class Metrics:
+    """The metrics of one app."""
+
+    def __init__(self, health: Callable[[], Mapping[str, Any]], endpoints: Collection[str] = ()) -> None:
+        """health: of the runner. endpoints: paths that have series of their own; may be added later."""
+        self.endpoints = set(endpoints)
+        self.registry = CollectorRegistry()
+        self.registry.register(_Engine(health))
+        self._replies = self._counter("http_replies", "Replies by status.", "status")
+        self._refusals = self._counter("refusals", "Requests refused (status 400 to 499).")
+        self._aborts = self._counter("aborts", "Answers given up: the client went away, or the engine failed.")
+        self.answers = self._counter("answers", "Answers by why they ended.", "reason")
+        self.first_token = self._histogram("time_to_first_token", "From the request to its first token.", LONG)
+        self.between_tokens = self._histogram("inter_token_latency", "Between two tokens of an answer.", SHORT)
+        self.whole = self._histogram("request_latency", "From the request to its last token.", LONG)
+
+    def text(self, accept: str) -> tuple[bytes, str]:
+        """Return all metrics and their media type, in the newest format that the Accept header `accept` allows."""
+        encoder, media_type = choose_encoder(accept)
+        return encoder(self.registry), media_type
+
+    def counted(self, path: str, send: Send) -> Send:
+        """Return a send that counts the reply."""
+
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                endpoint, status = self._endpoint(path), message["status"]
+                self._replies.labels(endpoint, str(status)).inc()
+                if 400 <= status < 500:
+                    self._refusals.labels(endpoint).inc()
+            await send(message)
+
+        return counting
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator["Watch"]:
+        """Give a watch over one answer of the calling request; one that was not told of its end was given up."""
+        caller = CALLER.get()
+        watch = Watch(self, self._endpoint(caller.endpoint), caller.arrived or time.monotonic())
+        try:
+            yield watch
+        finally:
+            if not watch.ended:
+                self._aborts.labels(watch.endpoint).inc()
+
+    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        return Counter("liaoyuan_" + name, meaning, ("endpoint", *labels), registry=self.registry)
+
+    def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
+        whole = f"liaoyuan_{name}_seconds"
+        return Histogram(whole, meaning, ("endpoint",), registry=self.registry, buckets=buckets)
+
+    def _endpoint(self, path: str) -> str:
+        long = path if path.startswith("/v1") else "/v1" + path  # OpenAI's paths are answered without it too
+        return next((one for one in (path, long) if one in self.endpoints), OTHER)
+
+
+class Watch:
+    """Observes one answer."""
+
+    def __init__(self, metrics: Metrics, endpoint: str, arrived: float) -> None:
+        self._metrics, self.endpoint, self._arrived = metrics, endpoint, arrived
+        self._last, self.ended = 0.0, False
+
+    def saw(self, event: Event) -> None:
+        """Observe an event as it comes."""
+        metrics, now, count = self._metrics, time.monotonic(), len(event.tokens)
+        if not count:
+            return
+        if not self._last:
+            metrics.first_token.labels(self.endpoint).observe(now - self._arrived)
+        for _ in range(count if self._last else count - 1):  # several tokens of one step share its time
+            metrics.between_tokens.labels(self.endpoint).observe((now - (self._last or now)) / count)
+        self._last = now
+
+    def end(self, reason: str) -> None:
+        """Observe why the answer ended."""
+        self.ended = True
+        self._metrics.whole.labels(self.endpoint).observe(time.monotonic() - self._arrived)
+        self._metrics.answers.labels(self.endpoint, reason).inc()
+
+
+class _Engine:
+    """What the engine says of itself, read at each scrape."""
+
+    def __init__(self, health: Callable[[], Mapping[str, Any]]) -> None:
+        self._health = health
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._health()
+        yield GaugeMetricFamily("liaoyuan_alive", "Whether the engine runs.", float(bool(state.get("alive"))))
+        for reading in GAUGES:
+            if reading.source in state:
+                yield GaugeMetricFamily(reading.name, reading.meaning, state[reading.source])
+        for reading in COUNTERS:
+            if reading.source in state:
+                yield CounterMetricFamily(reading.name, reading.meaning, state[reading.source])
+        if state.get("blocks"):
+            used = 1 - state["free_blocks"] / state["blocks"]
+            yield GaugeMetricFamily("liaoyuan_cache_use_ratio", "Part of the cache that running requests hold.", used)
+        if state.get("prefix_asked_tokens"):
+            hits = state["prefix_hit_tokens"] / state["prefix_asked_tokens"]
+            yield GaugeMetricFamily("liaoyuan_prefix_cache_hit_ratio", "Part of the tokens looked for found.", hits)

@@ -1,0 +1,85 @@
+"""Promises of llama.cpp's own paths: what its clients send and read."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from liaoyuan.data.tokenizer import Tokenizer
+from liaoyuan.inference import EngineConfig
+from liaoyuan.serving import open_server
+
+
+@pytest.fixture(scope="module")
+def client(model_folder: Path) -> Iterator[httpx.Client]:
+    serving = open_server(model_folder, port=0, name="tiny", engine=EngineConfig(max_sequences=8))
+    with serving as server, httpx.Client(base_url=server.url, trust_env=False, timeout=60) as made:
+        yield made
+
+
+def completion(client: httpx.Client, **fields: Any) -> Any:
+    reply = client.post("/completion", json={"prompt": "The answer", "n_predict": 8, "seed": 1, **fields})
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def test_a_stream_says_what_the_whole_says(client: httpx.Client) -> None:
+    whole = completion(client, return_tokens=True, n_probs=3)
+    text = client.post(
+        "/completion", json={"prompt": "The answer", "n_predict": 8, "seed": 1, "n_probs": 3, "stream": True}
+    ).text
+    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
+    assert "".join(event["content"] for event in events) == whole["content"]
+    assert [token for event in events for token in event["tokens"]] == whole["tokens"]
+    scores = [score for event in events for score in event.get("completion_probabilities", [])]
+    assert scores == whole["completion_probabilities"] and all(len(score["top_logprobs"]) == 3 for score in scores)
+    assert [event["stop"] for event in events] == [False] * (len(events) - 1) + [True]
+    assert (events[-1]["stop_type"], events[-1]["timings"]["predicted_n"]) == ("limit", 8)
+
+
+def test_prompts_in_all_their_forms(client: httpx.Client, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("The answer")
+    alone = completion(client)["content"]
+    for same in (ids, {"prompt_string": "The answer"}, [*ids[:1], tokenizer.decode(ids[1:])]):
+        assert completion(client, prompt=same)["content"] == alone
+    both = completion(client, prompt=["The answer", ids])
+    assert [answer["content"] for answer in both] == [alone, alone]
+    for wrong in (None, {}, [], [True, "x"], [9999], {"prompt_string": "x", "multimodal_data": ["x"]}):
+        assert client.post("/completion", json={"prompt": wrong}).status_code == 400
+
+
+def test_an_answer_ends_where_the_context_does(client: httpx.Client) -> None:
+    answer = completion(client, n_predict=100_000, ignore_eos=True)
+    assert answer["tokens_predicted"] + answer["tokens_evaluated"] == 256 and answer["stop_type"] == "limit"
+
+
+@pytest.mark.parametrize("form", [lambda token, text: [[token, False]], lambda token, text: {text: -100}])
+def test_a_bias_may_name_a_token_or_a_text(client: httpx.Client, form: Any, tokenizer: Tokenizer) -> None:
+    token = completion(client, temperature=0, return_tokens=True)["tokens"][0]
+    banned = completion(
+        client, temperature=0, return_tokens=True, logit_bias=form(token, tokenizer.token_bytes(token).decode())
+    )
+    assert token not in banned["tokens"]
+    assert client.post("/completion", json={"prompt": "x", "logit_bias": [3]}).status_code == 400
+
+
+def test_only_the_wanted_fields(client: httpx.Client) -> None:
+    answer = completion(client, response_fields=["content", "generation_settings/seed", "nothing/here"])
+    assert answer["generation_settings/seed"] == 1 and len(answer) == 3
+
+
+def test_a_conversation_as_the_template_writes_it(client: httpx.Client, tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "What is 17 + 25?"}]
+    reply = client.post("/apply-template", json={"messages": messages})
+    assert reply.json() == {"prompt": tokenizer.render_text(messages)}
+    bare = client.post("/apply-template", json={"messages": messages, "add_generation_prompt": False}).json()
+    assert reply.json()["prompt"].startswith(bare["prompt"]) and bare != reply.json()
+
+
+def test_paths_without_a_version(client: httpx.Client) -> None:
+    asked = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    assert client.post("/chat/completions", json=asked).status_code == 200
+    assert client.get("/models").json()["data"][0]["id"] == "tiny"
