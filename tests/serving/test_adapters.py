@@ -10,6 +10,7 @@ import pytest
 from liaoyuan.checkpoint import load_model
 from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.evaluation import score
 from liaoyuan.inference import Engine, Request, SamplingParams
 from liaoyuan.serving import open_server
 from tests.inference.adapter_files import write_adapter
@@ -72,6 +73,19 @@ def test_a_request_chooses_its_adapter_by_the_name_of_the_model(
     first, base = (chats[name].choices[0].message for name in ("first", "base"))
     assert first != base
     assert chats["first"].model == "first"
+
+
+def test_prompts_are_scored_by_the_adapter_that_is_named(
+    client: openai.OpenAI, model_folder: Path, shelf: Path
+) -> None:
+    engine, prompt = Engine(load_model(model_folder)), [5, 9, 20, 33, 4, 8]
+    engine.load_adapter("first", shelf / "a0")
+    for name in ("base", "first"):
+        reply = client.completions.create(model=name, prompt=prompt, max_tokens=1, echo=True, logprobs=1, temperature=0)
+        with engine.adapters.everywhere("" if name == "base" else name):
+            assert reply.choices[0].logprobs.token_logprobs[1:-1] == score(engine.model, [prompt])[0]
+    with pytest.raises(openai.NotFoundError):  # not silently the base model's
+        client.embeddings.create(model="first", input="hi")
 
 
 def test_adapters_are_loaded_listed_and_unloaded(client: openai.OpenAI, url: str) -> None:
