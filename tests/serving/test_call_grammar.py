@@ -1,4 +1,4 @@
-"""Promises of the grammar of tool calls: what a random model draws under it is read back as right calls, in every form."""
+"""Promises of the grammar of tool calls: what a random model draws under it is read back as right calls."""
 
 import json
 from typing import Any

@@ -1,18 +1,18 @@
 """Promises of tool calls: every form is read, however a stream is cut, and what comes out is always valid JSON."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from liaoyuan.data.tokenizer import train_tokenizer
+from liaoyuan.data.tokenizer import Tokenizer, train_tokenizer
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.serving.call_format import taught_format
 from liaoyuan.serving.call_reader import CallReader
 from liaoyuan.serving.json_text import JsonText
-from liaoyuan.serving.tools import FORMATS, CallPiece, format_of, whole_calls
+from liaoyuan.serving.tools import FORMATS, CallPiece, named_format, whole_calls
 
 FORM = {form.name: form for form in FORMATS}
 SEARCH = {
@@ -41,22 +41,27 @@ def outcome(name: str, cuts: list[str], most: int | None = None) -> Outcome:
 
 
 # What models of each form write for: some words, then search(query="a \"b\"\n中", most=3), then now().
+ARGUMENTS = '{"query": "a \\"b\\"\\n中", "most": 3}'
+TAGS = {"query": 'a "b"\n中', "most": "3"}
 WRITTEN = {
-    "hermes": 'I look.\n<tool_call>\n{"name": "search", "arguments": {"query": "a \\"b\\"\\n中", "most": 3}}\n</tool_call>\n'
+    "hermes": f'I look.\n<tool_call>\n{{"name": "search", "arguments": {ARGUMENTS}}}\n</tool_call>\n'
     '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
-    "qwen-xml": 'I look.\n<tool_call>\n<function=search>\n<parameter=query>\na "b"\n中\n</parameter>\n<parameter=most>\n3\n'
-    "</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
-    "glm": 'I look.\n<tool_call>search\n<arg_key>query</arg_key>\n<arg_value>a "b"\n中</arg_value>\n<arg_key>most</arg_key>\n'
-    "<arg_value>3</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call>",
-    "mistral": 'I look.[TOOL_CALLS] [{"name": "search", "arguments": {"query": "a \\"b\\"\\n中", "most": 3}, "id": "abcdefghi"}, '
+    "qwen-xml": "I look.\n<tool_call>\n<function=search>\n"
+    + "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in TAGS.items())
+    + "</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
+    "glm": "I look.\n<tool_call>search\n"
+    + "".join(f"<arg_key>{name}</arg_key>\n<arg_value>{value}</arg_value>\n" for name, value in TAGS.items())
+    + "</tool_call>\n<tool_call>now\n</tool_call>",
+    "mistral": f'I look.[TOOL_CALLS] [{{"name": "search", "arguments": {ARGUMENTS}, "id": "abcdefghi"}}, '
     '{"name": "now", "arguments": {}}]',
-    "mistral-args": 'I look.[TOOL_CALLS]search[CALL_ID]abcdefghi[ARGS]{"query": "a \\"b\\"\\n中", "most": 3}[TOOL_CALLS]now[ARGS]{}',
+    "mistral-args": f"I look.[TOOL_CALLS]search[CALL_ID]abcdefghi[ARGS]{ARGUMENTS}[TOOL_CALLS]now[ARGS]{{}}",
     "deepseek-v3": "I look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>search\n```json\n"
-    '{"query": "a \\"b\\"\\n中", "most": 3}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```'
+    + ARGUMENTS
+    + "\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```"
     "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-    "deepseek-v3.1": 'I look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>search<｜tool▁sep｜>{"query": "a \\"b\\"\\n中", "most": 3}'
+    "deepseek-v3.1": f"I look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>search<｜tool▁sep｜>{ARGUMENTS}"
     "<｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-    "llama": '{"name": "search", "parameters": {"query": "a \\"b\\"\\n中", "most": 3}}; {"name": "now", "parameters": {}}',
+    "llama": f'{{"name": "search", "parameters": {ARGUMENTS}}}; {{"name": "now", "parameters": {{}}}}',
 }
 
 
@@ -222,11 +227,40 @@ def test_what_is_no_json_is_refused(text: str) -> None:
             checked.feed(character)
 
 
-def test_forms_are_found_in_templates() -> None:
+WRITERS = {  # templates that write a call as models of each form do
+    "hermes": '<tool_call>\n{"name": "{{ c.name }}", "arguments": {{ c.arguments | tojson }}}\n</tool_call>',
+    "qwen-xml": "<tool_call>\n<function={{ c.name }}>\n{% for k, v in c.arguments.items() %}"
+    "<parameter={{ k }}>\n{{ v }}\n</parameter>\n{% endfor %}</function>\n</tool_call>",
+    "glm": "<tool_call>{{ c.name }}{% for k, v in c.arguments.items() %}"
+    "<arg_key>{{ k }}</arg_key><arg_value>{{ v }}</arg_value>{% endfor %}</tool_call>",
+    "mistral": '[TOOL_CALLS][{"name": "{{ c.name }}", "arguments": {{ c.arguments | tojson }}, "id": "abcdefghi"}]',
+    "mistral-args": "[TOOL_CALLS]{{ c.name }}[ARGS]{{ c.arguments | tojson }}",
+    "deepseek-v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{{ c.name }}\n```json\n"
+    "{{ c.arguments | tojson }}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "deepseek-v3.1": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{{ c.name }}<｜tool▁sep｜>{{ c.arguments | tojson }}"
+    "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "llama": '{"name": "{{ c.name }}", "parameters": {{ c.arguments | tojson }}}',
+    None: "call {{ c.name }} with {{ c.arguments }}",
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_form_is_found_by_what_a_template_writes(name: str | None) -> None:
     own = train_tokenizer(["x"] * 3, 270)
-    found = format_of(own.template_text)
+    template = (
+        "{% if tools %}Tools: {{ tools | tojson }} <tool_call>{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% for t in m.tool_calls or [] %}{% set c = t.function %}" + WRITERS[name] + "{% endfor %}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+    )
+    for each in (template, template.replace("<think>", "")):
+        found = taught_format(Tokenizer(own._library.to_str(), {**own._settings, "chat_template": each}))
+        assert name in (found.name if found else None, "llama" if "<think>" in each else name)
+
+
+def test_our_own_template_writes_as_hermes_does_and_others_can_be_named() -> None:
+    found = taught_format(train_tokenizer(["x"] * 3, 270))
     assert found and found.name == "hermes"
-    assert format_of("{{ messages }}") is None and format_of(None) is None
-    assert format_of("no matter", "glm") is FORM["glm"]
+    assert named_format("glm") is FORM["glm"]
     with pytest.raises(LiaoyuanError, match="did you mean 'hermes'"):
-        format_of(None, "hermas")
+        named_format("hermas")

@@ -78,7 +78,9 @@ def _calling(served: Served, body: ChatRequest) -> _Calling | None:
     if not functions or choice == "none":
         return None
     if not served.tokenizer.takes_tools or served.call_format is None:
-        raise unsupported("tools", "the chat template of this model says nothing of tools in a form that is known.")
+        why = "writes calls in no form that is known; name one with --call-format."
+        why = why if served.tokenizer.takes_tools else "says nothing of tools."
+        raise unsupported("tools", f"the chat template of this model {why}")
     if len({function.name for function in functions}) < len(functions):
         raise invalid("Two tools have the same name.", "tools")
     most = 1 if body.parallel_tool_calls is False or (body.functions and not body.tools) else None
