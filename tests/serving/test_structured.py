@@ -257,6 +257,9 @@ def test_calls_that_a_model_makes_of_itself(tokenizer: Tokenizer) -> None:
             final = stream.get_final_completion().choices[0]
         streamed = [(call.function.name, call.function.arguments) for call in final.message.tool_calls]
         assert streamed == [(call.function.name, call.function.arguments) for call in whole.message.tool_calls]
+        for chunk in some.chat.completions.create(**asked, stream=True):
+            places = [call.index for call in chunk.choices[0].delta.tool_calls or []]
+            assert len(places) == len(set(places)), "clients expect one piece of a call in a chunk"
         one = some.chat.completions.create(**asked, parallel_tool_calls=False).choices[0]
         assert [call.function.name for call in one.message.tool_calls] == ["weather"]
         none = some.chat.completions.create(**asked, tool_choice="none").choices[0]

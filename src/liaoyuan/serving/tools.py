@@ -44,6 +44,17 @@ def whole_calls(pieces: Iterable[CallPiece]) -> list[Call]:
     return calls
 
 
+def joined(pieces: Iterable[CallPiece]) -> tuple[CallPiece, ...]:
+    """Return pieces with those of one call that follow each other put together."""
+    found: list[CallPiece] = []
+    for piece in pieces:
+        if found and found[-1].index == piece.index:
+            found[-1] = replace(found[-1], arguments=found[-1].arguments + piece.arguments)
+        else:
+            found.append(piece)
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class CallFormat:
     """How a model writes tool calls: open, then calls with `between` between them, then close.
