@@ -136,6 +136,14 @@ def test_a_named_tool_is_called_and_its_answer_can_be_told(client: openai.OpenAI
     assert ask(client, messages=told, tools=[WEATHER], max_tokens=5).choices[0].message.role == "assistant"
 
 
+def test_only_allowed_tools_are_called(client: openai.OpenAI) -> None:
+    only = [{"type": "function", "function": {"name": "clock"}}]
+    chosen = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": only}}
+    for seed in range(3):
+        reply = ask(client, seed, tools=[WEATHER, CLOCK], tool_choice=chosen, parallel_tool_calls=False)
+        assert [call.function.name for call in reply.choices[0].message.tool_calls] == ["clock"]
+
+
 def test_calls_stream_as_the_client_puts_them_together(client: openai.OpenAI) -> None:
     asked = {"model": "tiny", "messages": ASKED, "seed": 5, "tools": [WEATHER], "tool_choice": "required"}
     whole = ask(client, 5, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False)
@@ -226,7 +234,9 @@ def test_biases_penalties_and_words_reach_the_engine(client: openai.OpenAI, toke
 def test_what_makes_no_sense_is_refused_in_one_sentence(url: str, fields: dict[str, Any], says: str) -> None:
     reply = httpx.post(url + "/chat/completions", json={"messages": ASKED, "max_tokens": 60, **fields}, timeout=60)
     assert reply.status_code == 400
-    assert says in reply.json()["error"]["message"]
+    error = reply.json()["error"]
+    assert says in error["message"]
+    assert error["param"].partition(".")[0] in {*fields, "tool_choice"}
 
 
 def test_a_schema_nested_too_deeply_harms_nobody(client: openai.OpenAI, url: str) -> None:

@@ -61,6 +61,8 @@ WRITTEN = {
     "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     "deepseek-v3.1": f"I look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>search<｜tool▁sep｜>{ARGUMENTS}"
     "<｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "list": f'I look.\n<tool_calls>[{{"name": "search", "arguments": {ARGUMENTS}}}, '
+    '{"name": "now", "arguments": {}}]</tool_calls>',
     "llama": f'{{"name": "search", "parameters": {ARGUMENTS}}}; {{"name": "now", "parameters": {{}}}}',
 }
 
@@ -240,6 +242,7 @@ WRITERS = {  # templates that write a call as models of each form do
     "deepseek-v3.1": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{{ c.name }}<｜tool▁sep｜>{{ c.arguments | tojson }}"
     "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     "llama": '{"name": "{{ c.name }}", "parameters": {{ c.arguments | tojson }}}',
+    "list": '<tool_calls>[{"name": "{{ c.name }}", "arguments": {{ c.arguments | tojson }}}]</tool_calls>',
     None: "call {{ c.name }} with {{ c.arguments }}",
 }
 

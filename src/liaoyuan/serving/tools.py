@@ -139,6 +139,7 @@ FORMATS = (
         id_length=9,
     ),
     CallFormat("mistral", open="[TOOL_CALLS] [", between=", ", close="]", id_length=9),
+    CallFormat("list", open="<tool_calls> [", between=", ", close="] </tool_calls>"),
     CallFormat("hermes", start="<tool_call>\n", end="\n</tool_call>", between="\n"),
     CallFormat("llama", between="; ", arguments="parameters"),
 )
