@@ -109,5 +109,13 @@ def test_no_special_token_can_be_smuggled_in_by_a_tool(tokenizer: Tokenizer) -> 
     assert tokenizer.decode(ids, skip_special=False) == tokenizer.render_text(told, tools=[WEATHER])
 
 
+def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
+    call = {"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}
+    with pytest.raises(LiaoyuanError, match="Unicode"):
+        tokenizer.render([{"role": "assistant", "tool_calls": [call]}])
+    with pytest.raises(LiaoyuanError, match="Unicode"):
+        tokenizer.render([{"role": "user", "content": "x"}], tools=[{"function": {"name": "\ud800"}}])
+
+
 def test_templates_that_know_no_tools_are_told_apart() -> None:
     assert takes_tools(CHAT_TEMPLATE) and not takes_tools(BEFORE) and not takes_tools(None)

@@ -1,12 +1,16 @@
 """Promises of the text layer: pieces put together are the whole, and no part of a stop string is ever shown."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liaoyuan.data.tokenizer import IncrementalDecoder, Tokenizer
 from liaoyuan.inference import Event, ThinkMarks
+from liaoyuan.serving.call_reader import CallReader
 from liaoyuan.serving.text import AnswerReader, Piece, StopFilter
+from liaoyuan.serving.tools import named_format, whole_calls
 from tests.serving.conftest import chat_tokens
 
 
@@ -102,3 +106,52 @@ def test_what_a_prompt_leaves_open(tokenizer: Tokenizer) -> None:
     assert marks.left_open(tuple(tokenizer.render(question, thinking=True)))
     assert not marks.left_open(tuple(tokenizer.render(question, thinking=False)))
     assert not marks.left_open(tuple(tokenizer.encode("no marks")))
+
+
+def calling_reader(tokenizer: Tokenizer, name: str = "hermes", most: int | None = None) -> AnswerReader:
+    calls = CallReader(named_format(name), {"f": {}}, most)
+    return AnswerReader(lambda: IncrementalDecoder(tokenizer), (), tokenizer.eos_ids, None, calls=calls)
+
+
+def test_what_may_have_been_a_call_is_said_at_the_end(tokenizer: Tokenizer) -> None:
+    for text in ("17 <tool_ca", '<tool_call>{"name": "g"', "17 \n"):
+        pieces = read_all(calling_reader(tokenizer), chat_tokens(tokenizer, text))
+        assert "".join(piece.content for piece in pieces) == text
+        assert pieces[-1].finish_reason == "stop" and not any(piece.calls for piece in pieces)
+
+
+@pytest.mark.parametrize("group", [1, 4, 1000])
+def test_a_call_that_is_cut_off_has_valid_arguments_and_says_that_it_was_cut(tokenizer: Tokenizer, group: int) -> None:
+    ids = tokenizer.encode('17 <tool_call>{"name": "f", "arguments": {"a": [1, "b')
+    reading, calls, content = calling_reader(tokenizer), [], ""
+    for start in range(0, len(ids), group):
+        part = ids[start : start + group]
+        piece = reading.read(Event("x", part, [-1.0] * len(part), "length" if start + group >= len(ids) else None))
+        calls, content = [*calls, *piece.calls], content + piece.content
+    assert (content, piece.finish_reason) == ("17", "length")
+    assert [(call.name, json.loads(call.arguments)) for call in whole_calls(calls)] == [("f", {"a": [1, "b"]})]
+
+
+def test_an_answer_ends_with_the_last_call_that_is_wanted(tokenizer: Tokenizer) -> None:
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    pieces = read_all(calling_reader(tokenizer, most=1), chat_tokens(tokenizer, call * 3))
+    assert pieces[-1].finish_reason == "tool_calls" and len(whole_calls(c for p in pieces for c in p.calls)) == 1
+    assert pieces[-1].completion_tokens < len(tokenizer.encode(call * 3)) / 2
+
+
+def test_marks_that_are_special_tokens_are_seen(tokenizer: Tokenizer) -> None:
+    """As Mistral's are; the text of other special tokens is no part of an answer."""
+    definition = json.loads(tokenizer._library.to_str())
+    for mark in ("[TOOL_CALLS]", "[ARGS]"):
+        index = len(definition["model"]["vocab"])
+        definition["added_tokens"].append({**definition["added_tokens"][0], "id": index, "content": mark})
+        definition["model"]["vocab"][mark] = index
+    special = Tokenizer(json.dumps(definition), tokenizer._settings)
+    marks = frozenset(index for index in special.special_ids if special.token_bytes(index).startswith(b"["))
+    begin, between = special.token_id("[TOOL_CALLS]"), special.token_id("[ARGS]")
+    ids = [begin, *special.encode("f"), between, *special.encode('{"a": 1}')]
+    calls = CallReader(named_format("mistral-args"), {"f": {}})
+    reading = AnswerReader(lambda: IncrementalDecoder(special, shown=marks), (), special.eos_ids, None, calls=calls)
+    pieces = read_all(reading, [*ids, special.eos_ids[0]])
+    assert [(c.name, c.arguments) for c in whole_calls(c for p in pieces for c in p.calls)] == [("f", '{"a": 1}')]
+    assert "".join(piece.content for piece in pieces) == ""

@@ -16,6 +16,10 @@ def serve(
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", help="0 takes any free one.")] = 8000,
     json: Annotated[bool, typer.Option("--json", help="Say where it serves as one line of JSON.")] = False,
+    call_format: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="How it calls tools; else by its template.", rich_help_panel=ENGINE),
+    ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="Prove at the start that no batch changes a bit.", rich_help_panel=ENGINE)
     ] = False,
@@ -121,6 +125,7 @@ def serve(
             quantisation=few_bits,
             adapters=adapters,
             adapter_folder=lora_folder,
+            call_format=call_format,
         )
     if json:
         print(json_text.dumps({"url": server.url, "api": server.url + "/v1"}), flush=True)

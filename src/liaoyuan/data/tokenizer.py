@@ -179,7 +179,13 @@ class Tokenizer:
         if self._template is None:
             raise LiaoyuanError("This tokenizer has no chat template, so it cannot render messages.")
         tokens = {name: token for name, token in self.named_tokens.items() if token}
-        return self._template(rows, generation_prompt, thinking, tokens, tools)
+        text = self._template(rows, generation_prompt, thinking, tokens, tools)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            message = "The messages or tools hold half of a surrogate pair, which is no valid Unicode text."
+            raise LiaoyuanError(message) from None
+        return text
 
     def _guard(self, row: dict[str, Any], hidden: list[str]) -> dict[str, Any]:
         """Replace special tokens written in a message by stand-ins of which the template knows nothing.

@@ -286,7 +286,8 @@ class Trial:
         weakref.finalize(self, _end, self._process)
         words = self._vocabulary
         tokens = [token.hex() for token in words.tokens]
-        self._send({"tokens": tokens, "special": words.special, "ends": list(words.ends)})
+        with contextlib.suppress(OSError):  # it has died: what follows says so
+            self._send({"tokens": tokens, "special": words.special, "ends": list(words.ends)})
         if not _line_in_time(self._process, START_SECONDS):
             self.close()
             raise LiaoyuanError("The process that tries grammars does not start, so none can be held.")
@@ -309,8 +310,9 @@ def _end(process: "subprocess.Popen[str]") -> None:
 def _line_in_time(process: "subprocess.Popen[str]", seconds: float) -> str | None:
     """Return the next line that a process writes, "" if it has died; None if it takes too long."""
     assert process.stdout
-    ready, _, _ = select.select([process.stdout], [], [], seconds)
-    return process.stdout.readline() if ready else None
+    waiting = select.poll()  # not `select`, which knows only the first 1,024 files of a process
+    waiting.register(process.stdout, select.POLLIN)
+    return process.stdout.readline() if waiting.poll(seconds * 1000) else None
 
 
 def _name(grammar: Grammar) -> str:

@@ -18,7 +18,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 # Beyond llguidance's own limits: a state of the lexer takes up to 2 kB, and errors must not show its inner state.
 LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
-WHITESPACE = r"[ \t\n\r]{1,20}"  # between the parts of a JSON text, lest a model write spaces for ever
+# Between the parts of a JSON text: one space, or a line break and an indent, lest a model write spaces for ever.
+WHITESPACE = r" |\n[ \t]{0,32}"
 STACK_BYTES = 512 * 1024  # less than any thread of the server has
 MEMORY_BYTES = 2 * 2**30
 STEPS = 24  # tokens of a random walk through each grammar

@@ -15,6 +15,7 @@ from liaoyuan.inference import Grammars, Pooling, ThinkMarks
 from liaoyuan.serving.about import About
 from liaoyuan.serving.adapter_routes import adapter_routes
 from liaoyuan.serving.adapters import Shelf
+from liaoyuan.serving.call_format import taught_format
 from liaoyuan.serving.chat import chat_routes
 from liaoyuan.serving.completions import completion_routes
 from liaoyuan.serving.control import control_routes
@@ -31,7 +32,7 @@ from liaoyuan.serving.responses import response_routes
 from liaoyuan.serving.security import Access, Guard
 from liaoyuan.serving.status import VERSION, status_routes
 from liaoyuan.serving.tokens import token_routes
-from liaoyuan.serving.tools import format_of
+from liaoyuan.serving.tools import named_format
 
 PAGE = Path(__file__).parent / "page"
 
@@ -71,7 +72,8 @@ def build_app(
     marks = ThinkMarks(*tokenizer.think_ids) if tokenizer.think_ids else None
     stops = tuple(dict.fromkeys((*tokenizer.eos_ids, *stop_token_ids)))
     grammars = Grammars(tokenizer, vocab_size or tokenizer.vocab_size, stops)
-    form, metrics = format_of(tokenizer.template_text, call_format), Metrics(runner.health)
+    form = named_format(call_format) if call_format else taught_format(tokenizer)
+    metrics = Metrics(runner.health)
     served = Served(
         runner, tokenizer, name, context_length, int(time.time()), stops, marks, grammars, form, metrics, shelf
     )

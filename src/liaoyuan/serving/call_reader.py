@@ -133,8 +133,8 @@ class CallReader:
             if self.done or not form.open:
                 return
             yield from self._skip_space()
-            if (yield from self._sees(form.close)):
-                self._at += len(form.close)
+            if (yield from self._sees(form.close.split()[0])):
+                yield from self._expect(form.close)
                 return
             yield from self._expect(form.between)
 

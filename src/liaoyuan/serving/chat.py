@@ -95,7 +95,7 @@ class _Reply:
             delta["content"] = piece.content
         delta |= self._called_delta(piece)
         scores = self._logprobs(piece.tokens)
-        if delta or piece.tokens or self.body.running_usage:
+        if delta or (piece.tokens and self.body.logprobs) or self.body.running_usage:
             yield self.chunk(index, delta, scores)
         if piece.finish_reason:
             yield self.chunk(index, {}, None, self._reason(piece))

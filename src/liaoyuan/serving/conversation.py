@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from liaoyuan.errors import LiaoyuanError, nearest
-from liaoyuan.inference import AfterThinking, Constraint
+from liaoyuan.inference import AfterThinking, Constraint, Grammar
 from liaoyuan.serving.call_grammar import calls_grammar
 from liaoyuan.serving.call_reader import CallReader
 from liaoyuan.serving.errors import invalid, unsupported
 from liaoyuan.serving.generation import Job, Served, sampling_params
-from liaoyuan.serving.protocol import ChatRequest, EarlierCall, Function, FunctionName, Message
+from liaoyuan.serving.protocol import ChatRequest, EarlierCall, Function, Message, SomeTools
 from liaoyuan.serving.structure import asked_grammar, asked_schema
 from liaoyuan.serving.tools import CallFormat
 
@@ -72,18 +72,23 @@ class _Calling:
 
 def _calling(served: Served, body: ChatRequest) -> _Calling | None:
     """Return what a request lets the model call; None: nothing."""
-    functions, choice = body.offered, body.choice
-    if not functions and choice not in ("auto", "none"):
+    functions, (choice, names) = body.offered, body.choice
+    if not functions and (choice == "required" or names):
         raise invalid("'tool_choice' wants a call, but there are no 'tools'.", "tool_choice")
     if not functions or choice == "none":
         return None
     if not served.tokenizer.takes_tools or served.call_format is None:
-        raise unsupported("tools", "the chat template of this model says nothing of tools in a form that is known.")
+        why = "writes calls in no form that is known; name one with --call-format."
+        why = why if served.tokenizer.takes_tools else "says nothing of tools."
+        raise unsupported("tools", f"the chat template of this model {why}")
     if len({function.name for function in functions}) < len(functions):
         raise invalid("Two tools have the same name.", "tools")
     most = 1 if body.parallel_tool_calls is False or (body.functions and not body.tools) else None
-    if isinstance(choice, FunctionName):
-        functions, most = [_named(functions, choice.name)], 1
+    if names is not None:
+        functions = [_named(functions, name) for name in names]
+        most = 1 if len(names) == 1 and not isinstance(body.tool_choice, SomeTools) else most
+    if not functions:
+        return None
     return _Calling(served.call_format, tuple(functions), choice != "auto", most)
 
 
@@ -97,21 +102,21 @@ def _named(functions: list[Function], name: str) -> Function:
 
 def _constraint(served: Served, body: ChatRequest, calling: _Calling | None) -> Constraint | None:
     """Return what holds the answer: its form, its calls, and the budget of the thought before it."""
-    grammar = asked_grammar(body)
-    inner = served.hold(grammar) if grammar and not calling else None
+    asked = asked_grammar(body)
+    inner = served.hold(*asked) if asked and not calling else None
     if calling:
         schema = asked_schema(body)
-        if grammar and schema is None:
+        if asked and schema is None:
             raise invalid("With 'tools', the form of an answer can only be asked for as 'response_format'.", "tools")
         if calling.must or schema is not None or any(function.strict for function in calling.functions):
-            inner = served.hold(_calls_grammar(served, calling, schema), "tools")
+            inner = served.hold("tools", _calls_grammar(served, calling, schema))
     if served.marks is None or (inner is None and body.thinking_token_budget is None):
         return inner
     vocabulary = served.grammars.vocabulary
     return AfterThinking(inner, served.marks, vocabulary, body.thinking_token_budget, may_open=body.thinking)
 
 
-def _calls_grammar(served: Served, calling: _Calling, schema: dict[str, Any] | None) -> Any:
+def _calls_grammar(served: Served, calling: _Calling, schema: dict[str, Any] | None) -> Grammar:
     free = not calling.must and schema is None
     answer = None if calling.must else schema
     return calls_grammar(

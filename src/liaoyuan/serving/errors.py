@@ -16,7 +16,7 @@ from liaoyuan.errors import LiaoyuanError, nearest
 SEVERAL_FORMS = {  # of these fields pydantic would name the first form only
     "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
     "stop": "a text or a list of texts",
-    "tool_choice": 'none, auto, required, or {"type": "function", "function": {"name": ...}}',
+    "tool_choice": 'none, auto, required, a {"type": "function", "function": {"name": ...}}, or allowed_tools',
     "function_call": 'none, auto, or {"name": ...}',
     "guided_json": "a JSON schema, as an object or as text",
     "json_schema": "a JSON schema",

@@ -76,8 +76,8 @@ class Served:
     def decoder(self, shown: frozenset[int] = frozenset()) -> IncrementalDecoder:
         return IncrementalDecoder(self.tokenizer, shown=shown)
 
-    def hold(self, grammar: Grammar, param: str | None = None) -> Constraint:
-        """Return the constraint of a grammar. Raises ApiError if it cannot be held."""
+    def hold(self, param: str, grammar: Grammar) -> Constraint:
+        """Return the constraint of a grammar that a field asks for. Raises ApiError if it cannot be held."""
         try:
             return self.grammars.compile(grammar)
         except LiaoyuanError as error:
@@ -181,8 +181,8 @@ def sampling_params(
     Raises:
         ApiError: prompt and answer do not fit together, or a field cannot be held.
     """
-    if constraint is None and (grammar := asked_grammar(body)) is not None:
-        constraint = served.hold(grammar)
+    if constraint is None and (asked := asked_grammar(body)) is not None:
+        constraint = served.hold(*asked)
     room = served.context_length - len(prompt)
     if room < (max_tokens or 1):
         wanted = f" and {max_tokens} tokens are asked for" if max_tokens else ""

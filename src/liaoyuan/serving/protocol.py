@@ -256,6 +256,20 @@ class TemplateOptions(Body):
     enable_thinking: bool | None = None
 
 
+class AllowedTools(Body):
+    """Which of the tools may be called now; the others stay in the prompt, so that its cache can be used."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class SomeTools(Body):
+    """A choice among some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class ChatRequest(Sampling):
     """Body of `/v1/chat/completions`."""
 
@@ -270,7 +284,7 @@ class ChatRequest(Sampling):
     continue_final_message: bool | None = None
     thinking_token_budget: Annotated[int, Field(ge=0)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | SomeTools | None = None
     parallel_tool_calls: bool | None = None
     functions: Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None = None
     function_call: Literal["none", "auto"] | FunctionName | None = None
@@ -295,10 +309,14 @@ class ChatRequest(Sampling):
         return [tool.function for tool in self.tools or []] or self.functions or []
 
     @property
-    def choice(self) -> str | FunctionName:
-        """Whether and what the model is to call: "none", "auto", "required" or the function's name."""
+    def choice(self) -> tuple[str, list[str] | None]:
+        """Whether the model is to call ("none", "auto", "required"), and the functions that it may; None: any."""
         chosen = self.tool_choice or self.function_call or "auto"
-        return chosen.function if isinstance(chosen, NamedTool) else chosen
+        if isinstance(chosen, SomeTools):
+            return chosen.allowed_tools.mode, [tool.function.name for tool in chosen.allowed_tools.tools]
+        if isinstance(chosen, str):
+            return chosen, None
+        return "required", [chosen.function.name if isinstance(chosen, NamedTool) else chosen.name]
 
     @property
     def thinking(self) -> bool:

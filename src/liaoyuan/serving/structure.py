@@ -9,8 +9,8 @@ from liaoyuan.serving.protocol import ResponseFormat, Sampling, StructuredOutput
 JSON_OBJECT: dict[str, Any] = {"type": "object"}
 
 
-def asked_grammar(body: Sampling) -> Grammar | None:
-    """Return the grammar that a request asks for, by whatever name; None: any text.
+def asked_grammar(body: Sampling) -> tuple[str, Grammar] | None:
+    """Return the field by which a request asks for a grammar, and the grammar; None: any text.
 
     Raises:
         ApiError: it asks for two, or for one that is incomplete.
@@ -48,7 +48,7 @@ def _schema(wanted: ResponseFormat) -> dict[str, Any]:
 def _of_structured(wanted: StructuredOutputs | None) -> Grammar | None:
     if wanted is None:
         return None
-    return _only(
+    found = _only(
         {
             "json": None if wanted.json_ is None else json_schema(wanted.json_),
             "regex": None if wanted.regex is None else regex(wanted.regex),
@@ -57,11 +57,12 @@ def _of_structured(wanted: StructuredOutputs | None) -> Grammar | None:
             "json_object": json_schema(JSON_OBJECT) if wanted.json_object else None,
         }
     )
+    return found[1] if found else None
 
 
-def _only(asked: dict[str, Grammar | None]) -> Grammar | None:
+def _only(asked: dict[str, Grammar | None]) -> tuple[str, Grammar] | None:
     found = {name: grammar for name, grammar in asked.items() if grammar is not None}
     if len(found) > 1:
         first, second = list(found)[:2]
         raise invalid(f"'{first}' and '{second}' both ask for a form; give one of them.", second)
-    return next(iter(found.values()), None)
+    return next(iter(found.items()), None)

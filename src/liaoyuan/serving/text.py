@@ -9,7 +9,7 @@ from typing import Protocol
 
 from liaoyuan.inference import Event, ThinkMarks
 from liaoyuan.serving.call_reader import CallReader
-from liaoyuan.serving.tools import CallPiece
+from liaoyuan.serving.tools import CallPiece, joined
 
 
 class Decoder(Protocol):
@@ -189,7 +189,7 @@ class AnswerReader:
         ended = finish is not None and not self._filter.stopped
         ready = [scored for scored in self._scored if ended or scored.start < self._shown]
         self._scored = [scored for scored in self._scored if not ended and scored.start >= self._shown]
-        calls, self._pieces = self._pieces, ()
+        calls, self._pieces = joined(self._pieces), ()
         counts = self._completion_tokens, self._reasoning_tokens
         generated = tuple(self._generated)
         stop, cached = self._filter.stop, self._cached_tokens

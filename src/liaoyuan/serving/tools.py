@@ -44,6 +44,17 @@ def whole_calls(pieces: Iterable[CallPiece]) -> list[Call]:
     return calls
 
 
+def joined(pieces: Iterable[CallPiece]) -> tuple[CallPiece, ...]:
+    """Return pieces with those of one call that follow each other put together."""
+    found: list[CallPiece] = []
+    for piece in pieces:
+        if found and found[-1].index == piece.index:
+            found[-1] = replace(found[-1], arguments=found[-1].arguments + piece.arguments)
+        else:
+            found.append(piece)
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class CallFormat:
     """How a model writes tool calls: open, then calls with `between` between them, then close.
@@ -55,12 +66,10 @@ class CallFormat:
             is written without quotes.
     White space around and within these marks is not significant when it is read. Marks may be special tokens.
 
-    template: texts of which a chat template of such a model has every one.
     id_length: the ids of calls are so many letters and digits; 0: as OpenAI's.
     """
 
     name: str
-    template: tuple[str, ...]
     style: Literal["object", "named", "tagged"] = "object"
     open: str = ""
     start: str = ""
@@ -80,11 +89,9 @@ class CallFormat:
         return next(iter((self.open or self.start).split()), "")
 
 
-# In the order in which they are looked for in a template: the more particular first.
 FORMATS = (
     CallFormat(
         "qwen-xml",
-        ("<tool_call>", "<function=", "<parameter="),
         "tagged",
         start="<tool_call>\n<function=",
         separator=">\n",
@@ -96,7 +103,6 @@ FORMATS = (
     ),
     CallFormat(
         "glm",
-        ("<tool_call>", "<arg_key>", "<arg_value>"),
         "tagged",
         start="<tool_call>",
         separator="\n",
@@ -108,7 +114,6 @@ FORMATS = (
     ),
     CallFormat(
         "deepseek-v3",
-        ("<｜tool▁calls▁begin｜>", "```json"),
         "named",
         open="<｜tool▁calls▁begin｜>",
         start="<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
@@ -119,7 +124,6 @@ FORMATS = (
     ),
     CallFormat(
         "deepseek-v3.1",
-        ("<｜tool▁calls▁begin｜>",),
         "named",
         open="<｜tool▁calls▁begin｜>",
         start="<｜tool▁call▁begin｜>",
@@ -129,29 +133,23 @@ FORMATS = (
     ),
     CallFormat(
         "mistral-args",
-        ("[TOOL_CALLS]", "[ARGS]"),
         "named",
         start="[TOOL_CALLS]",
         separator="[ARGS]",
         id_length=9,
     ),
-    CallFormat("mistral", ("[TOOL_CALLS]",), open="[TOOL_CALLS] [", between=", ", close="]", id_length=9),
-    CallFormat("hermes", ("<tool_call>",), start="<tool_call>\n", end="\n</tool_call>", between="\n"),
-    CallFormat("llama", ('"parameters": ',), between="; ", arguments="parameters"),
+    CallFormat("mistral", open="[TOOL_CALLS] [", between=", ", close="]", id_length=9),
+    CallFormat("list", open="<tool_calls> [", between=", ", close="] </tool_calls>"),
+    CallFormat("hermes", start="<tool_call>\n", end="\n</tool_call>", between="\n"),
+    CallFormat("llama", between="; ", arguments="parameters"),
 )
 
 
-def format_of(template: str | None, chosen: str | None = None) -> CallFormat | None:
-    """Return the form that a template teaches, or the one of that name; None if no known form is in the template.
-
-    Raises:
-        LiaoyuanError: no form has the name that was chosen.
-    """
-    if chosen is not None:
-        found = next((form for form in FORMATS if form.name == chosen), None)
-        if found is None:
-            names = [form.name for form in FORMATS]
-            hint = nearest(chosen, names) or "."
-            raise LiaoyuanError(f"There is no form of tool calls '{chosen}'{hint} Known: {', '.join(names)}.")
-        return found
-    return next((form for form in FORMATS if template and all(text in template for text in form.template)), None)
+def named_format(name: str) -> CallFormat:
+    """Return the form of that name. Raises LiaoyuanError if there is none."""
+    found = next((form for form in FORMATS if form.name == name), None)
+    if found is None:
+        names = [form.name for form in FORMATS]
+        hint = nearest(name, names) or "."
+        raise LiaoyuanError(f"There is no form of tool calls '{name}'{hint} Known: {', '.join(names)}.")
+    return found
