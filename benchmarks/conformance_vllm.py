@@ -20,9 +20,11 @@ from transformers import AutoTokenizer
 
 from conformance_server import Kind, Servers, random_model
 from liaoyuan.data.template import CHAT_TEMPLATE
+from liaoyuan.serving.status import VERSION
 
 FOLDER = Path(os.environ["CONFORMANCE_FOLDER"])
 WITHOUT_THOUGHTS = "{%- set enable_thinking = false %}" + CHAT_TEMPLATE
+TOKENS_MORE = 4  # of a text, with our tokenizer of 600 tokens
 OWN_PARTS = "about a part of vLLM itself, not about a server"
 servers = Servers(FOLDER / "vllm")
 
@@ -51,7 +53,7 @@ class RemoteOpenAIServer:
     def __init__(self, model: str, vllm_serve_args: Any = (), **options: Any) -> None:
         args = [str(arg) for arg in vllm_serve_args] if isinstance(vllm_serve_args, Sequence) else []
         self.model = model
-        context = int(_option(args, "--max-model-len") or 8192)
+        context = TOKENS_MORE * int(_option(args, "--max-model-len") or 4096)
         name = _option(args, "--served-model-name") or model
         template = CHAT_TEMPLATE if _option(args, "--reasoning-parser") else WITHOUT_THOUGHTS
         server = servers.shared(Kind(random_model(FOLDER / "random"), name, context, template, max_sequences=16))
@@ -129,7 +131,7 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         "vllm.model_executor.model_loader.weight_utils": {
             "download_weights_from_hf": lambda *_, **__: str(FOLDER / "random")
         },
-        "vllm.version": {"__version__": "0"},
+        "vllm.version": {"__version__": VERSION},
     }
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
