@@ -43,6 +43,7 @@ def chat_jobs(served: Served, body: ChatRequest) -> list[Job]:
             shown,
             body.priority or 0,
             body.cache_salt or "",
+            bool(body.continue_final_message),
         )
         for choice in range(body.n or 1)
     ]

@@ -11,6 +11,7 @@ import math
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 from fastapi import Request as HttpRequest
@@ -71,8 +72,8 @@ class Served:
     call_format: CallFormat | None = None
     metrics: Metrics = field(default_factory=lambda: Metrics(dict))
 
-    def decoder(self, shown: frozenset[int] = frozenset()) -> IncrementalDecoder:
-        return IncrementalDecoder(self.tokenizer, shown=shown)
+    def decoder(self, shown: frozenset[int] = frozenset(), continuing: bool = False) -> IncrementalDecoder:
+        return IncrementalDecoder(self.tokenizer, shown=shown, continuing=continuing)
 
     def hold(self, grammar: Grammar, param: str | None = None) -> Constraint:
         """Return the constraint of a grammar. Raises ApiError if it cannot be held."""
@@ -101,6 +102,7 @@ class Job:
 
     marks: None: thoughts are not told apart. calls: makes the reader of its tool calls; None: they are not told apart.
     shown: special tokens whose text is part of the answer, as marks of tool calls are. priority, salt: see `Request`.
+    continuing: the answer goes on in the prompt's last text, so a space before its first word is part of it.
     """
 
     prompt: tuple[int, ...]
@@ -111,6 +113,7 @@ class Job:
     shown: frozenset[int] = frozenset()
     priority: int = 0
     salt: str = ""
+    continuing: bool = False
 
     def request(self) -> Request:
         """Return what the engine is asked, for the caller of this HTTP request."""
@@ -274,7 +277,8 @@ async def _pieces(served: Served, job: Job) -> AsyncIterator[Piece]:
     thinking = job.marks is not None and job.marks.left_open(job.prompt)
     calls = job.calls() if job.calls else None
     stop_tokens = job.sampling.stop_token_ids
-    reader = AnswerReader(lambda: served.decoder(job.shown), job.stops, stop_tokens, job.marks, thinking, calls)
+    decoder = partial(served.decoder, job.shown, job.continuing)
+    reader = AnswerReader(decoder, job.stops, stop_tokens, job.marks, thinking, calls)
     async with contextlib.aclosing(engine_events(served, job.request())) as events:
         with served.metrics.watch() as watch:
             async for event in events:
