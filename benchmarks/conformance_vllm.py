@@ -25,6 +25,7 @@ from liaoyuan.serving.status import VERSION
 FOLDER = Path(os.environ["CONFORMANCE_FOLDER"])
 WITHOUT_THOUGHTS = "{%- set enable_thinking = false %}" + CHAT_TEMPLATE
 TOKENS_MORE = 4  # of a text, with our tokenizer of 600 tokens
+ENOUGH = 4096  # tokens of context for any prompt of the suite
 OWN_PARTS = "about a part of vLLM itself, not about a server"
 servers = Servers(FOLDER / "vllm")
 
@@ -53,7 +54,8 @@ class RemoteOpenAIServer:
     def __init__(self, model: str, vllm_serve_args: Any = (), **options: Any) -> None:
         args = [str(arg) for arg in vllm_serve_args] if isinstance(vllm_serve_args, Sequence) else []
         self.model = model
-        context = TOKENS_MORE * int(_option(args, "--max-model-len") or 4096)
+        context = int(_option(args, "--max-model-len") or 8192)
+        context *= TOKENS_MORE if context < ENOUGH else 1
         name = _option(args, "--served-model-name") or model
         template = CHAT_TEMPLATE if _option(args, "--reasoning-parser") else WITHOUT_THOUGHTS
         server = servers.shared(Kind(random_model(FOLDER / "random"), name, context, template, max_sequences=16))
@@ -121,12 +123,19 @@ class _Hub:
         return str(FOLDER / "random")
 
 
+def _tokenizer(*_: Any, **__: Any) -> Any:
+    """Return the random model's tokenizer as transformers reads it."""
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "random")
+    tokenizer.chat_template = WITHOUT_THOUGHTS
+    return tokenizer
+
+
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Imports any module of vLLM as an empty one whose names are stand-ins."""
 
     given = {  # noqa: RUF012
         "vllm.platforms": {"current_platform": _NoPlatform()},
-        "vllm.tokenizers": {"get_tokenizer": lambda *_, **__: AutoTokenizer.from_pretrained(FOLDER / "random")},
+        "vllm.tokenizers": {"get_tokenizer": _tokenizer},
         "vllm.transformers_utils.repo_utils": {"hf_api": _Hub},
         "vllm.model_executor.model_loader.weight_utils": {
             "download_weights_from_hf": lambda *_, **__: str(FOLDER / "random")

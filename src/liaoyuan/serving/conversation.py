@@ -143,7 +143,7 @@ def _described(body: ChatRequest) -> list[dict[str, Any]]:
 def _prompt(served: Served, body: ChatRequest, calling: _Calling | None, more: bool = True) -> tuple[int, ...]:
     tools = _described(body) if calling else None
     given = body.messages[:-1] if body.continue_final_message else body.messages
-    more = more and (body.add_generation_prompt is not False or bool(body.continue_final_message))
+    more = bool(body.continue_final_message) or (more and body.add_generation_prompt is not False)
     try:
         messages = [_message(message) for message in given]
         prompt = tuple(served.tokenizer.render(messages, body.thinking, generation_prompt=more, tools=tools))
