@@ -20,9 +20,12 @@ from transformers import AutoTokenizer
 
 from conformance_server import Kind, Servers, random_model
 from liaoyuan.data.template import CHAT_TEMPLATE
+from liaoyuan.serving.status import VERSION
 
 FOLDER = Path(os.environ["CONFORMANCE_FOLDER"])
 WITHOUT_THOUGHTS = "{%- set enable_thinking = false %}" + CHAT_TEMPLATE
+TOKENS_MORE = 4  # of a text, with our tokenizer of 600 tokens
+ENOUGH = 4096  # tokens of context for any prompt of the suite
 OWN_PARTS = "about a part of vLLM itself, not about a server"
 servers = Servers(FOLDER / "vllm")
 
@@ -52,6 +55,7 @@ class RemoteOpenAIServer:
         args = [str(arg) for arg in vllm_serve_args] if isinstance(vllm_serve_args, Sequence) else []
         self.model = model
         context = int(_option(args, "--max-model-len") or 8192)
+        context *= TOKENS_MORE if context < ENOUGH else 1
         name = _option(args, "--served-model-name") or model
         template = CHAT_TEMPLATE if _option(args, "--reasoning-parser") else WITHOUT_THOUGHTS
         server = servers.shared(Kind(random_model(FOLDER / "random"), name, context, template, max_sequences=16))
@@ -119,17 +123,24 @@ class _Hub:
         return str(FOLDER / "random")
 
 
+def _tokenizer(*_: Any, **__: Any) -> Any:
+    """Return the random model's tokenizer as transformers reads it."""
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "random")
+    tokenizer.chat_template = WITHOUT_THOUGHTS
+    return tokenizer
+
+
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Imports any module of vLLM as an empty one whose names are stand-ins."""
 
     given = {  # noqa: RUF012
         "vllm.platforms": {"current_platform": _NoPlatform()},
-        "vllm.tokenizers": {"get_tokenizer": lambda *_, **__: AutoTokenizer.from_pretrained(FOLDER / "random")},
+        "vllm.tokenizers": {"get_tokenizer": _tokenizer},
         "vllm.transformers_utils.repo_utils": {"hf_api": _Hub},
         "vllm.model_executor.model_loader.weight_utils": {
             "download_weights_from_hf": lambda *_, **__: str(FOLDER / "random")
         },
-        "vllm.version": {"__version__": "0"},
+        "vllm.version": {"__version__": VERSION},
     }
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:

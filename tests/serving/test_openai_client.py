@@ -217,3 +217,16 @@ def test_an_answer_goes_on_from_the_beginning_it_is_given(client: openai.OpenAI,
     for wrong in ({"continue_final_message": True, "add_generation_prompt": True}, {"messages": QUESTION, **more}):
         with pytest.raises(openai.BadRequestError, match="continue_final_message"):
             client.chat.completions.create(**{"messages": begun, **asked}, extra_body=wrong)
+
+
+def test_a_chat_tells_its_tokens_and_keeps_its_thoughts_back(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    asked = {"model": "tiny", "messages": QUESTION, "max_tokens": 12, "seed": 1}
+    extra = {"return_token_ids": True, "include_reasoning": False}
+    whole = client.chat.completions.create(**asked, extra_body=extra)
+    chunks = list(client.chat.completions.create(**asked, stream=True, extra_body=extra))
+    assert whole.prompt_token_ids == chunks[0].prompt_token_ids == tokenizer.render(QUESTION, thinking=True)
+    assert len(whole.choices[0].token_ids) == whole.usage.completion_tokens
+    streamed = [token for chunk in chunks for token in getattr(chunk.choices[0], "token_ids", [])]
+    assert streamed == whole.choices[0].token_ids
+    assert whole.choices[0].message.reasoning is None
+    assert not any(getattr(chunk.choices[0].delta, "reasoning", None) for chunk in chunks)

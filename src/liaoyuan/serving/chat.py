@@ -39,7 +39,7 @@ def chat_routes(served: Served) -> APIRouter:
         jobs = await asyncio.to_thread(chat_jobs, served, body)  # a long prompt must not hold up the streams of others
         pieces = start(served, jobs)
         reply = _Reply(
-            served, body, len(jobs[0].prompt), "chatcmpl-" + (body.request_id or CALLER.get().id), int(time.time())
+            served, body, jobs[0].prompt, "chatcmpl-" + (body.request_id or CALLER.get().id), int(time.time())
         )
         if body.stream:
             return EventStream(_stream(reply, len(jobs), await first_and_rest(http, pieces)))
@@ -51,7 +51,7 @@ def chat_routes(served: Served) -> APIRouter:
 async def _stream(reply: "_Reply", count: int, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
     """Yield server-sent events; an error in mid-stream is the last of them."""
     for index in range(count):
-        yield server_event(reply.chunk(index, {"role": "assistant", "content": None}))
+        yield server_event(reply.first_chunk(index))
     try:
         async for index, piece in pieces:
             for chunk in reply.chunks(index, piece):
@@ -69,7 +69,7 @@ class _Reply:
 
     served: Served
     body: ChatRequest
-    prompt_tokens: int
+    prompt: tuple[int, ...]
     id: str
     created: int
 
@@ -81,22 +81,37 @@ class _Reply:
         """Return the reply that is not streamed."""
         return {
             **self._head("chat.completion"),
+            **self._prompt_ids(),
             "choices": [self._choice(index, pieces) for index, pieces in enumerate(choices)],
             "usage": self._usage(),
         }
+
+    def first_chunk(self, index: int) -> dict[str, Any]:
+        """Return the chunk that says who speaks."""
+        return self.chunk(index, {"role": "assistant", "content": None}) | self._prompt_ids()
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self.prompt} if self.body.return_token_ids else {}
+
+    def _ids(self, pieces: list[Piece]) -> dict[str, Any]:
+        """Return the ids of pieces, the one that ended the answer included, if they are wanted."""
+        if not self.body.return_token_ids:
+            return {}
+        return {"token_ids": [token.id for piece in pieces for token in piece.generated]}
 
     def chunks(self, index: int, piece: Piece) -> Iterable[dict[str, Any]]:
         """Yield the chunks that say one piece: what it adds, then why it ended."""
         self._count(index, piece)
         delta: dict[str, Any] = {}
-        if piece.reasoning:
+        if piece.reasoning and self.body.include_reasoning is not False:
             delta["reasoning"] = delta["reasoning_content"] = piece.reasoning
         if piece.content:
             delta["content"] = piece.content
         delta |= self._called_delta(piece)
         scores = self._logprobs(piece.tokens)
-        if delta or (piece.tokens and self.body.logprobs) or self.body.running_usage:
-            yield self.chunk(index, delta, scores)
+        ids = self._ids([piece])
+        if delta or (piece.tokens and self.body.logprobs) or ids or self.body.running_usage:
+            yield self.chunk(index, delta, scores, None, ids)
         if piece.finish_reason:
             yield self.chunk(index, {}, None, self._reason(piece))
 
@@ -118,10 +133,15 @@ class _Reply:
         return "function_call" if self._old and piece.finish_reason == "tool_calls" else piece.finish_reason
 
     def chunk(
-        self, index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None
+        self,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: Any = None,
+        finish_reason: str | None = None,
+        ids: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Return one chunk of the stream."""
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason, **(ids or {})}
         chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
         if self.body.running_usage:
             chunk["usage"] = self._usage()
@@ -150,13 +170,15 @@ class _Reply:
         elif calls:
             message["tool_calls"] = [_whole_call(call) for call in calls]
         reasoning = "".join(piece.reasoning for piece in pieces)
-        message["reasoning"] = message["reasoning_content"] = reasoning or None
+        shown = self.body.include_reasoning is not False
+        message["reasoning"] = message["reasoning_content"] = (reasoning or None) if shown else None
         scores = self._logprobs([token for piece in pieces for token in piece.tokens])
         return {
             "index": index,
             "message": message,
             "logprobs": scores,
             "finish_reason": self._reason(pieces[-1]),
+            **self._ids(pieces),
         }
 
     def _count(self, index: int, piece: Piece) -> None:
@@ -166,9 +188,9 @@ class _Reply:
     def _usage(self) -> dict[str, Any]:
         completion = sum(tokens for tokens, _ in self._counts.values())
         return {
-            "prompt_tokens": self.prompt_tokens,
+            "prompt_tokens": len(self.prompt),
             "completion_tokens": completion,
-            "total_tokens": self.prompt_tokens + completion,
+            "total_tokens": len(self.prompt) + completion,
             "prompt_tokens_details": {"cached_tokens": self._cached},
             "completion_tokens_details": {"reasoning_tokens": sum(tokens for _, tokens in self._counts.values())},
         }

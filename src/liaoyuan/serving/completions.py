@@ -84,6 +84,7 @@ def _jobs(served: Served, body: CompletionRequest, prompts: list[tuple[int, ...]
             stops,
             priority=priority,
             salt=salt,
+            continuing=True,
         )
         for prompt in prompts
         for choice in range(body.candidates)

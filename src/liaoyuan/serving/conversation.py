@@ -43,6 +43,7 @@ def chat_jobs(served: Served, body: ChatRequest) -> list[Job]:
             shown,
             body.priority or 0,
             body.cache_salt or "",
+            bool(body.continue_final_message),
         )
         for choice in range(body.n or 1)
     ]
@@ -147,7 +148,7 @@ def _described(body: ChatRequest) -> list[dict[str, Any]]:
 def _prompt(served: Served, body: ChatRequest, calling: _Calling | None, more: bool = True) -> tuple[int, ...]:
     tools = _described(body) if calling else None
     given = body.messages[:-1] if body.continue_final_message else body.messages
-    more = more and (body.add_generation_prompt is not False or bool(body.continue_final_message))
+    more = bool(body.continue_final_message) or (more and body.add_generation_prompt is not False)
     try:
         messages = [_message(message) for message in given]
         prompt = tuple(served.tokenizer.render(messages, body.thinking, generation_prompt=more, tools=tools))

@@ -11,6 +11,7 @@ import math
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 from fastapi import Request as HttpRequest
@@ -73,8 +74,8 @@ class Served:
     metrics: Metrics = field(default_factory=lambda: Metrics(dict))
     shelf: Shelf = field(default_factory=Shelf)
 
-    def decoder(self, shown: frozenset[int] = frozenset()) -> IncrementalDecoder:
-        return IncrementalDecoder(self.tokenizer, shown=shown)
+    def decoder(self, shown: frozenset[int] = frozenset(), continuing: bool = False) -> IncrementalDecoder:
+        return IncrementalDecoder(self.tokenizer, shown=shown, continuing=continuing)
 
     def hold(self, param: str, grammar: Grammar) -> Constraint:
         """Return the constraint of a grammar that a field asks for. Raises ApiError if it cannot be held."""
@@ -122,6 +123,7 @@ class Job:
 
     marks: None: thoughts are not told apart. calls: makes the reader of its tool calls; None: they are not told apart.
     shown: special tokens whose text is part of the answer, as marks of tool calls are. priority, salt: see `Request`.
+    continuing: the answer goes on in the prompt's last text, so a space before its first word is part of it.
     """
 
     prompt: tuple[int, ...]
@@ -132,6 +134,7 @@ class Job:
     shown: frozenset[int] = frozenset()
     priority: int = 0
     salt: str = ""
+    continuing: bool = False
     adapter: str = field(default_factory=ADAPTER.get)
 
     def request(self) -> Request:
@@ -297,7 +300,8 @@ async def _pieces(served: Served, job: Job) -> AsyncIterator[Piece]:
     thinking = job.marks is not None and job.marks.left_open(job.prompt)
     calls = job.calls() if job.calls else None
     stop_tokens = job.sampling.stop_token_ids
-    reader = AnswerReader(lambda: served.decoder(job.shown), job.stops, stop_tokens, job.marks, thinking, calls)
+    decoder = partial(served.decoder, job.shown, job.continuing)
+    reader = AnswerReader(decoder, job.stops, stop_tokens, job.marks, thinking, calls)
     async with contextlib.aclosing(engine_events(served, job.request())) as events:
         with served.metrics.watch() as watch:
             async for event in events:

@@ -93,7 +93,7 @@ def _job(served: Served, body: NativeCompletion, prompt: tuple[int, ...]) -> Job
     sampling = sampling_params(served, body, prompt, None, body.n_probs or 0, 0)
     most = min(sampling.max_tokens or 1, served.context_length if body.max_tokens is None else max(1, body.max_tokens))
     sampling = replace(sampling, max_tokens=most, processed_logprobs=bool(body.post_sampling_probs))
-    return Job(prompt, sampling, body.stops())
+    return Job(prompt, sampling, body.stops(), continuing=True)
 
 
 def _several(prompt: Any) -> bool:

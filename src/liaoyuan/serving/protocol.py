@@ -282,6 +282,8 @@ class ChatRequest(Sampling):
     chat_template_kwargs: TemplateOptions | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    include_reasoning: bool | None = None
+    return_token_ids: bool | None = None
     thinking_token_budget: Annotated[int, Field(ge=0)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | SomeTools | None = None
@@ -369,6 +371,7 @@ class TokenizeRequest(Asked):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
     return_token_strs: bool | None = None
     add_special: bool | None = None

@@ -27,6 +27,19 @@ NEUTRAL: Neutral = {
     "prompt": ((), "it keeps no prompts."),
     "truncation": (("disabled",), "only 'disabled': give fewer turns."),
 }
+SAME = (  # in chat
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "ignore_eos",
+    "parallel_tool_calls",
+)
 WITH_LOGPROBS = "message.output_text.logprobs"
 
 
@@ -152,6 +165,11 @@ class ResponsesRequest(Body):
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     seed: int | None = None
+    stop: Text | list[Text] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     include: list[str] | None = None
     tools: list[FunctionTool] | None = None
@@ -197,7 +215,6 @@ class ResponsesRequest(Body):
             ApiError: it asks for what chat refuses.
         """
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        names = ("temperature", "top_p", "top_k", "min_p", "seed", "parallel_tool_calls")
         tools, choice = self._chat_tools()
         fields = {
             "messages": [*system, *earlier, *self.turns()],
@@ -208,7 +225,7 @@ class ResponsesRequest(Body):
             "reasoning_effort": self.effort,
             "logprobs": True if self.logprobs else None,
             "top_logprobs": self.top_logprobs if self.logprobs else None,
-            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self, name) for name in SAME},
         }
         return chat_request({name: value for name, value in fields.items() if value is not None})
 

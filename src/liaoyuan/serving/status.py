@@ -44,6 +44,8 @@ def _add_models(router: APIRouter, served: Served) -> None:
         "object": "model",
         "created": served.created,
         "owned_by": "liaoyuan",
+        "root": served.name,
+        "parent": None,
         "max_model_len": served.context_length,
         # What Anthropic's client reads of a model:
         "type": "model",

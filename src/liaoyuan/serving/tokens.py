@@ -55,7 +55,12 @@ def _tokenized(served: Served, body: TokenizeRequest) -> dict[str, Any]:
 def _ids(served: Served, body: TokenizeRequest) -> list[int]:
     """Return the ids of what a request brings: a prompt gets the model's special tokens unless it says otherwise."""
     if body.messages is not None:
-        asked = ChatRequest(messages=body.messages, tools=body.tools, chat_template_kwargs=body.chat_template_kwargs)
+        asked = ChatRequest(
+            messages=body.messages,
+            tools=body.tools,
+            chat_template_kwargs=body.chat_template_kwargs,
+            continue_final_message=body.continue_final_message,
+        )
         return list(chat_prompt(served, asked, body.add_generation_prompt is not False))
     special = bool(body.add_special) if body.content is not None else body.add_special_tokens is not False
     text = body.prompt if body.content is None else body.content
