@@ -26,7 +26,14 @@ class Shelf:
 def adapter_cards(model: dict[str, Any], shelf: Shelf) -> list[dict[str, Any]]:
     """Return what `/v1/models` says of each adapter, given what it says of the model."""
     return [
-        {**model, "id": adapter.name, "parent": model["id"], "root": adapter.folder, "lora_rank": adapter.rank}
+        {
+            **model,
+            "id": adapter.name,
+            "display_name": adapter.name,
+            "parent": model["id"],
+            "root": adapter.folder,
+            "lora_rank": adapter.rank,
+        }
         for adapter in shelf.loaded()
         if adapter.name != model["id"]
     ]
