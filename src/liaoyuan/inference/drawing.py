@@ -84,7 +84,8 @@ class Drawing:
         logprobs = np.where(self._processed[slots], processed, raw)
         stopped = (self._stop[slots] == drawn[:, None]).any(1)
         full = places + 1 >= limit[slots]
-        failed = np.isin(np.arange(len(slots)), list(errors))
+        failed = np.zeros(len(slots), dtype=bool)
+        failed[list(errors)] = True
         kept = np.ones(len(slots), dtype=bool)
         if len(slots) > 1 and (slots[1:] == slots[:-1]).any():
             right = drawn == tokens[slots, places]  # a guess stands where the draw would go

@@ -108,9 +108,9 @@ class Scheduler:
         if (todo != 1).any():  # else all decode, and there is a token for everyone who runs
             counts = self._share(todo)
             chosen = counts > 0
-            slots, counts = slots[chosen], counts[chosen]
+            slots, counts, todo = slots[chosen], counts[chosen], todo[chosen]
         self.waiting.charge(self._account[slots], counts)
-        drafts = self._guess(slots, counts, todo[chosen])
+        drafts = self._guess(slots, counts, todo)
         return lay_out(self.table, slots, counts + drafts, drafts, copies)
 
     def commit(self, plan: Plan, kept: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
