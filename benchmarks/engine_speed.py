@@ -1,19 +1,29 @@
-"""Generation speed of the engine beside transformers, on the same random weights, in one process and one run.
+"""Generation speed of the engine beside transformers, llama.cpp and vLLM, on the same random weights, in one run.
 
 Sides take turns, each round measures all of them once, and medians are shown. Prompts have one length (no padding
-for anybody), decoding is greedy, nobody stops early. The dtype is the one that this machine multiplies fast. Modes of
-transformers: `generate` (dynamic cache, SDPA), the static cache with a compiled step (a minute or two to compile, which
-is not counted), and with `--continuous` its continuous batching (`generate_batch`).
+for anybody) and are new in every round, decoding is greedy, nobody stops early. The dtype is the one that this machine
+multiplies fast. Modes of transformers: `generate` (dynamic cache, SDPA), the static cache with a compiled step (a
+minute or two to compile, which is not counted), and with `--continuous` its continuous batching (`generate_batch`).
+With `--peers FOLDER` also llama.cpp and vLLM, each in a process of its own; `engine_peers.py` prepares the folder.
+
+Beside each rate is its share of the limit that memory sets: a step reads all weights and every sequence's keys and
+values once, at the rate of reading that was measured between the rounds. `--shared 512`: prompts that begin alike.
+`--startup`: seconds from the start of each process to its first token, and the memory that it holds then.
 
     python benchmarks/engine_speed.py --models m30 m120 --concurrency 1 8 32 --rounds 3 --json engine_speed.json
+    python benchmarks/engine_peers.py prepare peers
+    python benchmarks/engine_speed.py --models m30 --peers peers --startup --shared 0 512
 """
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +31,7 @@ from liaoyuan.cli.process import tune_process
 
 SETTINGS = tune_process()
 
+import tokenizers  # noqa: E402
 import torch  # noqa: E402  (after the allocator's settings, which hold for every side)
 import transformers  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
@@ -45,22 +56,27 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     ops.configure(dict(pair.partition("=")[::2] for pair in options.ops))
     print(f"{cpu_name()}, {options.threads} threads, {options.dtype}")
-    rows = []
+    rows: list[dict] = []
     for name in options.models:
         model = initialise(Decoder(config_of(name, options.dtype)), 0).eval()
         with tempfile.TemporaryDirectory() as folder:
-            save_model(model, Path(folder) / name)
-            sides = all_sides(model, Path(folder) / name, options)
-        for concurrency in options.concurrency:
-            measured = measure(sides, model.config.vocab_size, concurrency, options)
-            rows += [
-                {"model": name, "parameters": model.config.num_parameters(), "concurrency": concurrency, **row}
-                for row in measured
-            ]
-            show(rows[-len(measured) :])
+            place = Path(folder) / name
+            save_model(model, place)
+            if options.startup:
+                write_tokenizer(place, model.config.vocab_size)
+                print(f"{name:>5} liaoyuan serve: {start_of_ours(place, options.threads)}", flush=True)
+            sides = all_sides(model, place, options)
+            for shared in options.shared:
+                for concurrency in options.concurrency:
+                    measured = measure(sides, model.config, concurrency, shared, options)
+                    rows += [{"model": name, "parameters": model.config.num_parameters(), **row} for row in measured]
+                    show(rows[-len(measured) :])
+            for side in sides.values():
+                if isinstance(side, Peer):
+                    side.close()
     if options.json:
         result = {"rows": rows, "settings": vars(options), "process": vars(SETTINGS), "machine": machine()}
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+        Path(options.json).write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
 def parse() -> argparse.Namespace:
@@ -69,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=128, help="new tokens of a request")
+    parser.add_argument("--shared", nargs="+", type=int, default=[0], help="tokens in front that all prompts share")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     dtype = str(select_device("cpu").default_dtype).removeprefix("torch.")
@@ -76,6 +93,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out the compiled step")
     parser.add_argument("--continuous", action="store_true", help="also generate_batch (needs psutil; slow to start)")
     parser.add_argument("--only-ours", action="store_true")
+    parser.add_argument("--peers", type=Path, help="folder with virtual environments `llama` and `vllm`")
+    parser.add_argument("--peer", nargs="+", default=["llama-bf16", "llama-q8_0", "vllm"], help="which of them")
+    parser.add_argument("--startup", action="store_true", help="also time the start of each process")
     parser.add_argument("--ops", nargs="*", default=[], metavar="NAME=KERNEL", help="as [ops] of a run file, for ours")
     parser.add_argument("--json", help="where to write the figures")
     return parser.parse_args()
@@ -100,6 +120,9 @@ def config_of(name: str, dtype: str) -> ModelConfig:
 
 def all_sides(model: Decoder, folder: Path, options: argparse.Namespace) -> dict[str, Side]:
     sides = {"liaoyuan": ours(model)}
+    if options.peers:
+        for peer in options.peer:
+            sides[peer] = Peer(peer, folder, options)
     if options.only_ours:
         return sides
     sides["transformers generate"] = generate(load(folder, options.dtype, "sdpa"))
@@ -161,15 +184,103 @@ def generate_batch(model) -> Side:  # type: ignore[no-untyped-def]
     return run
 
 
-def measure(sides: dict[str, Side], vocabulary: int, concurrency: int, options: argparse.Namespace) -> list[dict]:
-    generator = torch.Generator().manual_seed(concurrency)
-    prompts = torch.randint(1, vocabulary, (concurrency, options.prompt), generator=generator).tolist()
+class Peer:
+    """A side in a process of its own (`engine_peers.py`)."""
+
+    def __init__(self, name: str, folder: Path, options: argparse.Namespace) -> None:
+        python = options.peers.absolute() / name.partition("-")[0] / "bin" / "python"
+        command = [str(python), str(Path(__file__).with_name("engine_peers.py")), "serve", name, str(folder)]
+        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+        start = time.perf_counter()
+        self._process = subprocess.Popen(
+            [*command, "--threads", str(options.threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+        )  # fmt: skip
+        ready = self._reply()
+        if options.startup:
+            seconds, resident = time.perf_counter() - start, ready["resident"] / 1e6
+            print(f"      {name}: {seconds:.1f} s to the first token, {resident:.0f} MB", flush=True)
+
+    def __call__(self, prompts: list[list[int]], new: int) -> int:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps({"prompts": prompts, "new": new}) + "\n")
+        self._process.stdin.flush()
+        return self._reply()["made"]
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _reply(self) -> dict:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("the process ended; run its command by hand to see why")
+        return json.loads(line)
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Give a model a tokenizer of as many words, since a server speaks text; the benchmark speaks token ids."""
+    words = tokenizers.models.WordLevel({f"t{place}": place for place in range(vocabulary)}, unk_token="t0")
+    tokenizers.Tokenizer(words).save(str(folder / "tokenizer.json"))
+
+
+def start_of_ours(folder: Path, threads: int) -> str:
+    """Return the seconds from the start of `liaoyuan serve` to its first answer, those of importing torch in them, and
+    the memory it holds then.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True, env=environment)
+    importing = time.perf_counter() - start
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "liaoyuan", "serve", "--model", str(folder), "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    assert server.stdout
+    try:
+        url = next(word for line in server.stdout for word in line.split() if word.startswith("http://")).rstrip("/.")
+        body = json.dumps({"model": folder.name, "prompt": [1, 2, 3], "max_tokens": 1}).encode()
+        headers = {"Content-Type": "application/json"}
+        urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body, headers)).read()
+        seconds = time.perf_counter() - start
+        pages = int(Path(f"/proc/{server.pid}/statm").read_text().split()[1])
+    finally:
+        server.terminate()
+        server.wait()
+    resident = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return f"{seconds:.1f} s to the first answer ({importing:.1f} s of it importing torch), {resident:.0f} MB"
+
+
+def reading_rate(data: torch.Tensor) -> float:
+    """Return the bytes per second at which all threads read memory."""
+    start = time.perf_counter()
+    ops.square_sum(data)
+    return data.nbytes / (time.perf_counter() - start)
+
+
+def bytes_of_step(config: ModelConfig, concurrency: int, options: argparse.Namespace, shared: int) -> float:
+    """Return what a step of decoding must read, on average: all weights, and each sequence's keys and values."""
+    width = config.num_hidden_layers * config.num_key_value_heads * 2 * config.head_dim
+    length = shared + options.prompt + options.output / 2
+    return (config.num_parameters() + concurrency * length * width) * config.torch_dtype.itemsize
+
+
+def measure(
+    sides: dict[str, Side], config: ModelConfig, concurrency: int, shared: int, options: argparse.Namespace
+) -> list[dict]:
+    generator = torch.Generator().manual_seed(concurrency + 1000 * shared)
+    own = 32 if shared else options.prompt
+    data = torch.ones(2**27, dtype=torch.bfloat16)
     rates: dict[str, list[float]] = {name: [] for name in sides}
+    reading = 0.0
     for turn in range(options.rounds + 1):
+        prompts = torch.randint(1, config.vocab_size, (concurrency, shared + own), generator=generator)
+        prompts[:, :shared] = prompts[0, :shared].clone()
         for name, run in list(sides.items()):
             start = time.perf_counter()
             try:
-                made = run(prompts, options.output)
+                made = run(prompts.tolist(), options.output)
             except Exception as error:  # a mode that does not work here is said so, and left out
                 print(f"{name}: left out ({type(error).__name__}: {str(error)[:200]})", file=sys.stderr)
                 del sides[name], rates[name]
@@ -178,8 +289,18 @@ def measure(sides: dict[str, Side], vocabulary: int, concurrency: int, options: 
                 print(f"{name}: made {made} tokens instead of {concurrency * options.output}", file=sys.stderr)
             if turn:  # the first turn warms up
                 rates[name].append(made / (time.perf_counter() - start))
+        reading = max(reading, *(reading_rate(data) for _ in range(3)))
+    limit = concurrency * reading / bytes_of_step(config, concurrency, options, shared)
     return [
-        {"side": name, "tokens_per_second": statistics.median(values), "rounds": values}
+        {
+            "side": name,
+            "concurrency": concurrency,
+            "shared": shared,
+            "tokens_per_second": statistics.median(values),
+            "rounds": values,
+            "limit": limit,
+            "reading": reading,
+        }
         for name, values in rates.items()
     ]
 
@@ -188,11 +309,14 @@ def show(rows: list[dict]) -> None:
     best = max((row["tokens_per_second"] for row in rows if row["side"] != "liaoyuan"), default=None)
     for row in rows:
         ratio = f"  {row['tokens_per_second'] / best:5.2f} x best peer" if best and row["side"] == "liaoyuan" else ""
+        shared = f", {row['shared']} shared" if row["shared"] else ""
         print(
-            f"{row['model']:>5} ({row['parameters'] / 1e6:6.1f}M)  {row['concurrency']:>3} at once  "
-            f"{row['side']:<36} {row['tokens_per_second']:8.0f} tokens/s{ratio}",
+            f"{row['model']:>5} ({row['parameters'] / 1e6:6.1f}M)  {row['concurrency']:>3} at once{shared}  "
+            f"{row['side']:<36} {row['tokens_per_second']:8.0f} tokens/s, "
+            f"{row['tokens_per_second'] / row['limit']:4.0%} of the limit{ratio}",
             flush=True,
         )
+    print(f"      memory was read at {rows[0]['reading'] / 1e9:.0f} GB/s", flush=True)
 
 
 def machine() -> dict[str, str]:

@@ -1,0 +1,117 @@
+"""A layer runs as one operator only while it is what that operator computes, whatever happens to it meanwhile."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from liaoyuan.models import Decoder, ModelConfig, initialise
+from liaoyuan.models.config import Experts, Latent
+from liaoyuan.models.decoder import Layer
+from liaoyuan.models.layers import Linear
+from liaoyuan.models.rotary import TABLE, Rotary, _angles, rotary_angles
+
+
+def layer(**features: object) -> Layer:
+    config = ModelConfig("qwen3", 64, 32, 48, 1, 4, 2, 16, **features)  # type: ignore[arg-type]
+    return initialise(Decoder(config), 0).layers[0]  # type: ignore[return-value]
+
+
+def plain(one: Layer) -> object:
+    return one.plain.of(one)
+
+
+def test_its_weights_are_the_layers_own() -> None:
+    one = layer(qk_norm=True, qkv_bias=True)
+    found = one.plain.of(one)
+    assert found is not None and found is plain(one)
+    assert found.weights.qkv is one.self_attn.qkv_proj.weight and found.weights.down is one.mlp.down_proj.weight
+    assert found.weights.qkv_bias is one.self_attn.qkv_proj.bias and found.weights.down_bias is None
+    assert {id(x) for x in found.weights if x is not None} == {id(x) for x in one.parameters()}
+    assert found.settings == (one.self_attn.scale, None, 1e-6)
+
+
+class Other(Linear):
+    pass
+
+
+CHANGES: dict[str, Callable[[Layer], object]] = {
+    "an adapter": lambda one: setattr(one.mlp.down_proj, "adapter", print),
+    "another projection": lambda one: setattr(one.self_attn, "o_proj", Other(64, 32, bias=False)),
+    "another feed-forward layer": lambda one: setattr(one, "mlp", nn.Identity()),
+    "a tensor that is no parameter": lambda one: one.mlp.down_proj._parameters.update(weight=torch.zeros(32, 48)),
+    "another dtype of one weight": lambda one: setattr(
+        one.mlp.down_proj, "weight", nn.Parameter(torch.zeros(32, 48, dtype=torch.float64))
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_that_becomes_more_than_the_operator_is_noticed_at_once(change: str) -> None:
+    one = layer(qk_norm=True)
+    assert plain(one)
+    CHANGES[change](one)
+    assert plain(one) is None and plain(one) is None
+
+
+def test_an_adapter_that_goes_again_leaves_a_plain_layer() -> None:
+    one = layer()
+    one.self_attn.qkv_proj.adapter = print
+    assert plain(one) is None
+    one.self_attn.qkv_proj.adapter = None
+    assert plain(one)
+
+
+def test_new_weights_are_taken() -> None:
+    one = layer()
+    assert plain(one)
+    one.mlp.down_proj.weight = nn.Parameter(torch.zeros(32, 48))
+    found = one.plain.of(one)
+    assert found and found.weights.down is one.mlp.down_proj.weight
+    one.self_attn.o_proj = Linear(64, 32, bias=False)
+    found = one.plain.of(one)
+    assert found and found.weights.output is one.self_attn.o_proj.weight
+
+
+def test_a_copy_has_its_own_weights_and_a_layer_is_freed_when_nobody_holds_it() -> None:
+    one = layer()
+    assert plain(one)
+    other = copy.deepcopy(one)
+    found = other.plain.of(other)
+    assert found and found.weights.qkv is other.self_attn.qkv_proj.weight is not one.self_attn.qkv_proj.weight
+    gc.disable()
+    try:
+        gone = weakref.ref(one.mlp.down_proj)
+        del one, found
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_layers_that_are_more_are_never_plain() -> None:
+    experts = Experts(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    latent = Latent(kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+    for features in ({"experts": experts}, {"latent": latent}, {"post_norms": True}):
+        assert plain(layer(**features)) is None
+
+
+ROTARIES = {
+    "plain": Rotary(),
+    "in part": Rotary(partial=0.5),
+    "yarn": Rotary(rope_type="yarn", factor=4.0, original_max_position_embeddings=64),
+}
+
+
+@pytest.mark.parametrize("kind", ROTARIES)
+def test_angles_from_the_table_have_the_bits_of_those_computed(kind: str) -> None:
+    rotary = ROTARIES[kind]
+    for positions in ([0], [7], [TABLE - 1], [TABLE], [3, TABLE + 5, 1], [*range(300)]):
+        place = torch.tensor(positions)
+        with torch.no_grad():
+            found = rotary_angles(place, rotary, 48)
+        for a, b in zip(found, _angles(place, rotary, 48), strict=True):
+            assert torch.equal(a, b), positions
