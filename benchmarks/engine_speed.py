@@ -31,6 +31,7 @@ from liaoyuan.cli.process import tune_process
 
 SETTINGS = tune_process()
 
+import tokenizers  # noqa: E402
 import torch  # noqa: E402  (after the allocator's settings, which hold for every side)
 import transformers  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
@@ -62,6 +63,7 @@ def main() -> None:
             place = Path(folder) / name
             save_model(model, place)
             if options.startup:
+                write_tokenizer(place, model.config.vocab_size)
                 print(f"{name:>5} liaoyuan serve: {start_of_ours(place, options.threads)}", flush=True)
             sides = all_sides(model, place, options)
             for shared in options.shared:
@@ -218,6 +220,12 @@ class Peer:
         return json.loads(line)
 
 
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Give a model a tokenizer of as many words, since a server speaks text; the benchmark speaks token ids."""
+    words = tokenizers.models.WordLevel({f"t{place}": place for place in range(vocabulary)}, unk_token="t0")
+    tokenizers.Tokenizer(words).save(str(folder / "tokenizer.json"))
+
+
 def start_of_ours(folder: Path, threads: int) -> str:
     """Return the seconds from the start of `liaoyuan serve` to its first answer, those of importing torch in them, and
     the memory it holds then.
@@ -227,7 +235,7 @@ def start_of_ours(folder: Path, threads: int) -> str:
     subprocess.run([sys.executable, "-c", "import torch"], check=True, env=environment)
     importing = time.perf_counter() - start
     start = time.perf_counter()
-    command = [sys.executable, "-m", "liaoyuan", "serve", str(folder), "--port", "0"]
+    command = [sys.executable, "-m", "liaoyuan", "serve", "--model", str(folder), "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     assert server.stdout
     try:
