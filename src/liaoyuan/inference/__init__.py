@@ -5,13 +5,14 @@
 
 from liaoyuan.inference.adapters import Adapters, Loaded
 from liaoyuan.inference.constraint import Constraint, ConstraintState
-from liaoyuan.inference.engine import Engine, EngineConfig
+from liaoyuan.inference.engine import Engine
 from liaoyuan.inference.exact import Proof, prove, require_exact
 from liaoyuan.inference.exact_paths import FULL, QUICK
 from liaoyuan.inference.grammar import Grammar, Grammars
 from liaoyuan.inference.pooling import Pooling, embedding_steps, read_pooling
 from liaoyuan.inference.request import Completion, Event, PromptLogprobs, Request, SamplingParams
 from liaoyuan.inference.runner import Busy, EngineThread
+from liaoyuan.inference.sizes import EngineConfig
 from liaoyuan.inference.thinking import AfterThinking, ThinkMarks
 
 __all__ = [

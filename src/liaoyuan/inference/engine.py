@@ -13,20 +13,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.adapters import Adapters
 from liaoyuan.inference.blocks import BlockPool
-from liaoyuan.inference.cache import KeyValueCache, PagedContext
+from liaoyuan.inference.cache import KeyValueCache
 from liaoyuan.inference.draft_model import DraftModel
-from liaoyuan.inference.drawing import Drawing, Draws
-from liaoyuan.inference.graphs import DecodeGraphs, Inputs
+from liaoyuan.inference.drawing import Drawing
 from liaoyuan.inference.memory import Memory, OwnMemory
+from liaoyuan.inference.model_step import ModelStep, groups_of, reason_of
 from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.request import Completion, Event, Request, RequestId
-from liaoyuan.inference.sampling import log_probs, top_logprobs
 from liaoyuan.inference.scheduler import Scheduler
 from liaoyuan.inference.sequence import UNKNOWN, Sequence
+from liaoyuan.inference.sizes import EngineConfig, num_blocks
 from liaoyuan.inference.speculation import Drafter, NGramDrafter, Speculation
 from liaoyuan.inference.weights import Weights
 from liaoyuan.models import Decoder
@@ -34,32 +33,6 @@ from liaoyuan.rundir import Progress, Report, silent
 
 State = Literal["ready", "draining", "paused", "asleep", "broken"]
 SCORED_LOGITS = 2**26  # elements of the logits of prompts that one step computes: 128 MiB in bf16
-
-
-class EngineConfig(Config):
-    """Sizes of an engine.
-
-    max_sequences: how many run at once. max_batch_tokens: tokens of one step, decode and prefill together.
-    cache_tokens: size of the cache; None: enough for all sequences at full length, within `cache_bytes`.
-    prefix_cache: keep keys and values of what was computed, for prompts that begin alike.
-    speculate: "ngram" guesses next tokens from those before; "" does not guess. speculate_tokens: guesses in a step.
-    graphs: capture decode steps in device graphs; None: where the device is none of the CPU's.
-    seed: of requests that bring none.
-    exact: whether every way to compute a token is known to give the same bits. True: prove it before anything is
-        computed, or refuse; False: it is known that they do not; None: nobody asked.
-    """
-
-    max_sequences: int = 256
-    max_batch_tokens: int = 2048
-    block_size: int = 16
-    cache_tokens: int | None = None
-    cache_bytes: int = 2**30
-    prefix_cache: bool = True
-    speculate: Literal["", "ngram"] = ""
-    speculate_tokens: int = 8
-    graphs: bool | None = None
-    seed: int = 0
-    exact: bool | None = None
 
 
 class Engine:
@@ -88,17 +61,13 @@ class Engine:
         self.model, self.config = model, config
         self.state: State = "ready"
         self._device = model.embed_tokens.weight.device
-        num_blocks, vocabulary = _num_blocks(model, config), model.config.vocab_size
-        self.pool = self._pool = BlockPool(num_blocks)
+        blocks, vocabulary = num_blocks(model, config), model.config.vocab_size
+        self.pool = self._pool = BlockPool(blocks)
         self.lenders: list[Callable[[], np.ndarray]] = []  # each tells which blocks it holds beside running sequences
         self._memory: Memory = memory or OwnMemory(model)
-        self._cache: KeyValueCache | None = self._new_cache()
-        on_device = self._device.type != "cpu" if config.graphs is None else config.graphs
-        alone = memory is None  # a graph that is replayed makes no calls that other processes could follow
-        self._graphs = DecodeGraphs(self._compute, self._device) if on_device and alone else None
         self._dropped = False  # whether the memory of the weights was given back
         longest = model.config.max_position_embeddings
-        self.room = min(longest, num_blocks * config.block_size)  # the most tokens of one request
+        self.room = min(longest, blocks * config.block_size)  # the most tokens of one request
         self._drawing = Drawing(config.max_sequences, vocabulary)
         self._scheduler = Scheduler(
             config.max_sequences,
@@ -112,9 +81,11 @@ class Engine:
         )
         self._speculation = self._scheduler.speculation = self._new_speculation(draft)
         self.adapters = Adapters(model, is_whole=memory is None)
+        on_device = self._device.type != "cpu" if config.graphs is None else config.graphs
+        graphs = on_device and memory is None  # a graph makes no calls that other processes could follow
+        self._step = ModelStep(model, self._new_cache(), self._scheduler, self._drawing, self.adapters, graphs)
         self._ended: list[tuple[Sequence, str]] = []  # without a token of this step, and not told yet
-        self._arrivals = self._added = self._steps = 0
-        self._prompt_tokens = self._computed_tokens = self._generated_tokens = 0
+        self._arrivals = self._added = self._prompt_tokens = 0
 
     @property
     def memory(self) -> Memory:
@@ -135,9 +106,9 @@ class Engine:
     @property
     def cache(self) -> KeyValueCache:
         """The memory of the cache; raises LiaoyuanError while the engine sleeps."""
-        if self._cache is None:
+        if self._step.cache is None:
             raise LiaoyuanError("The engine is asleep: it has no cache.")
-        return self._cache
+        return self._step.cache
 
     @property
     def has_weights(self) -> bool:
@@ -237,9 +208,9 @@ class Engine:
         if plan is None:
             self._after_step()
             return events
-        draws = self._advance(plan)
-        for first, end in _groups(plan.samplers, draws.kept):
-            events.append(self._event(plan, draws, first, end))
+        draws = self._step.advance(plan)
+        for first, end in groups_of(plan.samplers, draws.kept):
+            events.append(self._step.event(plan, draws, first, end))
         scheduler.finish(plan.samplers[draws.ended])
         self._after_step()
         return events
@@ -292,9 +263,7 @@ class Engine:
         """
         self._need("ready", "draining", "paused")
         self._forget_computed()
-        self._cache = None
-        if self._graphs is not None:
-            self._graphs.forget()
+        self._step.drop()
         if self._speculation is not None:
             self._speculation.drop()
         if without_weights:
@@ -312,7 +281,7 @@ class Engine:
         self._need("asleep")
         cache = self._new_cache()
         self._memory.take_memory()
-        self._cache, self.state = cache, "paused"
+        self._step.cache, self.state = cache, "paused"
 
     @torch.no_grad()
     def update_weights(self, weights: Weights, version: int | None = None) -> int:
@@ -364,10 +333,10 @@ class Engine:
             "free_blocks": self._pool.free,
             "cached_blocks": self._pool.cached,
             "blocks": self._pool.size,
-            "steps": self._steps,
+            "steps": self._step.steps,
             "prompt_tokens": self._prompt_tokens,
-            "computed_tokens": self._computed_tokens,
-            "generated_tokens": self._generated_tokens,
+            "computed_tokens": self._step.computed_tokens,
+            "generated_tokens": self._step.generated_tokens,
             "preemptions": scheduler.preemptions,
             "prefix_hit_tokens": scheduler.hit_tokens,
             "prefix_asked_tokens": scheduler.asked_tokens,
@@ -379,19 +348,19 @@ class Engine:
 
     def _run(self, total: int, report: Report) -> dict[RequestId, Completion]:
         done: dict[RequestId, Completion] = {}
-        scheduler, before, last = self._scheduler, self._generated_tokens, time.monotonic()
+        scheduler, before, last = self._scheduler, self._step.generated_tokens, time.monotonic()
         while self.has_work:
             plan = self._plan()
             done |= {sequence.request.id: sequence.completion(reason) for sequence, reason in self._ended}
             self._ended.clear()
             if plan is not None:
-                draws = self._advance(plan)
+                draws = self._step.advance(plan)
                 rows = np.flatnonzero(draws.ended).tolist()
                 for row, sequence in zip(rows, scheduler.finish(plan.samplers[rows]), strict=True):
-                    done[sequence.request.id] = sequence.completion(str(_reason(draws, row)))
+                    done[sequence.request.id] = sequence.completion(str(reason_of(draws, row)))
             if time.monotonic() - last >= 1.0 or len(done) == total:
                 last = time.monotonic()
-                report(Progress(len(done), total, "request", f"{self._generated_tokens - before} tokens"))
+                report(Progress(len(done), total, "request", f"{self._step.generated_tokens - before} tokens"))
         self._after_step()
         return done
 
@@ -399,70 +368,6 @@ class Engine:
         for sequence in self._scheduler.overdue():
             self._end(sequence, "timeout")
         return self._scheduler.plan() if self.state in ("ready", "draining") else None
-
-    @torch.inference_mode()
-    def _advance(self, plan: Plan) -> Draws:
-        """Compute a plan and record its tokens."""
-        logits, count = self._logits(plan), len(plan.samplers)
-        self._steps += 1
-        self._computed_tokens += len(plan.tokens)
-        if len(plan.scored_slots):
-            self._score(plan, logits[count:])
-        draws = self._drawing.draw(logits[:count], plan, self._scheduler.tokens, self._scheduler.limit)
-        self._scheduler.commit(plan, draws.kept, draws.tokens, draws.logprobs)
-        self._generated_tokens += int(draws.kept.sum())
-        return draws
-
-    def _event(self, plan: Plan, draws: Draws, first: int, end: int) -> Event:
-        """Return what rows first .. end - 1 of a plan gave their sequence."""
-        sequence, reason = self._scheduler.in_slot(plan.samplers[first]), _reason(draws, end - 1)
-        told = end - bool(reason == "error")
-        count = end - first
-        is_first = plan.places[first] == len(sequence.request.prompt)
-        return Event(
-            sequence.request.id,
-            draws.tokens[first:told].tolist(),
-            draws.logprobs[first:told].tolist(),
-            reason,
-            sequence.top_logprobs[-count:] if sequence.top_logprobs else [],
-            sequence.versions[-1][1],
-            sequence.prompt_logprobs() if is_first else None,
-            sequence.masks[-count:] if sequence.masks else [],
-            sequence.cached,
-        )
-
-    def _logits(self, plan: Plan) -> torch.Tensor:
-        """Return the logits [R + P, V] of a plan's rows: the only place where the model is called."""
-        assert self._cache is not None
-        if plan.copies.size:
-            self._cache.copy(*self._tensor(plan.copies))
-        slots = plan.slots.tolist() if self.adapters else []
-        owners = [self._scheduler.in_slot(slot).adapter.number for slot in slots]
-        if self._graphs is not None and not any(owners) and (logits := self._graphs.logits(plan)) is not None:
-            return logits  # a graph has the rows of each adapter in it, so steps with adapters are not captured
-        arrays = (plan.tokens, plan.positions, plan.cache_slots, plan.block_tables)
-        inputs = tuple(self._tensor(x) for x in (*arrays, plan.query_starts, plan.lengths, plan.rows))
-        with self.adapters.chosen(owners, plan.counts):
-            return self._compute(inputs)
-
-    def _compute(self, inputs: Inputs) -> torch.Tensor:
-        assert self._cache is not None
-        tokens, positions, *places, rows = inputs
-        return self.model(tokens, positions, PagedContext(self._cache, *places), rows=rows)
-
-    def _score(self, plan: Plan, logits: torch.Tensor) -> None:
-        """Keep the log-probabilities of prompts' tokens, and their rivals for those who want them."""
-        slots, places = plan.scored_slots, plan.scored_places
-        scores = log_probs(logits, self._scheduler.tokens[slots, places]).cpu().numpy()
-        for slot in np.unique(slots).tolist():
-            sequence, rows = self._scheduler.in_slot(slot), np.flatnonzero(slots == slot)
-            assert sequence.scores is not None
-            sequence.scores[places[rows] - 1] = scores[rows]
-            count = min(sequence.request.sampling.prompt_logprobs or 0, logits.shape[1])
-            if count:
-                tokens, values = top_logprobs(logits[self._tensor(rows)], count)
-                for place, *row in zip(places[rows].tolist(), tokens.tolist(), values.tolist(), strict=True):
-                    sequence.rivals[place] = list(zip(*row, strict=True))
 
     def _begin(self, sequence: Sequence) -> None:
         """A sequence has got a slot."""
@@ -514,30 +419,3 @@ class Engine:
             self.adapters.release(self._adapters_in_use())
         if not self._scheduler.sequences:
             self._pool.check(np.concatenate([self._scheduler.held(), *(held() for held in self.lenders)]))
-
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)
-
-
-def _reason(draws: Draws, row: int) -> str | None:
-    """Return why a sequence ended with this draw, if it did."""
-    if draws.failed[row]:
-        return "error"
-    return "stop" if draws.stopped[row] else "length" if draws.full[row] else None
-
-
-def _groups(slots: np.ndarray, kept: np.ndarray) -> list[tuple[int, int]]:
-    """Return the runs of kept rows of each sequence: (first, end); the first row of each is kept."""
-    starts = np.flatnonzero(np.r_[True, slots[1:] != slots[:-1]]) if len(slots) else np.empty(0, dtype=np.int64)
-    sizes = np.add.reduceat(kept, starts, dtype=np.int64) if len(slots) else starts
-    return list(zip(starts.tolist(), (starts + sizes).tolist(), strict=True))
-
-
-def _num_blocks(model: Decoder, config: EngineConfig) -> int:
-    shape = model.config
-    if config.cache_tokens is not None:
-        return max(1, config.cache_tokens // config.block_size)
-    longest = -(-shape.max_position_embeddings // config.block_size)
-    width = shape.num_hidden_layers * model.key_value_heads * (shape.head_dim + shape.value_head_dim)
-    block_bytes = width * shape.torch_dtype.itemsize * config.block_size
-    return max(longest, min(config.max_sequences * longest, config.cache_bytes // block_bytes))

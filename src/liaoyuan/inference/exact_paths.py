@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference.engine import Engine, EngineConfig
+from liaoyuan.inference.engine import Engine
 from liaoyuan.inference.request import Completion, Request, SamplingParams
+from liaoyuan.inference.sizes import EngineConfig
 from liaoyuan.models import Decoder, packed_context
 
 SEED = 20_000  # of the samples of the first probe

@@ -132,6 +132,7 @@ class Completion:
 class Event:
     """What one step gave one request; `finish_reason` is None while it goes on, "abort" if it was aborted.
 
+    error: why, if it ended with "error".
     version: of the weights that made these tokens. prompt, cached_tokens: see `Completion`; with the first event alone.
     """
 
@@ -144,3 +145,4 @@ class Event:
     prompt: PromptLogprobs | None = None
     masks: list[np.ndarray] = field(default_factory=list)
     cached_tokens: int = 0
+    error: str = ""

@@ -307,8 +307,8 @@ async def _pieces(served: Served, job: Job) -> AsyncIterator[Piece]:
             async for event in events:
                 watch.saw(event)
                 if event.finish_reason == "error":
-                    message = "The form that was asked for could not be held to the end."
-                    raise invalid(message, code="grammar_failed")  # a schema that nothing fits, say
+                    message = f"The form that was asked for could not be held to the end. {event.error}"
+                    raise invalid(message.rstrip(), code="grammar_failed")  # a schema that nothing fits, say
                 piece = reader.read(event)
                 if piece.finish_reason:
                     watch.end(piece.finish_reason)

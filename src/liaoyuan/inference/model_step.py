@@ -1,0 +1,122 @@
+"""One step of the model: the logits of a plan, the tokens drawn from them, and what each sequence is told."""
+
+import numpy as np
+import torch
+
+from liaoyuan.inference.adapters import Adapters
+from liaoyuan.inference.cache import KeyValueCache, PagedContext
+from liaoyuan.inference.drawing import Drawing, Draws
+from liaoyuan.inference.graphs import DecodeGraphs, Inputs
+from liaoyuan.inference.plan import Plan
+from liaoyuan.inference.request import Event
+from liaoyuan.inference.sampling import log_probs, top_logprobs
+from liaoyuan.inference.scheduler import Scheduler
+from liaoyuan.models import Decoder
+
+
+class ModelStep:
+    """What runs a scheduler's plans. cache: None while the engine sleeps."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KeyValueCache,
+        scheduler: Scheduler,
+        drawing: Drawing,
+        adapters: Adapters,
+        graphs: bool,
+    ) -> None:
+        """graphs: capture steps in which all decode, for the device to replay."""
+        self._model, self._scheduler, self._drawing, self._adapters = model, scheduler, drawing, adapters
+        self.cache: KeyValueCache | None = cache
+        self._device = model.embed_tokens.weight.device
+        self._graphs = DecodeGraphs(self._compute, self._device) if graphs else None
+        self.steps = self.computed_tokens = self.generated_tokens = 0
+
+    def drop(self) -> None:
+        """Give the memory of the cache back."""
+        self.cache = None
+        if self._graphs is not None:
+            self._graphs.forget()
+
+    @torch.inference_mode()
+    def advance(self, plan: Plan) -> Draws:
+        """Compute a plan and record its tokens."""
+        logits, count = self._logits(plan), len(plan.samplers)
+        self.steps += 1
+        self.computed_tokens += len(plan.tokens)
+        if len(plan.scored_slots):
+            self._score(plan, logits[count:])
+        draws = self._drawing.draw(logits[:count], plan, self._scheduler.tokens, self._scheduler.limit)
+        self._scheduler.commit(plan, draws.kept, draws.tokens, draws.logprobs)
+        self.generated_tokens += int(draws.kept.sum())
+        return draws
+
+    def event(self, plan: Plan, draws: Draws, first: int, end: int) -> Event:
+        """Return what rows first .. end - 1 of a plan gave their sequence."""
+        sequence, reason = self._scheduler.in_slot(plan.samplers[first]), reason_of(draws, end - 1)
+        told = end - bool(reason == "error")
+        count = end - first
+        is_first = plan.places[first] == len(sequence.request.prompt)
+        return Event(
+            sequence.request.id,
+            draws.tokens[first:told].tolist(),
+            draws.logprobs[first:told].tolist(),
+            reason,
+            sequence.top_logprobs[-count:] if sequence.top_logprobs else [],
+            sequence.versions[-1][1],
+            sequence.prompt_logprobs() if is_first else None,
+            sequence.masks[-count:] if sequence.masks else [],
+            sequence.cached,
+            sequence.error,
+        )
+
+    def _logits(self, plan: Plan) -> torch.Tensor:
+        """Return the logits [R + P, V] of a plan's rows: the only place where the model is called."""
+        assert self.cache is not None
+        if plan.copies.size:
+            self.cache.copy(*self._tensor(plan.copies))
+        slots = plan.slots.tolist() if self._adapters else []
+        owners = [self._scheduler.in_slot(slot).adapter.number for slot in slots]
+        if self._graphs is not None and not any(owners) and (logits := self._graphs.logits(plan)) is not None:
+            return logits  # a graph has the rows of each adapter in it, so steps with adapters are not captured
+        arrays = (plan.tokens, plan.positions, plan.cache_slots, plan.block_tables)
+        inputs = tuple(self._tensor(x) for x in (*arrays, plan.query_starts, plan.lengths, plan.rows))
+        with self._adapters.chosen(owners, plan.counts):
+            return self._compute(inputs)
+
+    def _compute(self, inputs: Inputs) -> torch.Tensor:
+        assert self.cache is not None
+        tokens, positions, *places, rows = inputs
+        return self._model(tokens, positions, PagedContext(self.cache, *places), rows=rows)
+
+    def _score(self, plan: Plan, logits: torch.Tensor) -> None:
+        """Keep the log-probabilities of prompts' tokens, and their rivals for those who want them."""
+        slots, places = plan.scored_slots, plan.scored_places
+        scores = log_probs(logits, self._scheduler.tokens[slots, places]).cpu().numpy()
+        for slot in np.unique(slots).tolist():
+            sequence, rows = self._scheduler.in_slot(slot), np.flatnonzero(slots == slot)
+            assert sequence.scores is not None
+            sequence.scores[places[rows] - 1] = scores[rows]
+            count = min(sequence.request.sampling.prompt_logprobs or 0, logits.shape[1])
+            if count:
+                tokens, values = top_logprobs(logits[self._tensor(rows)], count)
+                for place, *row in zip(places[rows].tolist(), tokens.tolist(), values.tolist(), strict=True):
+                    sequence.rivals[place] = list(zip(*row, strict=True))
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+
+def reason_of(draws: Draws, row: int) -> str | None:
+    """Return why a sequence ended with this draw, if it did."""
+    if draws.failed[row]:
+        return "error"
+    return "stop" if draws.stopped[row] else "length" if draws.full[row] else None
+
+
+def groups_of(slots: np.ndarray, kept: np.ndarray) -> list[tuple[int, int]]:
+    """Return the runs of kept rows of each sequence: (first, end); the first row of each is kept."""
+    starts = np.flatnonzero(np.r_[True, slots[1:] != slots[:-1]]) if len(slots) else np.empty(0, dtype=np.int64)
+    sizes = np.add.reduceat(kept, starts, dtype=np.int64) if len(slots) else starts
+    return list(zip(starts.tolist(), (starts + sizes).tolist(), strict=True))

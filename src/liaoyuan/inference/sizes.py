@@ -1,0 +1,43 @@
+"""The sizes of an engine, and how many cache blocks they come to."""
+
+from typing import Literal
+
+from liaoyuan.config import Config
+from liaoyuan.models import Decoder
+
+
+class EngineConfig(Config):
+    """Sizes of an engine.
+
+    max_sequences: how many run at once. max_batch_tokens: tokens of one step, decode and prefill together.
+    cache_tokens: size of the cache; None: enough for all sequences at full length, within `cache_bytes`.
+    prefix_cache: keep keys and values of what was computed, for prompts that begin alike.
+    speculate: "ngram" guesses next tokens from those before; "" does not guess. speculate_tokens: guesses in a step.
+    graphs: capture decode steps in device graphs; None: where the device is none of the CPU's.
+    seed: of requests that bring none.
+    exact: whether every way to compute a token is known to give the same bits. True: prove it before anything is
+        computed, or refuse; False: it is known that they do not; None: nobody asked.
+    """
+
+    max_sequences: int = 256
+    max_batch_tokens: int = 2048
+    block_size: int = 16
+    cache_tokens: int | None = None
+    cache_bytes: int = 2**30
+    prefix_cache: bool = True
+    speculate: Literal["", "ngram"] = ""
+    speculate_tokens: int = 8
+    graphs: bool | None = None
+    seed: int = 0
+    exact: bool | None = None
+
+
+def num_blocks(model: Decoder, config: EngineConfig) -> int:
+    """Return how many blocks the cache of a model has."""
+    shape = model.config
+    if config.cache_tokens is not None:
+        return max(1, config.cache_tokens // config.block_size)
+    longest = -(-shape.max_position_embeddings // config.block_size)
+    width = shape.num_hidden_layers * model.key_value_heads * (shape.head_dim + shape.value_head_dim)
+    block_bytes = width * shape.torch_dtype.itemsize * config.block_size
+    return max(longest, min(config.max_sequences * longest, config.cache_bytes // block_bytes))
