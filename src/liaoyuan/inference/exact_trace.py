@@ -10,7 +10,9 @@ from torch import Tensor
 
 from liaoyuan.inference.exact_paths import Path, Probe
 from liaoyuan.models import Decoder, packed_context
+from liaoyuan.models.decoder import Layer
 from liaoyuan.ops.choice import AUTO, compute_with, operators_called
+from liaoyuan.ops.decoder_layer import layer_kernel
 from liaoyuan.ops.operator import OPERATORS
 from liaoyuan.ops.watch import Call, Watch, tensors_in
 
@@ -18,6 +20,7 @@ SAME = {"paged_attention": "attention"}  # operators that compute the same, each
 ALONE = ("permute_rows", "write_cache")  # they only move rows
 EXPERTS = ".experts"  # what modules are called that get rows sorted by expert
 HEAD = "the softmax of the head (loss_head, sample_tokens or log_sum_exp): the logits are equal"
+LAYER = "decoder_layer: its parts alone give the same bits"
 
 Key = tuple[str, str, int]  # module, operator, how many times it came before in this forward pass
 
@@ -55,7 +58,17 @@ def first_difference(model: Decoder, probes: Sequence[Probe], path: Path, wrong:
         last = rows.keys() & other.keys()
         if any(not _same(rows[position], other[position]) for position in last):
             return f"{key[1]} of {key[0] or 'the model'}"
+    if _has_whole_layers(model):
+        return LAYER
     return HEAD if position in last else ""
+
+
+def _has_whole_layers(model: Decoder) -> bool:
+    """Return whether decoding computes layers in one call, which a recording takes apart."""
+    with torch.no_grad():
+        kernel = layer_kernel(model.embed_tokens.weight, model.config.head_dim)
+    layers = (layer for layer in model.layers if isinstance(layer, Layer))
+    return kernel is not None and any(layer.plain.of(layer) for layer in layers)
 
 
 class _Recorder:

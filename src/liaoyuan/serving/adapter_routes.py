@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
@@ -17,6 +17,9 @@ from liaoyuan.serving.errors import ApiError, invalid
 from liaoyuan.serving.generation import Runner
 from liaoyuan.serving.protocol import Body, Text
 
+PLAIN: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Done", "content": {"text/plain": {"schema": {"type": "string"}}}}
+}
 Name = Annotated[Text, Field(min_length=1, max_length=200)]
 
 
@@ -39,7 +42,7 @@ def adapter_routes(runner: Runner, model: str, shelf: Shelf) -> APIRouter:
     """Return the router of these endpoints; `model`: the name that no adapter may have."""
     router = APIRouter()
 
-    @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+    @router.post("/v1/load_lora_adapter", response_model=None, responses=PLAIN)
     async def load(body: LoadRequest) -> PlainTextResponse:
         name, folder = body.lora_name, _inside(shelf.folder, body.lora_path)
         if name == model:
@@ -58,7 +61,7 @@ def adapter_routes(runner: Runner, model: str, shelf: Shelf) -> APIRouter:
             await runner.call(put)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
-    @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+    @router.post("/v1/unload_lora_adapter", response_model=None, responses=PLAIN)
     async def unload(body: UnloadRequest) -> PlainTextResponse:
         name = body.lora_name
         _folder(shelf.folder)
