@@ -25,7 +25,7 @@ import numpy as np
 from liaoyuan.checkpoint import save_model
 from liaoyuan.device import cpu_name
 from liaoyuan.inference import EngineConfig, Request, SamplingParams
-from liaoyuan.inference.front import Front, start_worker
+from liaoyuan.inference.disaggregation.front import Front, start_worker
 from liaoyuan.models import Decoder, ModelConfig, initialise
 
 MODEL = ModelConfig(

@@ -21,7 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from liaoyuan.checkpoint import save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
-from liaoyuan.inference.front import Front, start_worker, tell
+from liaoyuan.inference.disaggregation.front import Front, start_worker, tell
 from liaoyuan.models import Decoder, ModelConfig, initialise
 
 MODEL = ModelConfig("qwen3", 512, 64, 192, 3, 4, 2, 16, max_position_embeddings=1024, qk_norm=True)

@@ -13,12 +13,19 @@ import pytest
 
 from liaoyuan.checkpoint import save_model
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference import Engine, EngineConfig, EngineThread, Request, SamplingParams, disaggregation
+from liaoyuan.inference import Engine, EngineConfig, EngineThread, Request, SamplingParams
 from liaoyuan.inference.cache import KeyValueCache
-from liaoyuan.inference.disaggregation import Worker
-from liaoyuan.inference.frames import LENGTHS, Closed, put_frame, read_frame, request_from_json, request_to_json
-from liaoyuan.inference.front import Front, start_worker, tell
-from liaoyuan.inference.prefixes import Prefixes
+from liaoyuan.inference.disaggregation.frames import (
+    LENGTHS,
+    Closed,
+    put_frame,
+    read_frame,
+    request_from_json,
+    request_to_json,
+)
+from liaoyuan.inference.disaggregation.front import Front, start_worker, tell
+from liaoyuan.inference.disaggregation.prefixes import Prefixes
+from liaoyuan.inference.disaggregation.worker import Worker
 from liaoyuan.models import Decoder
 
 PROMPT = tuple((7 * n + n * n) % 96 for n in range(150))  # nine full blocks, and a bit

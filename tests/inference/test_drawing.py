@@ -9,7 +9,7 @@ from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProce
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Completion, Engine, EngineConfig, Request, SamplingParams
-from liaoyuan.inference.masks import packed
+from liaoyuan.inference.constraints.masks import packed
 from liaoyuan.models import Decoder, packed_context
 
 GREEDY = SamplingParams(max_tokens=25, temperature=0.0)

@@ -16,8 +16,9 @@ from liaoyuan import ops
 from liaoyuan.checkpoint import save_model
 from liaoyuan.cli.main import app
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference import QUICK, Completion, Engine, EngineConfig, Request, SamplingParams, exact_paths, prove
-from liaoyuan.inference.exact import find_proof
+from liaoyuan.inference import QUICK, Completion, Engine, EngineConfig, Request, SamplingParams, prove
+from liaoyuan.inference.exactness import paths as exact_paths
+from liaoyuan.inference.exactness.proof import find_proof
 from liaoyuan.models import Decoder, ModelConfig, packed_context
 from liaoyuan.models.config import Experts, Latent
 from liaoyuan.ops.operator import OPERATORS

@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from liaoyuan.data.tokenizer import Tokenizer, train_tokenizer
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import AfterThinking, Constraint, ThinkMarks
-from liaoyuan.inference.grammar import Grammar, Grammars, choice, ebnf, json_object, json_schema, lark, regex
+from liaoyuan.inference.constraints.grammar import (
+    Grammar,
+    Grammars,
+    choice,
+    ebnf,
+    json_object,
+    json_schema,
+    lark,
+    regex,
+)
 
 STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260k"
 PADDING = 45

@@ -9,7 +9,7 @@ import pytest
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.blocks import BlockPool
-from liaoyuan.inference.lease import LeaseEnded, Leases
+from liaoyuan.inference.disaggregation.lease import LeaseEnded, Leases
 
 BLOCKS, DURATION = 3, 10.0
 

@@ -10,7 +10,7 @@ from transformers import AutoModel
 from liaoyuan.checkpoint import save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Pooling, embedding_steps, read_pooling
-from liaoyuan.inference.memory import OwnMemory
+from liaoyuan.inference.spread.memory import OwnMemory
 from liaoyuan.models import Decoder
 
 TEXTS = [[5, 17, 80], [1], list(range(1, 90)), [9] * 7, [3, 3, 94, 12, 50, 61, 7, 8]]

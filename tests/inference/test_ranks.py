@@ -13,8 +13,8 @@ from liaoyuan.checkpoint import load_model, load_weights, save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Completion, Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.inference.cache import KeyValueCache, PagedContext
-from liaoyuan.inference.message import FIRST, decode, encode
-from liaoyuan.inference.mirror import Leader, follow
+from liaoyuan.inference.spread.message import FIRST, decode, encode
+from liaoyuan.inference.spread.mirror import Leader, follow
 from liaoyuan.models import Decoder, config_from_dict, read_config
 from liaoyuan.models.context import packed_context
 from liaoyuan.parallel import Layout, World, check_inference, inference, lay_out_inference

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from liaoyuan.data.tokenizer import Tokenizer, train_tokenizer
-from liaoyuan.inference.grammar import Grammars
+from liaoyuan.inference.constraints.grammar import Grammars
 from liaoyuan.serving.call_grammar import calls_grammar
 from liaoyuan.serving.call_reader import CallReader
 from liaoyuan.serving.protocol import Function

@@ -154,3 +154,16 @@ def test_dataclasses_and_bodies_agree() -> None:
 
     known = {field.name for field in dataclasses.fields(SamplingParams)} - {"constraint", "top_logprobs"}
     assert known == TokenSampling.model_fields.keys() - {"ignore_eos", "logprobs"}
+
+
+@pytest.mark.parametrize("how", ["ngram", "draft"])
+def test_a_server_that_guesses_gives_the_same_answers(client: httpx.Client, model_folder: Path, how: str) -> None:
+    config = EngineConfig(speculate="ngram" if how == "ngram" else "")
+    draft = model_folder if how == "draft" else None
+    with (
+        open_server(model_folder, port=0, engine=config, draft=draft) as server,
+        httpx.Client(base_url=server.url, trust_env=False, timeout=60) as guessing,
+    ):
+        expected, found = generate(client)["choices"][0], generate(guessing)["choices"][0]
+        assert found["token_ids"] == expected["token_ids"]
+        assert guessing.get("/health").json()["guessed_right"] > 0 or how == "ngram"

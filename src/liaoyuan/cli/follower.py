@@ -23,8 +23,8 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     tune_process(task["threads"])
     try:
-        from liaoyuan.inference.mirror import follow
-        from liaoyuan.inference.ranks import Task, join
+        from liaoyuan.inference.spread.mirror import follow
+        from liaoyuan.inference.spread.ranks import Task, join
 
         follow(*join(Task(**task)))
     except LiaoyuanError as error:

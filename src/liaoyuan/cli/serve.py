@@ -33,6 +33,12 @@ def serve(
         int | None,
         typer.Option(min=1, metavar="N", help="Most tokens of a request; else the model's.", rich_help_panel=ENGINE),
     ] = None,
+    speculate: Annotated[
+        str, typer.Option(metavar="HOW", help="Guess next tokens: ngram (from those before).", rich_help_panel=ENGINE)
+    ] = "",
+    draft: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A small model that guesses them.", rich_help_panel=ENGINE)
+    ] = None,
     api_key: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="May come several times.", rich_help_panel=DOOR)
     ] = None,
@@ -98,7 +104,10 @@ def serve(
         max_concurrent=max_concurrent,
         timeout=timeout,
     )
+    if speculate not in ("", "ngram"):
+        raise LiaoyuanError(f"There is no speculation '{speculate}'; there is ngram, and --draft FOLDER.")
     engine = EngineConfig(
+        speculate=speculate,
         max_sequences=max_sequences,
         max_batch_tokens=max(EngineConfig().max_batch_tokens, max_sequences),
         cache_bytes=int(cache_gb * 2**30),
@@ -122,6 +131,7 @@ def serve(
             context_length=context_length,
             control=control,
             layout=layout,
+            draft=draft,
             quantisation=few_bits,
             adapters=adapters,
             adapter_folder=lora_folder,

@@ -4,16 +4,16 @@
 """
 
 from liaoyuan.inference.adapters import Adapters, Loaded
-from liaoyuan.inference.constraint import Constraint, ConstraintState
+from liaoyuan.inference.constraints.constraint import Constraint, ConstraintState
+from liaoyuan.inference.constraints.grammar import Grammar, Grammars
+from liaoyuan.inference.constraints.thinking import AfterThinking, ThinkMarks
 from liaoyuan.inference.engine import Engine
-from liaoyuan.inference.exact import Proof, prove, require_exact
-from liaoyuan.inference.exact_paths import FULL, QUICK
-from liaoyuan.inference.grammar import Grammar, Grammars
+from liaoyuan.inference.exactness.paths import FULL, QUICK
+from liaoyuan.inference.exactness.proof import Proof, prove, require_exact
 from liaoyuan.inference.pooling import Pooling, embedding_steps, read_pooling
 from liaoyuan.inference.request import Completion, Event, PromptLogprobs, Request, SamplingParams
 from liaoyuan.inference.runner import Busy, EngineThread
 from liaoyuan.inference.sizes import EngineConfig
-from liaoyuan.inference.thinking import AfterThinking, ThinkMarks
 
 __all__ = [
     "FULL",

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from liaoyuan.inference.constraint import ConstraintState
-from liaoyuan.inference.masks import allowed, may_forbid
+from liaoyuan.inference.constraints.constraint import ConstraintState
+from liaoyuan.inference.constraints.masks import allowed, may_forbid
 from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.request import TopLogprobs
 from liaoyuan.inference.sampling import Settings, distributions, sample, top_logprobs, uniform

@@ -19,7 +19,6 @@ from liaoyuan.inference.blocks import BlockPool
 from liaoyuan.inference.cache import KeyValueCache
 from liaoyuan.inference.draft_model import DraftModel
 from liaoyuan.inference.drawing import Drawing
-from liaoyuan.inference.memory import Memory, OwnMemory
 from liaoyuan.inference.model_step import ModelStep, groups_of, reason_of
 from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.request import Completion, Event, Request, RequestId
@@ -27,6 +26,7 @@ from liaoyuan.inference.scheduler import Scheduler
 from liaoyuan.inference.sequence import UNKNOWN, Sequence
 from liaoyuan.inference.sizes import EngineConfig, num_blocks
 from liaoyuan.inference.speculation import Drafter, NGramDrafter, Speculation
+from liaoyuan.inference.spread.memory import Memory, OwnMemory
 from liaoyuan.inference.weights import Weights
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Progress, Report, silent
@@ -55,7 +55,7 @@ class Engine:
                 f"({config.max_sequences}): every running sequence needs a token a step."
             )
         if config.exact:
-            from liaoyuan.inference.exact import require_exact  # which itself runs engines
+            from liaoyuan.inference.exactness.proof import require_exact  # which itself runs engines
 
             require_exact(model)
         self.model, self.config = model, config

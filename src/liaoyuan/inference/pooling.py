@@ -13,7 +13,7 @@ from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.cache import KeyValueCache, PagedContext
-from liaoyuan.inference.memory import Memory
+from liaoyuan.inference.spread.memory import Memory
 from liaoyuan.models import AttentionContext, Decoder, packed_context
 from liaoyuan.rundir import read_json
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference.constraint import Constraint
+from liaoyuan.inference.constraints.constraint import Constraint
 
 RequestId = str | int
 TopLogprobs = list[tuple[int, float]]  # (token, log-probability), the most probable first

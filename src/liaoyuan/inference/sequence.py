@@ -7,7 +7,7 @@ import numpy as np
 
 from liaoyuan.inference.adapters import NONE, Loaded
 from liaoyuan.inference.blocks import Key
-from liaoyuan.inference.constraint import ConstraintState
+from liaoyuan.inference.constraints.constraint import ConstraintState
 from liaoyuan.inference.request import Completion, PromptLogprobs, Request, TopLogprobs
 
 UNKNOWN = 1.0  # no logarithm of a probability

@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from liaoyuan.inference.grammar import Grammar, Vocabulary, lark, literal
-from liaoyuan.inference.grammar_trial import WHITESPACE
+from liaoyuan.inference.constraints.grammar import Grammar, Vocabulary, lark, literal
+from liaoyuan.inference.constraints.grammar_trial import WHITESPACE
 from liaoyuan.serving.protocol import Function
 from liaoyuan.serving.tools import CallFormat
 

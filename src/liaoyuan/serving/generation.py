@@ -21,7 +21,7 @@ from starlette.types import Send
 from liaoyuan.data.tokenizer import IncrementalDecoder, Tokenizer
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Busy, Constraint, Engine, Event, Grammars, Request, SamplingParams, ThinkMarks
-from liaoyuan.inference.grammar import Grammar
+from liaoyuan.inference.constraints.grammar import Grammar
 from liaoyuan.serving.adapters import ADAPTER, Shelf
 from liaoyuan.serving.call_reader import CallReader
 from liaoyuan.serving.caller import CALLER

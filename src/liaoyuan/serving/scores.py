@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan.inference import Engine, PromptLogprobs, Request, SamplingParams
-from liaoyuan.inference.memory import OwnMemory
+from liaoyuan.inference.spread.memory import OwnMemory
 from liaoyuan.models import Decoder, packed_context
 from liaoyuan.serving.adapters import ADAPTER
 from liaoyuan.serving.caller import CALLER

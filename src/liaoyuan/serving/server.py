@@ -18,7 +18,7 @@ from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, EngineThread, read_pooling
-from liaoyuan.inference.ranks import open_ranks
+from liaoyuan.inference.spread.ranks import open_ranks
 from liaoyuan.models import Quantisation, read_config
 from liaoyuan.parallel import Layout, check_inference
 from liaoyuan.serving.about import About, read_about
@@ -142,6 +142,7 @@ def open_server(
     call_format: str | None = None,
     control: bool = False,
     layout: Layout = Layout(),
+    draft: Path | None = None,
     quantisation: Quantisation | None = None,
     adapters: Mapping[str, Path] = {},
     adapter_folder: Path | None = None,
@@ -157,6 +158,7 @@ def open_server(
         access: who may ask, and how much; on a loopback address only requests that name it are answered.
         max_queued: requests that may wait beyond those that the engine runs at once.
         context_length: the most tokens of a request; as many as model and cache hold if None.
+        draft: folder of a small model that guesses next tokens.
         quantisation: keep the weights in few bits.
         adapters: low-rank adapters to begin with, each a folder by its name.
         adapter_folder: whoever may ask may load adapters from inside it; None: from nowhere.
@@ -170,7 +172,7 @@ def open_server(
             tokenizer, failure = _load_tokenizer(model_dir), Failure()
             if layout.tp * layout.ep > 1:
                 _refuse_spread(quantisation, adapters, adapter_folder)
-            running = _open_engine(model_dir, device, engine, layout, failure, opened, quantisation)
+            running = _open_engine(model_dir, device, engine, layout, failure, opened, draft, quantisation)
             for adapter, folder in adapters.items():
                 running.load_adapter(adapter, folder)
             eos = running.model.config.eos_token_id
@@ -231,10 +233,15 @@ def _open_engine(
     layout: Layout,
     failure: Failure,
     opened: contextlib.ExitStack,
+    draft: Path | None,
     quantisation: Quantisation | None,
 ) -> Engine:
     if layout.tp * layout.ep == 1:
-        return Engine(load_model(model_dir, device=select_device(device).torch, quantisation=quantisation), config)
+        place = select_device(device).torch
+        small = None if draft is None else load_model(draft, device=place)
+        return Engine(load_model(model_dir, device=place, quantisation=quantisation), config, small)
+    if draft is not None:
+        raise LiaoyuanError("--draft is for a model in one process: leave out --tp, or --draft.")
     leader = opened.enter_context(open_ranks(model_dir, layout, device, failure))
     return Engine(leader.model, config, memory=leader)
 

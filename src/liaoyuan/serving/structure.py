@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from liaoyuan.inference.grammar import Grammar, choice, ebnf, json_schema, regex
+from liaoyuan.inference.constraints.grammar import Grammar, choice, ebnf, json_schema, regex
 from liaoyuan.serving.errors import invalid
 from liaoyuan.serving.protocol import ResponseFormat, Sampling, StructuredOutputs
 

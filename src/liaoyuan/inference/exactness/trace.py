@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liaoyuan.inference.exact_paths import Path, Probe
+from liaoyuan.inference.exactness.paths import Path, Probe
 from liaoyuan.models import Decoder, packed_context
 from liaoyuan.models.decoder import Layer
 from liaoyuan.ops.choice import AUTO, compute_with, operators_called

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from liaoyuan.inference.constraint import ConstraintState
+from liaoyuan.inference.constraints.constraint import ConstraintState
 from liaoyuan.inference.sequence import Sequence
 
 

@@ -2,7 +2,7 @@
 
 The engine, its scheduler and all sampling live in the first process, the leader. Its model announces each call before
 it makes it, and its cache each copy of blocks; the followers make the same calls with the same tensors. A step is one
-broadcast of one flat tensor, and a second one if it does not fit into the first (`inference/message.py`).
+broadcast of one flat tensor, and a second one if it does not fit into the first (`inference/spread/message.py`).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from liaoyuan.checkpoint import read_weights
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.cache import KeyValueCache, PagedContext
-from liaoyuan.inference.message import as_text, receive, send, text_tensor
+from liaoyuan.inference.spread.message import as_text, receive, send, text_tensor
 from liaoyuan.inference.weights import Weights
 from liaoyuan.models import AttentionContext, Decoder, PackedContext, read_config
 from liaoyuan.ops import LogitStatistics, checksum

@@ -18,7 +18,7 @@ import torch
 
 from liaoyuan import ops
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference.exact_paths import (
+from liaoyuan.inference.exactness.paths import (
     FULL,
     QUICK,
     Extent,
@@ -31,7 +31,7 @@ from liaoyuan.inference.exact_paths import (
     paths_of,
     teacher_forcing,
 )
-from liaoyuan.inference.exact_trace import first_difference, operators_of
+from liaoyuan.inference.exactness.trace import first_difference, operators_of
 from liaoyuan.models import Decoder
 from liaoyuan.ops.build import cache_folder, library_path
 from liaoyuan.rundir import Progress, Report, silent, write_atomic

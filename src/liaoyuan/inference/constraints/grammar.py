@@ -24,8 +24,8 @@ from llguidance import LLMatcher, LLTokenizer
 
 from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference import grammar_trial
-from liaoyuan.inference.constraint import Constraint
+from liaoyuan.inference.constraints import grammar_trial
+from liaoyuan.inference.constraints.constraint import Constraint
 
 MOST_BYTES = 256 * 1024  # of one grammar's text
 MOST_COMPILED = 128  # grammars that are kept

@@ -16,9 +16,16 @@ from pathlib import Path
 
 from liaoyuan.checkpoint import load_model
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference.disaggregation import Worker
+from liaoyuan.inference.disaggregation.frames import (
+    Closed,
+    Header,
+    event_from_json,
+    put_frame,
+    read_frame,
+    request_to_json,
+)
+from liaoyuan.inference.disaggregation.worker import Worker
 from liaoyuan.inference.engine import Engine
-from liaoyuan.inference.frames import Closed, Header, event_from_json, put_frame, read_frame, request_to_json
 from liaoyuan.inference.request import Event, Request
 from liaoyuan.inference.runner import EngineThread
 from liaoyuan.inference.sizes import EngineConfig

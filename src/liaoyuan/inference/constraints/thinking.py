@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from liaoyuan.inference.constraint import Constraint, ConstraintState
-from liaoyuan.inference.grammar import Vocabulary
+from liaoyuan.inference.constraints.constraint import Constraint, ConstraintState
+from liaoyuan.inference.constraints.grammar import Vocabulary
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.blocks import Key
 from liaoyuan.inference.cache import KeyValueCache
+from liaoyuan.inference.disaggregation.lease import Leases
 from liaoyuan.inference.engine import Engine
-from liaoyuan.inference.lease import Leases
 from liaoyuan.inference.request import Request
 from liaoyuan.inference.sequence import block_keys, root_key
 from liaoyuan.ops import checksum

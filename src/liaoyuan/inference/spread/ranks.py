@@ -28,7 +28,7 @@ from torch.distributed import ProcessGroup
 from liaoyuan.checkpoint import load_weights
 from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference.mirror import Leader
+from liaoyuan.inference.spread.mirror import Leader
 from liaoyuan.models import Decoder, read_config
 from liaoyuan.parallel import Layout, Program, World, check_inference, lay_out_inference
 

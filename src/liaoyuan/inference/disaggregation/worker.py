@@ -21,8 +21,7 @@ from typing import Any, TypeVar
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.blocks import Key
-from liaoyuan.inference.engine import Engine
-from liaoyuan.inference.frames import (
+from liaoyuan.inference.disaggregation.frames import (
     Closed,
     Header,
     event_to_json,
@@ -32,7 +31,8 @@ from liaoyuan.inference.frames import (
     request_to_json,
     write_frame,
 )
-from liaoyuan.inference.prefixes import Lot, Prefixes, Torn
+from liaoyuan.inference.disaggregation.prefixes import Lot, Prefixes, Torn
+from liaoyuan.inference.engine import Engine
 from liaoyuan.inference.request import Event, Request, SamplingParams
 from liaoyuan.inference.runner import EngineThread
 

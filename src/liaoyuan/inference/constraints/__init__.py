@@ -1,0 +1,1 @@
+"""What may follow what: grammars, thoughts with a budget, forbidden tokens."""

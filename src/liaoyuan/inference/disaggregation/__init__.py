@@ -1,0 +1,1 @@
+"""Prefill and decode in different processes, with blocks of the cache handed over under leases."""
