@@ -107,7 +107,8 @@ class Drawing:
     ) -> tuple[Settings, dict[int, str]]:
         """Return the settings of rows, and why some rows cannot be drawn."""
         numbers = (self._temperature[slots], self._top_p[slots], self._top_k[slots], self._min_p[slots])
-        chance = uniform(self._seed[slots], places)
+        is_random = numbers[0].any()  # else nothing is left to chance
+        chance = uniform(self._seed[slots], places) if is_random else np.zeros(len(slots))
         special = self._penalties[slots] | self._bias[slots] | self._forbids[slots]
         if not special.any():
             return Settings(*numbers, chance), {}
