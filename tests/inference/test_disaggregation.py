@@ -15,6 +15,7 @@ from liaoyuan.checkpoint import save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, EngineThread, Request, SamplingParams
 from liaoyuan.inference.cache import KeyValueCache
+from liaoyuan.inference.disaggregation import worker
 from liaoyuan.inference.disaggregation.frames import (
     LENGTHS,
     Closed,
@@ -168,7 +169,7 @@ class Fault:
 def test_a_prefill_side_that_fails_at_any_frame_costs_only_time(
     tiny_model: Decoder, monkeypatch: pytest.MonkeyPatch, kind: str, at: int
 ) -> None:
-    monkeypatch.setattr(disaggregation, "LOT", 2)  # at least five frames with blocks
+    monkeypatch.setattr(worker, "LOT", 2)  # at least five frames with blocks
     expected = alone(tiny_model, request())
 
     async def test(prefill: Side, decode: Side) -> None:
@@ -196,7 +197,7 @@ def test_no_prefill_side_at_all_costs_only_time(tiny_model: Decoder) -> None:
 def test_a_decode_side_that_dies_at_any_frame_leaves_no_block_held(
     tiny_model: Decoder, monkeypatch: pytest.MonkeyPatch, frames: int
 ) -> None:
-    monkeypatch.setattr(disaggregation, "LOT", 2)  # at least five frames with blocks
+    monkeypatch.setattr(worker, "LOT", 2)  # at least five frames with blocks
 
     async def test(prefill: Side, decode: Side) -> None:
         reader, writer = await asyncio.open_unix_connection(prefill.socket)

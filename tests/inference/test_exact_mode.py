@@ -168,20 +168,20 @@ def test_a_proof_is_kept_for_the_same_weights(tmp_path, monkeypatch: pytest.Monk
     model = model_of("dense")
     ops.status()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("liaoyuan.inference.exact.library_path", lambda: tmp_path / "kernels.so")
+    monkeypatch.setattr("liaoyuan.inference.exactness.proof.library_path", lambda: tmp_path / "kernels.so")
     assert Engine(model, EngineConfig(exact=True)).statistics()["exact"] is True
     kept = find_proof(model)
-    monkeypatch.setattr("liaoyuan.inference.exact.prove", lambda *_: pytest.fail("it was proven again"))
+    monkeypatch.setattr("liaoyuan.inference.exactness.proof.prove", lambda *_: pytest.fail("it was proven again"))
     assert find_proof(model) == kept and kept.exact
     with torch.no_grad():
         model.norm.weight += 1
-    monkeypatch.setattr("liaoyuan.inference.exact.prove", lambda *_: replace(kept, results=()))
+    monkeypatch.setattr("liaoyuan.inference.exactness.proof.prove", lambda *_: replace(kept, results=()))
     assert not find_proof(model).exact
 
 
 def test_doctor_shows_the_proof_and_its_status_says_the_verdict(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(model_of("dense"), tmp_path / "model", None)
-    monkeypatch.setattr("liaoyuan.inference.exact.prove.__defaults__", (QUICK, silent))
+    monkeypatch.setattr("liaoyuan.inference.exactness.proof.prove.__defaults__", (QUICK, silent))
     told = CliRunner().invoke(app, ["doctor", "--exact", str(tmp_path / "model")])
     assert told.exit_code == 0 and "Exact: all" in told.stdout and "speculation" in told.stdout
     ops.configure({"attention": "reference"})

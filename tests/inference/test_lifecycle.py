@@ -153,7 +153,7 @@ def test_an_update_that_fails_in_the_middle_breaks_the_engine_until_a_whole_one(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("liaoyuan.inference.memory.copy_weights", fails)
+        patch.setattr("liaoyuan.inference.spread.memory.copy_weights", fails)
         with pytest.raises(MemoryError):
             engine.update_weights(other)
     assert engine.state == "broken"

@@ -83,15 +83,17 @@ def request_from_json(values: Header) -> Request:
 
 
 def event_to_json(event: Event) -> Header:
-    """Return an event as JSON's types."""
-    return dataclasses.asdict(event)
+    """Return an event as JSON's types; its `error` is called "why", since a header with "error" is a refusal."""
+    values = dataclasses.asdict(event)
+    return values | {"why": values.pop("error")}
 
 
 def event_from_json(values: Header) -> Event:
     """Undo `event_to_json`; LiaoyuanError if the values are no event."""
     try:
         prompt = values["prompt"] and PromptLogprobs(values["prompt"]["logprobs"], _top(values["prompt"]["top"]))
-        return Event(**values | {"top_logprobs": _top(values["top_logprobs"]), "prompt": prompt})
+        values = values | {"top_logprobs": _top(values["top_logprobs"]), "prompt": prompt, "error": values["why"]}
+        return Event(**{name: value for name, value in values.items() if name != "why"})
     except (KeyError, TypeError) as error:
         raise LiaoyuanError(f"This is no event: {error}.") from error
 
