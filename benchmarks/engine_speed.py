@@ -37,7 +37,7 @@ import transformers  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
 from liaoyuan import ops  # noqa: E402
-from liaoyuan.checkpoint import save_model  # noqa: E402
+from liaoyuan.checkpoint import load_model, save_model  # noqa: E402
 from liaoyuan.device import cpu_name, select_device  # noqa: E402
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams  # noqa: E402
 from liaoyuan.models import Decoder, ModelConfig, initialise  # noqa: E402
@@ -119,7 +119,7 @@ def config_of(name: str, dtype: str) -> ModelConfig:
 
 
 def all_sides(model: Decoder, folder: Path, options: argparse.Namespace) -> dict[str, Side]:
-    sides = {"liaoyuan": ours(model)}
+    sides = {"liaoyuan": ours(load_model(folder))}  # read from the folder, as every side does
     if options.peers:
         for peer in options.peer:
             sides[peer] = Peer(peer, folder, options)

@@ -117,6 +117,9 @@ def reason_of(draws: Draws, row: int) -> str | None:
 
 def groups_of(slots: np.ndarray, kept: np.ndarray) -> list[tuple[int, int]]:
     """Return the runs of kept rows of each sequence: (first, end); the first row of each is kept."""
-    starts = np.flatnonzero(np.r_[True, slots[1:] != slots[:-1]]) if len(slots) else np.empty(0, dtype=np.int64)
-    sizes = np.add.reduceat(kept, starts, dtype=np.int64) if len(slots) else starts
+    same = slots[1:] == slots[:-1]
+    if not same.any():
+        return [(row, row + 1) for row in range(len(slots))]
+    starts = np.flatnonzero(np.concatenate([[True], ~same]))
+    sizes = np.add.reduceat(kept, starts, dtype=np.int64)
     return list(zip(starts.tolist(), (starts + sizes).tolist(), strict=True))
