@@ -9,6 +9,7 @@ sides take turns in one run, medians.
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from liaoyuan.cli.process import tune_process
 
 SETTINGS = tune_process()
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests know how an adapter's files look
 
 import torch  # noqa: E402  (after the allocator's settings)
 from benchmarks.engine_speed import SIZES, config_of  # noqa: E402

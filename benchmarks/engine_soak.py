@@ -1,5 +1,6 @@
 """A server under everything at once: thousands of requests of random size while clients hang up, requests are aborted,
-the engine pauses and sleeps and its weights change; then every answer that was completed is asked again, alone.
+the engine pauses and sleeps, its weights change and adapters come and go; then every answer that was completed is asked
+again, alone.
 
 Shown at the end: what was done, what came of it, and four promises: the process is alive, no request is stuck, no block
 is missing, and every completed answer has the tokens and log-probabilities of the same request alone (for an answer
@@ -23,9 +24,11 @@ from typing import Any
 from liaoyuan.cli.process import tune_process
 
 tune_process()
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests know how an adapter's files look
 
 import httpx  # noqa: E402
 import torch  # noqa: E402
+from tests.inference.adapter_files import write_adapter  # noqa: E402
 
 from liaoyuan.checkpoint import load_model, save_model  # noqa: E402
 from liaoyuan.data.tokenizer import train_tokenizer  # noqa: E402
@@ -35,6 +38,8 @@ from liaoyuan.serving import open_server  # noqa: E402
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 40
 CONTEXT = 256
+ADAPTERS = ("north", "south")
+TROUBLES = "adapter adapter keep keep wait abort sleep drop update update wrong forget".split()  # noqa: SIM905
 CHANCES = {"hangs up": 0.12, "stream": 0.25, "deadline": 0.05}  # of a request
 SIZES = EngineConfig(max_sequences=24, max_batch_tokens=192, cache_tokens=2048, speculate="ngram")
 
@@ -74,10 +79,13 @@ def run(requests: int, clients: int, seed: int, report: Any = lambda _: None) ->
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         folders = make_models(Path(folder))
-        with open_server(folders[0], port=0, engine=SIZES, control=True) as server:
+        shelf = {name: Path(folder) / name for name in ADAPTERS}
+        for seed, place in enumerate(shelf.values()):
+            write_adapter(place, folders[0], seed=seed)
+        with open_server(folders[0], port=0, engine=SIZES, control=True, adapter_folder=Path(folder)) as server:
             soak = asyncio.run(drive(server.url, folders, requests, clients, random.Random(seed), report))
         report(f"{len(soak.done)} answers were completed; each is asked again, alone")
-        compare(soak, folders)
+        compare(soak, folders, shelf)
     return soak
 
 
@@ -136,6 +144,8 @@ def body_of(chance: random.Random) -> dict[str, Any]:
         body["timeout"] = chance.random() * 0.05 + 1e-4
     if chance.random() < 0.1:
         body["cache_salt"] = "salt"
+    if chance.random() < 0.3:
+        body["model"] = chance.choice(ADAPTERS)
     return body
 
 
@@ -159,6 +169,9 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any], soak: Soak, chanc
             if reply.status_code == 429:
                 soak.counts["refused: busy"] += 1
                 return
+            if reply.status_code == 404 and "model" in body:
+                soak.counts["refused: the adapter is not here now"] += 1
+                return
             reply.raise_for_status()
             reply_json = reply.json()["choices"][0]
     except TimeoutError:
@@ -171,13 +184,15 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any], soak: Soak, chanc
     soak.counts[f"answers that ended with '{reason}'"] += 1
     if reason in ("stop", "length"):
         soak.done.append((body, reply_json))
-    elif reason not in ("timeout", "abort") or (reason == "timeout" and "timeout" not in body):
+    elif reason not in ("timeout", "abort", "no adapter") or (reason == "timeout" and "timeout" not in body):
         soak.wrong.append(f"ended with {reason!r}: {body}")
 
 
 async def streamed(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
     whole: dict[str, Any] = {"token_ids": [], "logprobs": [], "versions": [], "finish_reason": None}
     async with client.stream("POST", "/inference/v1/generate", json=body | {"stream": True}) as reply:
+        if reply.status_code == 404 and "model" in body:
+            return whole | {"finish_reason": "no adapter"}
         reply.raise_for_status()
         async for line in reply.aiter_lines():
             if line.startswith("data: {"):
@@ -192,10 +207,10 @@ async def make_trouble(
     client: httpx.AsyncClient, folders: list[Path], soak: Soak, chance: random.Random, over: asyncio.Event
 ) -> None:
     """Pause, sleep, and change the weights, again and again; even versions are those of the first folder."""
-    version = 0
+    version, loaded = 0, set[str]()
     while not over.is_set():
         await asyncio.sleep(chance.random() * 0.3)
-        what = chance.choice(["keep", "keep", "wait", "abort", "sleep", "drop", "update", "update", "wrong", "forget"])
+        what = chance.choice(TROUBLES)
         soak.counts[f"trouble: {what}"] += 1
         if what in ("keep", "wait", "abort"):
             await post(client, soak, "/pause", {"mode": what})
@@ -207,6 +222,12 @@ async def make_trouble(
             await post(client, soak, "/update_weights", {"folder": str(folders[0] / "nothing")}, expected=409)
         elif what == "forget":
             await post(client, soak, "/reset_prefix_cache")
+        elif what == "adapter":
+            name = chance.choice(ADAPTERS)
+            verb = "unload" if name in loaded else "load"
+            body = {"lora_name": name} | ({} if name in loaded else {"lora_path": name})
+            loaded ^= {name}
+            await post(client, soak, f"/v1/{verb}_lora_adapter", body)
         else:
             await post(client, soak, "/sleep", {"level": 1 if what == "sleep" else 2})
             await post(client, soak, "/wake_up")
@@ -240,9 +261,12 @@ async def check_idle(client: httpx.AsyncClient, soak: Soak) -> None:
     soak.counts["guessed tokens that were right"] += health["guessed_right"]
 
 
-def compare(soak: Soak, folders: list[Path]) -> None:
+def compare(soak: Soak, folders: list[Path], shelf: dict[str, Path]) -> None:
     """Ask for every completed answer again, alone: the same tokens and the very bits of the log-probabilities."""
     engines = [Engine(load_model(folder), EngineConfig(max_sequences=1, prefix_cache=False)) for folder in folders]
+    for engine in engines:
+        for name, place in shelf.items():
+            engine.load_adapter(name, place)
     stops = tuple(sorted({load_model(folders[0]).config.eos_token_id or 0}))
     for body, reply in soak.done:
         tokens, start = reply["token_ids"], 0
@@ -252,11 +276,13 @@ def compare(soak: Soak, folders: list[Path]) -> None:
             asked["max_tokens"] = end - start
             ends = () if body["sampling_params"]["ignore_eos"] else stops
             sampling = SamplingParams(**asked, stop_token_ids=ends)
-            alone = engines[version % 2].generate([Request(0, prompt, sampling)])[0]
+            request = Request(0, prompt, sampling, adapter=body.get("model", ""))
+            alone = engines[version % 2].generate([request])[0]
             if alone.tokens != tokens[start:end] or alone.logprobs != reply["logprobs"][start:end]:
                 soak.wrong.append(f"another answer alone, from token {start} on: {body}")
             start = end
         soak.counts["answers compared"] += 1
+        soak.counts["answers of an adapter"] += "model" in body
         soak.counts["answers of several versions of the weights"] += len(set(reply["versions"])) > 1
 
 
