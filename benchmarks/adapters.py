@@ -20,9 +20,9 @@ SETTINGS = tune_process()
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests know how an adapter's files look
 
 import torch  # noqa: E402  (after the allocator's settings)
-from benchmarks.engine_speed import SIZES, config_of  # noqa: E402
 from tests.inference.adapter_files import write_adapter  # noqa: E402
 
+from engine_speed import SIZES, config_of  # noqa: E402
 from liaoyuan.checkpoint import save_model  # noqa: E402
 from liaoyuan.checkpoint.adapters import AdapterWeights  # noqa: E402
 from liaoyuan.device import cpu_name, select_device  # noqa: E402

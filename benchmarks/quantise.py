@@ -21,8 +21,8 @@ SETTINGS = tune_process()
 
 import torch  # noqa: E402  (after the allocator's settings)
 import zstandard  # noqa: E402
-from benchmarks.engine_speed import SIZES, config_of, ours  # noqa: E402
 
+from engine_speed import SIZES, config_of, ours  # noqa: E402
 from liaoyuan.checkpoint import load_model  # noqa: E402
 from liaoyuan.data import Tokenizer  # noqa: E402
 from liaoyuan.device import cpu_name, select_device  # noqa: E402
