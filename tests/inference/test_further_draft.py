@@ -2,6 +2,7 @@
 formulas, the answers are those that come without it, and they come in fewer steps where the layer was trained.
 """
 
+import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,10 @@ from liaoyuan import ops
 from liaoyuan.checkpoint import load_model, save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
+from liaoyuan.inference.disaggregation.front import Front
 from liaoyuan.models import Decoder, ModelConfig, Quantisation, config_from_dict, packed_context
 from tests.conftest import randomised
+from tests.inference.test_disaggregation import alone, answer, request, side
 from tests.inference.test_speculation import GREEDY, SIZES, asked, said
 
 COMMON = {
@@ -168,11 +171,12 @@ def test_answers_are_those_that_come_without(model: Decoder, sizes: dict[str, in
     assert statistics["free_blocks"] == statistics["blocks"]
 
 
-def test_log_probabilities_have_the_same_bits(config: ModelConfig) -> None:
+@pytest.mark.parametrize("sizes", SIZES)
+def test_log_probabilities_have_the_same_bits(config: ModelConfig, sizes: dict[str, int]) -> None:
     if any(row.kernel != "native" for row in ops.status()):
         pytest.skip("not all native kernels are in use here, and the references are not exact")
     model = randomised(replace(config, dtype="bfloat16"), seed=0)
-    plain, found = (Engine(model, sizes).generate(asked()) for sizes in (EngineConfig(), MTP))
+    plain, found = (Engine(model, how).generate(asked()) for how in (EngineConfig(), MTP.model_copy(update=sizes)))
     assert [one.logprobs for one in found] == [one.logprobs for one in plain]
 
 
@@ -261,3 +265,21 @@ def test_weights_of_few_bits_guess_too(model: Decoder, tmp_path: Path) -> None:
     compared = compare_guesses(engine)
     assert said(engine.generate(asked(1))) == said(Engine(few).generate(asked(1)))
     assert sum(compared) > 20
+
+
+def test_who_got_a_prompts_blocks_from_another_engine_guesses_as_if_it_were_its_own(
+    model: Decoder, tmp_path: Path
+) -> None:
+    asked = request(count=20)
+    greedy = replace(asked, sampling=SamplingParams(20, 0.0, top_logprobs=2))
+
+    async def hand_over() -> None:
+        sides = (side(model, tmp_path, name, speculate="mtp") for name in ("prefill", "decode"))
+        async with next(sides) as one, next(sides) as two:
+            compared = compare_guesses(two.engine)
+            assert await answer(Front([two.socket], [one.socket]), greedy) == alone(model, greedy)
+            assert two.worker.counts["blocks_received"] == 9 and sum(compared) > 20
+            await one.rests()
+            await two.rests()
+
+    asyncio.run(hand_over())
