@@ -38,8 +38,9 @@ class FurtherDrafter:
         """
         if not model.config.further_layers:
             raise LiaoyuanError(
-                f"This {model.config.model_type} model has no layer for predicting the token after the next: leave "
-                "out speculate='mtp', or take a folder with num_nextn_predict_layers and read it with further=True."
+                f"This {model.config.model_type} model has no layer for predicting the token after the next: guess "
+                "without 'mtp', or take a folder whose config.json has num_nextn_predict_layers (load_model reads the "
+                "layer with further=True)."
             )
         further = model.further[0]
         assert isinstance(further, FurtherLayer)
