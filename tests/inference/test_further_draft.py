@@ -233,6 +233,17 @@ def test_sleep_and_new_weights_leave_answers_right(model: Decoder, config: Model
     assert not torch.equal(model.further[0].eh_proj.weight, before)
 
 
+def test_weights_that_training_wrote_without_the_layer_are_taken(
+    model: Decoder, config: ModelConfig, tmp_path: Path
+) -> None:
+    other = randomised(replace(config, further_layers=0), seed=7)
+    save_model(other, tmp_path)
+    engine, kept = Engine(model, MTP), model.further[0].eh_proj.weight.clone()
+    engine.update_weights(tmp_path)
+    assert said(engine.generate(asked(3))) == said(Engine(other).generate(asked(3)))
+    assert torch.equal(model.further[0].eh_proj.weight, kept) and engine.statistics()["guessed_tokens"] > 0
+
+
 def test_a_folder_holds_them_and_is_read_without_them_by_default(model: Decoder, tmp_path: Path) -> None:
     save_model(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
