@@ -19,8 +19,10 @@ from liaoyuan.checkpoint import load_model, save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.inference.disaggregation.front import Front
+from liaoyuan.inference.spread.memory import OwnMemory
 from liaoyuan.models import Decoder, ModelConfig, Quantisation, config_from_dict, packed_context
 from tests.conftest import randomised
+from tests.inference.adapter_files import saved, write_adapter
 from tests.inference.test_disaggregation import alone, answer, request, side
 from tests.inference.test_speculation import GREEDY, SIZES, asked, said
 
@@ -262,11 +264,13 @@ def test_a_folder_holds_them_and_is_read_without_them_by_default(model: Decoder,
         load_model(tmp_path, further=True)
 
 
-def test_a_model_without_such_layers_is_refused(tiny_model: Decoder, model: Decoder) -> None:
+def test_what_cannot_guess_is_refused(tiny_model: Decoder, model: Decoder) -> None:
     with pytest.raises(LiaoyuanError, match="has no layer for predicting the token after the next"):
         Engine(tiny_model, MTP)
     with pytest.raises(LiaoyuanError, match="leave out one of them"):
         Engine(model, MTP, model)
+    with pytest.raises(LiaoyuanError, match="needs the whole model in one process: leave out --tp and --ep"):
+        Engine(model, MTP, memory=OwnMemory(model))
 
 
 def test_weights_of_few_bits_guess_too(model: Decoder, tmp_path: Path) -> None:
@@ -294,3 +298,15 @@ def test_who_got_a_prompts_blocks_from_another_engine_guesses_as_if_it_were_its_
             await two.rests()
 
     asyncio.run(hand_over())
+
+
+def test_adapters_change_nothing_about_it(model: Decoder, config: ModelConfig, tmp_path: Path) -> None:
+    without = randomised(replace(config, further_layers=0), seed=0)
+    adapter = write_adapter(tmp_path / "adapter", saved(without, tmp_path / "base"), ("o_proj",))
+    wanted = [replace(one, adapter="a" if one.id in (0, 1, 4) else "") for one in asked(6)]
+    answers = []
+    for engine in (Engine(without), Engine(model, MTP)):
+        engine.load_adapter("a", adapter)
+        answers.append(said(engine.generate(wanted)))
+    assert answers[0] == answers[1] and answers[0] != said(Engine(without).generate(asked(6)))
+    assert engine.statistics()["guessed_tokens"] > 0
