@@ -13,6 +13,8 @@ import torch
 
 from liaoyuan.checkpoint import load_model, save_model
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
+from liaoyuan.models import Decoder, initialise
+from liaoyuan.models.config import Experts
 from liaoyuan.serving import open_server
 
 PROMPT = [5, 6, 7, 8]
@@ -167,3 +169,21 @@ def test_a_server_that_guesses_gives_the_same_answers(client: httpx.Client, mode
         expected, found = generate(client)["choices"][0], generate(guessing)["choices"][0]
         assert found["token_ids"] == expected["token_ids"]
         assert guessing.get("/health").json()["guessed_right"] > 0 or how == "ngram"
+
+
+def test_a_server_guesses_with_the_models_own_layer(model_folder: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(load_model(model_folder).config, model_type="glm4_moe", qk_norm=True, further_layers=1)
+    experts = Experts(4, 2, 16, scoring="sigmoid", group_best=2, dense_layers=(0,))
+    rotary = dataclasses.replace(config.rotary, partial=0.5)
+    config = dataclasses.replace(config, experts=experts, rotary=rotary, further_normed=True)
+    save_model(initialise(Decoder(config), 0), tmp_path / "model", model_folder)
+    answers, guessed = [], 0
+    for how in ("", "mtp"):
+        sizes = EngineConfig.model_validate({"speculate": how})
+        with (
+            open_server(tmp_path / "model", port=0, engine=sizes) as server,
+            httpx.Client(base_url=server.url, trust_env=False, timeout=60) as client,
+        ):
+            answers.append(generate(client)["choices"][0]["token_ids"])
+            guessed = client.get("/health").json()["guessed_tokens"]
+    assert answers[0] == answers[1] and guessed > 0

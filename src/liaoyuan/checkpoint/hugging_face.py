@@ -51,8 +51,12 @@ def load_model(
     device: torch.device | str = "cpu",
     report: Report = silent,
     quantisation: Quantisation | None = None,
+    further: bool = False,
 ) -> Decoder:
     """Return the decoder of a Hugging Face folder, in `dtype` (the one that its config names if None).
+
+    further: with its layers for predicting the token after the next, for an engine to guess with; they are left out
+        otherwise, and a folder that has none is read as ever.
 
     quantisation: quantise each weight as it is read, so that the whole ones are never in memory together. A
         folder whose weights are quantised gives them as they are; see `compressed.py`.
@@ -61,7 +65,7 @@ def load_model(
         LiaoyuanError: a file is missing, torn or of an unsupported family, or a tensor is missing, unknown or
             of another shape than the config says.
     """
-    config = read_config(folder)
+    config = read_config(folder, further)
     if dtype is not None:
         config = with_dtype(config, dtype)
     with torch.device("meta"):
@@ -268,12 +272,12 @@ def write_weights(
     slots = [
         Slot(part.name, stored_dtype(name, config), tuple(part.shape))
         for name, ours in whole_tensors(config)
-        for part in family.stored(name, ours, config)
+        for part in family.written(name, ours, config)
     ]
     with ShardWriter(target, plan_shards(slots, max_shard_bytes), report) as writer:
         for name, ours in state:
             dtype = stored_dtype(name, config)
-            for part in family.stored(name, ours.detach().cpu(), config):
+            for part in family.written(name, ours.detach().cpu(), config):
                 writer.write(part.name, part.write().to(dtype).contiguous())
             del ours, part  # before the next one is made: two may not fit
         if writer.missing:

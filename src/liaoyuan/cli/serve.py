@@ -34,7 +34,7 @@ def serve(
         typer.Option(min=1, metavar="N", help="Most tokens of a request; else the model's.", rich_help_panel=ENGINE),
     ] = None,
     speculate: Annotated[
-        str, typer.Option(metavar="HOW", help="Guess next tokens: ngram (from those before).", rich_help_panel=ENGINE)
+        str, typer.Option(metavar="HOW", help="Guess next tokens: ngram, or mtp.", rich_help_panel=ENGINE)
     ] = "",
     draft: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="A small model that guesses them.", rich_help_panel=ENGINE)
@@ -104,8 +104,11 @@ def serve(
         max_concurrent=max_concurrent,
         timeout=timeout,
     )
-    if speculate not in ("", "ngram"):
-        raise LiaoyuanError(f"There is no speculation '{speculate}'; there is ngram, and --draft FOLDER.")
+    if speculate not in ("", "ngram", "mtp"):
+        raise LiaoyuanError(
+            f"There is no speculation '{speculate}'; there are ngram (from the tokens before), mtp (by the model's own "
+            "layer for it), and --draft FOLDER."
+        )
     engine = EngineConfig(
         speculate=speculate,
         max_sequences=max_sequences,

@@ -13,7 +13,10 @@ from liaoyuan.ops import Pages, paged_attention, write_cache
 
 
 class KeyValueCache:
-    """The memory: `keys[layer]` [num_blocks, block_size, Hk, D] and `values[layer]` [..., Dv] in the model's dtype."""
+    """The memory: `keys[layer]` [num_blocks, block_size, Hk, D] and `values[layer]` [..., Dv] in the model's dtype.
+
+    A model with further layers has one layer more: the first of them guesses.
+    """
 
     def __init__(
         self, config: ModelConfig, num_blocks: int, block_size: int, device: torch.device, heads: int | None = None
@@ -23,9 +26,7 @@ class KeyValueCache:
         def pages(dim: int) -> list[Tensor]:
             # Zeros, not empty: fresh zero pages cost no memory until they are written.
             shape = (num_blocks, block_size, heads or config.num_key_value_heads, dim)
-            return [
-                torch.zeros(shape, dtype=config.torch_dtype, device=device) for _ in range(config.num_hidden_layers)
-            ]
+            return [torch.zeros(shape, dtype=config.torch_dtype, device=device) for _ in range(cached_layers(config))]
 
         self.keys, self.values = pages(config.head_dim), pages(config.value_head_dim)
 
@@ -37,6 +38,11 @@ class KeyValueCache:
         """Copy blocks, int64 [C] each; a block is never both a source and a target."""
         for layer in self.layers():
             layer.index_copy_(0, target, layer.index_select(0, source))
+
+
+def cached_layers(config: ModelConfig) -> int:
+    """Return how many layers have keys and values in a cache."""
+    return config.num_hidden_layers + bool(config.further_layers)
 
 
 @dataclass(frozen=True)

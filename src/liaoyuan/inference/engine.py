@@ -19,6 +19,7 @@ from liaoyuan.inference.blocks import BlockPool
 from liaoyuan.inference.cache import KeyValueCache
 from liaoyuan.inference.draft_model import DraftModel
 from liaoyuan.inference.drawing import Drawing
+from liaoyuan.inference.further_draft import FurtherDrafter
 from liaoyuan.inference.model_step import ModelStep, groups_of, reason_of
 from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.request import Completion, Event, Request, RequestId
@@ -79,11 +80,17 @@ class Engine:
             config.prefix_cache,
             self._begin,
         )
-        self._speculation = self._scheduler.speculation = self._new_speculation(draft)
+        drafter = self._new_drafter(draft, memory is None)
+        self._speculation: Speculation | None = None
+        if drafter is not None:
+            self._speculation = Speculation(drafter, config.max_sequences, config.speculate_tokens)
+        self._scheduler.speculation = self._speculation
         self.adapters = Adapters(model, is_whole=memory is None)
         on_device = self._device.type != "cpu" if config.graphs is None else config.graphs
-        graphs = on_device and memory is None  # a graph makes no calls that other processes could follow
-        self._step = ModelStep(model, self._new_cache(), self._scheduler, self._drawing, self.adapters, graphs)
+        observe = drafter.observe if isinstance(drafter, FurtherDrafter) else None
+        # A graph makes no calls that other processes could follow, and keeps no stream to observe.
+        graphs = on_device and memory is None and observe is None
+        self._step = ModelStep(model, self._new_cache(), self._scheduler, self._drawing, self.adapters, graphs, observe)
         self._ended: list[tuple[Sequence, str]] = []  # without a token of this step, and not told yet
         self._arrivals = self._added = self._prompt_tokens = 0
 
@@ -401,15 +408,19 @@ class Engine:
     def _new_cache(self) -> KeyValueCache:
         return self._memory.new_cache(self._pool.size, self.config.block_size)
 
-    def _new_speculation(self, draft: Decoder | None) -> Speculation | None:
-        config = self.config
-        drafter: Drafter | None = None
+    def _new_drafter(self, draft: Decoder | None, is_whole: bool) -> Drafter | None:
+        """is_whole: whether all of the model is in this process."""
+        config, table = self.config, self._scheduler.table
+        if draft is not None and config.speculate == "mtp":
+            raise LiaoyuanError("A draft model and speculate='mtp' both guess: leave out one of them.")
         if draft is not None:
-            vocabulary, table, budget = self.model.config.vocab_size, self._scheduler.table, config.max_batch_tokens
-            drafter = DraftModel(draft, vocabulary, table, self._pool.size, budget, self._drawing.guess)
-        elif config.speculate:
-            drafter = NGramDrafter(config.max_sequences)
-        return Speculation(drafter, config.max_sequences, config.speculate_tokens) if drafter else None
+            sizes = (self._pool.size, config.max_batch_tokens)
+            return DraftModel(draft, self.model.config.vocab_size, table, *sizes, self._drawing.guess)
+        if config.speculate == "mtp" and not is_whole:
+            raise LiaoyuanError("speculate='mtp' needs the whole model in one process: leave out --tp and --ep.")
+        if config.speculate == "mtp":
+            return FurtherDrafter(self.model, table, lambda: self.cache, self._drawing.guess)
+        return NGramDrafter(config.max_sequences) if config.speculate else None
 
     def _adapters_in_use(self) -> set[int]:
         return {sequence.adapter.number for sequence in self._scheduler.sequences.values()}

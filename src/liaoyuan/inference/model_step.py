@@ -1,5 +1,7 @@
 """One step of the model: the logits of a plan, the tokens drawn from them, and what each sequence is told."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -25,10 +27,15 @@ class ModelStep:
         drawing: Drawing,
         adapters: Adapters,
         graphs: bool,
+        observe: Callable[[Plan, torch.Tensor], None] | None = None,
     ) -> None:
-        """graphs: capture steps in which all decode, for the device to replay."""
+        """
+        graphs: capture steps in which all decode, for the device to replay.
+        observe: is shown each plan, when its tokens are recorded, with the residual stream [N, H] of its rows.
+        """
         self._model, self._scheduler, self._drawing, self._adapters = model, scheduler, drawing, adapters
         self.cache: KeyValueCache | None = cache
+        self._observe, self._stream = observe, torch.empty(0)
         self._device = model.embed_tokens.weight.device
         self._graphs = DecodeGraphs(self._compute, self._device) if graphs else None
         self.steps = self.computed_tokens = self.generated_tokens = 0
@@ -50,6 +57,8 @@ class ModelStep:
         draws = self._drawing.draw(logits[:count], plan, self._scheduler.tokens, self._scheduler.limit)
         self._scheduler.commit(plan, draws.kept, draws.tokens, draws.logprobs)
         self.generated_tokens += int(draws.kept.sum())
+        if self._observe is not None:
+            self._observe(plan, self._stream)
         return draws
 
     def event(self, plan: Plan, draws: Draws, first: int, end: int) -> Event:
@@ -88,7 +97,11 @@ class ModelStep:
     def _compute(self, inputs: Inputs) -> torch.Tensor:
         assert self.cache is not None
         tokens, positions, *places, rows = inputs
-        return self._model(tokens, positions, PagedContext(self.cache, *places), rows=rows)
+        context = PagedContext(self.cache, *places)
+        if self._observe is None:
+            return self._model(tokens, positions, context, rows=rows)
+        logits, self._stream = self._model.logits_and_stream(tokens, positions, context, rows)
+        return logits
 
     def _score(self, plan: Plan, logits: torch.Tensor) -> None:
         """Keep the log-probabilities of prompts' tokens, and their rivals for those who want them."""

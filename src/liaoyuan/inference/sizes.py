@@ -3,6 +3,7 @@
 from typing import Literal
 
 from liaoyuan.config import Config
+from liaoyuan.inference.cache import cached_layers
 from liaoyuan.models import Decoder
 
 
@@ -12,7 +13,8 @@ class EngineConfig(Config):
     max_sequences: how many run at once. max_batch_tokens: tokens of one step, decode and prefill together.
     cache_tokens: size of the cache; None: enough for all sequences at full length, within `cache_bytes`.
     prefix_cache: keep keys and values of what was computed, for prompts that begin alike.
-    speculate: "ngram" guesses next tokens from those before; "" does not guess. speculate_tokens: guesses in a step.
+    speculate: "ngram" guesses next tokens from those before, "mtp" with the model's own layer for the token after the
+        next; "" does not guess. speculate_tokens: guesses in a step.
     graphs: capture decode steps in device graphs; None: where the device is none of the CPU's.
     seed: of requests that bring none.
     exact: whether every way to compute a token is known to give the same bits. True: prove it before anything is
@@ -25,7 +27,7 @@ class EngineConfig(Config):
     cache_tokens: int | None = None
     cache_bytes: int = 2**30
     prefix_cache: bool = True
-    speculate: Literal["", "ngram"] = ""
+    speculate: Literal["", "ngram", "mtp"] = ""
     speculate_tokens: int = 8
     graphs: bool | None = None
     seed: int = 0
@@ -38,6 +40,6 @@ def num_blocks(model: Decoder, config: EngineConfig) -> int:
     if config.cache_tokens is not None:
         return max(1, config.cache_tokens // config.block_size)
     longest = -(-shape.max_position_embeddings // config.block_size)
-    width = shape.num_hidden_layers * model.key_value_heads * (shape.head_dim + shape.value_head_dim)
+    width = cached_layers(shape) * model.key_value_heads * (shape.head_dim + shape.value_head_dim)
     block_bytes = width * shape.torch_dtype.itemsize * config.block_size
     return max(longest, min(config.max_sequences * longest, config.cache_bytes // block_bytes))

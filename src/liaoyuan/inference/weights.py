@@ -1,6 +1,7 @@
 """The weights of a running engine: their checksum, and replacing them in place, whole or not at all."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from liaoyuan.checkpoint import load_weights
 from liaoyuan.errors import LiaoyuanError, nearest
-from liaoyuan.models import Decoder
+from liaoyuan.models import Decoder, read_config
 from liaoyuan.models.quantised import as_kept
 from liaoyuan.ops import checksum
 
@@ -67,8 +68,15 @@ def _own(model: Decoder) -> dict[str, Tensor]:
 
 
 def _read(model: Decoder, folder: Path) -> Mapping[str, Tensor]:
-    """Return the tensors of a folder, read beside the model's own, so that a torn file harms nothing."""
-    fresh = Decoder(model.config).to(model.embed_tokens.weight.device)
+    """Return the tensors of a folder, read beside the model's own, so that a torn file harms nothing.
+
+    A folder may lack the further layers, as one that training wrote does: the model keeps its own then (they only
+    guess).
+    """
+    config = model.config
+    if config.further_layers and not read_config(folder, further=True).further_layers:
+        config = replace(config, further_layers=0)
+    fresh = Decoder(config).to(model.embed_tokens.weight.device)
     load_weights(fresh, folder)
     return _own(fresh)
 

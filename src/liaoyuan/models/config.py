@@ -91,6 +91,8 @@ class ModelConfig:
     attention_sinks: bool = False  # a learned score per head that takes part in the softmax (gpt-oss)
     latent: Latent | None = None
     experts: Experts | None = None
+    further_layers: int = 0  # for predicting the token after the next; only read where they are asked for
+    further_normed: bool = False  # the norm before the head is also taken of what such a layer hands to the next
     initializer_range: float = 0.02
     dtype: str = "float32"
     bos_token_id: int | None = None
@@ -114,7 +116,9 @@ class ModelConfig:
         return self.experts is not None and layer not in self.experts.dense_layers
 
     def num_parameters(self, embedding: bool = True) -> int:
-        """Return the number of weights (without the token embedding and head if `embedding` is False)."""
+        """Return the number of weights (without the token embedding and head if `embedding` is False; further layers,
+        which take no part in the answers, are not counted).
+        """
         layers = sum(self._attention() + self._feed_forward(n) + self._norms() for n in range(self.num_hidden_layers))
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return layers + self.hidden_size + (tables if embedding else 0)
@@ -181,8 +185,10 @@ class ModelConfig:
         return (4 if self.post_norms else 2) * self.hidden_size
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path, further: bool = False) -> ModelConfig:
     """Read `folder/config.json`.
+
+    further: with the layers for predicting the token after the next, if it has them.
 
     Raises:
         LiaoyuanError: the file is missing or torn, or the family or one of its features is not supported.
@@ -194,14 +200,14 @@ def read_config(folder: Path) -> ModelConfig:
         raise LiaoyuanError(f"{folder} is not a model folder: it has no config.json.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LiaoyuanError(f"{path} is not valid JSON: {error}.") from error
-    return config_from_dict(values, str(path))
+    return config_from_dict(values, str(path), further)
 
 
-def config_from_dict(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+def config_from_dict(values: Mapping[str, Any], where: str = "config.json", further: bool = False) -> ModelConfig:
     """Check the contents of a `config.json` and return them as a `ModelConfig`; see `read_config`."""
     from liaoyuan.models.families import family_of  # they are built of what this file defines
 
-    return family_of(values, where).read(values, where)
+    return family_of(values, where).read(values, where, further)
 
 
 def with_dtype(config: ModelConfig, dtype: torch.dtype) -> ModelConfig:

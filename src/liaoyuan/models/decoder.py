@@ -54,6 +54,36 @@ class Layer(nn.Module):
         return residual, self.post_mlp_layernorm(x) if self.post_norms else x
 
 
+class FurtherLayer(nn.Module):
+    """Predicts the token after the next, from the last layer's residual stream and the next token: a module of
+    DeepSeek-AI 2024, arXiv 2412.19437, sec. 2.2. Embedding and output head are the decoder's own.
+    """
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        """index: of its layer, counted on from the decoder's."""
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm, self.hnorm = RMSNorm(hidden, eps), RMSNorm(hidden, eps)
+        self.eh_proj = Linear(2 * hidden, hidden, bias=False)
+        self.layer = Layer(config, index)
+        self.norm = RMSNorm(hidden, eps)
+
+    def forward(
+        self, stream: Tensor, embedded: Tensor, angles: tuple[Tensor, Tensor], context: AttentionContext
+    ) -> Tensor:
+        """Return the residual stream [N, H] behind this layer, whose `norm` the output head reads.
+
+        Args:
+            stream: [N, H], before the decoder's last norm, or what this returned; for a guess further on.
+            embedded: [N, H], the embedding of the token after each of these.
+            angles: of the positions of `stream`, see `Decoder.angles`.
+        """
+        # The files' order; the paper has the two the other way round.
+        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(stream)), 1))
+        residual, x = self.layer(x, None, *angles, context)
+        return residual + x
+
+
 class Decoder(nn.Module):
     """A decoder-only language model, or the `layers` of one stage of it; weights are uninitialised until
     `initialise` or a load.
@@ -67,6 +97,9 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.further_layers:  # the last, so that the first values of all others are what they are without it
+            first = config.num_hidden_layers
+            self.further = nn.ModuleList(FurtherLayer(config, first + n) for n in range(config.further_layers))
         self.read_logits: ReadLogits = logit_statistics  # tensor parallelism supplies another one
         self.key_value_heads = config.num_key_value_heads  # that are computed here: tensor parallelism takes a part
         for parameter in self.parameters():  # not the buffers: routers count and balance in fp32
@@ -104,6 +137,14 @@ class Decoder(nn.Module):
         if targets is not None:
             return self.score(read, targets, penalties)
         return read if hidden else self.logits(read)
+
+    def logits_and_stream(
+        self, tokens: Tensor, positions: Tensor, context: AttentionContext, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits [R, V] of `forward` for `rows`, and the stream [N, H] that a further layer reads."""
+        residual, x = self.run_layers(self.embed_tokens(tokens), positions, context)
+        _, read = self.norm.add(residual[rows], x[rows])
+        return self.logits(read), residual + x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [R, V] of the last norm's output [R, H], whatever the head is."""

@@ -33,13 +33,15 @@ class Part:
 
 
 def projections(model: Decoder) -> dict[str, Projection]:
-    """Return the projections that may have an adapter, by name: all of the layers but experts' and routers'."""
+    """Return the projections that may have an adapter, by name: all of the layers but experts' and routers'; what only
+    guesses has none.
+    """
     found = model.named_modules()
     return {name: module for name, module in found if isinstance(module, Linear | QuantisedLinear) and _is_plain(name)}
 
 
 def _is_plain(name: str) -> bool:
-    return name != HEAD and ".experts." not in name
+    return name != HEAD and ".experts." not in name and not name.startswith("further.")
 
 
 def parts_of(name: str, module: Projection, config: ModelConfig) -> list[Part]:

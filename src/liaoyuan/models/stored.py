@@ -5,6 +5,7 @@ tensors, each with the view of ours that it fills: reading fills the views (`che
 of them.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,29 @@ def common_parts(name: str, ours: Tensor, config: ModelConfig) -> list[Part]:
     if ".gate_up_proj." in name:
         return gate_up(theirs, ours)
     return [whole(theirs, ours)]
+
+
+COPIES = {"embed_tokens.weight": "embed_tokens.weight", "lm_head.weight": "shared_head.head.weight"}
+
+
+def further_parts(name: str, ours: Tensor, config: ModelConfig, parts: Parts) -> list[Part]:
+    """Return the parts of a tensor of a further layer, none if it is of no such one: `further.k` is stored as one more
+    decoder layer (of the family's `parts`) with the norms and the projection before it and the norm behind it.
+    """
+    further = re.match(r"further\.(\d+)\.(.*)", name)
+    if further is None:
+        return []
+    layer = f"layers.{config.num_hidden_layers + int(further[1])}"
+    if further[2].startswith("layer."):
+        return parts(f"{layer}.{further[2].removeprefix('layer.')}", ours, config)
+    own = "shared_head.norm.weight" if further[2] == "norm.weight" else further[2]
+    return [whole(f"model.{layer}.{own}", ours)]
+
+
+def further_copies(name: str, ours: Tensor, config: ModelConfig) -> list[Part]:
+    """Return the copies that the files of further layers hold of the model's own embedding and head."""
+    layers = range(config.num_hidden_layers, config.num_hidden_layers + config.further_layers)
+    return [whole(f"model.layers.{layer}.{COPIES[name]}", ours) for layer in layers if name in COPIES]
 
 
 def whole(name: str, ours: Tensor) -> Part:

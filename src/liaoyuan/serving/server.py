@@ -239,7 +239,9 @@ def _open_engine(
     if layout.tp * layout.ep == 1:
         place = select_device(device).torch
         small = None if draft is None else load_model(draft, device=place)
-        return Engine(load_model(model_dir, device=place, quantisation=quantisation), config, small)
+        further = config.speculate == "mtp"
+        model = load_model(model_dir, device=place, quantisation=quantisation, further=further)
+        return Engine(model, config, small)
     if draft is not None:
         raise LiaoyuanError("--draft is for a model in one process: leave out --tp, or --draft.")
     leader = opened.enter_context(open_ranks(model_dir, layout, device, failure))

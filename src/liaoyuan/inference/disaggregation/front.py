@@ -142,7 +142,7 @@ def start_worker(
 
 
 def _run_worker(folder: Path, socket: Path, config: EngineConfig, lease_seconds: float) -> None:
-    engine = Engine(load_model(folder).eval(), config)
+    engine = Engine(load_model(folder, further=config.speculate == "mtp").eval(), config)
     with EngineThread(engine) as runner:
         asyncio.run(_serve(Worker(engine, runner, lease_seconds), socket))
 

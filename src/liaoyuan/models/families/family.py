@@ -10,7 +10,7 @@ from torch import Tensor
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models.config import DTYPES, ModelConfig
 from liaoyuan.models.rotary import PLAIN_ROTARY, SCALINGS, Rotary
-from liaoyuan.models.stored import Part, Parts, common_parts
+from liaoyuan.models.stored import COPIES, Part, Parts, common_parts, further_copies, further_parts
 
 Values = Mapping[str, Any]
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -19,6 +19,7 @@ PLAIN = (
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
     *("initializer_range", "dtype", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
+FURTHER = "num_nextn_predict_layers"
 NO_FEATURES: Callable[..., dict[str, Any]] = lambda *_: {}  # noqa: E731
 
 
@@ -28,7 +29,7 @@ class Family:
 
     features: (contents of `config.json`, the config read so far) -> further fields of `ModelConfig`.
     words: the reverse, entries of `config.json` for the features. parts: see `stored.Parts`.
-    predicts_further: its files hold further layers for predicting several tokens, which the decoder does not need.
+    predicts_further: its files may hold further layers for predicting several tokens, which the decoder does not need.
     rotary: the family's own rotary embedding where its files are silent.
     """
 
@@ -41,8 +42,12 @@ class Family:
     rotary: Rotary = PLAIN_ROTARY
     rms_norm_eps: float = 1e-6
 
-    def read(self, values: Values, where: str) -> ModelConfig:
-        """Return the config that `config.json` describes; LiaoyuanError if something in it is not supported."""
+    def read(self, values: Values, where: str, further: bool = False) -> ModelConfig:
+        """Return the config that `config.json` describes, with its further layers if they are asked for.
+
+        Raises:
+            LiaoyuanError: something in it is not supported.
+        """
         _refuse_unsupported(values, where)
         chosen = {name: values[name] for name in PLAIN if values.get(name) is not None}
         heads = values["num_attention_heads"]
@@ -56,6 +61,8 @@ class Family:
         config = ModelConfig(self.model_type, rotary=rotary, **chosen)
         try:
             config = replace(config, **self.features(values, config))
+            if further and self.predicts_further:
+                config = replace(config, further_layers=values.get(FURTHER) or 0)
         except KeyError as error:
             raise LiaoyuanError(f"{where}: '{error.args[0]}' is missing, which a {self.model_type} needs.") from None
         _check(config, where)
@@ -63,19 +70,29 @@ class Family:
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """Return the contents of `config.json`."""
-        values = {"architectures": [self.architecture], "model_type": self.model_type, "hidden_act": "silu"}
+        names = {"architectures": [self.architecture], "model_type": self.model_type}
+        values: dict[str, Any] = {**names, "hidden_act": "silu"}
         values |= {name: getattr(config, name) for name in PLAIN}
+        if config.further_layers:
+            values[FURTHER] = config.further_layers
         return values | _write_rotary(config.rotary) | self.words(config)
 
     def stored(self, name: str, ours: Tensor, config: ModelConfig) -> list[Part]:
         """Return the tensors of a folder that fill our tensor `name`, or that it fills."""
-        return self.parts(name, ours, config)
+        return further_parts(name, ours, config, self.parts) or self.parts(name, ours, config)
+
+    def written(self, name: str, ours: Tensor, config: ModelConfig) -> list[Part]:
+        """Return the tensors of a folder to write for ours: also the copies that nobody need read."""
+        return self.stored(name, ours, config) + further_copies(name, ours, config)
 
     def is_unused(self, name: str, config: ModelConfig) -> bool:
         """Return whether the decoder can do without this tensor of a folder."""
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        further = layer is not None and int(layer[1]) >= config.num_hidden_layers
-        return name.endswith("rotary_emb.inv_freq") or (self.predicts_further and further)
+        layer = re.match(r"model\.layers\.(\d+)\.(.*)", name)
+        if layer is None or not self.predicts_further:
+            return name.endswith("rotary_emb.inv_freq")
+        further = int(layer[1]) - config.num_hidden_layers
+        known = further < config.further_layers and layer[2] not in COPIES.values()
+        return name.endswith("rotary_emb.inv_freq") or (further >= 0 and not known)
 
 
 def sliding(values: Values, default: int | None = None) -> dict[str, Any]:

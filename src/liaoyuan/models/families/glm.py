@@ -30,6 +30,7 @@ def _moe(values: Values, config: ModelConfig) -> dict[str, Any]:
         "qkv_bias": bool(values.get("attention_bias")),
         "qk_norm": bool(values.get("use_qk_norm")),
         "experts": balanced_by_bias(values),
+        "further_normed": True,
     }
 
 
