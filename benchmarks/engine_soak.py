@@ -107,10 +107,9 @@ def make_models(folder: Path) -> list[Path]:
 async def drive(url: str, folders: list[Path], requests: int, clients: int, chance: random.Random, report: Any) -> Soak:
     """Send all requests, and trouble beside them."""
     soak, turns = Soak(), iter(range(requests))
-    limits = httpx.Limits(max_connections=clients + 4)
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=120, limits=limits) as client:
+    async with new_client(url) as client, new_client(url) as own:  # who pauses must not wait for who is paused
         over = asyncio.Event()
-        trouble = asyncio.create_task(make_trouble(client, folders, soak, chance, over))
+        trouble = asyncio.create_task(make_trouble(own, folders, soak, chance, over))
         begun = time.monotonic()
 
         async def worker() -> None:
@@ -124,6 +123,11 @@ async def drive(url: str, folders: list[Path], requests: int, clients: int, chan
         await trouble
         await check_idle(client, soak)
     return soak
+
+
+def new_client(url: str) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(base_url=url, trust_env=False, timeout=120, limits=limits)
 
 
 def body_of(chance: random.Random) -> dict[str, Any]:

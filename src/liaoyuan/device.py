@@ -28,6 +28,7 @@ GEMM_SHAPES = (
     (4096, 512, 1024),
     (4096, 1024, 1024),
 )
+CAPTURING = ("cuda", "npu")  # kinds whose work can be captured in graphs and replayed
 COLLECTIVE_BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
@@ -45,6 +46,11 @@ class Device:
     @property
     def is_cpu(self) -> bool:
         return self.type == "cpu"
+
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether work on it can be captured in graphs and replayed."""
+        return self.type in CAPTURING
 
     @property
     def collective_backend(self) -> str:

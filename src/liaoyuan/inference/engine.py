@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from liaoyuan.device import Device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.adapters import Adapters
 from liaoyuan.inference.blocks import BlockPool
@@ -86,7 +87,7 @@ class Engine:
             self._speculation = Speculation(drafter, config.max_sequences, config.speculate_tokens)
         self._scheduler.speculation = self._speculation
         self.adapters = Adapters(model, is_whole=memory is None)
-        on_device = self._device.type != "cpu" if config.graphs is None else config.graphs
+        on_device = Device(self._device.type).captures_graphs if config.graphs is None else config.graphs
         observe = drafter.observe if isinstance(drafter, FurtherDrafter) else None
         # A graph makes no calls that other processes could follow, and keeps no stream to observe.
         graphs = on_device and memory is None and observe is None

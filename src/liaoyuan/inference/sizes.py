@@ -15,7 +15,7 @@ class EngineConfig(Config):
     prefix_cache: keep keys and values of what was computed, for prompts that begin alike.
     speculate: "ngram" guesses next tokens from those before, "mtp" with the model's own layer for the token after the
         next; "" does not guess. speculate_tokens: guesses in a step.
-    graphs: capture decode steps in device graphs; None: where the device is none of the CPU's.
+    graphs: capture decode steps in device graphs; None: where the device can.
     seed: of requests that bring none.
     exact: whether every way to compute a token is known to give the same bits. True: prove it before anything is
         computed, or refuse; False: it is known that they do not; None: nobody asked.

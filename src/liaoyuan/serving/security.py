@@ -5,6 +5,7 @@ Plain ASGI, so that streams pass through without a buffer and a lost client is n
 """
 
 import asyncio
+import contextlib
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ HEADERS = {
 HEALTH = frozenset({"/health", "/v1/health", "/health/ready", "/ready", "/ping"})  # whoever watches a server has no key
 UNREAD = (408, 413)  # replies to a body of which the rest is not read: the connection cannot go on
 LONGEST_ID = 128  # characters of a client's X-Request-Id
+LINGER_SECONDS, LINGER_BYTES = 2.0, 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Guard:
         try:
             caller = self._admit(scope, headers, request_id)
         except ApiError as refusal:
+            await _read_on(receive)
             return await refusal.response(scope["path"])(scope, receive, guarded)
         CALLER.set(caller)
         limited = _limited(receive, self._access)
@@ -133,6 +136,17 @@ def _too_large(access: Access) -> ApiError:
     return ApiError(413, message, code="request_too_large")
 
 
+async def _read_on(receive: Receive) -> None:
+    """Read a refused body for a while: a client that is still sending when the connection closes never sees why."""
+    total, until = 0, time.monotonic() + LINGER_SECONDS
+    with contextlib.suppress(TimeoutError):
+        while total < LINGER_BYTES:
+            message = await asyncio.wait_for(receive(), until - time.monotonic())
+            total += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
+
+
 def _limited(receive: Receive, access: Access) -> Receive:
     """Return a receive that stops a body which grows too large or comes too slowly."""
     total, whole, until = 0, False, time.monotonic() + access.body_seconds
@@ -149,6 +163,8 @@ def _limited(receive: Receive, access: Access) -> Receive:
         total += len(message.get("body", b""))
         whole = not message.get("more_body", False)
         if total > access.max_body_bytes:
+            if not whole:
+                await _read_on(receive)
             raise HTTPException(413, _too_large(access).message)
         return message
 
