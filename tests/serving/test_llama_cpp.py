@@ -99,3 +99,14 @@ def test_a_completion_begins_with_the_space_that_parts_it_from_the_prompt(path: 
         asked["prompt"] = "Once upon a time, there"
         reply = httpx.post(server.url + path, json=asked, trust_env=False, timeout=60).json()
         assert (reply.get("content") or reply["choices"][0]["text"]).startswith(" was a")
+
+
+def test_a_server_that_does_not_think_unless_it_is_asked_to(model_folder: Path) -> None:
+    asked = {"messages": [{"role": "user", "content": "Hi"}]}
+    serving = open_server(model_folder, port=0, name="tiny", thinking=False)
+    with serving as server, httpx.Client(base_url=server.url, trust_env=False, timeout=60) as client:
+        prompts = [
+            client.post("/apply-template", json={**asked, **more}).json()["prompt"]
+            for more in ({}, {"chat_template_kwargs": {"enable_thinking": True}}, {"reasoning_effort": "low"})
+        ]
+    assert [prompt.endswith("<think></think>") for prompt in prompts] == [True, False, False]

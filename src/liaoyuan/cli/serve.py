@@ -20,6 +20,10 @@ def serve(
         str | None,
         typer.Option(metavar="NAME", help="How it calls tools; else by its template.", rich_help_panel=ENGINE),
     ] = None,
+    thinking: Annotated[
+        bool,
+        typer.Option("--thinking/--no-thinking", help="Unless a request says.", rich_help_panel=ENGINE),
+    ] = True,
     exact: Annotated[
         bool, typer.Option("--exact", help="Prove at the start that no batch changes a bit.", rich_help_panel=ENGINE)
     ] = False,
@@ -130,6 +134,7 @@ def serve(
             max_queued=max_queued,
             context_length=context_length,
             control=control,
+            thinking=thinking,
             layout=layout,
             draft=draft,
             quantisation=few_bits,

@@ -29,7 +29,7 @@ from liaoyuan.serving.messages import message_routes
 from liaoyuan.serving.metrics import Metrics
 from liaoyuan.serving.protocol import RenderRequest
 from liaoyuan.serving.responses import response_routes
-from liaoyuan.serving.security import Access, Guard
+from liaoyuan.serving.security import Access, Guard, origins_pattern
 from liaoyuan.serving.status import VERSION, status_routes
 from liaoyuan.serving.tokens import token_routes
 from liaoyuan.serving.tools import named_format
@@ -50,6 +50,7 @@ def build_app(
     call_format: str | None = None,
     control: bool = False,
     shelf: Shelf = Shelf(),
+    thinking: bool = True,
 ) -> FastAPI:
     """Return the app that serves one model.
 
@@ -65,6 +66,7 @@ def build_app(
         call_format: how the model writes tool calls (a name of `tools.FORMATS`); None: found in its chat template.
         control: whether who may ask may also pause the engine and change its weights.
         shelf: the adapters that requests may name.
+        thinking: whether the model thinks before it answers a request that does not say.
 
     Raises:
         LiaoyuanError: there is no such form of tool calls.
@@ -74,8 +76,9 @@ def build_app(
     grammars = Grammars(tokenizer, vocab_size or tokenizer.vocab_size, stops)
     form = named_format(call_format) if call_format else taught_format(tokenizer)
     metrics = Metrics(runner.health)
+    created = int(time.time())
     served = Served(
-        runner, tokenizer, name, context_length, int(time.time()), stops, marks, grammars, form, metrics, shelf
+        runner, tokenizer, name, context_length, created, stops, marks, grammars, form, metrics, shelf, thinking
     )
     # The documentation pages of FastAPI load scripts from elsewhere; /openapi.json is the whole truth.
     app = FastAPI(title="Liaoyuan", version=VERSION, docs_url=None, redoc_url=None, responses=ERRORS)
@@ -89,7 +92,10 @@ def build_app(
     app.add_middleware(Guard, access=access, metrics=metrics)
     if access.origins:  # around the guard: a browser must be able to read why it was refused
         app.add_middleware(
-            CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origin_regex=origins_pattern(access.origins),
+            allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
+            allow_headers=["*"],
         )
     return app
 

@@ -59,7 +59,8 @@ class Runner(Protocol):
 class Served:
     """The model that an app serves. `context_length`: the most tokens of a prompt and its answer together.
 
-    call_format: how the model writes tool calls; None: it is not known.
+    call_format: how the model writes tool calls; None: it is not known. thinking: whether it thinks before it answers
+        a request that does not say.
     """
 
     runner: Runner
@@ -73,6 +74,7 @@ class Served:
     call_format: CallFormat | None = None
     metrics: Metrics = field(default_factory=lambda: Metrics(dict))
     shelf: Shelf = field(default_factory=Shelf)
+    thinking: bool = True
 
     def decoder(self, shown: frozenset[int] = frozenset(), continuing: bool = False) -> IncrementalDecoder:
         return IncrementalDecoder(self.tokenizer, shown=shown, continuing=continuing)

@@ -320,12 +320,11 @@ class ChatRequest(Sampling):
             return chosen, None
         return "required", [chosen.function.name if isinstance(chosen, NamedTool) else chosen.name]
 
-    @property
-    def thinking(self) -> bool:
-        """Whether the model is to think before it answers."""
+    def thinking(self, usual: bool) -> bool:
+        """Return whether the model is to think before it answers; usual: if the request does not say."""
         if self.chat_template_kwargs and self.chat_template_kwargs.enable_thinking is not None:
             return self.chat_template_kwargs.enable_thinking
-        return self.reasoning_effort != "none"
+        return usual if self.reasoning_effort is None else self.reasoning_effort != "none"
 
 
 class CompletionRequest(Sampling):
