@@ -27,7 +27,7 @@ from liaoyuan.serving.call_reader import CallReader
 from liaoyuan.serving.caller import CALLER
 from liaoyuan.serving.errors import ApiError, ClientGoneError, invalid
 from liaoyuan.serving.metrics import Metrics
-from liaoyuan.serving.protocol import Sampling
+from liaoyuan.serving.protocol import Sampling, TruncationSide
 from liaoyuan.serving.structure import asked_grammar
 from liaoyuan.serving.text import AnswerReader, Piece
 from liaoyuan.serving.tools import CallFormat
@@ -115,7 +115,7 @@ class Served:
         """Raise ApiError if a token is none of the tokenizer's."""
         size = self.tokenizer.vocab_size
         if tokens and max(tokens) >= size:
-            message = f"There is the token {max(tokens)}, but the vocabulary has {size} tokens."
+            message = f"The token {max(tokens)} is out of vocabulary: this model has {size} tokens."
             raise invalid(message, param)
 
 
@@ -162,12 +162,14 @@ def prompt_ids(served: Served, prompt: str | list[int], param: str = "prompt") -
     return tuple(prompt)
 
 
-def truncated(prompt: tuple[int, ...], truncation: int | None, most: int) -> tuple[int, ...]:
-    """Return the last `truncation` tokens of a prompt (-1: as many as fit, `most`; None: all)."""
+def truncated(
+    prompt: tuple[int, ...], truncation: int | None, most: int, side: TruncationSide = "left"
+) -> tuple[int, ...]:
+    """Return `truncation` tokens of a prompt (-1: as many as fit, `most`; None: all); `side` is where it loses some."""
     if truncation is None:
         return prompt
     keep = max(most, 1) if truncation < 0 else truncation
-    return prompt[max(0, len(prompt) - keep) :]
+    return prompt[:keep] if side == "right" else prompt[max(0, len(prompt) - keep) :]
 
 
 def sampling_params(

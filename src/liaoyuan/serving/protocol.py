@@ -14,7 +14,6 @@ from liaoyuan.errors import nearest
 from liaoyuan.serving.errors import invalid, unsupported
 
 MAX_CHOICES = 128  # `n`, and prompts in one request
-MAX_INPUTS = 2048  # of one request for embeddings, OpenAI's own limit
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20  # OpenAI's own limit
 MAX_BAD_WORDS = 256
@@ -127,7 +126,7 @@ class Sampling(Asked):
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Text | list[Text] | None = None
     stop_token_ids: Tokens | None = None
     ignore_eos: bool | None = None
@@ -174,6 +173,9 @@ class Sampling(Asked):
     @property
     def running_usage(self) -> bool:
         return bool(self.include_usage and self.stream_options and self.stream_options.continuous_usage_stats)
+
+
+TruncationSide = Literal["left", "right"]  # which end of a prompt that is too long goes away
 
 
 class Part(Body):
@@ -338,6 +340,7 @@ class CompletionRequest(Sampling):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: Truncation | None = None
+    truncation_side: TruncationSide | None = None
 
     @property
     def choices(self) -> int:
@@ -388,42 +391,6 @@ class DetokenizeRequest(Asked):
     """Body of `/detokenize`."""
 
     tokens: Tokens
-
-
-class EmbeddingRequest(Asked):
-    """Body of `/v1/embeddings`."""
-
-    input: Text | Tokens | Annotated[list[Text] | list[Tokens], Field(max_length=MAX_INPUTS)]
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Bounded | None = None
-    truncate_prompt_tokens: Truncation | None = None
-
-
-class Document(Body):
-    """A text to be ranked."""
-
-    text: Text
-
-
-Texts = Annotated[list[Text | Document], Field(min_length=1, max_length=MAX_INPUTS)]
-
-
-class RerankRequest(Asked):
-    """Body of `/rerank` (Jina's and Cohere's fields)."""
-
-    query: Text
-    documents: Texts
-    top_n: Annotated[int, Field(ge=0)] | None = None
-    return_documents: bool | None = None
-    truncate_prompt_tokens: Truncation | None = None
-
-
-class ScoreRequest(Asked):
-    """Body of `/score`: one text with many, or as many with as many, pair by pair."""
-
-    text_1: Text | Texts
-    text_2: Text | Texts
-    truncate_prompt_tokens: Truncation | None = None
 
 
 class RenderRequest(Body):
