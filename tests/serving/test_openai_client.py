@@ -230,3 +230,57 @@ def test_a_chat_tells_its_tokens_and_keeps_its_thoughts_back(client: openai.Open
     assert streamed == whole.choices[0].token_ids
     assert whole.choices[0].message.reasoning is None
     assert not any(getattr(chunk.choices[0].delta, "reasoning", None) for chunk in chunks)
+
+
+def test_a_chat_scores_its_prompt_as_a_completion_does(client: openai.OpenAI) -> None:
+    more = {**FAST, "prompt_logprobs": 2, "return_token_ids": True}
+    chat = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=1, extra_body=more)
+    asked = {"model": "tiny", "prompt": chat.prompt_token_ids, "max_tokens": 1}
+    plain = client.completions.create(**asked, extra_body={"prompt_logprobs": 2})
+    assert chat.prompt_logprobs == plain.choices[0].prompt_logprobs and chat.prompt_logprobs[0] is None
+    with pytest.raises(openai.BadRequestError, match="streamed"):
+        client.chat.completions.create(model="tiny", messages=QUESTION, stream=True, extra_body={"prompt_logprobs": 1})
+    unasked = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=1)
+    assert unasked.prompt_logprobs is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_beginning_that_an_answer_goes_on_from_is_given_back_if_it_is_wanted(
+    client: openai.OpenAI, stream: bool
+) -> None:
+    messages = [*QUESTION, {"role": "assistant", "content": "The answer"}]
+    said = []
+    for echo in (True, False):
+        more = {**FAST, "continue_final_message": True, "echo": echo}
+        asked = {"model": "tiny", "messages": messages, "max_tokens": 8, "seed": 3, "extra_body": more}
+        reply = client.chat.completions.create(**asked, stream=stream)
+        said += ["".join(c.choices[0].delta.content or "" for c in reply)] if stream else [reply.choices[0].message]
+    echoed, plain = said if stream else [message.content for message in said]
+    assert echoed == "The answer" + plain
+
+
+def test_a_prompt_is_counted_before_it_is_sent(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=1)
+    body = {"model": "tiny", "messages": QUESTION}
+    counted = client.post("/chat/completions/input_tokens", body=body, cast_to=object)
+    assert counted == {"input_tokens": reply.usage.prompt_tokens}
+    items = client.responses.input_tokens.count(model="tiny", input=QUESTION[0]["content"])
+    assert items.input_tokens == client.responses.create(model="tiny", input="What is 17 + 25?").usage.input_tokens
+
+
+def test_all_wrong_keys_of_a_bias_are_named(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="'one', 'two'"):
+        client.completions.create(model="tiny", prompt="x", logit_bias={"one": 1, "1": 1, "two": 1})
+
+
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**63])
+def test_a_seed_is_a_whole_number_of_64_bits(client: openai.OpenAI, seed: int) -> None:
+    with pytest.raises(openai.BadRequestError, match="seed"):
+        client.completions.create(model="tiny", prompt="x", seed=seed)
+
+
+def test_which_end_of_a_long_prompt_goes(client: openai.OpenAI) -> None:
+    for side, kept in (("right", [1, 2, 3]), ("left", [4, 5, 6])):
+        more = {"return_token_ids": True, "truncate_prompt_tokens": 3, "truncation_side": side}
+        reply = client.completions.create(model="tiny", prompt=[1, 2, 3, 4, 5, 6], max_tokens=1, extra_body=more)
+        assert reply.choices[0].prompt_token_ids == kept

@@ -7,7 +7,9 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse
 from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from liaoyuan.data.tokenizer import Tokenizer
@@ -27,6 +29,7 @@ from liaoyuan.serving.llama_cpp import llama_routes
 from liaoyuan.serving.markdown import render
 from liaoyuan.serving.messages import message_routes
 from liaoyuan.serving.metrics import Metrics
+from liaoyuan.serving.platforms import platform_routes
 from liaoyuan.serving.protocol import RenderRequest
 from liaoyuan.serving.responses import response_routes
 from liaoyuan.serving.security import Access, Guard, origins_pattern
@@ -84,6 +87,7 @@ def build_app(
     app = FastAPI(title="Liaoyuan", version=VERSION, docs_url=None, redoc_url=None, responses=ERRORS)
     add_handlers(app)
     _add_api(app, served, pooling)
+    app.include_router(platform_routes())
     app.include_router(adapter_routes(runner, name, shelf))
     if control:
         app.include_router(control_routes(served))
@@ -92,12 +96,22 @@ def build_app(
     app.add_middleware(Guard, access=access, metrics=metrics)
     if access.origins:  # around the guard: a browser must be able to read why it was refused
         app.add_middleware(
-            CORSMiddleware,
+            _Pages,
             allow_origin_regex=origins_pattern(access.origins),
             allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
             allow_headers=["*"],
         )
     return app
+
+
+class _Pages(CORSMiddleware):
+    """CORS in which a page that may not ask has made no mistake: the browser finds no leave, and says so itself."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        reply = super().preflight_response(request_headers)
+        if not self.is_allowed_origin(request_headers["origin"]):
+            reply.status_code = 200
+        return reply
 
 
 def _add_api(app: FastAPI, served: Served, pooling: Pooling) -> None:

@@ -8,7 +8,19 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from liaoyuan.serving.errors import invalid
-from liaoyuan.serving.protocol import Asked, Body, Bounded, Message, Part, TemplateOptions, Text, Truncation
+from liaoyuan.serving.protocol import (
+    IGNORED,
+    NEUTRAL,
+    Asked,
+    Body,
+    Bounded,
+    Message,
+    Part,
+    TemplateOptions,
+    Text,
+    Truncation,
+    known_fields,
+)
 from liaoyuan.serving.protocol import TruncationSide as Side
 
 MAX_INPUTS = 2048  # of one request, OpenAI's own limit
@@ -125,4 +137,4 @@ class ScoreRequest(Asked):
                 if len(given) > 1:
                     raise invalid(f"'{given[0]}' and '{given[1]}' are two names of one thing; give one.", given[1])
                 values |= {names[0]: values.pop(given[0])} if given else {}
-        return super()._known_fields(values)
+        return known_fields(values, cls.model_fields, IGNORED, NEUTRAL)

@@ -32,6 +32,7 @@ from liaoyuan.serving.structure import asked_grammar
 from liaoyuan.serving.text import AnswerReader, Piece
 from liaoyuan.serving.tools import CallFormat
 
+MOST_NAMED = 10  # wrong keys that an error names
 SEEDS = 2**63  # seeds are taken modulo this, so that a negative one is as good as any
 
 Result = TypeVar("Result")
@@ -231,10 +232,11 @@ def _min_tokens(least: int, most: int) -> int:
 def _biases(served: Served, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
     """Return what is added to the logit of each token; JSON writes their ids as texts."""
     size = served.tokenizer.vocab_size
-    for token in biases:
-        if not (token.isascii() and token.isdigit() and len(token) < 10 and int(token) < size):
-            message = f"'logit_bias' has the key '{token[:40]}', but keys are ids of tokens, from 0 to {size - 1}."
-            raise invalid(message, "logit_bias")
+    wrong = [key for key in biases if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < size)]
+    if wrong:
+        named = ", ".join(f"'{key[:40]}'" for key in wrong[:MOST_NAMED])
+        message = f"'logit_bias' has the key {named}, but keys are ids of tokens, from 0 to {size - 1}."
+        raise invalid(message, "logit_bias")
     return tuple((int(token), bias) for token, bias in biases.items())
 
 

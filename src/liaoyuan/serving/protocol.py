@@ -32,6 +32,10 @@ IGNORED = {
     "verbosity",
     "stream_format",
     "guided_decoding_backend",
+    # What llama.cpp's clients say of its slots and cache:
+    "cache_prompt",
+    "id_slot",
+    "return_progress",
 }
 # Fields that this server cannot honour, their neutral values, and what to say.
 Neutral = Mapping[str, tuple[tuple[Any, ...], str]]
@@ -273,7 +277,11 @@ class SomeTools(Body):
 
 
 class ChatRequest(Sampling):
-    """Body of `/v1/chat/completions`."""
+    """Body of `/v1/chat/completions`.
+
+    echo: an answer that goes on from the last message begins with it. timings_per_token, verbose: llama.cpp's, for
+    times in every chunk of a stream, and for the prompt as the model reads it.
+    """
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Bounded | None = None
@@ -292,6 +300,10 @@ class ChatRequest(Sampling):
     parallel_tool_calls: bool | None = None
     functions: Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None = None
     function_call: Literal["none", "auto"] | FunctionName | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: bool | None = None
+    timings_per_token: bool | None = None
+    verbose: bool | None = None
 
     @model_validator(mode="after")
     def _one_end(self) -> "ChatRequest":
@@ -306,6 +318,17 @@ class ChatRequest(Sampling):
             message = "'continue_final_message' needs messages of which the last is the assistant's, without calls."
             raise invalid(message, "continue_final_message")
         return self
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_at_once(self) -> "ChatRequest":
+        if self.prompt_logprobs is not None and self.stream:
+            raise invalid("'prompt_logprobs' cannot be streamed.", "prompt_logprobs")
+        return self
+
+    @property
+    def echoed(self) -> str:
+        """The beginning of the answer that was given and is wanted back."""
+        return self.messages[-1].text() if self.echo and self.continue_final_message else ""
 
     @property
     def offered(self) -> list[Function]:
