@@ -62,7 +62,7 @@ asked = utils.ServerProcess.make_request
 
 
 def _make_request(self: Any, *given: Any, **named: Any) -> Any:
-    """Ask as the suite does; names of headers are found in any case, as HTTP has it (the suite keeps them in a dict)."""
+    """Ask as the suite does; headers are found in any case, as HTTP has it (the suite keeps a dict)."""
     reply = asked(self, *given, **named)
     reply.headers = requests.structures.CaseInsensitiveDict(reply.headers)
     return reply

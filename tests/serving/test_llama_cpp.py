@@ -135,3 +135,11 @@ def test_a_chat_tells_its_times_and_its_prompt_to_who_asks(client: httpx.Client)
     assert "timings" not in chunks[0] and chunks[-1]["timings"]["predicted_n"] == 3
     told = client.post("/v1/chat/completions", json={**asked, "verbose": True}).json()
     assert told["__verbose"] == client.post("/apply-template", json={"messages": asked["messages"]}).json()
+
+
+def test_a_server_tells_its_slots_and_its_properties(client: httpx.Client, tokenizer: Tokenizer) -> None:
+    slots, props = client.get("/slots").json(), client.get("/props").json()
+    assert len(slots) == props["total_slots"] == 8
+    assert {slot["n_ctx"] for slot in slots} == {props["default_generation_settings"]["n_ctx"]}
+    assert not any(slot["is_processing"] for slot in slots)
+    assert props["chat_template"] == tokenizer.template_text and props["is_sleeping"] is False

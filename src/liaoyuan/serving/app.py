@@ -33,6 +33,7 @@ from liaoyuan.serving.platforms import platform_routes
 from liaoyuan.serving.protocol import RenderRequest
 from liaoyuan.serving.responses import response_routes
 from liaoyuan.serving.security import Access, Guard, origins_pattern
+from liaoyuan.serving.slots import slot_routes
 from liaoyuan.serving.status import VERSION, status_routes
 from liaoyuan.serving.tokens import token_routes
 from liaoyuan.serving.tools import named_format
@@ -116,7 +117,7 @@ class _Pages(CORSMiddleware):
 
 def _add_api(app: FastAPI, served: Served, pooling: Pooling) -> None:
     app.include_router(message_routes(served), responses=ANTHROPIC_ERRORS)
-    for routes in (status_routes, token_routes, generate_routes):
+    for routes in (status_routes, slot_routes, token_routes, generate_routes):
         app.include_router(routes(served))
     for router in (
         chat_routes(served),
