@@ -141,7 +141,17 @@ def test_a_text_may_be_given_in_all_the_ways_of_other_servers(url: str, tokenize
 
 
 @pytest.mark.parametrize(
-    "given", [[], {"content": "text"}, {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, [[]], [1.5]]
+    "given",
+    [
+        [],
+        {"content": "text"},
+        {"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+        [[]],
+        [1.5],
+        [-1],
+        [[-1]],
+        [999999],
+    ],
 )
 def test_what_is_no_text_is_refused(url: str, given: object) -> None:
     assert httpx.post(url + "/v1/embeddings", json={"input": given}, trust_env=False).status_code == 400

@@ -284,3 +284,21 @@ def test_which_end_of_a_long_prompt_goes(client: openai.OpenAI) -> None:
         more = {"return_token_ids": True, "truncate_prompt_tokens": 3, "truncation_side": side}
         reply = client.completions.create(model="tiny", prompt=[1, 2, 3, 4, 5, 6], max_tokens=1, extra_body=more)
         assert reply.choices[0].prompt_token_ids == kept
+
+
+def test_special_tokens_of_a_prompt_of_tokens_are_echoed(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.eos_ids[0], *tokenizer.encode("Hi"), tokenizer.eos_ids[0]]
+    reply = client.completions.create(model="tiny", prompt=ids, max_tokens=1, echo=True, logprobs=0)
+    end = tokenizer.spelling(tokenizer.eos_ids[0])
+    assert reply.choices[0].text.startswith(f"{end}Hi{end}")
+    assert reply.choices[0].logprobs.text_offset[:2] == [0, len(end)]
+
+
+def test_a_chat_may_be_given_the_very_tokens_of_its_prompt(client: openai.OpenAI) -> None:
+    asked = {"model": "tiny", "max_tokens": 4, "temperature": 0}
+    first = client.chat.completions.create(**asked, messages=QUESTION, extra_body={"return_token_ids": True})
+    more = {"kv_transfer_params": {"prompt_token_ids": first.prompt_token_ids}, "return_token_ids": True}
+    other = [{"role": "user", "content": "Something else"}]
+    again = client.chat.completions.create(**asked, messages=other, extra_body=more)
+    assert again.prompt_token_ids == first.prompt_token_ids
+    assert again.choices[0].token_ids == first.choices[0].token_ids

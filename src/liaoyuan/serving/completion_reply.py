@@ -108,10 +108,10 @@ class CompletionReply:
         if self.body.logprobs is None:
             return text, None
         scores = self.scores[number]
-        decoder, ends = self.served.decoder(), [0]
+        decoder, ends = self.served.decoder(self.served.tokenizer.special_ids), [0]
         for token in prompt:
             ends.append(ends[-1] + len(decoder.feed([token])))
-        before = ends[-1] - len(text)  # SentencePiece puts a space before a text that is no part of it
+        before = ends[-1] - len(text)  # a token or a space that the tokenizer puts before a text is no part of it
         top = [rivals[: self.body.logprobs] for rivals in scores.top]
         return text, {
             "tokens": [self._text(token) for token in prompt],
@@ -121,9 +121,11 @@ class CompletionReply:
         }
 
     def _prompt_text(self, number: int) -> str:
+        """Return the text of a prompt as it was given: of tokens, with the special ones among them."""
         given = self.body.prompt[number] if isinstance(self.body.prompt, list) else self.body.prompt
-        whole = isinstance(given, str) and self.body.truncate_prompt_tokens is None
-        return given if isinstance(given, str) and whole else self.served.tokenizer.decode(self.prompts[number])
+        if isinstance(given, str) and self.body.truncate_prompt_tokens is None:
+            return given
+        return self.served.tokenizer.decode(self.prompts[number], skip_special=isinstance(given, str))
 
     def _part(self, index: int, pieces: list[Piece]) -> tuple[str, dict[str, Any] | None]:
         """Return the text that pieces add to a choice, and their log-probabilities if they are wanted."""

@@ -147,6 +147,9 @@ def _described(body: ChatRequest) -> list[dict[str, Any]]:
 
 
 def _prompt(served: Served, body: ChatRequest, calling: _Calling | None, more: bool = True) -> tuple[int, ...]:
+    if body.kv_transfer_params and (ids := body.kv_transfer_params.prompt_token_ids):
+        served.check_tokens(ids, "kv_transfer_params")
+        return tuple(ids)
     tools = _described(body) if calling else None
     given = body.messages[:-1] if body.continue_final_message else body.messages
     more = bool(body.continue_final_message) or (more and body.add_generation_prompt is not False)

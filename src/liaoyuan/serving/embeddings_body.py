@@ -40,7 +40,7 @@ class PromptString(Body):
     prompt_string: Text
 
 
-Mixed = Annotated[list[Annotated[int, Field(ge=0)] | Text], Field(min_length=1)]  # tokens, or tokens and texts
+Mixed = Annotated[list[int | Text], Field(min_length=1)]  # tokens, or tokens and texts
 Single = Text | PromptString | Parts
 
 

@@ -115,9 +115,9 @@ class Served:
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         """Raise ApiError if a token is none of the tokenizer's."""
         size = self.tokenizer.vocab_size
-        if tokens and max(tokens) >= size:
-            message = f"The token {max(tokens)} is out of vocabulary: this model has {size} tokens."
-            raise invalid(message, param)
+        wrong = next((token for token in tokens if not 0 <= token < size), None)
+        if wrong is not None:
+            raise invalid(f"The token {wrong} is out of vocabulary: this model has {size} tokens.", param)
 
 
 @dataclass(frozen=True)

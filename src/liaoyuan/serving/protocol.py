@@ -276,11 +276,18 @@ class SomeTools(Body):
     allowed_tools: AllowedTools
 
 
+class TransferParams(Body):
+    """What another server that has read the prompt hands over: its tokens."""
+
+    prompt_token_ids: Annotated[Tokens, Field(min_length=1)] | None = None
+
+
 class ChatRequest(Sampling):
     """Body of `/v1/chat/completions`.
 
-    echo: an answer that goes on from the last message begins with it. timings_per_token, verbose: llama.cpp's, for
-    times in every chunk of a stream, and for the prompt as the model reads it.
+    echo: an answer that goes on from the last message begins with it. kv_transfer_params: vLLM's place for the tokens
+    of a prompt that are taken as they are, instead of those of the messages. timings_per_token, verbose: llama.cpp's,
+    for times in every chunk of a stream, and for the prompt as the model reads it.
     """
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -302,6 +309,7 @@ class ChatRequest(Sampling):
     function_call: Literal["none", "auto"] | FunctionName | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
+    kv_transfer_params: TransferParams | None = None
     timings_per_token: bool | None = None
     verbose: bool | None = None
 
