@@ -22,7 +22,7 @@ def serve(
     ] = None,
     thinking: Annotated[
         bool,
-        typer.Option("--thinking/--no-thinking", help="Unless a request says.", rich_help_panel=ENGINE),
+        typer.Option("--thinking/--no-thinking", help="Whether it thinks, unless a request says.", rich_help_panel=ENGINE),
     ] = True,
     exact: Annotated[
         bool, typer.Option("--exact", help="Prove at the start that no batch changes a bit.", rich_help_panel=ENGINE)
