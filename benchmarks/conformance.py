@@ -159,7 +159,7 @@ def _unpack(suite: Suite, source: Path, target: Path) -> Path:
 
 def _run(suite: Suite, root: Path, folder: Path) -> list[dict[str, str]]:
     """Run the tests; return the outcome of each."""
-    packages, outcomes = folder / "packages", folder / "outcomes.jsonl"
+    packages, outcomes = folder / "packages", folder / f"{suite.plugin}.jsonl"
     if suite.packages:
         _pip("install", "--no-deps", "--upgrade", "--target", str(packages), *suite.packages)
     outcomes.unlink(missing_ok=True)
