@@ -259,6 +259,11 @@ def test_the_beginning_that_an_answer_goes_on_from_is_given_back_if_it_is_wanted
     assert echoed == "The answer" + plain
 
 
+def test_there_is_nothing_to_echo_in_an_answer_that_goes_on_from_nothing(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="continue_final_message"):
+        client.chat.completions.create(model="tiny", messages=QUESTION, extra_body={"echo": True})
+
+
 def test_a_prompt_is_counted_before_it_is_sent(client: openai.OpenAI) -> None:
     reply = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=1)
     body = {"model": "tiny", "messages": QUESTION}

@@ -49,9 +49,11 @@ def test_an_invocation_may_be_streamed(client: httpx.Client) -> None:
 def test_instances_are_answered_together(client: httpx.Client) -> None:
     chat = {"@requestFormat": "chatCompletions", "messages": HI, **FIXED}
     plain = {"prompt": "The answer", **FIXED}
-    reply = client.post("/predict", json={"instances": [chat, plain]}).json()
+    parameters = {"temperature": 0, "max_tokens": 2}
+    reply = client.post("/predict", json={"instances": [chat, plain, {"prompt": "A"}], "parameters": parameters}).json()
     kinds = [each["object"] for each in reply["predictions"]]
-    assert kinds == ["chat.completion", "text_completion"]
+    assert kinds == ["chat.completion", "text_completion", "text_completion"]
+    assert [each["usage"]["completion_tokens"] for each in reply["predictions"]] == [4, 4, 2]
 
 
 @pytest.mark.parametrize(

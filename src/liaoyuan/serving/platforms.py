@@ -33,7 +33,10 @@ FORMATS = {"chatCompletions": CHAT, "completions": COMPLETIONS, "embeddings": EM
 
 
 class PredictRequest(Body):
-    """Body of `/predict`: requests, each of which says in "@requestFormat" what it is, or shows it by its fields."""
+    """Body of `/predict`: requests, each of which says in "@requestFormat" what it is, or shows it by its fields.
+
+    parameters: fields that all of them have, unless they say otherwise.
+    """
 
     instances: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_CHOICES)]
     parameters: dict[str, Any] | None = None
@@ -50,7 +53,7 @@ def platform_routes() -> APIRouter:
     @router.post("/predict", response_model=None)
     async def predict(http: HttpRequest, body: PredictRequest) -> JSONResponse:
         """Answer several requests at once; the first that is refused refuses them all."""
-        asked = [dict(instance) for instance in body.instances]
+        asked = [{**(body.parameters or {}), **instance} for instance in body.instances]
         paths = [_named_path(instance.pop(FORMAT, None)) or _path(instance) for instance in asked]
         asking = (_asked(http, path, instance) for path, instance in zip(paths, asked, strict=True))
         replies = await asyncio.gather(*asking)

@@ -315,6 +315,8 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def _one_end(self) -> "ChatRequest":
+        if self.echo and not self.continue_final_message:
+            raise invalid("'echo' gives back what an answer goes on from: it needs 'continue_final_message'.", "echo")
         if not self.continue_final_message:
             return self
         if self.add_generation_prompt:
