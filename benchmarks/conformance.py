@@ -4,8 +4,9 @@
 
 Fetches the suites' published source packages with pip, replaces what starts their own servers by ours (the model is
 stories260k where a suite is written for it, else a random one of the Qwen3 family), and prints for each suite: passed,
-fails for a reason that `conformance_reasons.toml` states, not runnable without its model, unexpected. Writes
-`conformance.json` in the folder. Nothing of the suites is kept in this repository. Exit status 1: something unexpected.
+fails for a reason that `conformance_reasons.toml` states, asks for another kind of server, not runnable without its
+model, unexpected. Writes `conformance.json` in the folder. Nothing of the suites is kept in this repository. Exit
+status 1: something unexpected.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 STORIES = HERE.parents[1] / "shared/models/stories260k"
-NO_MODEL = "needs the model"  # with these words a plugin skips what cannot be asked of our models
+# With these words a plugin skips what cannot be asked of our models, and llama.cpp's suite what needs large ones.
+NO_MODEL = ("needs the model", "slow test")
 OWN_PARTS = "about a part of"  # and with these what is not about a server
 
 
@@ -157,7 +159,7 @@ def _unpack(suite: Suite, source: Path, target: Path) -> Path:
 
 def _run(suite: Suite, root: Path, folder: Path) -> list[dict[str, str]]:
     """Run the tests; return the outcome of each."""
-    packages, outcomes = folder / "packages", folder / "outcomes.jsonl"
+    packages, outcomes = folder / "packages", folder / f"{suite.plugin}.jsonl"
     if suite.packages:
         _pip("install", "--no-deps", "--upgrade", "--target", str(packages), *suite.packages)
     outcomes.unlink(missing_ok=True)
@@ -187,7 +189,7 @@ def _judge(outcomes: list[dict[str, str]], reasons: dict[str, dict[str, str]]) -
             counts["passed"] += 1
         elif OWN_PARTS in outcome["why"]:
             counts["not about a server"] += 1
-        elif outcome["outcome"] == "skipped" and (NO_MODEL in outcome["why"] or not found):
+        elif outcome["outcome"] == "skipped" and (not found or any(words in outcome["why"] for words in NO_MODEL)):
             counts["model"] += 1
         elif found:
             used.add(found[0])
@@ -202,9 +204,12 @@ def _print(results: dict[str, dict[str, object]]) -> None:
     for name, result in results.items():
         counts = result["counts"]
         assert isinstance(counts, dict) and isinstance(result["unexpected"], list)
+        passed, reason, other, model = (counts.get(kind, 0) for kind in ("passed", "reason", "other", "model"))
+        among, among_all = (100 * reason / max(1, passed + reason + more) for more in (0, other + model))
         print(
-            f"{name}: {counts.get('passed', 0)} passed, {counts.get('reason', 0)} fail for a stated reason, "
-            f"{counts.get('model', 0)} not runnable without their model, {len(result['unexpected'])} unexpected "
+            f"{name}: {passed} passed, {reason} fail for a stated reason, {other} ask for another kind of server, "
+            f"{model} not runnable without their model, {len(result['unexpected'])} unexpected; a stated reason have "
+            f"{among:.1f}% of those that could pass here, {among_all:.1f}% of all "
             f"({counts.get('not about a server', 0)} are not about a server)"
         )
         for line in result["unexpected"]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from conformance_server import CHATML, Kind, Servers, random_model
 
@@ -27,7 +28,8 @@ def pytest_unconfigure() -> None:
 
 
 def _start(self: Any, timeout_seconds: int = 60) -> None:
-    if self.models_dir or self.models_preset or self.model_hf_repo is None:
+    router = self.models_dir or self.models_preset or self.model_hf_repo is None
+    if router and not self.cors_origins:  # what pages may ask of a router, a server of one model can say too
         pytest.fail("starts a router")
     self.server_port = int(servers.fresh(_kind(self)).url.rpartition(":")[2])
     self.server_host = "127.0.0.1"
@@ -47,7 +49,8 @@ def _kind(self: Any) -> Kind:
         template = Path(self.chat_template_file).read_text()
     context = max(64, (self.n_ctx or 2048) // slots)
     name = self.model_alias or "model"
-    return Kind(model, name, context, template, True, key=self.api_key, origins=("*",))
+    origins, thinking = (self.cors_origins or "*",), self.reasoning != "off"
+    return Kind(model, name, context, template, True, key=self.api_key, origins=origins, thinking=thinking)
 
 
 sys.modules["wget"] = types.ModuleType("wget")  # the suite downloads models with it
@@ -55,6 +58,17 @@ sys.modules["wget"].download = _no_download  # type: ignore[attr-defined]
 sys.path.insert(0, str(Path.cwd()))
 import utils  # noqa: E402  (the suite's own, in the folder where pytest runs)
 
+asked = utils.ServerProcess.make_request
+
+
+def _make_request(self: Any, *given: Any, **named: Any) -> Any:
+    """Ask as the suite does; headers are found in any case, as HTTP has it (the suite keeps a dict)."""
+    reply = asked(self, *given, **named)
+    reply.headers = requests.structures.CaseInsensitiveDict(reply.headers)
+    return reply
+
+
+utils.ServerProcess.make_request = _make_request
 utils.ServerProcess.start = _start
 utils.ServerProcess.stop = lambda self: None
 utils.ServerPreset.load_all = staticmethod(lambda: None)

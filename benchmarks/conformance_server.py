@@ -50,6 +50,7 @@ class Kind:
     max_sequences: int = 8
     key: str | None = None
     origins: tuple[str, ...] = ()
+    thinking: bool = True
 
 
 class Servers:
@@ -77,10 +78,12 @@ class Servers:
         self._started += 1
         folder = _folder(kind, self._folder / f"model{self._started}")
         if kind.any_model:
-            Served.check_model = lambda self, name: None  # type: ignore[method-assign]
+            Served.check_model = Served.choose_model = lambda self, name: None  # type: ignore[method-assign]
         config = EngineConfig(max_sequences=kind.max_sequences)
         access = Access(keys=Keys({"suite": kind.key} if kind.key else {}), origins=kind.origins)
-        server = open_server(folder, port=0, device="cpu", name=kind.name, engine=config, access=access)
+        server = open_server(
+            folder, port=0, device="cpu", name=kind.name, engine=config, access=access, thinking=kind.thinking
+        )
         return server.__enter__()
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """Promises of the chat template: tools are shown as transformers shows them; without them nothing has changed."""
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,22 @@ def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
 
 def test_templates_that_know_no_tools_are_told_apart() -> None:
     assert takes_tools(CHAT_TEMPLATE) and not takes_tools(BEFORE) and not takes_tools(None)
+
+
+def test_a_thought_that_the_template_opens_anyway_is_closed_if_there_is_to_be_none(tokenizer: Tokenizer) -> None:
+    always = "{% for message in messages %}{{ message.content }}{% endfor %}<think>\n\n"
+    settings = {"chat_template": always}
+    stubborn = Tokenizer(tokenizer._library.to_str(), settings)
+    asked = [{"role": "user", "content": "Hi"}]
+    assert stubborn.render_text(asked) == "Hi<think>\n"
+    assert stubborn.render_text(asked, thinking=False) == "Hi<think>\n</think>"
+    assert stubborn.render(asked, thinking=False)[-1] == tokenizer.think_ids[1]
+
+
+@pytest.mark.parametrize(("name", "form"), [("date_string", "%d %b %Y"), ("datetime", "%b %d %Y")])
+def test_templates_are_told_the_day(name: str, form: str) -> None:
+    fill = compile_template("{{ " + name + " }}")
+    assert fill is not None
+    before = f"{datetime.date.today():{form}}"
+    told = fill([], True, True, {}, None)
+    assert told in (before, f"{datetime.date.today():{form}}")  # midnight may pass between the two

@@ -164,6 +164,24 @@ def test_pages_of_other_sites_may_not_ask_unless_allowed(tokenizer: Tokenizer) -
         assert "access-control-allow-origin" not in other.headers
 
 
+@pytest.mark.parametrize(
+    ("allowed", "origin", "may"),
+    [
+        ("*", "https://app.example", True),
+        ("localhost", "http://localhost:8080", True),
+        ("localhost", "http://[::1]:3000", True),
+        ("localhost", "http://localhost.evil.example", False),
+        ("https://app.example", "https://appXexample", False),
+    ],
+)
+def test_which_pages_may_ask(tokenizer: Tokenizer, allowed: str, origin: str, may: bool) -> None:
+    asking = {"Origin": origin, "Access-Control-Request-Method": "DELETE"}
+    with guarded(tokenizer, Access(keys=KEYED.keys, origins=(allowed,))) as (client, _):
+        headers = client.options("/v1/responses/1", headers=asking).headers
+    assert headers.get("access-control-allow-origin") == (origin if may else None)
+    assert "DELETE" in headers["access-control-allow-methods"] and "access-control-allow-credentials" not in headers
+
+
 def test_time_that_is_up_is_said(model_folder: Path) -> None:
     with (
         open_server(model_folder, port=0, access=Access(timeout=0.02)) as server,

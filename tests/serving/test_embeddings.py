@@ -122,3 +122,77 @@ def test_an_answer_goes_on_while_others_embed(url: str, client: openai.OpenAI) -
         client.embeddings.create(model="tiny", input="word " * 20)
         text += chunk.choices[0].text
     assert text == alone.choices[0].text
+
+
+def test_a_text_may_be_given_in_all_the_ways_of_other_servers(url: str, tokenizer: Tokenizer) -> None:
+    text, ids = TEXTS[0], tokenizer.encode(TEXTS[0])
+    half = len(text) // 2
+    forms = [
+        text,
+        {"prompt_string": text},
+        {"content": [{"type": "text", "text": text[:half]}, {"type": "text", "text": text[half:]}]},
+        [*ids[:2], tokenizer.decode(ids[2:])],
+    ]
+    rows = post(url, "/v1/embeddings", input=[*forms, ids])["data"]
+    rows += [row for form in forms for row in post(url, "/v1/embeddings", input=form)["data"]]
+    assert len(rows) == 9
+    for row in rows:
+        assert row["embedding"] == pytest.approx(rows[0]["embedding"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        {"content": "text"},
+        {"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+        [[]],
+        [1.5],
+        [-1],
+        [[-1]],
+        [999999],
+    ],
+)
+def test_what_is_no_text_is_refused(url: str, given: object) -> None:
+    assert httpx.post(url + "/v1/embeddings", json={"input": given}, trust_env=False).status_code == 400
+
+
+def test_a_conversation_is_embedded_as_its_template_writes_it(url: str, tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    reply = post(url, "/v1/embeddings", messages=messages)
+    ids = tokenizer.render(messages, generation_prompt=False)
+    assert reply["usage"]["prompt_tokens"] == len(ids)
+    [row] = post(url, "/v1/embeddings", input=[ids])["data"]
+    assert reply["data"][0]["embedding"] == pytest.approx(row["embedding"], abs=1e-5)
+
+
+def test_a_vector_is_given_as_it_is_if_no_length_is_wanted(url: str) -> None:
+    unit, raw = (post(url, "/v1/embeddings", input=TEXTS[0], use_activation=on)["data"][0] for on in (True, False))
+    length = math.hypot(*raw["embedding"])
+    assert length != pytest.approx(1, abs=0.1)
+    assert unit["embedding"] == pytest.approx([number / length for number in raw["embedding"]], abs=1e-5)
+
+
+def test_a_ranking_as_tei_gives_it(url: str) -> None:
+    query, texts = TEXTS[0], TEXTS[1:]
+    usual = post(url, "/rerank", query=query, documents=texts)["results"]
+    ranked = post(url, "/rerank", query=query, texts=texts, return_text=True, raw_scores=False)
+    assert [(row["index"], row["text"]) for row in ranked] == [(row["index"], texts[row["index"]]) for row in usual]
+    assert [row["score"] for row in ranked] == pytest.approx([row["relevance_score"] for row in usual], abs=1e-5)
+    assert len(post(url, "/rerank", query=query, texts=texts, top_n=1)) == 1
+
+
+def test_which_end_of_a_long_text_goes(url: str, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(TEXTS[1])
+    for side, kept in (("right", ids[:3]), ("left", ids[-3:])):
+        cut = post(url, "/v1/embeddings", input=TEXTS[1], truncate_prompt_tokens=3, truncation_side=side)["data"][0]
+        [row] = post(url, "/v1/embeddings", input=[kept])["data"]
+        assert cut["embedding"] == pytest.approx(row["embedding"], abs=1e-5)
+
+
+def test_scores_by_the_names_of_other_versions(url: str) -> None:
+    usual = post(url, "/score", text_1=TEXTS[0], text_2=TEXTS[1:])["data"]
+    for left, right in (("queries", "documents"), ("queries", "items"), ("data_1", "data_2")):
+        assert post(url, "/score", **{left: TEXTS[0], right: TEXTS[1:]})["data"] == usual
+    both = {"text_1": "a", "queries": "b", "text_2": "c"}
+    assert httpx.post(url + "/score", json=both, trust_env=False).status_code == 400

@@ -99,3 +99,47 @@ def test_a_completion_begins_with_the_space_that_parts_it_from_the_prompt(path: 
         asked["prompt"] = "Once upon a time, there"
         reply = httpx.post(server.url + path, json=asked, trust_env=False, timeout=60).json()
         assert (reply.get("content") or reply["choices"][0]["text"]).startswith(" was a")
+
+
+def test_a_server_that_does_not_think_unless_it_is_asked_to(model_folder: Path) -> None:
+    asked = {"messages": [{"role": "user", "content": "Hi"}]}
+    serving = open_server(model_folder, port=0, name="tiny", thinking=False)
+    with serving as server, httpx.Client(base_url=server.url, trust_env=False, timeout=60) as client:
+        prompts = [
+            client.post("/apply-template", json={**asked, **more}).json()["prompt"]
+            for more in ({}, {"chat_template_kwargs": {"enable_thinking": True}}, {"reasoning_effort": "low"})
+        ]
+    assert [prompt.endswith("<think></think>") for prompt in prompts] == [True, False, False]
+
+
+def test_times_are_told_and_the_first_token_has_none_of_its_own(client: httpx.Client) -> None:
+    for count in (1, 5):
+        times = completion(client, n_predict=count, ignore_eos=True)["timings"]
+        assert times["predicted_n"] == count and times["prompt_per_token_ms"] > 0
+        if count == 1:
+            assert times["predicted_per_second"] == times["predicted_per_token_ms"] == 0
+        else:
+            assert times["predicted_per_second"] == pytest.approx(1000 * (count - 1) / times["predicted_ms"])
+            assert times["predicted_per_token_ms"] == pytest.approx(times["predicted_ms"] / (count - 1))
+
+
+def test_an_answer_that_fills_the_context_says_it_was_truncated(client: httpx.Client) -> None:
+    assert completion(client, n_predict=-1, ignore_eos=True)["truncated"] is True
+    assert completion(client, n_predict=2)["truncated"] is False
+
+
+def test_a_chat_tells_its_times_and_its_prompt_to_who_asks(client: httpx.Client) -> None:
+    asked = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "id_slot": 0, "cache_prompt": True}
+    stream = client.post("/v1/chat/completions", json={**asked, "stream": True, "timings_per_token": True})
+    chunks = [json.loads(line[6:]) for line in stream.text.split("\n\n") if line.startswith("data: {")]
+    assert "timings" not in chunks[0] and chunks[-1]["timings"]["predicted_n"] == 3
+    told = client.post("/v1/chat/completions", json={**asked, "verbose": True}).json()
+    assert told["__verbose"] == client.post("/apply-template", json={"messages": asked["messages"]}).json()
+
+
+def test_a_server_tells_its_slots_and_its_properties(client: httpx.Client, tokenizer: Tokenizer) -> None:
+    slots, props = client.get("/slots").json(), client.get("/props").json()
+    assert len(slots) == props["total_slots"] == 8
+    assert {slot["n_ctx"] for slot in slots} == {props["default_generation_settings"]["n_ctx"]}
+    assert not any(slot["is_processing"] for slot in slots)
+    assert props["chat_template"] == tokenizer.template_text and props["is_sleeping"] is False

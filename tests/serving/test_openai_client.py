@@ -230,3 +230,80 @@ def test_a_chat_tells_its_tokens_and_keeps_its_thoughts_back(client: openai.Open
     assert streamed == whole.choices[0].token_ids
     assert whole.choices[0].message.reasoning is None
     assert not any(getattr(chunk.choices[0].delta, "reasoning", None) for chunk in chunks)
+
+
+def test_a_chat_scores_its_prompt_as_a_completion_does(client: openai.OpenAI) -> None:
+    more = {**FAST, "prompt_logprobs": 2, "return_token_ids": True}
+    chat = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=1, extra_body=more)
+    asked = {"model": "tiny", "prompt": chat.prompt_token_ids, "max_tokens": 1}
+    plain = client.completions.create(**asked, extra_body={"prompt_logprobs": 2})
+    assert chat.prompt_logprobs == plain.choices[0].prompt_logprobs and chat.prompt_logprobs[0] is None
+    with pytest.raises(openai.BadRequestError, match="streamed"):
+        client.chat.completions.create(model="tiny", messages=QUESTION, stream=True, extra_body={"prompt_logprobs": 1})
+    unasked = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=1)
+    assert unasked.prompt_logprobs is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_beginning_that_an_answer_goes_on_from_is_given_back_if_it_is_wanted(
+    client: openai.OpenAI, stream: bool
+) -> None:
+    messages = [*QUESTION, {"role": "assistant", "content": "The answer"}]
+    said = []
+    for echo in (True, False):
+        more = {**FAST, "continue_final_message": True, "echo": echo}
+        asked = {"model": "tiny", "messages": messages, "max_tokens": 8, "seed": 3, "extra_body": more}
+        reply = client.chat.completions.create(**asked, stream=stream)
+        said += ["".join(c.choices[0].delta.content or "" for c in reply)] if stream else [reply.choices[0].message]
+    echoed, plain = said if stream else [message.content for message in said]
+    assert echoed == "The answer" + plain
+
+
+def test_there_is_nothing_to_echo_in_an_answer_that_goes_on_from_nothing(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="continue_final_message"):
+        client.chat.completions.create(model="tiny", messages=QUESTION, extra_body={"echo": True})
+
+
+def test_a_prompt_is_counted_before_it_is_sent(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=1)
+    body = {"model": "tiny", "messages": QUESTION}
+    counted = client.post("/chat/completions/input_tokens", body=body, cast_to=object)
+    assert counted == {"input_tokens": reply.usage.prompt_tokens}
+    items = client.responses.input_tokens.count(model="tiny", input=QUESTION[0]["content"])
+    assert items.input_tokens == client.responses.create(model="tiny", input="What is 17 + 25?").usage.input_tokens
+
+
+def test_all_wrong_keys_of_a_bias_are_named(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="'one', 'two'"):
+        client.completions.create(model="tiny", prompt="x", logit_bias={"one": 1, "1": 1, "two": 1})
+
+
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**63])
+def test_a_seed_is_a_whole_number_of_64_bits(client: openai.OpenAI, seed: int) -> None:
+    with pytest.raises(openai.BadRequestError, match="seed"):
+        client.completions.create(model="tiny", prompt="x", seed=seed)
+
+
+def test_which_end_of_a_long_prompt_goes(client: openai.OpenAI) -> None:
+    for side, kept in (("right", [1, 2, 3]), ("left", [4, 5, 6])):
+        more = {"return_token_ids": True, "truncate_prompt_tokens": 3, "truncation_side": side}
+        reply = client.completions.create(model="tiny", prompt=[1, 2, 3, 4, 5, 6], max_tokens=1, extra_body=more)
+        assert reply.choices[0].prompt_token_ids == kept
+
+
+def test_special_tokens_of_a_prompt_of_tokens_are_echoed(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.eos_ids[0], *tokenizer.encode("Hi"), tokenizer.eos_ids[0]]
+    reply = client.completions.create(model="tiny", prompt=ids, max_tokens=1, echo=True, logprobs=0)
+    end = tokenizer.spelling(tokenizer.eos_ids[0])
+    assert reply.choices[0].text.startswith(f"{end}Hi{end}")
+    assert reply.choices[0].logprobs.text_offset[:2] == [0, len(end)]
+
+
+def test_a_chat_may_be_given_the_very_tokens_of_its_prompt(client: openai.OpenAI) -> None:
+    asked = {"model": "tiny", "max_tokens": 4, "temperature": 0}
+    first = client.chat.completions.create(**asked, messages=QUESTION, extra_body={"return_token_ids": True})
+    more = {"kv_transfer_params": {"prompt_token_ids": first.prompt_token_ids}, "return_token_ids": True}
+    other = [{"role": "user", "content": "Something else"}]
+    again = client.chat.completions.create(**asked, messages=other, extra_body=more)
+    assert again.prompt_token_ids == first.prompt_token_ids
+    assert again.choices[0].token_ids == first.choices[0].token_ids

@@ -20,6 +20,9 @@ def serve(
         str | None,
         typer.Option(metavar="NAME", help="How it calls tools; else by its template.", rich_help_panel=ENGINE),
     ] = None,
+    no_thinking: Annotated[
+        bool, typer.Option("--no-thinking", help="Answer at once unless a request asks.", rich_help_panel=ENGINE)
+    ] = False,
     exact: Annotated[
         bool, typer.Option("--exact", help="Prove at the start that no batch changes a bit.", rich_help_panel=ENGINE)
     ] = False,
@@ -59,7 +62,7 @@ def serve(
         int | None, typer.Option(min=1, metavar="N", help="HTTP requests answered at once.", rich_help_panel=DOOR)
     ] = None,
     max_queued: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Requests that may wait for the engine.", rich_help_panel=DOOR)
+        int, typer.Option(min=0, metavar="N", help="Requests that may wait.", rich_help_panel=DOOR)
     ] = 256,
     timeout: Annotated[
         float | None,
@@ -133,6 +136,7 @@ def serve(
             max_queued=max_queued,
             context_length=context_length,
             control=control,
+            thinking=not no_thinking,
             layout=layout,
             draft=draft,
             quantisation=few_bits,

@@ -89,11 +89,15 @@ def compile_template(source: str | None) -> Template | None:
         tokens: Mapping[str, str],
         tools: Tools | None,
     ) -> str:
+        now = datetime.datetime.now()
         try:
             return template.render(
                 messages=rows,
                 tools=tools,
                 documents=None,
+                # What templates of Llama and of Firefunction write of the day, each in its own form.
+                date_string=now.strftime("%d %b %Y"),
+                datetime=now.strftime("%b %d %Y"),
                 add_generation_prompt=generation_prompt,
                 enable_thinking=thinking,
                 **tokens,

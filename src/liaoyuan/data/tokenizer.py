@@ -149,7 +149,8 @@ class Tokenizer:
         Args:
             messages: `Message`s, or mappings with "role", "content" and perhaps "think" or "reasoning_content",
                 "tool_calls", "tool_call_id" and "name".
-            thinking: whether the answer to come is to be thought about first (slow) or given at once (fast).
+            thinking: whether the answer to come is to be thought about first (slow) or given at once (fast): a thought
+                that the template opens nevertheless is closed.
             generation_prompt: end with the beginning of the assistant's turn.
             tools: what the model may call, as OpenAI's API describes it; most templates show it to the model.
 
@@ -180,6 +181,8 @@ class Tokenizer:
             raise LiaoyuanError("This tokenizer has no chat template, so it cannot render messages.")
         tokens = {name: token for name, token in self.named_tokens.items() if token}
         text = self._template(rows, generation_prompt, thinking, tokens, tools)
+        if generation_prompt and not thinking and text.rstrip().endswith(THINK):
+            text += END_OF_THINK  # many a template opens a thought whatever it is told
         try:
             text.encode()
         except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Embeddings: a text as one vector, pooled from the last hidden states of a decoder, of length 1.
+"""Embeddings: a text as one vector, pooled from the last hidden states of a decoder.
 
 Sentence embeddings from pooled states: Reimers and Gurevych 2019 (arXiv 1908.10084), sec. 3.
 """
@@ -77,7 +77,7 @@ def _packed(token_lists: Sequence[Sequence[int]], group: Sequence[int], pooling:
         tokens = [token for number in group for token in token_lists[number]]
         hidden = _hidden_states(model, tokens, positions, context).split(lengths)
         pooled = [rows[-1] if pooling.mode == "last" else rows.mean(0) for rows in hidden]
-        return [(number, _unit(row)) for number, row in zip(group, pooled, strict=True)]
+        return [(number, row.cpu()) for number, row in zip(group, pooled, strict=True)]
 
     return step
 
@@ -88,7 +88,7 @@ class _LongText:
     def __init__(self, number: int, tokens: Sequence[int], pooling: Pooling) -> None:
         self._number, self._tokens, self._pooling = number, tokens, pooling
         self._cache: KeyValueCache | None = None
-        self._sum: Tensor | float = 0.0
+        self._sum = torch.zeros(())
 
     def step(self, start: int, end: int) -> Step:
         def step(model: Decoder, memory: Memory) -> list[tuple[int, Tensor]]:
@@ -96,7 +96,8 @@ class _LongText:
             self._sum = self._sum + hidden.sum(0)
             if end < len(self._tokens):
                 return []
-            return [(self._number, _unit(hidden[-1] if self._pooling.mode == "last" else self._sum))]
+            last = self._pooling.mode == "last"
+            return [(self._number, (hidden[-1] if last else self._sum / len(self._tokens)).cpu())]
 
         return step
 
@@ -120,8 +121,3 @@ def _hidden_states(model: Decoder, tokens: Sequence[int], positions: Tensor, con
     """Return what the last norm gives, fp32 [N, H]."""
     ids = torch.tensor(tokens, device=positions.device)
     return model(ids, positions, context, hidden=True).float()
-
-
-def _unit(vector: Tensor | float) -> Tensor:
-    assert isinstance(vector, Tensor)
-    return torch.nn.functional.normalize(vector, dim=0).cpu()

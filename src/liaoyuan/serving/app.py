@@ -7,7 +7,9 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse
 from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from liaoyuan.data.tokenizer import Tokenizer
@@ -27,9 +29,11 @@ from liaoyuan.serving.llama_cpp import llama_routes
 from liaoyuan.serving.markdown import render
 from liaoyuan.serving.messages import message_routes
 from liaoyuan.serving.metrics import Metrics
+from liaoyuan.serving.platforms import platform_routes
 from liaoyuan.serving.protocol import RenderRequest
 from liaoyuan.serving.responses import response_routes
-from liaoyuan.serving.security import Access, Guard
+from liaoyuan.serving.security import Access, Guard, origins_pattern
+from liaoyuan.serving.slots import slot_routes
 from liaoyuan.serving.status import VERSION, status_routes
 from liaoyuan.serving.tokens import token_routes
 from liaoyuan.serving.tools import named_format
@@ -50,6 +54,7 @@ def build_app(
     call_format: str | None = None,
     control: bool = False,
     shelf: Shelf = Shelf(),
+    thinking: bool = True,
 ) -> FastAPI:
     """Return the app that serves one model.
 
@@ -65,6 +70,7 @@ def build_app(
         call_format: how the model writes tool calls (a name of `tools.FORMATS`); None: found in its chat template.
         control: whether who may ask may also pause the engine and change its weights.
         shelf: the adapters that requests may name.
+        thinking: whether the model thinks before it answers a request that does not say.
 
     Raises:
         LiaoyuanError: there is no such form of tool calls.
@@ -74,13 +80,15 @@ def build_app(
     grammars = Grammars(tokenizer, vocab_size or tokenizer.vocab_size, stops)
     form = named_format(call_format) if call_format else taught_format(tokenizer)
     metrics = Metrics(runner.health)
+    created = int(time.time())
     served = Served(
-        runner, tokenizer, name, context_length, int(time.time()), stops, marks, grammars, form, metrics, shelf
+        runner, tokenizer, name, context_length, created, stops, marks, grammars, form, metrics, shelf, thinking
     )
     # The documentation pages of FastAPI load scripts from elsewhere; /openapi.json is the whole truth.
     app = FastAPI(title="Liaoyuan", version=VERSION, docs_url=None, redoc_url=None, responses=ERRORS)
     add_handlers(app)
     _add_api(app, served, pooling)
+    app.include_router(platform_routes())
     app.include_router(adapter_routes(runner, name, shelf))
     if control:
         app.include_router(control_routes(served))
@@ -89,14 +97,27 @@ def build_app(
     app.add_middleware(Guard, access=access, metrics=metrics)
     if access.origins:  # around the guard: a browser must be able to read why it was refused
         app.add_middleware(
-            CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            _Pages,
+            allow_origin_regex=origins_pattern(access.origins),
+            allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
+            allow_headers=["*"],
         )
     return app
 
 
+class _Pages(CORSMiddleware):
+    """CORS in which a page that may not ask has made no mistake: the browser finds no leave, and says so itself."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        reply = super().preflight_response(request_headers)
+        if not self.is_allowed_origin(request_headers["origin"]):
+            reply.status_code = 200
+        return reply
+
+
 def _add_api(app: FastAPI, served: Served, pooling: Pooling) -> None:
     app.include_router(message_routes(served), responses=ANTHROPIC_ERRORS)
-    for routes in (status_routes, token_routes, generate_routes):
+    for routes in (status_routes, slot_routes, token_routes, generate_routes):
         app.include_router(routes(served))
     for router in (
         chat_routes(served),

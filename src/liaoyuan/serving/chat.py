@@ -11,8 +11,9 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from liaoyuan.data.tokenizer import Tokenizer
+from liaoyuan.inference import PromptLogprobs
 from liaoyuan.serving.caller import CALLER
-from liaoyuan.serving.conversation import chat_jobs
+from liaoyuan.serving.conversation import chat_jobs, chat_prompt
 from liaoyuan.serving.errors import ApiError
 from liaoyuan.serving.generation import (
     EventStream,
@@ -22,10 +23,13 @@ from liaoyuan.serving.generation import (
     first_and_rest,
     server_event,
     start,
+    unless_gone,
 )
 from liaoyuan.serving.protocol import ChatRequest
+from liaoyuan.serving.scores import prompt_scores, score_rows, shown
 from liaoyuan.serving.status import SYSTEM_FINGERPRINT
 from liaoyuan.serving.text import Piece, ScoredToken
+from liaoyuan.serving.timings import Timings
 from liaoyuan.serving.tools import Call, CallPiece, whole_calls
 
 
@@ -37,21 +41,32 @@ def chat_routes(served: Served) -> APIRouter:
     async def chat_completions(http: HttpRequest, body: ChatRequest) -> Response:
         served.choose_model(body.model)
         jobs = await asyncio.to_thread(chat_jobs, served, body)  # a long prompt must not hold up the streams of others
+        scores = await unless_gone(http, _scores(served, body, jobs[0].prompt))
         pieces = start(served, jobs)
-        reply = _Reply(
-            served, body, jobs[0].prompt, "chatcmpl-" + (body.request_id or CALLER.get().id), int(time.time())
-        )
+        id = "chatcmpl-" + (body.request_id or CALLER.get().id)
+        reply = _Reply(served, body, jobs[0].prompt, scores, id, int(time.time()))
         if body.stream:
             return EventStream(_stream(reply, len(jobs), await first_and_rest(http, pieces)))
         return JSONResponse(reply.whole(await collect(http, pieces, len(jobs))))
 
+    @router.post("/v1/chat/completions/input_tokens")
+    async def input_tokens(body: ChatRequest) -> dict[str, int]:
+        served.choose_model(body.model)
+        return {"input_tokens": len(await asyncio.to_thread(chat_prompt, served, body))}
+
     return router
+
+
+async def _scores(served: Served, body: ChatRequest, prompt: tuple[int, ...]) -> PromptLogprobs | None:
+    """Return the log-probabilities of the prompt if they are wanted."""
+    return None if body.prompt_logprobs is None else await prompt_scores(served, prompt, body.prompt_logprobs)
 
 
 async def _stream(reply: "_Reply", count: int, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
     """Yield server-sent events; an error in mid-stream is the last of them."""
     for index in range(count):
-        yield server_event(reply.first_chunk(index))
+        for chunk in reply.first_chunks(index):
+            yield server_event(chunk)
     try:
         async for index, piece in pieces:
             for chunk in reply.chunks(index, piece):
@@ -70,10 +85,12 @@ class _Reply:
     served: Served
     body: ChatRequest
     prompt: tuple[int, ...]
+    scores: PromptLogprobs | None
     id: str
     created: int
 
     def __post_init__(self) -> None:
+        self._timings, self._last = Timings(len(self.prompt)), Piece("", "", [], 0, 0, None)
         self._cached = 0  # tokens of the prompt that were found in the prefix cache
         self._counts: dict[int, tuple[int, int]] = {}  # choice -> (completion tokens, reasoning tokens)
 
@@ -84,11 +101,28 @@ class _Reply:
             **self._prompt_ids(),
             "choices": [self._choice(index, pieces) for index, pieces in enumerate(choices)],
             "usage": self._usage(),
+            "prompt_logprobs": self._prompt_logprobs(),
+            **self._verbose(),
         }
 
-    def first_chunk(self, index: int) -> dict[str, Any]:
-        """Return the chunk that says who speaks."""
-        return self.chunk(index, {"role": "assistant", "content": None}) | self._prompt_ids()
+    def first_chunks(self, index: int) -> Iterable[dict[str, Any]]:
+        """Yield the chunk that says who speaks, and what the answer goes on from if that is wanted back."""
+        yield self.chunk(index, {"role": "assistant", "content": None}) | self._prompt_ids()
+        if self.body.echoed:
+            yield self.chunk(index, {"content": self.body.echoed})
+
+    def _prompt_logprobs(self) -> Any:
+        if self.scores is None:
+            return None
+        tokenizer = self.served.tokenizer
+        return score_rows(
+            self.prompt, self.scores, self.body.prompt_logprobs or 0, lambda token: shown(tokenizer, token)
+        )
+
+    def _verbose(self) -> dict[str, Any]:
+        if not self.body.verbose:
+            return {}
+        return {"__verbose": {"prompt": self.served.tokenizer.decode(self.prompt, skip_special=False)}}
 
     def _prompt_ids(self) -> dict[str, Any]:
         return {"prompt_token_ids": self.prompt} if self.body.return_token_ids else {}
@@ -110,10 +144,11 @@ class _Reply:
         delta |= self._called_delta(piece)
         scores = self._logprobs(piece.tokens)
         ids = self._ids([piece])
-        if delta or (piece.tokens and self.body.logprobs) or ids or self.body.running_usage:
-            yield self.chunk(index, delta, scores, None, ids)
-        if piece.finish_reason:
-            yield self.chunk(index, {}, None, self._reason(piece))
+        whole = self.body.running_usage  # a chunk without a token would say the usage of the one before it again
+        if delta or (piece.tokens and self.body.logprobs) or ids or whole:
+            yield self._timed(self.chunk(index, delta, scores, self._reason(piece) if whole else None, ids))
+        if piece.finish_reason and not whole:
+            yield self._timed(self.chunk(index, {}, None, self._reason(piece)))
 
     def _called_delta(self, piece: Piece) -> dict[str, Any]:
         """Return what a piece adds to tool calls: the name first, then text of the arguments."""
@@ -150,7 +185,11 @@ class _Reply:
         return chunk
 
     def usage_chunk(self) -> dict[str, Any]:
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
+        return self._timed({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()})
+
+    def _timed(self, chunk: dict[str, Any]) -> dict[str, Any]:
+        """Return a chunk with the times so far if they are wanted."""
+        return {**chunk, "timings": self._timings.values(self._last)} if self.body.timings_per_token else chunk
 
     def _head(self, kind: str) -> dict[str, Any]:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.served.answering}
@@ -158,7 +197,7 @@ class _Reply:
 
     def _choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
         self._count(index, pieces[-1])
-        content = "".join(piece.content for piece in pieces)
+        content = self.body.echoed + "".join(piece.content for piece in pieces)
         calls = whole_calls(call for piece in pieces for call in piece.calls)
         message: dict[str, Any] = {
             "role": "assistant",
@@ -184,6 +223,8 @@ class _Reply:
     def _count(self, index: int, piece: Piece) -> None:
         self._counts[index] = (piece.completion_tokens, piece.reasoning_tokens)
         self._cached = max(self._cached, piece.cached_tokens)
+        self._last = piece
+        self._timings.saw(piece)
 
     def _usage(self) -> dict[str, Any]:
         completion = sum(tokens for tokens, _ in self._counts.values())

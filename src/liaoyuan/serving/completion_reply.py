@@ -9,6 +9,7 @@ from liaoyuan.inference import PromptLogprobs
 from liaoyuan.serving.caller import CALLER
 from liaoyuan.serving.generation import Served, finite
 from liaoyuan.serving.protocol import CompletionRequest
+from liaoyuan.serving.scores import score_rows, shown
 from liaoyuan.serving.status import SYSTEM_FINGERPRINT
 from liaoyuan.serving.text import Piece, ScoredToken
 
@@ -79,11 +80,17 @@ class CompletionReply:
         text, scores = self._part(index, pieces)
         if prompt_scores and scores:
             scores = {name: prompt_scores[name] + scores[name] for name in scores}
-        number, extras = index // self.body.choices, self._token_ids(pieces)
+        number = index // self.body.choices
+        extras: dict[str, Any] = {
+            "prompt_token_ids": None,
+            "token_ids": None,
+            "prompt_logprobs": None,
+        }  # vLLM's clients look for them
+        extras |= self._token_ids(pieces)
         if self.body.return_token_ids:
-            extras = {"prompt_token_ids": self.prompts[number], **extras}
-        if self.body.prompt_logprobs is not None:
-            extras["prompt_logprobs"] = self._prompt_logprobs(self.prompts[number], self.scores[number])
+            extras["prompt_token_ids"] = self.prompts[number]
+        if (most := self.body.prompt_logprobs) is not None:
+            extras["prompt_logprobs"] = score_rows(self.prompts[number], self.scores[number], most, self._text)
         reason = pieces[-1].finish_reason if pieces else "length"
         return _choice(index, prompt_text + text, scores, reason, extras)
 
@@ -101,10 +108,10 @@ class CompletionReply:
         if self.body.logprobs is None:
             return text, None
         scores = self.scores[number]
-        decoder, ends = self.served.decoder(), [0]
+        decoder, ends = self.served.decoder(self.served.tokenizer.special_ids), [0]
         for token in prompt:
             ends.append(ends[-1] + len(decoder.feed([token])))
-        before = ends[-1] - len(text)  # SentencePiece puts a space before a text that is no part of it
+        before = ends[-1] - len(text)  # a token or a space that the tokenizer puts before a text is no part of it
         top = [rivals[: self.body.logprobs] for rivals in scores.top]
         return text, {
             "tokens": [self._text(token) for token in prompt],
@@ -114,9 +121,11 @@ class CompletionReply:
         }
 
     def _prompt_text(self, number: int) -> str:
+        """Return the text of a prompt as it was given: of tokens, with the special ones among them."""
         given = self.body.prompt[number] if isinstance(self.body.prompt, list) else self.body.prompt
-        whole = isinstance(given, str) and self.body.truncate_prompt_tokens is None
-        return given if isinstance(given, str) and whole else self.served.tokenizer.decode(self.prompts[number])
+        if isinstance(given, str) and self.body.truncate_prompt_tokens is None:
+            return given
+        return self.served.tokenizer.decode(self.prompts[number], skip_special=isinstance(given, str))
 
     def _part(self, index: int, pieces: list[Piece]) -> tuple[str, dict[str, Any] | None]:
         """Return the text that pieces add to a choice, and their log-probabilities if they are wanted."""
@@ -150,28 +159,8 @@ class CompletionReply:
                 found[text] = max(finite(score), found.get(text, finite(score)))
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-    def _prompt_logprobs(self, prompt: tuple[int, ...], scores: PromptLogprobs) -> list[dict[str, Any] | None]:
-        """Return vLLM's form: for each token of a prompt after the first, ids with their log-probabilities."""
-        most = self.body.prompt_logprobs or 0
-        rows: list[dict[str, Any] | None] = [None]
-        for token, logprob, top in zip(prompt[1:], scores.logprobs, scores.top, strict=True):
-            ranks = {rival: rank for rank, (rival, _) in enumerate(top, 1)}
-            entries = {token: logprob, **{rival: score for rival, score in top[:most] if rival != token}}
-            rows.append({str(one): self._entry(one, score, ranks.get(one)) for one, score in entries.items()})
-        return rows
-
-    def _entry(self, token: int, logprob: float, rank: int | None) -> dict[str, Any]:
-        return {"logprob": finite(logprob), "rank": rank, "decoded_token": self._text(token)}
-
     def _text(self, token: int) -> str:
-        """Return a token as text; one that is no whole text by itself is shown by its bytes, as OpenAI does."""
-        if self.body.return_tokens_as_token_ids:
-            return f"token_id:{token}"
-        raw = self.served.tokenizer.token_bytes(token)
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        return f"token_id:{token}" if self.body.return_tokens_as_token_ids else shown(self.served.tokenizer, token)
 
 
 def _best(answers: list[list[Piece]], count: int) -> list[list[Piece]]:

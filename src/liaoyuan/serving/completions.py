@@ -57,7 +57,8 @@ def _prompts(served: Served, body: CompletionRequest) -> list[tuple[int, ...]]:
     if not given:
         raise invalid("There must be at least one prompt.", "prompt")
     room = served.context_length - _most(body)
-    prompts = [truncated(prompt_ids(served, each), body.truncate_prompt_tokens, room) for each in given]
+    truncation, side = body.truncate_prompt_tokens, body.truncation_side or "left"
+    prompts = [truncated(prompt_ids(served, each), truncation, room, side) for each in given]
     if not all(prompts):
         raise invalid("A prompt must have at least one token.", "prompt")
     if len(prompts) * body.candidates > MAX_CHOICES:

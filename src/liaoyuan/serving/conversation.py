@@ -113,8 +113,8 @@ def _constraint(served: Served, body: ChatRequest, calling: _Calling | None) -> 
             inner = served.hold("tools", _calls_grammar(served, calling, schema))
     if served.marks is None or (inner is None and body.thinking_token_budget is None):
         return inner
-    vocabulary = served.grammars.vocabulary
-    return AfterThinking(inner, served.marks, vocabulary, body.thinking_token_budget, may_open=body.thinking)
+    vocabulary, may_open = served.grammars.vocabulary, body.thinking(served.thinking)
+    return AfterThinking(inner, served.marks, vocabulary, body.thinking_token_budget, may_open)
 
 
 def _calls_grammar(served: Served, calling: _Calling, schema: dict[str, Any] | None) -> Grammar:
@@ -134,7 +134,8 @@ def chat_text(served: Served, body: ChatRequest, generation_prompt: bool = True)
     """Return the text that the chat template makes of a conversation and its tools. Raises ApiError if it refuses."""
     try:
         messages = [_message(message) for message in body.messages]
-        return served.tokenizer.render_text(messages, body.thinking, generation_prompt, _described(body) or None)
+        thinking = body.thinking(served.thinking)
+        return served.tokenizer.render_text(messages, thinking, generation_prompt, _described(body) or None)
     except LiaoyuanError as error:
         raise invalid(str(error), "messages") from error
 
@@ -146,12 +147,16 @@ def _described(body: ChatRequest) -> list[dict[str, Any]]:
 
 
 def _prompt(served: Served, body: ChatRequest, calling: _Calling | None, more: bool = True) -> tuple[int, ...]:
+    if body.kv_transfer_params and (ids := body.kv_transfer_params.prompt_token_ids):
+        served.check_tokens(ids, "kv_transfer_params")
+        return tuple(ids)
     tools = _described(body) if calling else None
     given = body.messages[:-1] if body.continue_final_message else body.messages
     more = bool(body.continue_final_message) or (more and body.add_generation_prompt is not False)
     try:
         messages = [_message(message) for message in given]
-        prompt = tuple(served.tokenizer.render(messages, body.thinking, generation_prompt=more, tools=tools))
+        thinking = body.thinking(served.thinking)
+        prompt = tuple(served.tokenizer.render(messages, thinking, generation_prompt=more, tools=tools))
     except LiaoyuanError as error:
         raise invalid(str(error), "messages") from error
     return _continued(served, prompt, body.messages[-1].text()) if body.continue_final_message else prompt

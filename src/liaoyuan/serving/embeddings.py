@@ -19,9 +19,19 @@ from torch import Tensor
 
 from liaoyuan.inference import Engine, Pooling, embedding_steps
 from liaoyuan.inference.pooling import Step
+from liaoyuan.serving.conversation import chat_prompt
+from liaoyuan.serving.embeddings_body import (
+    Document,
+    EmbeddingRequest,
+    Parts,
+    PromptString,
+    RerankRequest,
+    ScoreRequest,
+)
 from liaoyuan.serving.errors import invalid
 from liaoyuan.serving.generation import Served, between_steps, prompt_ids, truncated, unless_gone
-from liaoyuan.serving.protocol import Document, EmbeddingRequest, RerankRequest, ScoreRequest
+from liaoyuan.serving.protocol import ChatRequest
+from liaoyuan.serving.protocol import TruncationSide as Side
 
 
 def embedding_routes(served: Served, pooling: Pooling) -> APIRouter:
@@ -33,36 +43,34 @@ def embedding_routes(served: Served, pooling: Pooling) -> APIRouter:
     async def embeddings(http: HttpRequest, body: EmbeddingRequest) -> dict[str, Any]:
         served.check_model(body.model)
         texts = await asyncio.to_thread(_inputs, served, body)
-        vectors = _shortened(await unless_gone(http, embedder.embed(texts)), body.dimensions)
+        unit = body.use_activation is not False
+        vectors = _shortened(await unless_gone(http, embedder.embed(texts, unit)), body.dimensions, unit)
         rows = [_row(index, vector, body.encoding_format or "float") for index, vector in enumerate(vectors)]
-        return {"object": "list", "data": rows, "model": served.name, "usage": _usage(texts)}
+        head = {"id": "embd-" + secrets.token_hex(12), "object": "list", "created": int(time.time())}
+        return {**head, "data": rows, "model": served.name, "usage": _usage(texts)}
 
-    @router.post("/v2/rerank")
-    @router.post("/v1/rerank")
-    @router.post("/rerank")
-    async def rerank(http: HttpRequest, body: RerankRequest) -> dict[str, Any]:
+    @router.post("/v2/rerank", response_model=None)
+    @router.post("/v1/rerank", response_model=None)
+    @router.post("/rerank", response_model=None)
+    async def rerank(http: HttpRequest, body: RerankRequest) -> dict[str, Any] | list[dict[str, Any]]:
         served.check_model(body.model)
-        documents = [_text(document) for document in body.documents]
-        texts = await asyncio.to_thread(_ids, served, [body.query, *documents], body.truncate_prompt_tokens)
-        query, *vectors = await unless_gone(http, embedder.embed(texts))
+        ids = await asyncio.to_thread(_ids, served, [body.query, *body.ranked], body.truncation, body.side)
+        query, *vectors = await unless_gone(http, embedder.embed(ids))
         scores = [_similarity(query, vector) for vector in vectors]
         best = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
-        results: list[dict[str, Any]] = [{"index": index, "relevance_score": scores[index]} for index in best]
-        if body.return_documents is not False:
-            results = [{**result, "document": {"text": documents[result["index"]]}} for result in results]
-        return {
-            "id": "rerank-" + secrets.token_hex(12),
-            "model": served.name,
-            "results": results,
-            "usage": _usage(texts),
-        }
+        if body.texts is not None:
+            return [_tei_result(body, index, scores[index]) for index in best]
+        results = [_result(body, index, scores[index]) for index in best]
+        head = {"id": "rerank-" + secrets.token_hex(12), "model": served.name}
+        return {**head, "results": results, "usage": _usage(ids)}
 
     @router.post("/v1/score")
     @router.post("/score")
     async def score(http: HttpRequest, body: ScoreRequest) -> dict[str, Any]:
         served.check_model(body.model)
         first, second = _pairs(body)
-        texts = await asyncio.to_thread(_ids, served, [*first, *second], body.truncate_prompt_tokens)
+        side = body.truncation_side or "left"
+        texts = await asyncio.to_thread(_ids, served, [*first, *second], body.truncate_prompt_tokens, side)
         vectors = await unless_gone(http, embedder.embed(texts))
         left, right = vectors[: len(first)] * (len(second) // len(first)), vectors[len(first) :]
         scores = [_similarity(one, other) for one, other in zip(left, right, strict=True)]
@@ -80,14 +88,18 @@ class _Embedder:
         self._served, self._pooling = served, pooling
         self._turn = asyncio.Lock()
 
-    async def embed(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Return the embedding of each text, fp32 [H]. Raises ApiError if the engine is not ready or time is up."""
+    async def embed(self, texts: Sequence[Sequence[int]], unit: bool = True) -> list[Tensor]:
+        """Return the embedding of each text, fp32 [H], of length 1 if `unit`.
+
+        Raises:
+            ApiError: the engine is not ready, or time is up.
+        """
         found: dict[int, Tensor] = {}
         async with self._turn:
             most = await between_steps(self._served, lambda engine: engine.config.max_batch_tokens)
             for step in embedding_steps(texts, self._pooling, most):
                 found.update(await between_steps(self._served, functools.partial(_on_model, step)))
-        return [found[number] for number in range(len(texts))]
+        return [_unit(found[number]) if unit else found[number] for number in range(len(texts))]
 
 
 def _on_model(step: Step, engine: Engine) -> list[tuple[int, Tensor]]:
@@ -95,25 +107,65 @@ def _on_model(step: Step, engine: Engine) -> list[tuple[int, Tensor]]:
 
 
 def _inputs(served: Served, body: EmbeddingRequest) -> list[tuple[int, ...]]:
-    given: list[Any] = body.input if isinstance(body.input, list) else [body.input]
-    if given and isinstance(given[0], int):
+    """Return the ids of each text of a request, or of its conversation."""
+    given: Any = body.input
+    if body.messages is not None:
+        given = [list(_conversation(served, body))]
+    elif not isinstance(given, list) or any(isinstance(part, int) for part in given):
         given = [given]
-    return _ids(served, given, body.truncate_prompt_tokens, "input")
+    texts = [_plain(served, each, body.add_special_tokens is not False) for each in given]
+    return _ids(served, texts, body.truncate_prompt_tokens, body.truncation_side or "left", "input")
+
+
+def _conversation(served: Served, body: EmbeddingRequest) -> tuple[int, ...]:
+    assert body.messages is not None
+    asked = ChatRequest(
+        messages=body.messages,
+        chat_template_kwargs=body.chat_template_kwargs,
+        continue_final_message=body.continue_final_message,
+        add_generation_prompt=body.add_generation_prompt,
+    )
+    return chat_prompt(served, asked, bool(body.add_generation_prompt))
+
+
+def _plain(served: Served, given: Any, special: bool) -> str | list[int]:
+    """Return a text, or the tokens of one that has no special tokens or mixes tokens with texts."""
+    if isinstance(given, PromptString):
+        given = given.prompt_string
+    elif isinstance(given, Parts):
+        given = "".join(part.text for part in given.content)
+    if isinstance(given, str):
+        return given if special else served.tokenizer.encode(given)
+    ids: list[int] = []
+    for part in given:
+        ids += (
+            [part] if isinstance(part, int) else served.tokenizer.encode(part, add_special_tokens=special and not ids)
+        )
+    return ids
 
 
 def _ids(
-    served: Served, texts: Sequence[str | list[int]], truncation: int | None, param: str = "documents"
+    served: Served,
+    texts: Sequence[str | list[int]],
+    truncation: int | None,
+    side: Side = "left",
+    param: str = "documents",
 ) -> list[tuple[int, ...]]:
     """Return the ids of each text."""
     if not texts:
         raise invalid("There must be at least one text.", param)
-    found = [truncated(prompt_ids(served, text, param), truncation, served.context_length) for text in texts]
+    most = served.context_length
+    if truncation is not None and truncation > most:
+        message = f"'truncate_prompt_tokens' is {truncation}, but this model's context is {most} tokens."
+        raise invalid(f"{message} Please request a smaller truncation size.", "truncate_prompt_tokens")
+    found = [truncated(prompt_ids(served, text, param), truncation, most, side) for text in texts]
     longest = max(map(len, found))
     if not all(found):
         raise invalid("A text must have at least one token.", param)
-    if longest > served.context_length:
-        message = f"A text has {longest} tokens, but this model's context is {served.context_length} tokens."
-        raise invalid(message, param, "context_length_exceeded")
+    if longest > most:
+        message = f"A text is too large: it has {longest} tokens, but this model's context is {most} tokens."
+        remedy = "Please reduce the length of the input prompt, or set 'truncate_prompt_tokens'."
+        raise invalid(f"{message} {remedy}", param, "context_length_exceeded")
     return found
 
 
@@ -132,19 +184,35 @@ def _text(document: str | Document) -> str:
     return document if isinstance(document, str) else document.text
 
 
-def _shortened(vectors: list[Tensor], dimensions: int | None) -> list[Tensor]:
+def _result(body: RerankRequest, index: int, score: float) -> dict[str, Any]:
+    """Return a place of a ranking as Jina and Cohere give it."""
+    document = {} if body.return_documents is False else {"document": {"text": body.ranked[index]}}
+    return {"index": index, "relevance_score": score, **document}
+
+
+def _tei_result(body: RerankRequest, index: int, score: float) -> dict[str, Any]:
+    """Return a place of a ranking as TEI gives it."""
+    text = {"text": body.ranked[index]} if body.return_text else {}
+    return {"index": index, "score": score, **text}
+
+
+def _shortened(vectors: list[Tensor], dimensions: int | None, unit: bool) -> list[Tensor]:
     """Keep the first numbers of each vector, and make its length 1 again (Kusupati et al. 2022, arXiv 2205.13147)."""
     if dimensions is None:
         return vectors
     if dimensions > len(vectors[0]):
         raise invalid(f"This model's embeddings have {len(vectors[0])} dimensions.", "dimensions")
-    return [torch.nn.functional.normalize(vector[:dimensions], dim=0) for vector in vectors]
+    return [_unit(vector[:dimensions]) if unit else vector[:dimensions] for vector in vectors]
 
 
 def _row(index: int, vector: Tensor, encoding: Literal["float", "base64"]) -> dict[str, Any]:
     raw = vector.numpy().astype("<f4")
     value = base64.b64encode(raw.tobytes()).decode() if encoding == "base64" else raw.tolist()
     return {"object": "embedding", "index": index, "embedding": value}
+
+
+def _unit(vector: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(vector, dim=0)
 
 
 def _similarity(one: Tensor, other: Tensor) -> float:

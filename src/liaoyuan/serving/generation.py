@@ -27,11 +27,12 @@ from liaoyuan.serving.call_reader import CallReader
 from liaoyuan.serving.caller import CALLER
 from liaoyuan.serving.errors import ApiError, ClientGoneError, invalid
 from liaoyuan.serving.metrics import Metrics
-from liaoyuan.serving.protocol import Sampling
+from liaoyuan.serving.protocol import Sampling, TruncationSide
 from liaoyuan.serving.structure import asked_grammar
 from liaoyuan.serving.text import AnswerReader, Piece
 from liaoyuan.serving.tools import CallFormat
 
+MOST_NAMED = 10  # wrong keys that an error names
 SEEDS = 2**63  # seeds are taken modulo this, so that a negative one is as good as any
 
 Result = TypeVar("Result")
@@ -59,7 +60,8 @@ class Runner(Protocol):
 class Served:
     """The model that an app serves. `context_length`: the most tokens of a prompt and its answer together.
 
-    call_format: how the model writes tool calls; None: it is not known.
+    call_format: how the model writes tool calls; None: it is not known. thinking: whether it thinks before it answers
+        a request that does not say.
     """
 
     runner: Runner
@@ -73,6 +75,7 @@ class Served:
     call_format: CallFormat | None = None
     metrics: Metrics = field(default_factory=lambda: Metrics(dict))
     shelf: Shelf = field(default_factory=Shelf)
+    thinking: bool = True
 
     def decoder(self, shown: frozenset[int] = frozenset(), continuing: bool = False) -> IncrementalDecoder:
         return IncrementalDecoder(self.tokenizer, shown=shown, continuing=continuing)
@@ -112,9 +115,9 @@ class Served:
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         """Raise ApiError if a token is none of the tokenizer's."""
         size = self.tokenizer.vocab_size
-        if tokens and max(tokens) >= size:
-            message = f"There is the token {max(tokens)}, but the vocabulary has {size} tokens."
-            raise invalid(message, param)
+        wrong = next((token for token in tokens if not 0 <= token < size), None)
+        if wrong is not None:
+            raise invalid(f"The token {wrong} is out of vocabulary: this model has {size} tokens.", param)
 
 
 @dataclass(frozen=True)
@@ -160,12 +163,14 @@ def prompt_ids(served: Served, prompt: str | list[int], param: str = "prompt") -
     return tuple(prompt)
 
 
-def truncated(prompt: tuple[int, ...], truncation: int | None, most: int) -> tuple[int, ...]:
-    """Return the last `truncation` tokens of a prompt (-1: as many as fit, `most`; None: all)."""
+def truncated(
+    prompt: tuple[int, ...], truncation: int | None, most: int, side: TruncationSide = "left"
+) -> tuple[int, ...]:
+    """Return `truncation` tokens of a prompt (-1: as many as fit, `most`; None: all); `side` is where it loses some."""
     if truncation is None:
         return prompt
     keep = max(most, 1) if truncation < 0 else truncation
-    return prompt[max(0, len(prompt) - keep) :]
+    return prompt[:keep] if side == "right" else prompt[max(0, len(prompt) - keep) :]
 
 
 def sampling_params(
@@ -227,10 +232,11 @@ def _min_tokens(least: int, most: int) -> int:
 def _biases(served: Served, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
     """Return what is added to the logit of each token; JSON writes their ids as texts."""
     size = served.tokenizer.vocab_size
-    for token in biases:
-        if not (token.isascii() and token.isdigit() and len(token) < 10 and int(token) < size):
-            message = f"'logit_bias' has the key '{token[:40]}', but keys are ids of tokens, from 0 to {size - 1}."
-            raise invalid(message, "logit_bias")
+    wrong = [key for key in biases if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < size)]
+    if wrong:
+        named = ", ".join(f"'{key[:40]}'" for key in wrong[:MOST_NAMED])
+        message = f"'logit_bias' has the key {named}, but keys are ids of tokens, from 0 to {size - 1}."
+        raise invalid(message, "logit_bias")
     return tuple((int(token), bias) for token, bias in biases.items())
 
 

@@ -27,9 +27,19 @@ from liaoyuan.serving.generation import (
 )
 from liaoyuan.serving.protocol import MAX_CHOICES, ChatRequest, Sampling, known_fields
 from liaoyuan.serving.text import Piece, ScoredToken
+from liaoyuan.serving.timings import Timings
 
 RENAMED = {"n_predict": "max_tokens", "repeat_penalty": "repetition_penalty"}
-IGNORED = {"cache_prompt", "id_slot", "n_keep", "return_progress", "samplers", "t_max_predict_ms", "timings_per_token"}
+IGNORED = {
+    "backend_sampling",
+    "cache_prompt",
+    "id_slot",
+    "n_keep",
+    "return_progress",
+    "samplers",
+    "t_max_predict_ms",
+    "timings_per_token",
+}
 STOP_TYPES = {"stop": "eos", "length": "limit", "timeout": "limit"}
 NEVER = -100.0  # a bias that keeps a token out
 
@@ -66,7 +76,7 @@ def llama_routes(served: Served) -> APIRouter:
         served.choose_model(body.model)
         jobs = await asyncio.to_thread(_jobs, served, body)  # a long prompt must not hold up the streams of others
         pieces, begun = start(served, jobs), time.monotonic()
-        replies = [_Reply(served, body, job, index, begun) for index, job in enumerate(jobs)]
+        replies = [_Reply(served, body, job, index, Timings(len(job.prompt), begun)) for index, job in enumerate(jobs)]
         if body.stream:
             return EventStream(_stream(replies, await first_and_rest(http, pieces)))
         answers = await collect(http, pieces, len(jobs))
@@ -156,21 +166,20 @@ async def _stream(replies: "list[_Reply]", pieces: AsyncIterator[tuple[int, Piec
 
 @dataclass
 class _Reply:
-    """The shape of one answer. begun: when it was asked for, by the monotonic clock."""
+    """The shape of one answer."""
 
     served: Served
     body: NativeCompletion
     job: Job
     index: int
-    begun: float
+    timings: Timings
 
     def __post_init__(self) -> None:
-        self._first = 0.0  # when the first token came
         self._new_line = False
 
     def part(self, piece: Piece) -> dict[str, Any]:
         """Return the event of one piece."""
-        self._first = self._first or time.monotonic()
+        self.timings.saw(piece)
         self._new_line |= "\n" in piece.content
         tokens = [token.id for token in piece.tokens]
         part = {"index": self.index, "content": piece.content, "tokens": tokens, "stop": False}
@@ -192,6 +201,8 @@ class _Reply:
     def last(self, pieces: list[Piece]) -> dict[str, Any]:
         """Return what is known when the answer has ended."""
         piece = pieces[-1]
+        self.timings.saw(piece)
+        used = len(self.job.prompt) + piece.completion_tokens
         return {
             "index": self.index,
             "content": "",
@@ -199,14 +210,14 @@ class _Reply:
             "stop": True,
             "model": self.served.answering,
             **self._counts(piece),
-            "tokens_cached": len(self.job.prompt) + piece.completion_tokens,
+            "tokens_cached": used,
             "generation_settings": self._settings(),
             "prompt": self.served.tokenizer.decode(self.job.prompt, skip_special=False),
             "has_new_line": self._new_line,
-            "truncated": False,
+            "truncated": piece.finish_reason == "length" and used >= self.served.context_length,
             "stop_type": "word" if piece.stop else STOP_TYPES.get(piece.finish_reason or "", "none"),
             "stopping_word": piece.stop or "",
-            "timings": self._timings(piece),
+            "timings": self.timings.values(piece),
         }
 
     def _counts(self, piece: Piece) -> dict[str, int]:
@@ -231,21 +242,6 @@ class _Reply:
             "ignore_eos": bool(self.body.ignore_eos),
             "n_probs": self.body.n_probs or 0,
             "stream": bool(self.body.stream),
-        }
-
-    def _timings(self, piece: Piece) -> dict[str, Any]:
-        """Return counts and times in milliseconds, as the client's request saw them: waiting is part of them."""
-        first = self._first or time.monotonic()
-        read, written = 1000 * (first - self.begun), 1000 * (time.monotonic() - first)
-        computed, count = len(self.job.prompt) - piece.cached_tokens, piece.completion_tokens
-        return {
-            "cache_n": piece.cached_tokens,
-            "prompt_n": computed,
-            "prompt_ms": read,
-            "prompt_per_second": 1000 * computed / max(read, 1e-3),
-            "predicted_n": count,
-            "predicted_ms": written,
-            "predicted_per_second": 1000 * count / max(written, 1e-3),
         }
 
     def _probabilities(self, tokens: list[ScoredToken]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from liaoyuan.errors import nearest
 from liaoyuan.serving.errors import invalid, unsupported
 
 MAX_CHOICES = 128  # `n`, and prompts in one request
-MAX_INPUTS = 2048  # of one request for embeddings, OpenAI's own limit
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20  # OpenAI's own limit
 MAX_BAD_WORDS = 256
@@ -33,6 +32,10 @@ IGNORED = {
     "verbosity",
     "stream_format",
     "guided_decoding_backend",
+    # What llama.cpp's clients say of its slots and cache:
+    "cache_prompt",
+    "id_slot",
+    "return_progress",
 }
 # Fields that this server cannot honour, their neutral values, and what to say.
 Neutral = Mapping[str, tuple[tuple[Any, ...], str]]
@@ -127,7 +130,7 @@ class Sampling(Asked):
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Text | list[Text] | None = None
     stop_token_ids: Tokens | None = None
     ignore_eos: bool | None = None
@@ -174,6 +177,9 @@ class Sampling(Asked):
     @property
     def running_usage(self) -> bool:
         return bool(self.include_usage and self.stream_options and self.stream_options.continuous_usage_stats)
+
+
+TruncationSide = Literal["left", "right"]  # which end of a prompt that is too long goes away
 
 
 class Part(Body):
@@ -270,8 +276,19 @@ class SomeTools(Body):
     allowed_tools: AllowedTools
 
 
+class TransferParams(Body):
+    """What another server that has read the prompt hands over: its tokens."""
+
+    prompt_token_ids: Annotated[Tokens, Field(min_length=1)] | None = None
+
+
 class ChatRequest(Sampling):
-    """Body of `/v1/chat/completions`."""
+    """Body of `/v1/chat/completions`.
+
+    echo: an answer that goes on from the last message begins with it. kv_transfer_params: vLLM's place for the tokens
+    of a prompt that are taken as they are, instead of those of the messages. timings_per_token, verbose: llama.cpp's,
+    for times in every chunk of a stream, and for the prompt as the model reads it.
+    """
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Bounded | None = None
@@ -290,9 +307,16 @@ class ChatRequest(Sampling):
     parallel_tool_calls: bool | None = None
     functions: Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None = None
     function_call: Literal["none", "auto"] | FunctionName | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: bool | None = None
+    kv_transfer_params: TransferParams | None = None
+    timings_per_token: bool | None = None
+    verbose: bool | None = None
 
     @model_validator(mode="after")
     def _one_end(self) -> "ChatRequest":
+        if self.echo and not self.continue_final_message:
+            raise invalid("'echo' gives back what an answer goes on from: it needs 'continue_final_message'.", "echo")
         if not self.continue_final_message:
             return self
         if self.add_generation_prompt:
@@ -304,6 +328,17 @@ class ChatRequest(Sampling):
             message = "'continue_final_message' needs messages of which the last is the assistant's, without calls."
             raise invalid(message, "continue_final_message")
         return self
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_at_once(self) -> "ChatRequest":
+        if self.prompt_logprobs is not None and self.stream:
+            raise invalid("'prompt_logprobs' cannot be streamed.", "prompt_logprobs")
+        return self
+
+    @property
+    def echoed(self) -> str:
+        """The beginning of the answer that was given and is wanted back."""
+        return self.messages[-1].text() if self.echo and self.continue_final_message else ""
 
     @property
     def offered(self) -> list[Function]:
@@ -320,12 +355,11 @@ class ChatRequest(Sampling):
             return chosen, None
         return "required", [chosen.function.name if isinstance(chosen, NamedTool) else chosen.name]
 
-    @property
-    def thinking(self) -> bool:
-        """Whether the model is to think before it answers."""
+    def thinking(self, usual: bool) -> bool:
+        """Return whether the model is to think before it answers; usual: if the request does not say."""
         if self.chat_template_kwargs and self.chat_template_kwargs.enable_thinking is not None:
             return self.chat_template_kwargs.enable_thinking
-        return self.reasoning_effort != "none"
+        return usual if self.reasoning_effort is None else self.reasoning_effort != "none"
 
 
 class CompletionRequest(Sampling):
@@ -339,6 +373,7 @@ class CompletionRequest(Sampling):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: Truncation | None = None
+    truncation_side: TruncationSide | None = None
 
     @property
     def choices(self) -> int:
@@ -389,42 +424,6 @@ class DetokenizeRequest(Asked):
     """Body of `/detokenize`."""
 
     tokens: Tokens
-
-
-class EmbeddingRequest(Asked):
-    """Body of `/v1/embeddings`."""
-
-    input: Text | Tokens | Annotated[list[Text] | list[Tokens], Field(max_length=MAX_INPUTS)]
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Bounded | None = None
-    truncate_prompt_tokens: Truncation | None = None
-
-
-class Document(Body):
-    """A text to be ranked."""
-
-    text: Text
-
-
-Texts = Annotated[list[Text | Document], Field(min_length=1, max_length=MAX_INPUTS)]
-
-
-class RerankRequest(Asked):
-    """Body of `/rerank` (Jina's and Cohere's fields)."""
-
-    query: Text
-    documents: Texts
-    top_n: Annotated[int, Field(ge=0)] | None = None
-    return_documents: bool | None = None
-    truncate_prompt_tokens: Truncation | None = None
-
-
-class ScoreRequest(Asked):
-    """Body of `/score`: one text with many, or as many with as many, pair by pair."""
-
-    text_1: Text | Texts
-    text_2: Text | Texts
-    truncate_prompt_tokens: Truncation | None = None
 
 
 class RenderRequest(Body):

@@ -13,7 +13,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
-from liaoyuan.serving.conversation import chat_jobs
+from liaoyuan.serving.conversation import chat_jobs, chat_prompt
 from liaoyuan.serving.errors import ApiError
 from liaoyuan.serving.generation import EventStream, Served, collect, first_and_rest, server_event, start
 from liaoyuan.serving.responses_body import ResponsesRequest
@@ -41,6 +41,13 @@ def response_routes(served: Served) -> APIRouter:
         events = [event for piece in (await collect(http, pieces, 1))[0] for event in reply.next_events(piece)]
         store.keep(body, events[-1]["response"], earlier)
         return JSONResponse(events[-1]["response"])
+
+    @router.post("/v1/responses/input_tokens")
+    async def input_tokens(body: ResponsesRequest) -> dict[str, Any]:
+        served.choose_model(body.model)
+        earlier = store.conversation(body.previous_response_id) if body.previous_response_id else []
+        ids = await asyncio.to_thread(chat_prompt, served, body.chat(earlier))
+        return {"object": "response.input_tokens", "input_tokens": len(ids)}
 
     @router.get("/v1/responses/{id}", response_model=None)
     async def get_response(id: str) -> dict[str, Any]:

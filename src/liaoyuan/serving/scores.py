@@ -7,18 +7,20 @@ others go on.
 
 import contextlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.inference import Engine, PromptLogprobs, Request, SamplingParams
 from liaoyuan.inference.spread.memory import OwnMemory
 from liaoyuan.models import Decoder, packed_context
 from liaoyuan.serving.adapters import ADAPTER
 from liaoyuan.serving.caller import CALLER
 from liaoyuan.serving.errors import ApiError
-from liaoyuan.serving.generation import Served, between_steps, engine_events
+from liaoyuan.serving.generation import Served, between_steps, engine_events, finite
 
 ROWS = 1024  # whose logits are in memory at once
 
@@ -43,6 +45,35 @@ async def prompt_scores(served: Served, prompt: tuple[int, ...], top: int) -> Pr
             if event.prompt is not None:
                 return event.prompt
     raise ApiError(504, "The prompt was not scored in time.", code="timeout")
+
+
+def score_rows(
+    prompt: Sequence[int], scores: PromptLogprobs, most: int, text: Callable[[int], str]
+) -> list[dict[str, Any] | None]:
+    """Return vLLM's form: for each token of a prompt after the first, ids with their log-probabilities.
+
+    most: rivals at each place. text: what a token is shown as.
+    """
+    rows: list[dict[str, Any] | None] = [None]
+    for token, logprob, top in zip(prompt[1:], scores.logprobs, scores.top, strict=True):
+        ranks = {rival: rank for rank, (rival, _) in enumerate(top, 1)}
+        entries = {token: logprob, **{rival: score for rival, score in top[:most] if rival != token}}
+        rows.append(
+            {
+                str(one): {"logprob": finite(score), "rank": ranks.get(one), "decoded_token": text(one)}
+                for one, score in entries.items()
+            }
+        )
+    return rows
+
+
+def shown(tokenizer: Tokenizer, token: int) -> str:
+    """Return a token as text; one that is no whole text by itself is shown by its bytes, as OpenAI does."""
+    raw = tokenizer.token_bytes(token)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _most_at_once(engine: Engine) -> int:

@@ -6,8 +6,10 @@ Plain ASGI, so that streams pass through without a buffer and a lost client is n
 
 import asyncio
 import contextlib
+import re
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from starlette.exceptions import HTTPException
@@ -38,7 +40,8 @@ class Access:
     """Who may ask, and how much of this server.
 
     loopback_only: answer only requests that name this machine's loopback (a page of another site that rebinds its
-        name to 127.0.0.1 names itself). origins: of pages that may ask from a browser; "*": of all; none: no CORS.
+        name to 127.0.0.1 names itself). origins: of pages that may ask from a browser; "*": of all; "localhost": of
+        this machine at any port; none: no CORS.
     max_body_bytes: the default has room for a prompt of a million tokens. body_seconds: within which a body is here.
     max_concurrent: requests that are answered at once; None: as many as come. timeout: seconds for an answer.
     """
@@ -105,6 +108,12 @@ class Guard:
             message = f"The API key {wrong}; send it as 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'."
             raise ApiError(401, message, code="invalid_api_key")
         return name
+
+
+def origins_pattern(origins: Sequence[str]) -> str:
+    """Return the regular expression that the origins of allowed pages match; each of them is told its own name."""
+    forms = {"*": ".*", "localhost": r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"}
+    return "|".join(forms.get(origin, re.escape(origin)) for origin in origins)
 
 
 def _is_open(scope: Scope) -> bool:

@@ -146,13 +146,14 @@ def open_server(
     quantisation: Quantisation | None = None,
     adapters: Mapping[str, Path] = {},
     adapter_folder: Path | None = None,
+    thinking: bool = True,
 ) -> Server:
     """Load the model of a Hugging Face folder and return a server that holds the port (0: any free one).
 
     Args:
         name: what the API calls the model; the folder's name if None.
         call_format: how the model writes tool calls; None: see its chat template.
-        control: see `build_app`.
+        control, thinking: see `build_app`.
         about: what the chat page says; read from the folder's `liaoyuan.json` if None.
         layout: over how many processes, of which this is the first, the model is spread: its axes tp and ep.
         access: who may ask, and how much; on a loopback address only requests that name it are answered.
@@ -190,6 +191,7 @@ def open_server(
                 call_format,
                 control,
                 Shelf(running.adapters, adapter_folder),
+                thinking,
             )
         port_kept.pop_all()
         return Server(app, bound, opened.pop_all(), failure)

@@ -30,6 +30,11 @@ def status_routes(served: Served) -> APIRouter:
     async def say_version() -> dict[str, str]:
         return {"version": VERSION}
 
+    @router.get("/load")
+    async def load() -> dict[str, int]:
+        """Say how many answers somebody waits for, in vLLM's shape; `/metrics` says more."""
+        return {"server_load": served.runner.health().get("open", 0)}
+
     @router.get("/metrics", response_class=Response, responses=METRICS)
     async def metrics(http: HttpRequest) -> Response:
         text, media_type = served.metrics.text(http.headers.get("accept", ""))
