@@ -173,7 +173,7 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any], soak: Soak, chanc
             if reply.status_code == 429:
                 soak.counts["refused: busy"] += 1
                 return
-            if reply.status_code == 404 and "model" in body:
+            if reply.status_code in (400, 404) and "model" in body and "adapter" in reply.text:
                 soak.counts["refused: the adapter is not here now"] += 1
                 return
             reply.raise_for_status()
@@ -200,7 +200,10 @@ async def streamed(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str,
         reply.raise_for_status()
         async for line in reply.aiter_lines():
             if line.startswith("data: {"):
-                choice = json.loads(line[6:])["choices"][0]
+                told = json.loads(line[6:])
+                if "adapter" in told.get("error", {}).get("message", ""):  # it went after the door had seen it
+                    return whole | {"finish_reason": "no adapter"}
+                choice = told["choices"][0]
                 for name in ("token_ids", "logprobs", "versions"):
                     whole[name] += choice[name]
                 whole["finish_reason"] = choice["finish_reason"]

@@ -12,7 +12,7 @@ from liaoyuan.inference.exactness.paths import FULL, QUICK
 from liaoyuan.inference.exactness.proof import Proof, prove, require_exact
 from liaoyuan.inference.pooling import Pooling, embedding_steps, read_pooling
 from liaoyuan.inference.request import Completion, Event, PromptLogprobs, Request, SamplingParams
-from liaoyuan.inference.runner import Busy, EngineThread
+from liaoyuan.inference.runner import Busy, EngineThread, Refused
 from liaoyuan.inference.sizes import EngineConfig
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Pooling",
     "PromptLogprobs",
     "Proof",
+    "Refused",
     "Request",
     "SamplingParams",
     "ThinkMarks",

@@ -26,6 +26,10 @@ class Busy(LiaoyuanError):  # noqa: N818  (a state, not a fault)
     """The queue is full: the client may try again later (HTTP 429)."""
 
 
+class Refused(LiaoyuanError):  # noqa: N818  (a state, not a fault)
+    """What a request asks for has gone since it was checked, such as an adapter."""
+
+
 class EngineThread:
     """Runs an engine; used as `with EngineThread(engine) as runner`."""
 
@@ -149,7 +153,7 @@ class EngineThread:
         try:
             self._engine.add(request)
         except LiaoyuanError as error:
-            self._deliver([(request.id, error)])
+            self._deliver([(request.id, Refused(str(error)))])
 
     def _abort(self, request_id: RequestId, client: "_Client") -> None:
         if self._clients.get(request_id) is client:

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference import Busy, Event, PromptLogprobs, Request, SamplingParams
+from liaoyuan.inference import Busy, Event, PromptLogprobs, Refused, Request, SamplingParams
 from liaoyuan.serving.adapters import ADAPTER
 from liaoyuan.serving.caller import CALLER
 from liaoyuan.serving.errors import ApiError, invalid
@@ -158,6 +158,8 @@ async def _closing(served: Served, events: AsyncIterator[Event]) -> AsyncIterato
                     if event.finish_reason:
                         watch.end(event.finish_reason)
                     yield event
+        except Refused as error:
+            raise invalid(str(error)) from error
         except LiaoyuanError as error:
             raise ApiError(500, str(error), code="engine_failed") from error
 

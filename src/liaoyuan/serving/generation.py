@@ -20,7 +20,7 @@ from starlette.types import Send
 
 from liaoyuan.data.tokenizer import IncrementalDecoder, Tokenizer
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference import Busy, Constraint, Engine, Event, Grammars, Request, SamplingParams, ThinkMarks
+from liaoyuan.inference import Busy, Constraint, Engine, Event, Grammars, Refused, Request, SamplingParams, ThinkMarks
 from liaoyuan.inference.constraints.grammar import Grammar
 from liaoyuan.serving.adapters import ADAPTER, Shelf
 from liaoyuan.serving.call_reader import CallReader
@@ -341,6 +341,8 @@ async def engine_events(served: Served, request: Request) -> AsyncGenerator[Even
         try:
             async for event in events:
                 yield event
+        except Refused as error:
+            raise invalid(str(error)) from error
         except LiaoyuanError as error:
             raise ApiError(500, str(error), code="engine_failed") from error
 
