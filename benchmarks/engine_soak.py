@@ -173,7 +173,7 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any], soak: Soak, chanc
             if reply.status_code == 429:
                 soak.counts["refused: busy"] += 1
                 return
-            if reply.status_code in (400, 404) and "model" in body and "adapter" in reply.text:
+            if "model" in body and (reply.status_code == 404 or (reply.status_code == 400 and "adapter" in reply.text)):
                 soak.counts["refused: the adapter is not here now"] += 1
                 return
             reply.raise_for_status()
