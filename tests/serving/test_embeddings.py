@@ -147,6 +147,7 @@ def test_a_text_may_be_given_in_all_the_ways_of_other_servers(url: str, tokenize
         {"content": "text"},
         {"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
         [[]],
+        ["a", [1], 5],
         [1.5],
         [-1],
         [[-1]],

@@ -111,7 +111,11 @@ def _inputs(served: Served, body: EmbeddingRequest) -> list[tuple[int, ...]]:
     given: Any = body.input
     if body.messages is not None:
         given = [list(_conversation(served, body))]
-    elif not isinstance(given, list) or any(isinstance(part, int) for part in given):
+    elif not isinstance(given, list):
+        given = [given]
+    elif any(isinstance(part, int) for part in given):
+        if not all(isinstance(part, int | str) for part in given):
+            raise invalid("'input' is either one list of tokens (and texts), or a list of whole inputs.", "input")
         given = [given]
     texts = [_plain(served, each, body.add_special_tokens is not False) for each in given]
     return _ids(served, texts, body.truncate_prompt_tokens, body.truncation_side or "left", "input")
