@@ -9,7 +9,6 @@ from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProce
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Completion, Engine, EngineConfig, Request, SamplingParams
-from liaoyuan.inference.constraints.masks import packed
 from liaoyuan.models import Decoder, packed_context
 
 GREEDY = SamplingParams(max_tokens=25, temperature=0.0)
@@ -119,7 +118,9 @@ class _Place:
             raise ValueError("broken")
         ends = self.count == self.constraint.length
         allowed = np.array([0]) if ends else np.arange(2 + self.count % 2, 96, 2)
-        return np.bitwise_or.reduce(packed(allowed, 96), 0)
+        bits = np.zeros(96, dtype=np.uint8)
+        bits[allowed] = 1
+        return np.packbits(bits, bitorder="little").view(np.int32)
 
     def accept(self, token: int) -> None:
         assert token % 2 == self.count % 2

@@ -64,7 +64,7 @@ class Engine:
         self.state: State = "ready"
         self._device = model.embed_tokens.weight.device
         blocks, vocabulary = num_blocks(model, config), model.config.vocab_size
-        self.pool = self._pool = BlockPool(blocks)
+        self.pool = BlockPool(blocks)
         self.lenders: list[Callable[[], np.ndarray]] = []  # each tells which blocks it holds beside running sequences
         self._memory: Memory = memory or OwnMemory(model)
         self._dropped = False  # whether the memory of the weights was given back
@@ -75,7 +75,7 @@ class Engine:
             config.max_sequences,
             longest,
             config.max_batch_tokens,
-            self._pool,
+            self.pool,
             config.block_size,
             max(16, SCORED_LOGITS // vocabulary),
             config.prefix_cache,
@@ -142,7 +142,7 @@ class Engine:
         if self.has_work or self.state != "ready":
             raise LiaoyuanError("generate needs an idle engine; this one still has requests or is not ready.")
         if not keep_prefixes:
-            self._pool.forget()
+            self.pool.forget()
         self._added = 0  # requests without a seed get the same numbers in every call
         try:
             for request in requests:
@@ -320,7 +320,7 @@ class Engine:
 
     def forget_prefixes(self) -> None:
         """Forget all that was computed for requests that have ended."""
-        self._pool.forget()
+        self.pool.forget()
 
     def checksum(self) -> str:
         """Return the checksum of the weights; see `weights_checksum`.
@@ -338,9 +338,9 @@ class Engine:
         return {
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
-            "free_blocks": self._pool.free,
-            "cached_blocks": self._pool.cached,
-            "blocks": self._pool.size,
+            "free_blocks": self.pool.free,
+            "cached_blocks": self.pool.cached,
+            "blocks": self.pool.size,
             "steps": self._step.steps,
             "prompt_tokens": self._prompt_tokens,
             "computed_tokens": self._step.computed_tokens,
@@ -399,7 +399,7 @@ class Engine:
 
     def _forget_computed(self) -> None:
         self._scheduler.preempt_all()
-        self._pool.forget()
+        self.pool.forget()
 
     def _need(self, *states: State) -> None:
         if self.state not in states:
@@ -407,7 +407,7 @@ class Engine:
             raise LiaoyuanError(f"The engine is {self.state}: {hint.get(self.state, 'this cannot be done now')}.")
 
     def _new_cache(self) -> KeyValueCache:
-        return self._memory.new_cache(self._pool.size, self.config.block_size)
+        return self._memory.new_cache(self.pool.size, self.config.block_size)
 
     def _new_drafter(self, draft: Decoder | None, is_whole: bool) -> Drafter | None:
         """is_whole: whether all of the model is in this process."""
@@ -415,7 +415,7 @@ class Engine:
         if draft is not None and config.speculate == "mtp":
             raise LiaoyuanError("A draft model and speculate='mtp' both guess: leave out one of them.")
         if draft is not None:
-            sizes = (self._pool.size, config.max_batch_tokens)
+            sizes = (self.pool.size, config.max_batch_tokens)
             return DraftModel(draft, self.model.config.vocab_size, table, *sizes, self._drawing.guess)
         if config.speculate == "mtp" and not is_whole:
             raise LiaoyuanError("speculate='mtp' needs the whole model in one process: leave out --tp and --ep.")
@@ -430,4 +430,4 @@ class Engine:
         if self.adapters.has_leaving:
             self.adapters.release(self._adapters_in_use())
         if not self._scheduler.sequences:
-            self._pool.check(np.concatenate([self._scheduler.held(), *(held() for held in self.lenders)]))
+            self.pool.check(np.concatenate([self._scheduler.held(), *(held() for held in self.lenders)]))

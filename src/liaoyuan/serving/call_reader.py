@@ -155,7 +155,7 @@ class CallReader:
             key = yield from self._string()
             yield from self._expect(":")
             if key == "name":
-                name = yield from self._known((yield from self._string()))
+                name = self._known((yield from self._string()))
             elif key not in ("arguments", "parameters") or self.count > before:
                 yield from self._value()
             elif name:
@@ -170,16 +170,15 @@ class CallReader:
             if separator != ",":
                 raise _WrongError
         if self.count == before:
-            self._announce((yield from self._known(name)))
+            self._announce(self._known(name))
             self._show(_as_object(waiting) if waiting else "")
             self._end_call()
 
-    def _known(self, name: Any) -> Reading:
+    def _known(self, name: Any) -> str:
         """Return a name if it is a tool's."""
         if not isinstance(name, str) or name not in self._tools:
             raise _WrongError
         return name
-        yield
 
     def _stream_arguments(self) -> Reading:
         """Show an object as it comes; a text of an object (some models quote it twice) or null in one piece."""
@@ -195,7 +194,7 @@ class CallReader:
         form = self._form
         stop = form.separator.strip() or form.key_open
         name = yield from self._until(stop, form.end)
-        name = yield from self._known(name.partition("[CALL_ID]")[0].strip())  # some of Mistral's models say an id
+        name = self._known(name.partition("[CALL_ID]")[0].strip())  # some of Mistral's models say an id
         self._announce(name)
         if not (form.style == "tagged" and (yield from self._sees(form.end))):
             yield from self._expect(form.separator)

@@ -35,13 +35,6 @@ def allowed(
     return mask if mask.any() else held
 
 
-def packed(tokens: np.ndarray, vocabulary: int) -> np.ndarray:
-    """Return a mask that allows row r the token tokens[r] alone, int32 [R, ceil(V / 32)]."""
-    mask = np.zeros((len(tokens), -(-vocabulary // 32)), dtype=np.int32)
-    mask[np.arange(len(tokens)), tokens // 32] = (np.uint32(1) << (tokens % 32).astype(np.uint32)).astype(np.int32)
-    return mask
-
-
 def _bit(token: int) -> np.int32:
     return (np.uint32(1) << np.uint32(token % 32)).astype(np.int32)
 
