@@ -17,18 +17,14 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, ModelConfig
 from liaoyuan.models.experts import Dispatch, GroupedExperts, MixtureOfExperts
 from liaoyuan.ops import (
-    LogitStatistics,
-    ReadLogits,
     combine_rows,
-    logit_statistics,
-    merge_statistics,
     permute_rows,
     wide,
 )
 from liaoyuan.parallel.layout import Layout, Shape, resolve
 from liaoyuan.parallel.mesh import Mesh
 from liaoyuan.parallel.program import Program, compute_each_locally, give_memory
-from liaoyuan.parallel.tensor import COLUMNS, ROWS, Table, cut_weights
+from liaoyuan.parallel.tensor import COLUMNS, ROWS, Table, cut_head, cut_vocabulary, cut_weights
 from liaoyuan.parallel.world import World
 
 SPREAD_BYTES = 2**20  # of all parts of a sum; below it, one exchange takes less time than two
@@ -84,8 +80,8 @@ def lay_out_inference(model: Decoder, layout: Layout, world: World) -> Program:
         _add_up(layer.mlp, group)
         if isinstance(layer.mlp, MixtureOfExperts):
             _cut_experts(layer.mlp, mesh)
-    _cut_vocabulary(model.embed_tokens, group)
-    model.read_logits = _read_cut_head(group)
+    cut_vocabulary(model.embed_tokens, group, ordered_sum)
+    model.read_logits = cut_head(group, None, ordered_sum)
     _join_logits(model, group)
     program = Program([model], mesh)
     compute_each_locally(model, model)
@@ -131,36 +127,6 @@ def gather_columns(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def _add_up(module: Any, group: ProcessGroup) -> None:
     module.register_forward_hook(lambda _, __, out: ordered_sum(out, group))
-
-
-def _cut_vocabulary(embedding: nn.Module, group: ProcessGroup) -> None:
-    """Look tokens up where their row is; of the other processes' rows nothing but zeros is added."""
-
-    def forward(tokens: Tensor) -> Tensor:
-        table = embedding.weight
-        assert isinstance(table, Tensor)
-        local = tokens - len(table) * group.rank()
-        here = (local >= 0) & (local < len(table))
-        rows = nn.functional.embedding(local.where(here, torch.zeros_like(local)), table)
-        return ordered_sum(rows * here[:, None].to(rows.dtype), group)
-
-    embedding.forward = forward
-
-
-def _read_cut_head(group: ProcessGroup) -> ReadLogits:
-    """Return `logit_statistics` for a head whose rows are spread over the processes."""
-
-    def highest(x: Tensor) -> Tensor:
-        found = x.clone()
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-        return found
-
-    def read(hidden: Tensor, head: Tensor, targets: Tensor, moments: bool = False) -> LogitStatistics:
-        first, vocabulary = len(head) * group.rank(), len(head) * group.size()
-        own = logit_statistics(hidden, head, targets, moments, first, vocabulary)
-        return merge_statistics(own, highest, lambda x: ordered_sum(x, group))
-
-    return read
 
 
 def _join_logits(model: Decoder, group: ProcessGroup) -> None:

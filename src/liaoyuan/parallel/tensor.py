@@ -6,7 +6,7 @@ layer, hung on the model from outside. Weights are DTensors; a layer computes wi
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from liaoyuan.parallel.fsdp import copies
 from liaoyuan.parallel.mesh import Mesh
 
 ROWS, COLUMNS = Shard(0), Shard(1)
+AddUp = Callable[[Tensor, ProcessGroup], Tensor]
 Table = tuple[tuple[str, Placement], ...]  # pattern of a weight's name, how it is cut
 TABLE: Table = (
     (r"(embed_tokens|lm_head)\.weight$", ROWS),
@@ -54,8 +55,8 @@ def apply_tensor_parallel(model: Decoder, mesh: Mesh) -> None:
         if not isinstance(layer.mlp, MixtureOfExperts):  # experts take their tokens where they are
             exchange(layer.mlp, group)
     if hasattr(model, "embed_tokens"):
-        _cut_vocabulary(model.embed_tokens, group)
-    model.read_logits = _cut_head(group)
+        cut_vocabulary(model.embed_tokens, group, scatter_sum)
+    model.read_logits = cut_head(group, gather_rows, replicated_sum)
 
 
 def cut_weights(model: Decoder, mesh: Mesh, more: Table = ()) -> None:
@@ -103,8 +104,8 @@ def _chunked(module: Any, group: ProcessGroup) -> None:
     last.forward = lambda x: linear_scatter(x, last.weight, last.bias, group)
 
 
-def _cut_vocabulary(embedding: nn.Module, group: ProcessGroup) -> None:
-    """Look tokens up where their row is, and spread the sum over the processes."""
+def cut_vocabulary(embedding: nn.Module, group: ProcessGroup, add_up: AddUp) -> None:
+    """Look tokens up where their row is; `add_up` puts the processes' rows together, all but one of them zeros."""
 
     def forward(tokens: Tensor) -> Tensor:
         table = embedding.weight
@@ -112,13 +113,16 @@ def _cut_vocabulary(embedding: nn.Module, group: ProcessGroup) -> None:
         local = tokens - _first_row(len(table), group)
         here = (local >= 0) & (local < len(table))
         rows = nn.functional.embedding(local.where(here, torch.zeros_like(local)), table)
-        return scatter_sum(rows * here[:, None].to(rows.dtype), group)
+        return add_up(rows * here[:, None].to(rows.dtype), group)
 
     embedding.forward = forward
 
 
-def _cut_head(group: ProcessGroup) -> ReadLogits:
-    """Return `logit_statistics` for a head whose rows are spread over the processes, each of which reads its own."""
+def cut_head(group: ProcessGroup, whole: AddUp | None, add_up: AddUp) -> ReadLogits:
+    """Return `logit_statistics` for a head whose rows are spread over the processes, each of which reads its own.
+
+    whole: gathers the hidden states of all processes; None: each has them all.
+    """
 
     def highest(x: Tensor) -> Tensor:
         found = x.clone()
@@ -127,8 +131,8 @@ def _cut_head(group: ProcessGroup) -> ReadLogits:
 
     def read(hidden: Tensor, head: Tensor, targets: Tensor, moments: bool = False) -> LogitStatistics:
         first, vocabulary = _first_row(len(head), group), len(head) * group.size()
-        own = logit_statistics(gather_rows(hidden, group), head, targets, moments, first, vocabulary)
-        return merge_statistics(own, highest, lambda x: replicated_sum(x, group))
+        own = logit_statistics(whole(hidden, group) if whole else hidden, head, targets, moments, first, vocabulary)
+        return merge_statistics(own, highest, lambda x: add_up(x, group))
 
     return read
 
