@@ -35,6 +35,24 @@ void run_tasks(int64_t tasks, const void* body, void (*task)(const void*, int64_
   });
 }
 
+void run_ranges(int64_t tasks, const void* body, void (*task)(const void*, int64_t)) {
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  constexpr int64_t MOST = 256;
+  int64_t workers = std::min({tasks, threads(), MOST});
+  if (workers <= 1) return run_tasks(tasks, body, task);
+  Range ranges[MOST];
+  for (int64_t w = 0; w < workers; ++w) ranges[w].next = tasks * w / workers, ranges[w].end = tasks * (w + 1) / workers;
+  at::parallel_for(0, workers, 1, [&](int64_t own, int64_t) {
+    for (int64_t other = 0; other < workers; ++other) {
+      Range& range = ranges[(own + other) % workers];
+      for (int64_t i = range.next++; i < range.end; i = range.next++) task(body, i);
+    }
+  });
+}
+
 void* scratch(int slot, size_t bytes) {
   struct Buffer {
     void* data = nullptr;

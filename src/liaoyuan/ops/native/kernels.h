@@ -18,6 +18,15 @@ void parallel(int64_t tasks, const Body& body) {
   run_tasks(tasks, &body, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); });
 }
 
+// The same, where neighbouring tasks read neighbouring memory: each thread walks a range of its own from end to end, as
+// memory likes it, and then helps with what others have left.
+void run_ranges(int64_t tasks, const void* body, void (*task)(const void*, int64_t));
+
+template <class Body>
+void parallel_ranges(int64_t tasks, const Body& body) {
+  run_ranges(tasks, &body, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); });
+}
+
 int64_t threads();  // how many run tasks
 
 // A buffer of this thread that only grows; valid until the thread's next call with the same slot.

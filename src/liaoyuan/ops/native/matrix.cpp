@@ -154,6 +154,7 @@ class Plan {
 
   int64_t lane_count() const { return lanes.count; }
   bool lanes_are_rows() const { return turned; }
+  bool is_stream() const { return streams; }
   int64_t words() const {  // of memory that all tasks share
     return (as_it_goes ? 0 : vectors * LANES * steps) + (items.along ? 0 : strips * E::STRIP * stride);
   }
@@ -215,8 +216,7 @@ class Plan {
     Items<Word> x = items.count == 0 ? Items<Word>{} : near ? copied(0, 0, steps, copy) : shared(0, 0);
     int64_t first = task * STREAM_VECTORS, end = std::min(vectors, first + STREAM_VECTORS);
     for (int64_t v = first; v < end; ++v) {
-      int64_t next = v + 1 < end ? v + 1 : v + 1 + (threads() - 1) * STREAM_VECTORS;
-      const T* ahead = next < vectors ? lanes.matrix + next * LANES * lanes.stride : nullptr;
+      const T* ahead = v + 1 < vectors ? lanes.matrix + (v + 1) * LANES * lanes.stride : nullptr;
       with_rows<E::FEW>([&](auto rows) { stream_vector<rows>(v * LANES, x, ahead); });
     }
   }
@@ -351,14 +351,15 @@ class Plan {
 
 // Call body(plan, task) for the tasks of all plans, each of which has count(plan) of them.
 template <class Plans, class Count, class Body>
-void over_tasks(const Plans& plans, const Count& count, const Body& body) {
+void over_tasks(const Plans& plans, bool in_ranges, const Count& count, const Body& body) {
   std::vector<int64_t> ends;
   int64_t total = 0;
   for (const auto& plan : plans) ends.push_back(total += count(plan));
-  parallel(total, [&](int64_t task) {
+  auto one = [&](int64_t task) {
     size_t which = size_t(std::upper_bound(ends.begin(), ends.end(), task) - ends.begin());
     body(plans[which], task - (which ? ends[which - 1] : 0));
-  });
+  };
+  in_ranges ? parallel_ranges(total, one) : parallel(total, one);
 }
 
 template <class E, class T>
@@ -367,8 +368,9 @@ void run_plans(std::vector<Plan<E, T>>& plans) {
   for (const auto& plan : plans) words += plan.words();
   auto* memory = static_cast<typename E::Word*>(scratch(3, size_t(words) * 4));
   for (auto& plan : plans) plan.use(memory), memory += plan.words();
-  over_tasks(plans, [](const auto& plan) { return plan.pack_tasks(); }, [](const auto& p, int64_t i) { p.pack(i); });
-  over_tasks(plans, [](const auto& plan) { return plan.tasks(); }, [](const auto& p, int64_t i) { p.run(i); });
+  bool streams = std::all_of(plans.begin(), plans.end(), [](const auto& plan) { return plan.is_stream(); });
+  over_tasks(plans, false, [](const auto& p) { return p.pack_tasks(); }, [](const auto& p, int64_t i) { p.pack(i); });
+  over_tasks(plans, streams, [](const auto& p) { return p.tasks(); }, [](const auto& p, int64_t i) { p.run(i); });
   plans.clear();
 }
 
