@@ -5,15 +5,18 @@ import pytest
 import torch
 
 from liaoyuan.inference.sampling import Settings, sample, top_logprobs, uniform
+from liaoyuan.ops import sampling_settings
 
 
 def settings(
     rows: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0, seed: int = 0
 ) -> Settings:
     number = uniform(np.full(rows, seed, dtype=np.uint64), np.arange(rows))
-    return Settings(
-        np.full(rows, temperature), np.full(rows, top_p), np.full(rows, top_k), np.full(rows, min_p), number
-    )
+    return of_columns(rows, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, uniform=number)
+
+
+def of_columns(rows: int, **columns: float | list[float] | np.ndarray) -> Settings:
+    return Settings(sampling_settings(rows, **columns).numpy())
 
 
 def filtered(probabilities: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
@@ -68,12 +71,13 @@ def test_samples_follow_their_distribution(parameters: dict) -> None:
 def test_mixed_rows_get_each_their_own_parameters() -> None:
     rows, generator = 64, torch.Generator().manual_seed(2)
     logits = torch.randn(rows, 200, generator=generator)
-    mixed = Settings(
-        np.array([0.0, 1.0, 0.5, 2.0] * 16),
-        np.array([1.0, 0.5, 1.0, 0.9] * 16),
-        np.array([0, 0, 3, 0] * 16),
-        np.array([0.0, 0.0, 0.0, 0.3] * 16),
-        uniform(np.zeros(rows, dtype=np.uint64), np.arange(rows)),
+    mixed = of_columns(
+        rows,
+        temperature=[0.0, 1.0, 0.5, 2.0] * 16,
+        top_p=[1.0, 0.5, 1.0, 0.9] * 16,
+        top_k=[0, 0, 3, 0] * 16,
+        min_p=[0.0, 0.0, 0.0, 0.3] * 16,
+        uniform=uniform(np.zeros(rows, dtype=np.uint64), np.arange(rows)),
     )
     tokens, logprobs, _ = sample(logits, mixed)
     for row in range(rows):
@@ -86,8 +90,7 @@ def test_mixed_rows_get_each_their_own_parameters() -> None:
 def test_the_ends_of_the_interval_give_tokens_of_probability_above_zero() -> None:
     logits = torch.full((2, 130), -torch.inf)
     logits[:, [64, 100]] = 0.0
-    ends = settings(2)
-    ends = Settings(ends.temperature, ends.top_p, ends.top_k, ends.min_p, np.array([0.0, 1 - 2.0**-52]))
+    ends = of_columns(2, uniform=[0.0, 1 - 2.0**-52])
     assert sample(logits, ends)[0].tolist() == [64, 100]
 
 

@@ -12,6 +12,9 @@ from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.request import TopLogprobs
 from liaoyuan.inference.sampling import Settings, distributions, sample, top_logprobs, uniform
 from liaoyuan.inference.sequence import Sequence
+from liaoyuan.ops.sampling import COLUMNS
+
+TEMPERATURE, UNIFORM = (list(COLUMNS).index(name) for name in ("temperature", "uniform"))
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,16 @@ class Drawing:
         self._sequences: list[Sequence | None] = [None] * max_sequences
         self._stop = np.full((max_sequences, 1), -1, dtype=np.int64)
         self._seed = np.zeros(max_sequences, dtype=np.uint64)
-        self._temperature, self._top_p, self._min_p = np.zeros((3, max_sequences))
-        self._repetition, self._presence, self._frequency = np.zeros((3, max_sequences))
-        self._top_k, self._top = np.zeros((2, max_sequences), dtype=np.int64)
+        self._table = np.zeros((max_sequences, len(COLUMNS)))
+        self._top = np.zeros(max_sequences, dtype=np.int64)
         # Whether a sequence has penalties; a bias; may have forbidden tokens; wants what it draws from.
         self._penalties, self._bias, self._forbids, self._processed, self._masks = np.zeros(
             (5, max_sequences), dtype=bool
         )
+        # Whether it has any of the first three, and whether it is told more than its token; whether anybody is such, as
+        # seldom somebody is, and then steps need not look.
+        self._is_special, self._is_told = np.zeros((2, max_sequences), dtype=bool)
+        self._are_special = self._are_told = False
 
     def start(self, sequence: Sequence) -> None:
         """Take over the parameters of a sequence that has got a slot."""
@@ -64,13 +70,16 @@ class Drawing:
         self._stop[slot] = -1
         self._stop[slot, : len(stops)] = stops
         self._seed[slot] = sequence.seed
-        self._temperature[slot], self._top_p[slot] = sampling.temperature, sampling.top_p
-        self._top_k[slot], self._min_p[slot], self._top[slot] = sampling.top_k, sampling.min_p, sampling.top_logprobs
         penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
-        self._repetition[slot], self._presence[slot], self._frequency[slot] = penalties
+        numbers = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        self._table[slot] = (*numbers, *penalties, 0.0)
         self._penalties[slot] = penalties != (1.0, 0.0, 0.0)
         self._bias[slot], self._forbids[slot] = bool(sampling.logit_bias), may_forbid(sequence)
+        self._is_special[slot] = self._penalties[slot] | self._bias[slot] | self._forbids[slot]
+        self._top[slot] = sampling.top_logprobs
         self._processed[slot], self._masks[slot] = sampling.processed_logprobs, sampling.return_masks
+        self._is_told[slot] = self._top[slot] > 0 or self._processed[slot] or self._masks[slot]
+        self._are_special, self._are_told = bool(self._is_special.any()), bool(self._is_told.any())
 
     def draw(self, logits: Tensor, plan: Plan, tokens: np.ndarray, limit: np.ndarray) -> Draws:
         """Draw the plan's R tokens from logits [R, V].
@@ -80,12 +89,14 @@ class Drawing:
         """
         slots, places = plan.samplers, plan.places
         settings, errors = self._settings(slots, places, tokens)
-        drawn, raw, processed = (found.cpu().numpy() for found in sample(logits, settings))
-        logprobs = np.where(self._processed[slots], processed, raw)
+        drawn, logprobs, processed = (found.cpu().numpy() for found in sample(logits, settings))
+        if self._are_told:
+            logprobs = np.where(self._processed[slots], processed, logprobs)
         stopped = (self._stop[slots] == drawn[:, None]).any(1)
         full = places + 1 >= limit[slots]
         failed = np.zeros(len(slots), dtype=bool)
-        failed[list(errors)] = True
+        if errors:
+            failed[list(errors)] = True
         kept = np.ones(len(slots), dtype=bool)
         if len(slots) > 1 and (slots[1:] == slots[:-1]).any():
             right = drawn == tokens[slots, places]  # a guess stands where the draw would go
@@ -93,8 +104,10 @@ class Drawing:
         for row, error in errors.items():
             if kept[row]:
                 self._sequence(slots[row]).error = error
-        self._advance(slots, drawn, kept & ~stopped)
-        self._keep(logits, settings, slots, drawn, logprobs, np.flatnonzero(kept))
+        if self._are_special:
+            self._advance(slots, drawn, kept & ~stopped)
+        if self._are_told:
+            self._keep(logits, settings, slots, drawn, logprobs, np.flatnonzero(kept))
         return Draws(drawn, logprobs, kept, kept & stopped, kept & full & ~stopped, kept & failed)
 
     def guess(self, logits: Tensor, slots: np.ndarray, places: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -106,12 +119,11 @@ class Drawing:
         self, slots: np.ndarray, places: np.ndarray, tokens: np.ndarray, constrained: bool = True
     ) -> tuple[Settings, dict[int, str]]:
         """Return the settings of rows, and why some rows cannot be drawn."""
-        numbers = (self._temperature[slots], self._top_p[slots], self._top_k[slots], self._min_p[slots])
-        is_random = numbers[0].any()  # else nothing is left to chance
-        chance = uniform(self._seed[slots], places) if is_random else np.zeros(len(slots))
-        special = self._penalties[slots] | self._bias[slots] | self._forbids[slots]
-        if not special.any():
-            return Settings(*numbers, chance), {}
+        table = self._table[slots]
+        if table[:, TEMPERATURE].any():  # else nothing is left to chance
+            table[:, UNIFORM] = uniform(self._seed[slots], places)
+        if not self._are_special or not self._is_special[slots].any():
+            return Settings(table), {}
         history = lengths = biased = None
         if (penalised := self._penalties[slots]).any():
             history = np.where(
@@ -122,11 +134,7 @@ class Drawing:
             biased = np.flatnonzero(self._bias[slots])
         mask, errors = self._mask(slots, places, tokens) if constrained else (None, {})
         settings = Settings(
-            *numbers,
-            chance,
-            self._repetition[slots],
-            self._presence[slots],
-            self._frequency[slots],
+            table,
             history,
             lengths,
             mask,

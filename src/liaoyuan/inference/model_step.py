@@ -91,15 +91,19 @@ class ModelStep:
             return logits  # a graph has the rows of each adapter in it, so steps with adapters are not captured
         arrays = (plan.tokens, plan.positions, plan.cache_slots, plan.block_tables)
         inputs = tuple(self._tensor(x) for x in (*arrays, plan.query_starts, plan.lengths, plan.rows))
+        are_all = len(plan.rows) == len(plan.tokens) and not len(plan.scored_slots)  # then they are in order, too
+        if not any(owners):
+            return self._compute(inputs, are_all)
         with self._adapters.chosen(owners, plan.counts):
-            return self._compute(inputs)
+            return self._compute(inputs, are_all)
 
-    def _compute(self, inputs: Inputs) -> torch.Tensor:
+    def _compute(self, inputs: Inputs, are_all: bool = False) -> torch.Tensor:
+        """are_all: whether the logits of all rows are wanted."""
         assert self.cache is not None
         tokens, positions, *places, rows = inputs
         context = PagedContext(self.cache, *places)
         if self._observe is None:
-            return self._model(tokens, positions, context, rows=rows)
+            return self._model(tokens, positions, context, rows=None if are_all else rows)
         logits, self._stream = self._model.logits_and_stream(tokens, positions, context, rows)
         return logits
 

@@ -75,15 +75,16 @@ NONE = np.empty(0, dtype=np.int64)
 
 def lay_out(table: Table, slots: np.ndarray, counts: np.ndarray, drafts: np.ndarray, copies: np.ndarray) -> Plan:
     """Return the plan in which `slots` compute their next `counts` tokens, the last `drafts` of them guessed, [S]."""
+    computed, known = table.computed[slots], table.length[slots]
+    if counts.sum() == len(slots) and not table.scored[slots].any() and (computed + 1 == known).all():
+        return _decode(table, slots, counts, drafts, copies, computed)
     starts = np.zeros(len(slots) + 1, dtype=np.int32)
     np.cumsum(counts, out=starts[1:])
-    computed = table.computed[slots]
     lengths = computed + counts
     owner = np.repeat(np.arange(len(slots)), counts)
     positions = np.arange(starts[-1]) + (computed - starts[:-1])[owner]
     places = slots[owner]
     size = table.block_size
-    known = table.length[slots]
     draws = np.where(lengths - drafts == known, drafts + 1, 0)
     sampler = np.repeat(np.arange(len(slots)), draws)
     step = np.arange(len(sampler)) - (draws.cumsum() - draws)[sampler]
@@ -108,5 +109,30 @@ def lay_out(table: Table, slots: np.ndarray, counts: np.ndarray, drafts: np.ndar
         places=known[sampler] + step,
         scored_slots=scored_slots,
         scored_places=scored_places,
+        copies=copies,
+    )
+
+
+def _decode(
+    table: Table, slots: np.ndarray, counts: np.ndarray, drafts: np.ndarray, copies: np.ndarray, computed: np.ndarray
+) -> Plan:
+    """The same where every sequence computes its last token: most steps are such, and wait for nothing but this."""
+    rows, lengths = np.arange(len(slots) + 1), computed + 1
+    index, offset = np.divmod(computed, table.block_size)
+    return Plan(
+        slots=slots,
+        counts=counts,
+        tokens=table.tokens[slots, computed],
+        positions=computed,
+        cache_slots=table.blocks[slots, index] * np.int64(table.block_size) + offset,
+        block_tables=table.blocks[slots, : int(index.max()) + 1],
+        query_starts=rows.astype(np.int32),
+        lengths=lengths.astype(np.int32),
+        drafts=drafts,
+        rows=rows[:-1],
+        samplers=slots,
+        places=lengths,
+        scored_slots=NONE,
+        scored_places=NONE,
         copies=copies,
     )

@@ -11,29 +11,23 @@ import torch
 from torch import Tensor
 
 from liaoyuan.ops import log_probability, log_sum_exp, sample_tokens
-from liaoyuan.ops.sampling import COLUMNS, penalised
+from liaoyuan.ops.sampling import penalised
 
 Bias = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The sampling parameters of R rows, numpy [R]; see `SamplingParams`. uniform: fp64 in [0, 1).
+    """The sampling parameters of R rows, numpy.
 
-    repetition, presence, frequency: penalties, with history int64 [R, L], each row's tokens so far filled up with -1,
-        and prompt_lengths int64 [R]; None if no row has penalties.
+    table: fp64 [R, 8], as `ops.sampling_settings` makes it.
+    history: int64 [R, L], each row's tokens so far filled up with -1, and prompt_lengths int64 [R]; None if no row has
+        penalties.
     mask: int32 [R, ceil(V / 32)], the tokens that are allowed as bits; None: all are.
     biased: int64 [B], the rows with a bias, and their biases.
     """
 
-    temperature: np.ndarray
-    top_p: np.ndarray
-    top_k: np.ndarray
-    min_p: np.ndarray
-    uniform: np.ndarray
-    repetition: np.ndarray | float = 1.0
-    presence: np.ndarray | float = 0.0
-    frequency: np.ndarray | float = 0.0
+    table: np.ndarray
     history: np.ndarray | None = None
     prompt_lengths: np.ndarray | None = None
     mask: np.ndarray | None = None
@@ -53,13 +47,6 @@ class Settings:
             chosen["biases"] = tuple(self.biases[place] for _, place in kept)
         return Settings(**chosen)
 
-    def table(self) -> Tensor:
-        """Return them as `ops.sample_tokens` takes them."""
-        table = np.empty((len(self.temperature), len(COLUMNS)))
-        for column, name in enumerate(COLUMNS):
-            table[:, column] = getattr(self, name)
-        return torch.from_numpy(table)
-
 
 def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Return fp64 [R] in [0, 1) that depends on (seed, position) alone; seeds uint64 [R], positions int [R]."""
@@ -75,7 +62,7 @@ def sample(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     logits: [R, V], any float dtype; all arithmetic is fp32 or wider. A row whose logits are not numbers gets the
     token 0 and nan, and harms no other.
     """
-    table = settings.table().to(logits.device)
+    table = torch.from_numpy(settings.table).to(logits.device)
     history, lengths, mask = (_tensor(x, logits) for x in (settings.history, settings.prompt_lengths, settings.mask))
     found = sample_tokens(logits, table, history, lengths, mask)
     tokens, raw, drawn = found.tokens.clamp_min(0), found.log_probs, found.filtered_log_probs
@@ -106,7 +93,7 @@ def distributions(logits: Tensor, settings: Settings) -> Tensor:
     scores = logits.float().clone()
     if settings.biased is not None:
         scores[torch.from_numpy(settings.biased).to(logits.device)] = _biased(logits, settings)
-    table = settings.table().to(logits.device)
+    table = torch.from_numpy(settings.table).to(logits.device)
     temperature, top_k, top_p, min_p, *penalties, _ = table[:, :, None].unbind(1)
     history, lengths, mask = (_tensor(x, logits) for x in (settings.history, settings.prompt_lengths, settings.mask))
     if history is not None and lengths is not None:

@@ -206,6 +206,8 @@ class Scheduler:
         """Let blocks that have been filled be found by others."""
         filled = self.computed[slots] // self.block_size
         more = filled > self._known[slots]
+        if not more.any():
+            return
         for slot, count in zip(slots[more].tolist(), filled[more].tolist(), strict=True):
             sequence, known = self.in_slot(slot), int(self._known[slot])
             self._known[slot] = count

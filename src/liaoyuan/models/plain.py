@@ -4,6 +4,8 @@ To gather them costs as much as the call, so it is done once. Layers may change,
 an adapter or other weights: each step looks whether all is where it was found.
 """
 
+from itertools import repeat
+from operator import is_
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -30,18 +32,17 @@ class PlainLayer:
 
     def __init__(self) -> None:
         self._plain: Plain | None = None
-        self._found: list[tuple[dict[str, Any], str, object]] = []  # where each part was, by name, and what it was
+        # Where each part was, by name, and what it was.
+        self._places: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._parts: list[object] = []
 
     def of(self, layer: nn.Module) -> Plain | None:
         """Return it; layer: always the same one, which is not kept, or the two would keep each other."""
-        for place, name, part in self._found:
-            if place.get(name, MISSING) is not part:
-                break
-        else:
-            if self._found:
-                return self._plain
-        self._found = []
-        self._plain = self._gather(layer)
+        now = map(dict.get, self._places, self._names, repeat(MISSING))
+        if not self._parts or not all(map(is_, now, self._parts)):
+            self._places, self._names, self._parts = [], [], []
+            self._plain = self._gather(layer)
         return self._plain
 
     def _gather(self, layer: nn.Module) -> Plain | None:
@@ -74,5 +75,7 @@ class PlainLayer:
 
     def _look(self, place: dict[str, Any], name: str) -> Any:
         part = place.get(name, MISSING)
-        self._found.append((place, name, part))
+        self._places.append(place)
+        self._names.append(name)
+        self._parts.append(part)
         return None if part is MISSING else part
