@@ -113,6 +113,22 @@ def test_the_bits_of_a_row_depend_on_it_alone(width, out, with_bias, dtype, exac
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out", [96, 101, 1000])
+def test_a_weight_that_other_weights_drove_out_of_the_caches_gives_the_same_bits(out, dtype, exact_only):
+    """Few rows read such a weight in another way (`ops/native/far.h`)."""
+    weight, others = random(out, 160, dtype=dtype), torch.ones(2**16, 192, dtype=dtype)  # of 24 MiB or more
+    for rows in (1, 2, 3):
+        x, there = random(rows, 160, dtype=dtype, seed=1), random(rows, 192, dtype=dtype)
+        near = linear(x, weight)
+        for _ in range(8):
+            linear(there, others)
+        assert torch.equal(linear(x, weight), near)
+        assert torch.equal(
+            linear(random(40, 160, dtype=dtype, seed=2).index_copy(0, torch.arange(rows), x), weight)[:rows], near
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_bits_of_the_weights_gradient_do_not_depend_on_its_other_rows_or_the_threads(dtype, exact_only):
     given, grad = inputs(90, 70, 150, dtype), random(90, 150, seed=4).to(dtype)
     whole = results(linear, given, grad)[2]

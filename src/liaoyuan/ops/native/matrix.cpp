@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "engines.h"
+#include "far.h"
 
 namespace liaoyuan {
 
@@ -19,7 +20,7 @@ constexpr int64_t CUT_ALONG = 64, CUT_ACROSS = 16, PANELS_ACROSS = 8;
 constexpr int64_t ONE_PANEL = 1 << 14;  // words of a cut: 64 KiB
 constexpr int64_t TASK_ITEMS = 128;     // at least
 // Few rows: vectors of lanes that a task takes. A weight then goes by once, at the speed of memory.
-constexpr int64_t STREAM_VECTORS = 4;
+constexpr int64_t STREAM_VECTORS = 6;
 
 int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -126,6 +127,7 @@ class Plan {
   bool added;       // a bias or a residual
   bool near;        // strips are copied by the tasks that multiply, cut by cut
   bool streams;     // few rows: see run_stream
+  bool far = false;  // the weight of very few rows comes from memory
   int64_t steps, cut, vectors, panels, strips, stride, task_panels, task_strips;
   Word *packed_panels = nullptr, *packed_items = nullptr;
 
@@ -161,6 +163,8 @@ class Plan {
   void use(Word* memory) {
     packed_panels = memory;
     packed_items = memory + (as_it_goes ? 0 : vectors * LANES * steps);
+    if (streams && p.shape.rows <= 2 && lanes.stride == lanes.depth)
+      far = is_far(lanes.matrix, lanes.count * lanes.stride * int64_t(sizeof(T)));
   }
 
   int64_t pack_tasks() const { return panel_tasks() + (items.along ? 0 : strips); }
@@ -210,15 +214,23 @@ class Plan {
 
  private:
   // Few rows times a weight that lies along the depth: 16 x 16 words of it are turned in registers, and used there.
-  // What this thread needs next is asked for in the order of memory, as memory likes it.
+  // Caches give what this thread needs next while it works, if it is asked for in the order of memory. Memory gives its
+  // full rate to nothing but a thread that only reads, in that order: so a far weight is read first and used then, some
+  // vectors together, whose sums need not wait for each other.
   void run_stream(int64_t task) const {
     auto* copy = static_cast<Word*>(near ? scratch(0, size_t(E::STRIP * stride) * 4) : nullptr);
     Items<Word> x = items.count == 0 ? Items<Word>{} : near ? copied(0, 0, steps, copy) : shared(0, 0);
-    int64_t first = task * STREAM_VECTORS, end = std::min(vectors, first + STREAM_VECTORS);
-    for (int64_t v = first; v < end; ++v) {
-      const T* ahead = v + 1 < vectors ? lanes.matrix + (v + 1) * LANES * lanes.stride : nullptr;
-      with_rows<E::FEW>([&](auto rows) { stream_vector<rows>(v * LANES, x, ahead); });
-    }
+    int64_t v = task * STREAM_VECTORS, end = std::min(vectors, v + STREAM_VECTORS);
+    with_rows<E::FEW>([&](auto rows) {
+      constexpr int MANY = rows <= 2 ? 3 : 1;
+      for (; far && (v + MANY) * LANES <= std::min(end * LANES, lanes.count); v += MANY) {
+        read_lines(lanes.matrix + v * LANES * lanes.stride, MANY * LANES * lanes.stride * int64_t(sizeof(T)));
+        stream_vectors<rows, MANY>(v * LANES, x, nullptr);
+      }
+      for (; v < end; ++v)
+        stream_vectors<rows, 1>(v * LANES, x,
+                                v + 1 < vectors ? lanes.matrix + (v + 1) * LANES * lanes.stride : nullptr);
+    });
   }
 
   // body(number of rows as a constant), of 1 ... MOST.
@@ -228,28 +240,36 @@ class Plan {
     if constexpr (MOST > 1) with_rows<MOST - 1>(body);
   }
 
-  template <int ROWS>
-  void stream_vector(int64_t lane, Items<Word> x, const T* ahead) const {
-    Register sums[ROWS] = {};
-    const T* from = lanes.matrix + lane * lanes.stride;
-    bool whole = lane + LANES <= lanes.count;
+  template <int ROWS, int VECTORS>
+  void stream_vectors(int64_t lane, Items<Word> x, const T* ahead) const {
+    Register sums[VECTORS][ROWS] = {};
+    bool whole = lane + VECTORS * LANES <= lanes.count;
     int64_t step = 0;
     for (; whole && (step + LANES) * E::VALUES <= lanes.depth; step += LANES) {
       if (ahead)
         for (int i = 0; i < LANES; ++i) __builtin_prefetch(reinterpret_cast<const char*>(ahead) + 64 * i, 0, 2);
       if (ahead) ahead += LANES * LANES * E::VALUES;
-      Register columns[LANES];
-      transpose_words(from + step * E::VALUES, lanes.stride * int64_t(sizeof(T)), columns);
-      add_columns(columns, LANES, x, step, sums);
+#pragma GCC unroll 4
+      for (int n = 0; n < VECTORS; ++n) {
+        Register columns[LANES];
+        transpose_words(lanes.matrix + (lane + n * LANES) * lanes.stride + step * E::VALUES,
+                        lanes.stride * int64_t(sizeof(T)), columns);
+        add_columns(columns, LANES, x, step, sums[n]);
+      }
     }
-    for (; step < steps; step += LANES) {
-      alignas(64) Word block[LANES * LANES];
-      Register columns[LANES];
-      turned_words<E>(lanes, lane, step, LANES, block, LANES);
-      std::memcpy(columns, block, sizeof columns);
-      add_columns(columns, std::min<int64_t>(LANES, steps - step), x, step, sums);
-    }
-    for (int r = 0; r < ROWS; ++r) finish(r, lane, sums[r], std::min<int64_t>(LANES, lanes.count - lane));
+    for (; step < steps; step += LANES)
+      for (int n = 0; n < VECTORS; ++n) {
+        alignas(64) Word block[LANES * LANES];
+        Register columns[LANES];
+        turned_words<E>(lanes, lane + n * LANES, step, LANES, block, LANES);
+        std::memcpy(columns, block, sizeof columns);
+        add_columns(columns, std::min<int64_t>(LANES, steps - step), x, step, sums[n]);
+      }
+    for (int n = 0; n < VECTORS; ++n)
+      for (int r = 0; r < ROWS; ++r) {
+        int64_t at = lane + n * LANES;
+        finish(r, at, sums[n][r], std::min<int64_t>(LANES, lanes.count - at));
+      }
   }
 
   template <int ROWS>
