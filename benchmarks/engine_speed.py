@@ -273,22 +273,28 @@ def measure(
     own = 32 if shared else options.prompt
     data = torch.ones(2**27, dtype=torch.bfloat16)
     rates: dict[str, list[float]] = {name: [] for name in sides}
+    steps: dict[str, list[float]] = {name: [] for name in sides}
     reading = 0.0
     for turn in range(options.rounds + 1):
-        prompts = torch.randint(1, config.vocab_size, (concurrency, shared + own), generator=generator)
+        prompts, others = torch.randint(1, config.vocab_size, (2, concurrency, shared + own), generator=generator)
         prompts[:, :shared] = prompts[0, :shared].clone()
+        others[:, :shared] = others[0, :shared].clone()
         for name, run in list(sides.items()):
             start = time.perf_counter()
             try:
                 made = run(prompts.tolist(), options.output)
+                seconds = time.perf_counter() - start
+                run(others.tolist(), 1)
+                first = time.perf_counter() - start - seconds
             except Exception as error:  # a mode that does not work here is said so, and left out
                 print(f"{name}: left out ({type(error).__name__}: {str(error)[:200]})", file=sys.stderr)
-                del sides[name], rates[name]
+                del sides[name], rates[name], steps[name]
                 continue
             if made != concurrency * options.output:
                 print(f"{name}: made {made} tokens instead of {concurrency * options.output}", file=sys.stderr)
             if turn:  # the first turn warms up
-                rates[name].append(made / (time.perf_counter() - start))
+                rates[name].append(made / seconds)
+                steps[name].append((made - concurrency) / max(seconds - first, 1e-9))
         reading = max(reading, *(reading_rate(data) for _ in range(3)))
     limit = concurrency * reading / bytes_of_step(config, concurrency, options, shared)
     return [
@@ -297,6 +303,7 @@ def measure(
             "concurrency": concurrency,
             "shared": shared,
             "tokens_per_second": statistics.median(values),
+            "without_prompts": statistics.median(steps[name]),
             "rounds": values,
             "limit": limit,
             "reading": reading,
@@ -313,7 +320,8 @@ def show(rows: list[dict]) -> None:
         print(
             f"{row['model']:>5} ({row['parameters'] / 1e6:6.1f}M)  {row['concurrency']:>3} at once{shared}  "
             f"{row['side']:<36} {row['tokens_per_second']:8.0f} tokens/s, "
-            f"{row['tokens_per_second'] / row['limit']:4.0%} of the limit{ratio}",
+            f"{row['tokens_per_second'] / row['limit']:4.0%} of the limit, "
+            f"{row['without_prompts'] / row['limit']:4.0%} without the prompts{ratio}",
             flush=True,
         )
     print(f"      memory was read at {rows[0]['reading'] / 1e9:.0f} GB/s", flush=True)
