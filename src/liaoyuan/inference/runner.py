@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.engine import Engine
@@ -28,6 +28,24 @@ class Busy(LiaoyuanError):  # noqa: N818  (a state, not a fault)
 
 class Refused(LiaoyuanError):  # noqa: N818  (a state, not a fault)
     """What a request asks for has gone since it was checked, such as an adapter."""
+
+
+class Unavailable(LiaoyuanError):  # noqa: N818  (a state, not a fault)
+    """Nobody can answer now: the client may try again later (HTTP 503)."""
+
+
+class Operation(Protocol):
+    """Something that is asked of an engine besides answers; see `inference.operations`.
+
+    decides: what of the engine it decides; "": it only asks. lasts: whether an engine that starts later must be told.
+    """
+
+    decides: ClassVar[str]
+    lasts: ClassVar[bool]
+
+    async def run(self, runner: "EngineThread") -> Any:
+        """Do it, and return what comes of it, in JSON's types."""
+        ...
 
 
 class EngineThread:
@@ -76,6 +94,10 @@ class EngineThread:
         if not self._command(lambda: _answer(loop, done, lambda: work(self._engine))):
             raise LiaoyuanError("The engine is not running.")
         return await done
+
+    async def do(self, operation: Operation) -> Any:
+        """Return what an operation gives; whatever it raises is raised here."""
+        return await operation.run(self)
 
     async def pause(self, mode: Literal["abort", "wait", "keep"] = "keep") -> None:
         """Stop computing; see `Engine.pause`. With "wait", return when those that ran have ended."""

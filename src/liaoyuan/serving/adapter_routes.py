@@ -1,7 +1,6 @@
 """`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as vLLM has them."""
 
-import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,8 @@ from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference import Engine
+from liaoyuan.inference.operations import LoadAdapter, UnloadAdapter
+from liaoyuan.inference.runner import Unavailable
 from liaoyuan.serving.adapters import Shelf
 from liaoyuan.serving.errors import ApiError, invalid
 from liaoyuan.serving.generation import Runner
@@ -47,18 +47,8 @@ def adapter_routes(runner: Runner, model: str, shelf: Shelf) -> APIRouter:
         name, folder = body.lora_name, _inside(shelf.folder, body.lora_path)
         if name == model:
             raise invalid(f"'{name}' is the model itself; give the adapter another name.", "lora_name")
-        assert shelf.adapters is not None
         with _refusals("lora_path"):
-            if not body.load_inplace:
-                shelf.adapters.check_name(name)
-            weights = await asyncio.to_thread(shelf.adapters.read, folder)  # other requests go on meanwhile
-
-            def put(engine: Engine) -> None:
-                if body.load_inplace and name in [adapter.name for adapter in engine.adapters.loaded()]:
-                    engine.unload_adapter(name)
-                engine.adapters.add(name, folder, weights)
-
-            await runner.call(put)
+            await runner.do(LoadAdapter(name, str(folder), body.load_inplace))
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     @router.post("/v1/unload_lora_adapter", response_model=None, responses=PLAIN)
@@ -68,14 +58,10 @@ def adapter_routes(runner: Runner, model: str, shelf: Shelf) -> APIRouter:
         if name not in [adapter.name for adapter in shelf.loaded()]:
             raise ApiError(404, f"There is no adapter '{name}'.", "lora_name", "adapter_not_found")
         with _refusals("lora_name"):
-            await runner.call(_unloads(name))
+            await runner.do(UnloadAdapter(name))
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     return router
-
-
-def _unloads(name: str) -> Callable[[Engine], None]:
-    return lambda engine: engine.unload_adapter(name)
 
 
 def _folder(root: Path | None) -> Path:
@@ -101,5 +87,7 @@ def _refusals(param: str) -> Iterator[None]:
     """Turn what the engine refuses into the error of a bad request."""
     try:
         yield
+    except Unavailable as error:
+        raise ApiError(503, str(error), code="worker_failed") from error
     except LiaoyuanError as error:
         raise invalid(str(error), param) from error

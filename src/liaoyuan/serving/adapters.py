@@ -3,19 +3,27 @@
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from liaoyuan.inference import Adapters, Loaded
+from liaoyuan.inference import Loaded
 
 # Of one HTTP request, not of the process: tasks and threads that work for it inherit it. "": the model itself.
 ADAPTER: ContextVar[str] = ContextVar("adapter", default="")
 
 
+class Known(Protocol):
+    """Whoever knows which adapters are loaded: `inference.Adapters`, or who serves for several engines."""
+
+    def loaded(self) -> list[Loaded]:
+        """Return those that a request may name now."""
+        ...
+
+
 @dataclass(frozen=True)
 class Shelf:
-    """An engine's adapters, and the folder from inside which clients may load others (None: they may not)."""
+    """The adapters of what serves, and the folder from inside which clients may load others (None: they may not)."""
 
-    adapters: Adapters | None = None
+    adapters: Known | None = None
     folder: Path | None = None
 
     def loaded(self) -> list[Loaded]:

@@ -1,12 +1,11 @@
 """`/v1/embeddings`, `/rerank` and `/score`: texts as vectors, and how near they are to each other.
 
 The engine's thread computes them between two steps, so many tokens at a time as a step has, so that the answers of
-others go on.
+others go on (`inference.operations.Embed`).
 """
 
 import asyncio
 import base64
-import functools
 import secrets
 import time
 from collections.abc import Sequence
@@ -17,8 +16,8 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from torch import Tensor
 
-from liaoyuan.inference import Engine, Pooling, embedding_steps
-from liaoyuan.inference.pooling import Step
+from liaoyuan.inference import Pooling
+from liaoyuan.inference.operations import Embed
 from liaoyuan.serving.conversation import chat_prompt
 from liaoyuan.serving.embeddings_body import (
     Document,
@@ -29,7 +28,7 @@ from liaoyuan.serving.embeddings_body import (
     ScoreRequest,
 )
 from liaoyuan.serving.errors import invalid
-from liaoyuan.serving.generation import Served, between_steps, prompt_ids, truncated, unless_gone
+from liaoyuan.serving.generation import Served, asked_of_engine, prompt_ids, truncated, unless_gone
 from liaoyuan.serving.protocol import ChatRequest
 from liaoyuan.serving.protocol import TruncationSide as Side
 
@@ -94,16 +93,10 @@ class _Embedder:
         Raises:
             ApiError: the engine is not ready, or time is up.
         """
-        found: dict[int, Tensor] = {}
         async with self._turn:
-            most = await between_steps(self._served, lambda engine: engine.config.max_batch_tokens)
-            for step in embedding_steps(texts, self._pooling, most):
-                found.update(await between_steps(self._served, functools.partial(_on_model, step)))
-        return [_unit(found[number]) if unit else found[number] for number in range(len(texts))]
-
-
-def _on_model(step: Step, engine: Engine) -> list[tuple[int, Tensor]]:
-    return step(engine.model, engine.memory)
+            asked = Embed([list(text) for text in texts], self._pooling.mode)
+            rows = [torch.tensor(row) for row in await asked_of_engine(self._served, asked)]
+        return [_unit(row) if unit else row for row in rows]
 
 
 def _inputs(served: Served, body: EmbeddingRequest) -> list[tuple[int, ...]]:

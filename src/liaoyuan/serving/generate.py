@@ -15,12 +15,20 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference import Busy, Event, PromptLogprobs, Refused, Request, SamplingParams
+from liaoyuan.inference import Event, PromptLogprobs, Request, SamplingParams
 from liaoyuan.serving.adapters import ADAPTER
 from liaoyuan.serving.caller import CALLER
 from liaoyuan.serving.errors import ApiError, invalid
-from liaoyuan.serving.generation import SEEDS, EventStream, Served, finite, server_event, unless_gone
+from liaoyuan.serving.generation import (
+    SEEDS,
+    EventStream,
+    Served,
+    engine_events,
+    finite,
+    first_and_rest,
+    server_event,
+    unless_gone,
+)
 from liaoyuan.serving.protocol import Body, Tokens
 
 
@@ -67,15 +75,10 @@ def generate_routes(served: Served) -> APIRouter:
     async def generate(http: HttpRequest, body: GenerateRequest) -> Response:
         served.choose_model(body.model)
         request = _request(served, body)
-        try:
-            events = served.runner.stream(request)
-        except Busy as error:
-            raise ApiError(429, str(error), code="server_busy") from error
-        except LiaoyuanError as error:
-            raise invalid(str(error)) from error
+        events = _watched(served, request)
         if body.stream:
-            return EventStream(_stream(served, request.id, events))
-        return JSONResponse(await unless_gone(http, _whole(served, request, events)))
+            return EventStream(_stream(request.id, await first_and_rest(http, events)))
+        return JSONResponse(await unless_gone(http, _whole(request, events)))
 
     return router
 
@@ -121,9 +124,10 @@ def _token(name: str) -> int:
     return int(name)
 
 
-async def _whole(served: Served, request: Request, events: AsyncIterator[Event]) -> dict[str, Any]:
+async def _whole(request: Request, events: AsyncIterator[Event]) -> dict[str, Any]:
     """Return the reply of all events together."""
-    told = [event async for event in _closing(served, events)]
+    async with contextlib.aclosing(events):  # type: ignore[type-var]
+        told = [event async for event in events]
     choice: dict[str, Any] = {"index": 0, "finish_reason": told[-1].finish_reason}
     parts = [_fields(event) for event in told]
     for name in parts[0]:
@@ -139,29 +143,26 @@ async def _whole(served: Served, request: Request, events: AsyncIterator[Event])
     return {"request_id": request.id, "choices": [choice], "prompt_logprobs": _prompt(prompt), "usage": usage}
 
 
-async def _stream(served: Served, name: Any, events: AsyncIterator[Event]) -> AsyncIterator[str]:
+async def _stream(name: Any, events: AsyncIterator[Event]) -> AsyncIterator[str]:
     try:
-        async for event in _closing(served, events):
-            choice = {"index": 0, **_fields(event), "finish_reason": event.finish_reason}
-            yield server_event({"request_id": name, "choices": [choice], "prompt_logprobs": _prompt(event.prompt)})
+        async with contextlib.aclosing(events):  # type: ignore[type-var]
+            async for event in events:
+                choice = {"index": 0, **_fields(event), "finish_reason": event.finish_reason}
+                yield server_event({"request_id": name, "choices": [choice], "prompt_logprobs": _prompt(event.prompt)})
     except ApiError as error:
         yield server_event(error.body())
     yield "data: [DONE]\n\n"
 
 
-async def _closing(served: Served, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
-    async with contextlib.aclosing(events):  # type: ignore[type-var]
-        try:
-            with served.metrics.watch() as watch:
-                async for event in events:
-                    watch.saw(event)
-                    if event.finish_reason:
-                        watch.end(event.finish_reason)
-                    yield event
-        except Refused as error:
-            raise invalid(str(error)) from error
-        except LiaoyuanError as error:
-            raise ApiError(500, str(error), code="engine_failed") from error
+async def _watched(served: Served, request: Request) -> AsyncIterator[Event]:
+    """Yield the events of a request, and tell the metrics of them; see `engine_events` for what is raised."""
+    async with contextlib.aclosing(engine_events(served, request)) as events:
+        with served.metrics.watch() as watch:
+            async for event in events:
+                watch.saw(event)
+                if event.finish_reason:
+                    watch.end(event.finish_reason)
+                yield event
 
 
 def _fields(event: Event) -> dict[str, list[Any]]:

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request as HttpRequest
 from starlette.responses import StreamingResponse
@@ -20,8 +20,9 @@ from starlette.types import Send
 
 from liaoyuan.data.tokenizer import IncrementalDecoder, Tokenizer
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference import Busy, Constraint, Engine, Event, Grammars, Refused, Request, SamplingParams, ThinkMarks
+from liaoyuan.inference import Busy, Constraint, Event, Grammars, Refused, Request, SamplingParams, ThinkMarks
 from liaoyuan.inference.constraints.grammar import Grammar
+from liaoyuan.inference.runner import Operation, Unavailable
 from liaoyuan.serving.adapters import ADAPTER, Shelf
 from liaoyuan.serving.call_reader import CallReader
 from liaoyuan.serving.caller import CALLER
@@ -39,18 +40,14 @@ Result = TypeVar("Result")
 
 
 class Runner(Protocol):
-    """What serves requests: `inference.EngineThread`, or a stand-in."""
+    """What serves requests: `inference.EngineThread`, `apart.Apart`, or a stand-in."""
 
     def stream(self, request: Request) -> AsyncIterator[Event]:
         """Return the events of a request; raises Busy or LiaoyuanError at once if it is refused."""
         ...
 
-    async def call(self, work: Callable[[Engine], Result]) -> Result:
-        """Return `work(engine)`, done between two steps of the engine."""
-        ...
-
-    async def pause(self, mode: Literal["abort", "wait", "keep"]) -> None:
-        """Stop computing; see `inference.EngineThread.pause`."""
+    async def do(self, operation: Operation) -> Any:
+        """Return what an operation of `inference.operations` gives; raises LiaoyuanError if it is refused."""
         ...
 
     def health(self) -> dict[str, Any]: ...
@@ -255,13 +252,11 @@ def start(served: Served, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Piece
     return _merged([_pieces(served, job) for job in jobs])
 
 
-async def first_and_rest(
-    http: HttpRequest, pieces: AsyncIterator[tuple[int, Piece]]
-) -> AsyncIterator[tuple[int, Piece]]:
+async def first_and_rest(http: HttpRequest, pieces: AsyncIterator[Result]) -> AsyncIterator[Result]:
     """Wait for the first piece, so that a refusal still has its HTTP status; then return all pieces."""
     first = await unless_gone(http, anext(pieces))
 
-    async def all_pieces() -> AsyncIterator[tuple[int, Piece]]:
+    async def all_pieces() -> AsyncIterator[Result]:
         async with contextlib.aclosing(pieces):  # type: ignore[type-var]
             yield first
             async for item in pieces:
@@ -329,7 +324,8 @@ async def engine_events(served: Served, request: Request) -> AsyncGenerator[Even
     """Yield the events of a request.
 
     Raises:
-        ApiError: the request is refused (400), the queue is full (429), or the engine fails (500).
+        ApiError: the request is refused (400), the queue is full (429), nobody can answer now (503), or the engine
+            fails (500).
     """
     try:
         events = served.runner.stream(request)
@@ -341,27 +337,25 @@ async def engine_events(served: Served, request: Request) -> AsyncGenerator[Even
         try:
             async for event in events:
                 yield event
+        except Busy as error:
+            raise ApiError(429, str(error), code="server_busy") from error
+        except Unavailable as error:
+            raise ApiError(503, str(error), code="worker_failed") from error
         except Refused as error:
             raise invalid(str(error)) from error
         except LiaoyuanError as error:
             raise ApiError(500, str(error), code="engine_failed") from error
 
 
-async def between_steps(served: Served, work: Callable[[Engine], Result]) -> Result:
-    """Return `work(engine)`, done between two steps.
+async def asked_of_engine(served: Served, operation: Operation) -> Any:
+    """Return what an operation that asks something of the engine gives.
 
     Raises:
         ApiError: the engine is not ready (503), or time is up (504).
     """
-
-    def ready(engine: Engine) -> Result:
-        if engine.state != "ready":  # its weights may be gone
-            raise LiaoyuanError(f"The engine is {engine.state}.")
-        return work(engine)
-
     CALLER.get().time_left()
     try:
-        return await served.runner.call(ready)
+        return await served.runner.do(operation)
     except LiaoyuanError as error:
         raise ApiError(503, str(error), code="not_ready") from error
 

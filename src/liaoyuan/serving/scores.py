@@ -7,22 +7,16 @@ others go on.
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from liaoyuan.data.tokenizer import Tokenizer
-from liaoyuan.inference import Engine, PromptLogprobs, Request, SamplingParams
-from liaoyuan.inference.spread.memory import OwnMemory
-from liaoyuan.models import Decoder, packed_context
+from liaoyuan.inference import PromptLogprobs, Request, SamplingParams
+from liaoyuan.inference.operations import Score
 from liaoyuan.serving.adapters import ADAPTER
 from liaoyuan.serving.caller import CALLER
 from liaoyuan.serving.errors import ApiError
-from liaoyuan.serving.generation import Served, between_steps, engine_events, finite
-
-ROWS = 1024  # whose logits are in memory at once
+from liaoyuan.serving.generation import Served, asked_of_engine, engine_events, finite
 
 
 async def prompt_scores(served: Served, prompt: tuple[int, ...], top: int) -> PromptLogprobs:
@@ -33,11 +27,13 @@ async def prompt_scores(served: Served, prompt: tuple[int, ...], top: int) -> Pr
     """
     if len(prompt) < 2:
         return PromptLogprobs([], [])
-    if len(prompt) <= await between_steps(served, _most_at_once):
-        adapter = ADAPTER.get()
-        return await between_steps(served, lambda engine: _scored(engine, adapter, prompt, top))
+    adapter = ADAPTER.get()
+    scores = await asked_of_engine(served, Score(list(prompt), top, adapter))
+    if scores is not None:
+        top_logprobs = [[(token, logprob) for token, logprob in row] for row in scores["top"]]
+        return PromptLogprobs(scores["logprobs"], top_logprobs)
     caller, sampling = CALLER.get(), SamplingParams(max_tokens=1, prompt_logprobs=top)
-    key, adapter = caller.key, ADAPTER.get()
+    key = caller.key
     left = caller.time_left()
     request = Request(secrets.token_hex(12), prompt, sampling, key=key, adapter=adapter, timeout=left)
     async with contextlib.aclosing(engine_events(served, request)) as events:
@@ -74,27 +70,3 @@ def shown(tokenizer: Tokenizer, token: int) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-def _most_at_once(engine: Engine) -> int:
-    """Return how long a prompt may be to be scored in one pass: none where only the engine reaches the whole head."""
-    return engine.config.max_batch_tokens if isinstance(engine.memory, OwnMemory) else 0
-
-
-@torch.inference_mode()
-def _scored(engine: Engine, adapter: str, prompt: tuple[int, ...], top: int) -> PromptLogprobs:
-    model = engine.model
-    tokens = torch.tensor(prompt, device=model.embed_tokens.weight.device)
-    positions, context = packed_context([len(prompt) - 1], tokens.device)
-    with engine.adapters.everywhere(adapter):
-        hidden = model(tokens[:-1], positions, context, hidden=True)
-    logprobs = model.score(hidden, tokens[1:]).tolist()
-    return PromptLogprobs(logprobs, list(_rivals(model, hidden, top)) if top else [[] for _ in logprobs])
-
-
-def _rivals(model: Decoder, hidden: Tensor, top: int) -> Iterator[list[tuple[int, float]]]:
-    for rows in hidden.split(ROWS):
-        scores = model.logits(rows).float().log_softmax(-1)
-        values, tokens = scores.topk(min(top, scores.shape[1]), dim=-1)
-        for row in zip(tokens.tolist(), values.tolist(), strict=True):
-            yield list(zip(*row, strict=True))

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from liaoyuan.inference import SamplingParams
+from liaoyuan.inference.operations import State
 from liaoyuan.serving.generation import Served
 from liaoyuan.serving.status import VERSION
 
@@ -45,7 +46,7 @@ def slot_routes(served: Served) -> APIRouter:
 
 async def _places(served: Served) -> int:
     """Return how many requests run at once."""
-    return await served.runner.call(lambda engine: engine.config.max_sequences)
+    return int((await served.runner.do(State()))["max_sequences"])
 
 
 def _defaults() -> dict[str, Any]:
