@@ -25,7 +25,8 @@ import numpy as np
 from liaoyuan.checkpoint import save_model
 from liaoyuan.device import cpu_name
 from liaoyuan.inference import EngineConfig, Request, SamplingParams
-from liaoyuan.inference.disaggregation.front import Front, start_worker
+from liaoyuan.inference.disaggregation.dispatch import Dispatch
+from liaoyuan.inference.disaggregation.process import start_worker
 from liaoyuan.models import Decoder, ModelConfig, initialise
 
 MODEL = ModelConfig(
@@ -71,19 +72,19 @@ async def measure(folder: Path, turn: str, budget: int, prefill: int, options: a
     processes = [start_worker(folder / "model", path, config) for path in paths]
     try:
         while not all(path.exists() for path in paths):
-            assert all(process.is_alive() for process in processes), "a worker did not start"
+            assert all(process.poll() is None for process in processes), "a worker did not start"
             await asyncio.sleep(0.1)
-        front = Front(paths[prefill:], paths[:prefill])
+        front = Dispatch(paths[prefill:], paths[:prefill])
         for path in paths:
-            await run(Front([path]), request("warm", 600, 4, 99))
+            await run(Dispatch([path]), request("warm", 600, 4, 99))
         return await load(front, options)
     finally:
         for process in processes:
             process.kill()
-            process.join()
+            process.wait()
 
 
-async def load(front: Front, options: argparse.Namespace) -> Row:
+async def load(front: Dispatch, options: argparse.Namespace) -> Row:
     begin = time.perf_counter()
     short = [asyncio.create_task(run(front, request(f"s{n}", 32, options.tokens, n))) for n in range(options.streams)]
     first = []
@@ -108,7 +109,7 @@ def request(name: str, count: int, most: int, seed: int) -> Request:
     return Request(name, prompt, SamplingParams(max_tokens=most, seed=seed))
 
 
-async def run(front: Front, asked: Request) -> list[float]:
+async def run(front: Dispatch, asked: Request) -> list[float]:
     """Return when each token came."""
     return [time.perf_counter() async for event in front.stream(asked) for _ in event.tokens]
 

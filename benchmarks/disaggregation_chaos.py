@@ -21,7 +21,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from liaoyuan.checkpoint import save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
-from liaoyuan.inference.disaggregation.front import Front, start_worker, tell
+from liaoyuan.inference.disaggregation.dispatch import Dispatch, tell
+from liaoyuan.inference.disaggregation.process import start_worker
 from liaoyuan.models import Decoder, ModelConfig, initialise
 
 MODEL = ModelConfig("qwen3", 512, 64, 192, 3, 4, 2, 16, max_position_embeddings=1024, qk_norm=True)
@@ -65,7 +66,7 @@ async def chaos(folder: Path, asked: list[Request], expected: dict, options: arg
     counts: Counter[str] = Counter()
     while not all(path.exists() for path in paths):
         await asyncio.sleep(0.1)
-    front, waiting, begin = Front(paths[2:], paths[:2]), list(asked), time.perf_counter()
+    front, waiting, begin = Dispatch(paths[2:], paths[:2]), list(asked), time.perf_counter()
 
     async def client() -> None:
         while waiting:
@@ -79,7 +80,7 @@ async def chaos(folder: Path, asked: list[Request], expected: dict, options: arg
             path = draw.choice(paths)
             if path.exists():  # it has come up since it was killed last
                 processes[path].kill()
-                processes[path].join()
+                processes[path].wait()
                 processes[path] = start_worker(folder / "model", path, CONFIG, LEASE)
                 counts["kills of " + path.name.split()[0]] += 1
 
@@ -96,7 +97,7 @@ async def chaos(folder: Path, asked: list[Request], expected: dict, options: arg
     return f"{seconds:.0f} s: {dict(counts)}, held at the end: {leaked}"
 
 
-async def ask(front: Front, request: Request, counts: Counter[str]) -> tuple[list[int], list[float]]:
+async def ask(front: Dispatch, request: Request, counts: Counter[str]) -> tuple[list[int], list[float]]:
     """Ask until there is an answer."""
     while True:
         tokens, logprobs = [], []

@@ -18,7 +18,7 @@ from liaoyuan import ops
 from liaoyuan.checkpoint import load_model, save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
-from liaoyuan.inference.disaggregation.front import Front
+from liaoyuan.inference.disaggregation.dispatch import Dispatch
 from liaoyuan.inference.spread.memory import OwnMemory
 from liaoyuan.models import Decoder, ModelConfig, Quantisation, config_from_dict, packed_context
 from tests.conftest import randomised
@@ -292,7 +292,7 @@ def test_who_got_a_prompts_blocks_from_another_engine_guesses_as_if_it_were_its_
         sides = (side(model, tmp_path, name, speculate="mtp") for name in ("prefill", "decode"))
         async with next(sides) as one, next(sides) as two:
             compared = compare_guesses(two.engine)
-            assert await answer(Front([two.socket], [one.socket]), greedy) == alone(model, greedy)
+            assert await answer(Dispatch([two.socket], [one.socket]), greedy) == alone(model, greedy)
             assert two.worker.counts["blocks_received"] == 9 and sum(compared) > 20
             await one.rests()
             await two.rests()

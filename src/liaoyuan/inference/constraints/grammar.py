@@ -13,7 +13,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -159,7 +159,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, size: int, ends: Sequence[int]) -> None:
         """size, ends: see `Vocabulary`; it is made when it is first needed, as that takes a while."""
         self._made_of = (tokenizer, size, ends)
-        self._kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._kept: OrderedDict[Grammar | str, CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
 
     @cached_property
@@ -184,11 +184,22 @@ class Grammars:
         """
         if len(grammar.text.encode("utf-8", "replace")) > MOST_BYTES:
             raise LiaoyuanError(f"A grammar may have at most {MOST_BYTES // 1024} KiB; make it smaller.")
+        return self._keep(grammar, lambda: self._match(grammar, self._trial(grammar)))
+
+    def tried(self, text: str) -> Constraint:
+        """Return the constraint of a grammar that another process has tried: the `text` of its `CompiledGrammar`.
+
+        Raises:
+            LiaoyuanError: it is none.
+        """
+        return self._keep(text, lambda: self._match(Grammar("lark", ""), text))
+
+    def _keep(self, grammar: Grammar | str, make: Callable[[], "CompiledGrammar"]) -> Constraint:
         if not self._lock.acquire(timeout=WAIT_SECONDS):
             raise LiaoyuanError("Too many grammars are being compiled; try again in a moment.")
         try:
             if grammar not in self._kept:
-                self._kept[grammar] = self._compile(grammar)
+                self._kept[grammar] = make()
             self._kept.move_to_end(grammar)
             while len(self._kept) > MOST_COMPILED:
                 self._kept.popitem(last=False)
@@ -200,20 +211,20 @@ class Grammars:
         """End the process that tries grammars."""
         self._trial.close()
 
-    def _compile(self, grammar: Grammar) -> "CompiledGrammar":
-        compiled = self._trial(grammar)
-        matcher = grammar_trial.matcher(self._tokenizer, compiled)
+    def _match(self, grammar: Grammar, text: str) -> "CompiledGrammar":
+        matcher = grammar_trial.matcher(self._tokenizer, text)
         if matcher.is_error():
             raise _refused(grammar, matcher.get_error())
-        return CompiledGrammar(matcher, self.vocabulary)
+        return CompiledGrammar(matcher, self.vocabulary, text)
 
 
 @dataclass(frozen=True)
 class CompiledGrammar:
-    """A `Constraint`: the answer as a whole is a text of the grammar."""
+    """A `Constraint`: the answer as a whole is a text of the grammar. text: the grammar in the library's own form."""
 
     matcher: LLMatcher
     vocabulary: Vocabulary
+    text: str
 
     def begin(self, prompt: tuple[int, ...]) -> "GrammarState":
         return GrammarState(self.matcher.deep_copy(), self.vocabulary)

@@ -1,59 +1,77 @@
 """Who asks: sends requests to decode workers, with a prefill worker for each prompt, and outlives the death of any.
 
-A request whose decode worker dies is asked again of another one. A sample depends on seed and position alone, so the
-same tokens come again; those that were told already are compared and left out.
+A request whose decode worker dies is asked again of another one, or of the one that takes its place. A sample depends
+on seed and position alone, so the same tokens come again; those that were told already are compared and left out.
 """
 
 import asyncio
 import contextlib
 import itertools
+import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from multiprocessing import connection, get_context, parent_process
-from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
-from liaoyuan.checkpoint import load_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.disaggregation.frames import (
     Closed,
     Header,
-    event_from_json,
+    error_from_json,
+    event_from_frame,
     put_frame,
     read_frame,
     request_to_json,
 )
-from liaoyuan.inference.disaggregation.worker import Worker
-from liaoyuan.inference.engine import Engine
+from liaoyuan.inference.operations import operation_to_json
 from liaoyuan.inference.request import Event, Request
-from liaoyuan.inference.runner import EngineThread
-from liaoyuan.inference.sizes import EngineConfig
+from liaoyuan.inference.runner import Busy, Operation, Unavailable
+
+AVOIDED_SECONDS = 5.0  # for which one that failed is asked only if there is no other
+LOOK_SECONDS = 0.1  # between two looks for a worker while there is none
+MOST_DEATHS = 3  # of workers under one request: it may be what kills them
+DIED = "A decode worker died"
 
 
-class Front:
+class Dispatch:
     """Decode and prefill workers by their sockets, as one engine."""
 
-    def __init__(self, decode: Sequence[Path], prefill: Sequence[Path] = ()) -> None:
-        self._decode, self._prefill = list(decode), list(prefill)
+    def __init__(
+        self,
+        decode: Sequence[Path],
+        prefill: Sequence[Path] = (),
+        ready: Callable[[Path], bool] = Path.exists,
+        patience: float = 0.0,
+    ) -> None:
+        """ready: whether a worker may be asked now. patience: seconds that a request waits while no decode worker is
+        there, for one that is started again.
+        """
+        self._decode, self._prefill, self._ready, self._patience = list(decode), list(prefill), ready, patience
         self._open: Counter[Path] = Counter()
-        self._failures: Counter[Path] = Counter()  # in a row
+        self._failed: dict[Path, float] = {}  # when it did, by time.monotonic()
         self._seeds = itertools.count()
+        self.counts = {"moved": 0, "given_up": 0}  # requests that went on elsewhere, and that could not
 
-    async def stream(self, request: Request) -> AsyncIterator[Event]:
+    def stream(self, request: Request) -> AsyncIterator[Event]:
         """Yield the events of a request; leaving the iterator early aborts it.
 
         Raises:
-            LiaoyuanError: it is refused, no decode worker is left, or a second one gave other tokens than the first.
+            Busy: all decode workers are full. Refused: it cannot be answered. Unavailable: no decode worker is left,
+                or the ones that had it died. LiaoyuanError: a second one gave other tokens than the first.
         """
         if request.sampling.seed is None:  # the next worker must draw the same
             request = replace(request, sampling=replace(request.sampling, seed=next(self._seeds)))
+        return self._stream(request)
+
+    async def _stream(self, request: Request) -> AsyncIterator[Event]:
         told: list[int] = []
         tried: set[Path] = set()
+        deaths, end = 0, None if request.timeout is None else time.monotonic() + request.timeout
         while True:
-            worker = self._least_busy([path for path in self._decode if path not in tried])
-            if worker is None:
-                raise LiaoyuanError("No decode worker is left: all died or cannot be reached. Start them again.")
+            worker = await self._decode_worker(tried)
+            if end is not None:
+                request = replace(request, timeout=max(0.0, end - time.monotonic()))
             tried.add(worker)
             repeated = told.copy()
             try:
@@ -64,8 +82,49 @@ class Front:
                         if event.tokens or event.finish_reason:
                             yield replace(event, id=request.id)
                 return
+            except Busy:
+                if not self._free(tried):
+                    raise
+            except Closed as error:
+                deaths += 1
+                self._failed[worker] = time.monotonic()
+                self.counts["moved" if deaths < MOST_DEATHS else "given_up"] += 1
+                if deaths == MOST_DEATHS:
+                    raise Unavailable(f"{DIED} with this request in it, {deaths} times: it is given up.") from error
+            except OSError:
+                self._failed[worker] = time.monotonic()
+
+    async def _decode_worker(self, tried: set[Path]) -> Path:
+        """Return a decode worker, if possible one that is not among `tried`; wait for one while there is none."""
+        end = time.monotonic() + self._patience
+        while True:
+            if (found := self._free(tried)) is not None:
+                return found
+            if time.monotonic() >= end:
+                raise Unavailable("No decode worker is left: all died or cannot be reached. Try again in a moment.")
+            await asyncio.sleep(LOOK_SECONDS)
+            tried.clear()  # in the place of one that died there is another
+
+    def _free(self, tried: set[Path]) -> Path | None:
+        return self._least_busy([path for path in self._decode if path not in tried])
+
+    async def do(self, operation: Operation) -> Any:
+        """Ask one worker something, of the prefill side if there is any: it does not hold up those who get tokens.
+
+        Raises:
+            Unavailable: no worker is there. Whatever the operation raises is raised here, as a LiaoyuanError.
+        """
+        tried: set[Path] = set()
+        while True:
+            left = [path for path in (*self._prefill, *self._decode) if path not in tried and self._ready(path)]
+            worker = self._least_busy([one for one in left if one in self._prefill] or left)
+            if worker is None:
+                raise Unavailable("No worker is left: all died or cannot be reached. Try again in a moment.")
+            tried.add(worker)
+            try:
+                return await operate(worker, operation)
             except (Closed, OSError):
-                self._failures[worker] += 1
+                self._failed[worker] = time.monotonic()
 
     async def _ask(self, worker: Path, request: Request) -> AsyncGenerator[Event, None]:
         prefill = self._least_busy(self._prefill)
@@ -76,24 +135,26 @@ class Front:
             with contextlib.closing(writer):
                 where = str(prefill) if prefill else None
                 put_frame(writer, {"do": "generate", "request": request_to_json(request), "prefill": where})
-                header, _ = await read_frame(reader)
+                header, data = await read_frame(reader)
                 if prefill and "missing" in header:
-                    self._failures[prefill] = self._failures[prefill] + 1 if header["missing"] else 0
+                    if header["missing"]:
+                        self._failed[prefill] = time.monotonic()
                     self._open[prefill] -= 1
                     used.remove(prefill)
                 while "error" not in header:
                     if "finish_reason" in header:
-                        yield event_from_json(header)
+                        yield event_from_frame(header, data)
                         if header["finish_reason"]:
-                            self._failures[worker] = 0
                             return
-                    header, _ = await read_frame(reader)
-                raise LiaoyuanError(str(header["error"]))
+                    header, data = await read_frame(reader)
+                raise error_from_json(header)
         finally:
             self._open.subtract(used)
 
     def _least_busy(self, workers: list[Path]) -> Path | None:
-        return min(workers, key=lambda path: (self._failures[path], self._open[path]), default=None)
+        late = time.monotonic() - AVOIDED_SECONDS
+        ready = [path for path in workers if self._ready(path)]
+        return min(ready, key=lambda path: (self._failed.get(path, late) > late, self._open[path]), default=None)
 
 
 async def tell(worker: Path) -> Header:
@@ -102,10 +163,26 @@ async def tell(worker: Path) -> Header:
     Raises:
         LiaoyuanError: it is gone. OSError: it cannot be reached.
     """
+    return await _answer(worker, {"do": "tell"})
+
+
+async def operate(worker: Path, operation: Operation) -> Any:
+    """Let a worker do something, and return what comes of it.
+
+    Raises:
+        Closed: it has died meanwhile. OSError: it cannot be reached. LiaoyuanError: it refuses.
+    """
+    return (await _answer(worker, {"do": "operate", **operation_to_json(operation)}))["result"]
+
+
+async def _answer(worker: Path, header: Header) -> Header:
     reader, writer = await asyncio.open_unix_connection(worker)
     with contextlib.closing(writer):
-        put_frame(writer, {"do": "tell"})
-        return (await read_frame(reader))[0]
+        put_frame(writer, header)
+        answer, _ = await read_frame(reader)
+    if answer.get("error") and "kind" in answer:
+        raise error_from_json(answer)
+    return answer
 
 
 def _untold(event: Event, repeated: list[int]) -> Event:
@@ -116,39 +193,12 @@ def _untold(event: Event, repeated: list[int]) -> Event:
     """
     count = min(len(repeated), len(event.tokens))
     if event.tokens[:count] != repeated[:count] or (event.finish_reason and len(repeated) > count):
-        raise LiaoyuanError("A decode worker died, and the one that took over gave other tokens: ask again.")
+        raise LiaoyuanError(f"{DIED}, and the one that took over gave other tokens: ask again.")
     del repeated[:count]
     return replace(
         event,
         tokens=event.tokens[count:],
         logprobs=event.logprobs[count:],
         top_logprobs=event.top_logprobs[count:],
+        masks=event.masks[count:],
     )
-
-
-def start_worker(
-    folder: Path, socket: Path, config: EngineConfig = EngineConfig(), lease_seconds: float = 10.0
-) -> BaseProcess:
-    """Start a process that serves a model folder as a `Worker` at a Unix socket; it ends with this one.
-
-    The socket is there when the worker is ready. Whoever may enter the socket's folder may ask: keep it private.
-    """
-    socket.unlink(missing_ok=True)  # a killed worker leaves its own
-    process = get_context("spawn").Process(
-        target=_run_worker, args=(folder, socket, config, lease_seconds), name="worker", daemon=True
-    )
-    process.start()
-    return process
-
-
-def _run_worker(folder: Path, socket: Path, config: EngineConfig, lease_seconds: float) -> None:
-    engine = Engine(load_model(folder, further=config.speculate == "mtp").eval(), config)
-    with EngineThread(engine) as runner:
-        asyncio.run(_serve(Worker(engine, runner, lease_seconds), socket))
-
-
-async def _serve(worker: Worker, socket: Path) -> None:
-    parent = parent_process()
-    assert parent is not None
-    async with worker.listen(socket):
-        await asyncio.to_thread(connection.wait, [parent.sentinel])

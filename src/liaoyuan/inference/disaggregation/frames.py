@@ -10,11 +10,16 @@ import json
 import struct
 from typing import Any
 
+import numpy as np
+
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference.request import Event, PromptLogprobs, Request, SamplingParams
+from liaoyuan.inference.constraints.specification import Constraints, constraint_to_json
+from liaoyuan.inference.request import Event, PromptLogprobs, Request, SamplingParams, TopLogprobs
+from liaoyuan.inference.runner import Busy, Refused, Unavailable
 
 LENGTHS = struct.Struct("<IQ")
 MOST_HEADER, MOST_BYTES = 2**28, 2**32  # longer frames are a sign of a broken stream
+KINDS = (Busy, Refused, Unavailable)  # of errors, which the other side tells apart
 Header = dict[str, Any]
 
 
@@ -65,42 +70,68 @@ def request_to_json(request: Request) -> Header:
     """Return a request as JSON's types.
 
     Raises:
-        LiaoyuanError: it asks for what does not travel: constraints, masks.
+        LiaoyuanError: its constraint is of a kind that does not travel.
     """
-    if request.sampling.constraint is not None or request.sampling.return_masks:
-        raise LiaoyuanError("Requests with a constraint or return_masks cannot go to another process yet.")
-    return dataclasses.asdict(request)
+    sampling, constraint = request.sampling, request.sampling.constraint
+    plain = dataclasses.asdict(dataclasses.replace(request, sampling=dataclasses.replace(sampling, constraint=None)))
+    plain["sampling"]["constraint"] = constraint and constraint_to_json(constraint)
+    return plain
 
 
-def request_from_json(values: Header) -> Request:
-    """Undo `request_to_json`; LiaoyuanError if the values are no request."""
+def request_from_json(values: Header, constraints: Constraints | None = None) -> Request:
+    """Undo `request_to_json`; constraints: builds the request's. LiaoyuanError if the values are no request."""
     try:
-        sampling = SamplingParams(**{key: _tuples(value) for key, value in values["sampling"].items()})
+        given = {key: _tuples(value) for key, value in values["sampling"].items() if key != "constraint"}
+        demanded = values["sampling"]["constraint"]
+        if demanded and constraints is None:
+            raise LiaoyuanError("A worker without a tokenizer can hold no constraint.")
+        constraint = constraints.build(demanded) if demanded and constraints else None
+        sampling = SamplingParams(**given, constraint=constraint)
         request = Request(**values | {"prompt": tuple(values["prompt"]), "sampling": sampling})
     except (KeyError, TypeError, AttributeError) as error:
         raise LiaoyuanError(f"This is no request: {error}.") from error
     return request
 
 
-def event_to_json(event: Event) -> Header:
-    """Return an event as JSON's types; its `error` is called "why", since a header with "error" is a refusal."""
-    values = dataclasses.asdict(event)
-    return values | {"why": values.pop("error")}
+def event_to_frame(event: Event) -> tuple[Header, bytes]:
+    """Return an event as a frame: its masks are the bytes; its `error` is called "why", since a header with "error" is
+    a refusal.
+    """
+    values = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
+    prompt, masks = event.prompt and dataclasses.asdict(event.prompt), np.array(values.pop("masks"), dtype=np.int32)
+    return values | {"why": values.pop("error"), "prompt": prompt, "masks": len(masks)}, masks.tobytes()
 
 
-def event_from_json(values: Header) -> Event:
-    """Undo `event_to_json`; LiaoyuanError if the values are no event."""
+def event_from_frame(header: Header, data: bytes) -> Event:
+    """Undo `event_to_frame`; LiaoyuanError if the frame is no event."""
     try:
-        prompt = values["prompt"] and PromptLogprobs(values["prompt"]["logprobs"], _top(values["prompt"]["top"]))
-        values = values | {"top_logprobs": _top(values["top_logprobs"]), "prompt": prompt, "error": values["why"]}
-        return Event(**{name: value for name, value in values.items() if name != "why"})
-    except (KeyError, TypeError) as error:
+        prompt = header["prompt"] and PromptLogprobs(
+            header["prompt"]["logprobs"], top_from_json(header["prompt"]["top"])
+        )
+        masks = list(np.frombuffer(data, dtype=np.int32).reshape(header["masks"], -1)) if header["masks"] else []
+        values = header | {"top_logprobs": top_from_json(header["top_logprobs"]), "prompt": prompt, "masks": masks}
+        values["error"] = values.pop("why")
+        return Event(**values)
+    except (KeyError, TypeError, ValueError) as error:
         raise LiaoyuanError(f"This is no event: {error}.") from error
+
+
+def error_to_json(error: Exception) -> Header:
+    """Return an error as a header, with its kind if that tells the other side what to do."""
+    kind = type(error).__name__ if type(error) in KINDS else "LiaoyuanError"
+    return {"error": str(error), "kind": kind}
+
+
+def error_from_json(header: Header) -> LiaoyuanError:
+    """Undo `error_to_json`."""
+    kinds = {kind.__name__: kind for kind in KINDS}
+    return kinds.get(str(header.get("kind")), LiaoyuanError)(str(header["error"]))
+
+
+def top_from_json(lists: list[list[list[Any]]]) -> list[TopLogprobs]:
+    """Return lists of (token, log-probability), which JSON has as lists."""
+    return [[(token, logprob) for token, logprob in one] for one in lists]
 
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _top(lists: list[list[list[Any]]]) -> list[list[tuple[int, float]]]:
-    return [[(token, logprob) for token, logprob in one] for one in lists]

@@ -55,6 +55,7 @@ class Prefixes:
         self.leases = Leases(lease_seconds, self._pool.give)
         engine.lenders.append(self.leases.held)
         self._described: tuple[int, str] | None = None
+        self.block_size = engine.config.block_size
 
     def describe(self) -> str:
         """Return what blocks must have in common to be of use elsewhere: weights, model and block size."""
@@ -66,14 +67,23 @@ class Prefixes:
 
     def keys(self, request: Request) -> list[Key]:
         """Return the keys of the blocks that may be handed over; the last token of a prompt is always computed."""
-        if request.sampling.prompt_logprobs is not None or request.adapter:
-            return []  # every row is computed; two workers may know different adapters by one name
+        if request.sampling.prompt_logprobs is not None:
+            return []  # every row is computed
         keys: list[Key] = []
         size = self._engine.config.block_size
         tokens = np.array(request.prompt[: (len(request.prompt) - 1) // size * size], dtype=np.int64)
-        adapter = self._engine.adapters.find(request.adapter).digest
-        block_keys(root_key(self._engine.version, adapter, request.salt), keys, tokens, size)
+        block_keys(root_key(self._engine.version, self.adapter(request), request.salt), keys, tokens, size)
         return keys
+
+    def adapter(self, request: Request) -> str:
+        """Return the digest of the request's adapter: two workers may know different ones by one name."""
+        return self._engine.adapters.find(request.adapter).digest
+
+    def renew(self) -> None:
+        """Look at the weights again: they may have been replaced, even under the number that they had."""
+        self._described = None
+        if self._engine.has_weights:
+            self.describe()
 
     def known(self, keys: list[Key]) -> int:
         """Return how many of the first of these blocks are here."""
