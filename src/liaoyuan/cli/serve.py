@@ -75,6 +75,12 @@ def serve(
     replicas: Annotated[
         int, typer.Option(min=1, metavar="N", help="Servers behind this address.", rich_help_panel=MANY)
     ] = 1,
+    prefill: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Processes for prompts alone; with --decode.", rich_help_panel=MANY)
+    ] = 0,
+    decode: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Processes that go on from there.", rich_help_panel=MANY)
+    ] = 0,
     quantise: Annotated[
         str | None, typer.Option(metavar="KIND", help="Weights in int8, int4 or fp8.", rich_help_panel=ENGINE)
     ] = None,
@@ -95,10 +101,17 @@ def serve(
     from liaoyuan.inference import EngineConfig
     from liaoyuan.models import quantisation_named
     from liaoyuan.parallel import Layout
-    from liaoyuan.serving import LOOPBACK, Access, open_front, open_server, read_keys
+    from liaoyuan.serving import LOOPBACK, Access, Sides, open_front, open_server, read_keys
 
     if exact and tp > 1:
         raise LiaoyuanError("--exact is proven of a model in one process: leave out --tp, or --exact.")
+    if bool(prefill) != bool(decode):
+        raise LiaoyuanError("--prefill and --decode go together: say how many processes each side has, say 1 and 1.")
+    if prefill and (tp > 1 or ep > 1 or replicas > 1):
+        raise LiaoyuanError(
+            "--prefill and --decode have one process for each worker, and one address: leave out --tp, --ep and "
+            "--replicas, or have more of each side."
+        )
     keys = read_keys(api_key or (), api_key_file)
     access = Access(
         keys=keys,
@@ -143,6 +156,7 @@ def serve(
             adapters=adapters,
             adapter_folder=lora_folder,
             call_format=call_format,
+            sides=Sides(prefill, decode, threads_of_each(prefill + decode)) if prefill else None,
         )
     if json:
         print(json_text.dumps({"url": server.url, "api": server.url + "/v1"}), flush=True)

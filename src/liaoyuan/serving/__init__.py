@@ -4,6 +4,7 @@
 """
 
 from liaoyuan.serving.about import About, Words, read_about
+from liaoyuan.serving.apart import Sides
 from liaoyuan.serving.app import build_app
 from liaoyuan.serving.keys import Keys, read_keys
 from liaoyuan.serving.security import Access
@@ -15,6 +16,7 @@ __all__ = [
     "Access",
     "Keys",
     "Server",
+    "Sides",
     "Words",
     "build_app",
     "check_port",

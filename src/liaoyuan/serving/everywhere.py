@@ -1,15 +1,18 @@
 """Calls that change what replicas are: they succeed in all of them or in none."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TypeVar
 
 import httpx
 from starlette.responses import Response
 
 from liaoyuan.serving.errors import ApiError
 from liaoyuan.serving.replicas import Call, Replica, Replicas, send_call
+
+Reply = TypeVar("Reply")
 
 # Path -> what the call decides, and whether a replica that starts later must be told (else it is born so).
 DECIDES: Mapping[str, tuple[str, bool]] = {
@@ -30,26 +33,39 @@ def decides(path: str) -> bool:
 
 
 def change_all(replicas: Replicas, call: Call) -> Response:
-    """Make a call in all replicas and return the first one's reply. If some refuse it, the others are started anew in
-    the state before it; those that die meanwhile, and those that start later, get the state after it.
+    """Make a call in all replicas and return the first one's reply; see `all_or_none`. Those that die meanwhile, and
+    those that start later, get the state after it.
 
     Raises:
         ApiError: no replica is there to answer.
     """
     with replicas.changing:
-        ready = replicas.ready
-        with ThreadPoolExecutor(max(1, len(ready))) as pool:
-            replies = list(zip(ready, pool.map(lambda replica: _reply(replica, call), ready), strict=True))
-        refused = [reply for _, reply in replies if reply is not None and not reply.is_success]
-        done = [(replica, reply) for replica, reply in replies if reply is not None and reply.is_success]
-        if refused:
-            for replica, _ in done:
-                replica.kill()
-            return _response(refused[0])
-        if not done:
+        reply = all_or_none(replicas, lambda replica: _reply(replica, call), lambda reply: not reply.is_success)
+        if reply is None:
             raise ApiError(503, "No replica could do it; they are being started.", code="replica_failed")
-        _keep(replicas.state, call, done[0][1])
-        return _response(done[0][1])
+        if reply.is_success:
+            _keep(replicas.state, call, reply)
+        return _response(reply)
+
+
+def all_or_none(
+    replicas: Replicas, make: Callable[[Replica], Reply | None], is_refusal: Callable[[Reply], bool]
+) -> Reply | None:
+    """Make a call in all replicas that are ready, and return what the first one says. If some refuse it, a refusal; the
+    others are started anew then, in the state before. None: nobody is there.
+
+    make: returns None if the replica is gone. replicas.changing must be held.
+    """
+    ready = replicas.ready
+    with ThreadPoolExecutor(max(1, len(ready))) as pool:
+        replies = list(zip(ready, pool.map(make, ready), strict=True))
+    refused = [reply for _, reply in replies if reply is not None and is_refusal(reply)]
+    done = [(replica, reply) for replica, reply in replies if reply is not None and not is_refusal(reply)]
+    if refused:
+        for replica, _ in done:
+            replica.kill()
+        return refused[0]
+    return done[0][1] if done else None
 
 
 def _reply(replica: Replica, call: Call) -> httpx.Response | None:

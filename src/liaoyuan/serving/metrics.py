@@ -6,7 +6,7 @@ What the engine counts itself is read from it when somebody asks.
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,26 @@ COUNTERS = (
     Reading("prefix_hit_tokens", "liaoyuan_prefix_cache_hit_tokens", "Tokens found in the prefix cache."),
     Reading("preemptions", "liaoyuan_preemptions", "Requests that gave up their blocks for others for a while."),
     Reading("failures", "liaoyuan_engine_failures", "Steps that failed."),
+    Reading("moved", "liaoyuan_requests_moved", "Requests that went on in another worker when theirs had died."),
+    Reading("given_up", "liaoyuan_requests_given_up", "Requests whose workers died again and again."),
+)
+
+
+WORKER_GAUGES = (  # of each worker, where prefill and decode are apart
+    Reading("ready", "liaoyuan_worker_ready", "Whether this worker may be asked."),
+    Reading("running", "liaoyuan_worker_requests_running", "Requests in this worker's batch."),
+    Reading("waiting", "liaoyuan_worker_requests_waiting", "Requests in this worker's queue."),
+    Reading("blocks", "liaoyuan_worker_cache_blocks", "Blocks of this worker's cache."),
+    Reading("free_blocks", "liaoyuan_worker_cache_free_blocks", "Of these, held by no running request."),
+    Reading("leases", "liaoyuan_worker_leases", "Prompts that are being handed over."),
+)
+WORKER_COUNTERS = (
+    Reading("starts", "liaoyuan_worker_starts", "How often this worker was started."),
+    Reading("computed_tokens", "liaoyuan_worker_computed_tokens", "Tokens that this worker computed."),
+    Reading("blocks_sent", "liaoyuan_worker_blocks_sent", "Blocks of prompts that it handed over."),
+    Reading("blocks_received", "liaoyuan_worker_blocks_received", "Blocks of prompts that it took over."),
+    Reading("blocks_missing", "liaoyuan_worker_blocks_missing", "Blocks that did not come: it computed them itself."),
+    Reading("leases_expired", "liaoyuan_worker_leases_expired", "Prompts whose taker fell silent."),
 )
 
 
@@ -150,9 +170,22 @@ class _Engine:
         for reading in COUNTERS:
             if reading.source in state:
                 yield CounterMetricFamily(reading.name, reading.meaning, state[reading.source])
+        if "workers" in state:
+            yield from _of_workers(state["workers"])
         if state.get("blocks"):
             used = 1 - state["free_blocks"] / state["blocks"]
             yield GaugeMetricFamily("liaoyuan_cache_use_ratio", "Part of the cache that running requests hold.", used)
         if state.get("prefix_asked_tokens"):
             hits = state["prefix_hit_tokens"] / state["prefix_asked_tokens"]
             yield GaugeMetricFamily("liaoyuan_prefix_cache_hit_ratio", "Part of the tokens looked for found.", hits)
+
+
+def _of_workers(workers: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
+    labels = ("side", "worker")
+    for kind, readings in ((GaugeMetricFamily, WORKER_GAUGES), (CounterMetricFamily, WORKER_COUNTERS)):
+        for reading in readings:
+            family = kind(reading.name, reading.meaning, labels=labels)
+            for worker in workers:
+                if reading.source in worker:
+                    family.add_metric([worker["side"], str(worker["number"])], float(worker[reading.source]))
+            yield family

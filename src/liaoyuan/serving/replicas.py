@@ -1,4 +1,5 @@
-"""The replicas behind one address: each is a `liaoyuan serve` of its own on a free port of the loopback.
+"""The replicas behind one address: each is a `liaoyuan serve` of its own on a free port of the loopback, or a worker
+that answers in another way (`Line`).
 
 A thread watches each: one that ends, or does not answer when asked how it is, is started again and brought into the
 state of the others. A replica's standard input is a pipe of ours: it ends when that closes, however we end.
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -38,6 +39,37 @@ class Call:
         return self.target.partition("?")[0]
 
 
+class Line(Protocol):
+    """How processes are spoken to, at the address that each says when it is ready."""
+
+    probe_seconds: float  # between two questions how one is
+
+    def send(self, address: str, call: Any) -> None:
+        """Make a call that changes its state; raises LiaoyuanError, OSError or httpx.HTTPError if it does not."""
+        ...
+
+    def is_well(self, address: str) -> bool:
+        """Return whether it answers that it lives."""
+        ...
+
+
+class Http:
+    """The line to a `liaoyuan serve`."""
+
+    probe_seconds = PROBE_SECONDS
+
+    def send(self, address: str, call: Any) -> None:
+        send_call(address, call).raise_for_status()
+
+    def is_well(self, address: str) -> bool:
+        try:
+            reply = httpx.get(address + "/health", timeout=PATIENCE_SECONDS, trust_env=False)
+        except httpx.HTTPError:
+            return False
+        state: Any = reply.json()
+        return bool(state.get("alive", True))
+
+
 @dataclass
 class Replica:
     """One of the processes. busy: requests that it has from us. url: where it listens; "" while it starts."""
@@ -49,6 +81,7 @@ class Replica:
     busy: int = 0
     starts: int = 0
     process: "subprocess.Popen[bytes] | None" = None
+    name: str = "A replica"
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -76,7 +109,7 @@ class Replica:
             return str(json.loads(line)["url"])
         except (ValueError, KeyError):
             self.process.wait()
-            raise LiaoyuanError(f"Replica {self.number} ended before it could serve; what it said is above.") from None
+            raise LiaoyuanError(f"{self.name} ended before it could serve; what it said is above.") from None
 
     def kill(self) -> None:
         """End the process at once; another one takes its place."""
@@ -107,10 +140,20 @@ class Replicas:
     state in which they are, newest last.
     """
 
-    def __init__(self, commands: Sequence[list[str]], environments: Sequence[Mapping[str, str]]) -> None:
+    def __init__(
+        self,
+        commands: Sequence[list[str]],
+        environments: Sequence[Mapping[str, str]],
+        line: Line = Http(),
+        names: Sequence[str] = (),
+    ) -> None:
+        """names: what errors call them, if not replicas."""
         pairs = zip(commands, environments, strict=True)
-        self.all = [Replica(number, *pair) for number, pair in enumerate(pairs)]
-        self.state: dict[str, Call] = {}  # by what they decide
+        self.all = [Replica(number, *pair, name=f"Replica {number}") for number, pair in enumerate(pairs)]
+        for replica, name in zip(self.all, names, strict=False):
+            replica.name = name
+        self._line = line
+        self.state: dict[str, Any] = {}  # by what they decide
         self.changing = threading.RLock()  # held while a call goes to all, and while one that is new catches up
         self.renewed: Callable[[int], None] = lambda number: None  # is told that a replica has nothing any more
         self._closing = threading.Event()
@@ -184,8 +227,10 @@ class Replicas:
         with self.changing:
             try:
                 for call in self.state.values():
-                    send_call(url, call).raise_for_status()
-            except httpx.HTTPError:
+                    self._line.send(url, call)
+            except (httpx.HTTPError, LiaoyuanError, OSError):
+                return False
+            if replica.starts > 1 and not self._line.is_well(url):
                 return False
             replica.url = url
             return True
@@ -195,10 +240,10 @@ class Replicas:
         assert replica.process
         while not self._closing.is_set():
             try:
-                replica.process.wait(PROBE_SECONDS)
+                replica.process.wait(self._line.probe_seconds)
                 return
             except subprocess.TimeoutExpired:
-                if not _is_well(url):
+                if not self._line.is_well(url):
                     return
 
 
@@ -219,12 +264,3 @@ def replica_environment(number: int, processes: int, threads: int) -> dict[str, 
     and which have so many threads together.
     """
     return {**os.environ, "LOCAL_RANK": str(number * processes), "OMP_NUM_THREADS": str(threads)}
-
-
-def _is_well(url: str) -> bool:
-    try:
-        reply = httpx.get(url + "/health", timeout=PATIENCE_SECONDS, trust_env=False)
-    except httpx.HTTPError:
-        return False
-    state: Any = reply.json()
-    return bool(state.get("alive", True))

@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -18,20 +20,25 @@ from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, EngineThread, read_pooling
+from liaoyuan.inference.disaggregation.process import Task
 from liaoyuan.inference.spread.ranks import open_ranks
 from liaoyuan.models import Quantisation, read_config
 from liaoyuan.parallel import Layout, check_inference
 from liaoyuan.serving.about import About, read_about
-from liaoyuan.serving.adapters import Shelf
+from liaoyuan.serving.adapters import Known, Shelf
+from liaoyuan.serving.apart import Sides, open_apart
 from liaoyuan.serving.app import build_app
 from liaoyuan.serving.connections import PatientProtocol
 from liaoyuan.serving.front import MOST_BODY_BYTES, Front
+from liaoyuan.serving.generation import Runner
 from liaoyuan.serving.replicas import Replicas, replica_environment
 from liaoyuan.serving.security import Access
 from liaoyuan.serving.unready import answering_unready
 
 MOST_PADDING = 1024  # rows that a model's embedding may have beyond the tokenizer's ids (padded for speed)
 GRACE_SECONDS = 2  # how long open answers may go on after Ctrl-C
+DRAIN_SECONDS = 25.0  # the same after SIGTERM; what sends it kills after 30, as a rule
+LOOK_SECONDS = 0.05  # between two looks at whether all have ended
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -117,13 +124,24 @@ class Server:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Ends the engine before it waits for open answers, so that they end at once and say why."""
+    """Ends the engine before it waits for open answers, so that they end at once and say why; but after SIGTERM, which
+    is how a server is replaced, it takes no new connections and lets open answers come to their end first.
+    """
 
     def __init__(self, config: uvicorn.Config, closing: contextlib.ExitStack) -> None:
         super().__init__(config)
-        self._closing = closing
+        self._closing, self._draining = closing, False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._draining = sig == signal.SIGTERM and not self.should_exit  # whoever asks again does not want to wait
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        end = time.monotonic() + DRAIN_SECONDS
+        while self._draining and self.server_state.tasks and time.monotonic() < end:
+            await asyncio.sleep(LOOK_SECONDS)
         await asyncio.to_thread(self._closing.close)
         await super().shutdown(sockets)
 
@@ -147,6 +165,7 @@ def open_server(
     adapters: Mapping[str, Path] = {},
     adapter_folder: Path | None = None,
     thinking: bool = True,
+    sides: Sides | None = None,
 ) -> Server:
     """Load the model of a Hugging Face folder and return a server that holds the port (0: any free one).
 
@@ -163,6 +182,7 @@ def open_server(
         quantisation: keep the weights in few bits.
         adapters: low-rank adapters to begin with, each a folder by its name.
         adapter_folder: whoever may ask may load adapters from inside it; None: from nowhere.
+        sides: so many other processes compute prompts, and so many decode; None: this one does both.
 
     Raises:
         LiaoyuanError: the port is in use, the folder is missing or torn, or tokenizer and model disagree.
@@ -170,27 +190,33 @@ def open_server(
     with contextlib.ExitStack() as port_kept, contextlib.ExitStack() as opened:
         bound = port_kept.enter_context(_bind(host, port))
         with answering_unready(bound):
-            tokenizer, failure = _load_tokenizer(model_dir), Failure()
-            if layout.tp * layout.ep > 1:
-                _refuse_spread(quantisation, adapters, adapter_folder)
-            running = _open_engine(model_dir, device, engine, layout, failure, opened, draft, quantisation)
-            for adapter, folder in adapters.items():
-                running.load_adapter(adapter, folder)
-            eos = running.model.config.eos_token_id
-            runner = opened.enter_context(EngineThread(running, max_queued))
+            tokenizer, failure, config = _load_tokenizer(model_dir), Failure(), read_config(model_dir)
+            few = (draft, quantisation, adapters)
+            if sides is not None:
+                apart = opened.enter_context(
+                    open_apart(_task(model_dir, device, engine, max_queued, sides, *few), sides)
+                )
+                behind = _Behind(apart, apart, apart.room)
+            else:
+                if layout.tp * layout.ep > 1:
+                    _refuse_spread(quantisation, adapters, adapter_folder)
+                running = _open_engine(model_dir, device, engine, layout, failure, opened, *few)
+                runner = opened.enter_context(EngineThread(running, max_queued))
+                behind = _Behind(runner, running.adapters, running.room)
+            eos = config.eos_token_id
             app = build_app(
-                runner,
+                behind.runner,
                 tokenizer,
                 name or model_dir.resolve().name,
-                _context_length(running.room, context_length),
+                _context_length(behind.room, context_length),
                 about or read_about(model_dir),
                 () if eos is None else (eos,),
                 dataclasses.replace(access, loopback_only=host in LOOPBACK),
                 read_pooling(model_dir),
-                running.model.config.vocab_size,
+                config.vocab_size,
                 call_format,
                 control,
-                Shelf(running.adapters, adapter_folder),
+                Shelf(behind.known, adapter_folder),
                 thinking,
             )
         port_kept.pop_all()
@@ -228,6 +254,39 @@ def open_front(
         return Server(front, bound, opened.pop_all())
 
 
+@dataclasses.dataclass(frozen=True)
+class _Behind:
+    """What is behind an app: who answers, who knows the adapters, and the most tokens of a request."""
+
+    runner: Runner
+    known: Known
+    room: int
+
+
+def _task(
+    model_dir: Path,
+    device: str,
+    config: EngineConfig,
+    max_queued: int,
+    sides: Sides,
+    draft: Path | None,
+    quantisation: Quantisation | None,
+    adapters: Mapping[str, Path],
+) -> Task:
+    """Return the task of the workers of `open_apart`."""
+    return Task(
+        str(model_dir),
+        "",
+        config.model_dump(),
+        device,
+        max_queued=sides.decode * config.max_sequences + max_queued,
+        draft=None if draft is None else str(draft),
+        quantisation=None if quantisation is None else dataclasses.asdict(quantisation),
+        adapters={name: str(folder) for name, folder in adapters.items()},
+        threads=sides.threads,
+    )
+
+
 def _open_engine(
     model_dir: Path,
     device: str,
@@ -237,13 +296,17 @@ def _open_engine(
     opened: contextlib.ExitStack,
     draft: Path | None,
     quantisation: Quantisation | None,
+    adapters: Mapping[str, Path],
 ) -> Engine:
     if layout.tp * layout.ep == 1:
         place = select_device(device).torch
         small = None if draft is None else load_model(draft, device=place)
         further = config.speculate == "mtp"
         model = load_model(model_dir, device=place, quantisation=quantisation, further=further)
-        return Engine(model, config, small)
+        engine = Engine(model, config, small)
+        for name, folder in adapters.items():
+            engine.load_adapter(name, folder)
+        return engine
     if draft is not None:
         raise LiaoyuanError("--draft is for a model in one process: leave out --tp, or --draft.")
     leader = opened.enter_context(open_ranks(model_dir, layout, device, failure))
