@@ -329,14 +329,14 @@ def test_kill_9_of_either_process(tiny_model: Decoder, tmp_path: Path) -> None:
             async with asyncio.timeout(120):
                 while not all(path.exists() for path in paths):
                     await asyncio.sleep(0.05)
-            front, asked = Dispatch(paths[1:], paths[:1]), request(count=60)
+            front, asked = Dispatch(paths[1:], paths[:1]), request(count=100)
             expected, tokens = alone(tiny_model, asked), []
             async for event in front.stream(asked):
                 tokens += event.tokens
-                if len(tokens) == 10:
+                if len(tokens) == 1:
                     processes[1].kill()
             assert tokens == expected[0]
-            assert (await tell(paths[0]))["blocks_sent"] == 18
+            assert (await tell(paths[0]))["blocks_sent"] in (9, 18)  # 9: it had said all before it died
             processes[0].kill()
             later = request("later", PROMPT[::-1])
             assert await answer(front, later) == alone(tiny_model, later)

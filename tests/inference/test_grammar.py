@@ -25,6 +25,7 @@ from liaoyuan.inference.constraints.grammar import (
     lark,
     regex,
 )
+from liaoyuan.inference.constraints.specification import Constraints, constraint_to_json
 
 STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260k"
 PADDING = 45
@@ -59,6 +60,33 @@ def drawn(constraint: Constraint, tokenizer: Tokenizer, seed: int, most: int = 6
             return b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8")
         ids.append(token)
     return None
+
+
+@pytest.mark.parametrize("inner", [regex("[a-f]{3,9}x?"), json_schema({"enum": ["yes", "no", 42]}), None])
+@pytest.mark.parametrize("budget", [None, 0, 3])
+def test_a_constraint_demands_the_same_in_another_process(inner: Grammar | None, budget: int | None) -> None:
+    """It goes there as JSON, without the state of any answer, and begins there with the prompt."""
+    grammars, tokenizer = GRAMMARS[0], TOKENIZERS[0]
+    compiled = grammars.compile(inner) if inner else None
+    for own in (compiled, AfterThinking(compiled, MARKS, grammars.vocabulary, budget)):
+        if own is not None:
+            there = Constraints(lambda: tokenizer).build(json.loads(json.dumps(constraint_to_json(own))))
+            for prompt in ((5,), (5, MARKS.open)):
+                states, chance = (own.begin(prompt), there.begin(prompt)), np.random.default_rng(0)
+                for _ in range(12):
+                    masks = [state.mask() for state in states]
+                    assert (masks[0] is None) == (masks[1] is None)
+                    assert masks[0] is None or np.array_equal(*masks)
+                    token = int(chance.choice(np.arange(20, 80) if masks[0] is None else allowed(masks[0])))
+                    for state in states:
+                        state.accept(token)
+
+
+def test_a_constraint_that_only_its_process_knows_stays_there() -> None:
+    with pytest.raises(LiaoyuanError, match="cannot go to another process"):
+        constraint_to_json(GRAMMARS[0])  # type: ignore[arg-type]
+    with pytest.raises(LiaoyuanError, match="This is no constraint"):
+        Constraints(lambda: TOKENIZERS[0]).build({"size": 5})
 
 
 LEAVES = st.one_of(

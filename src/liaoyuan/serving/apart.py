@@ -7,6 +7,7 @@ and is done in all or in none.
 
 import asyncio
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -24,10 +25,12 @@ from liaoyuan.inference.operations import LoadAdapter, State, UnloadAdapter, Upd
 from liaoyuan.inference.runner import Operation, Unavailable
 from liaoyuan.serving.everywhere import all_or_none
 from liaoyuan.serving.replicas import PATIENCE_SECONDS, Replica, Replicas, replica_environment
+from liaoyuan.serving.routing import Routes, token_pieces
 from liaoyuan.serving.totals import total_health
 
+LONGEST_SOCKET = 100  # bytes of the path of a Unix socket; most systems allow a few more
 PROBE_SECONDS = 1.0  # between two questions how a worker is; what `/metrics` says is so old at most
-RESTART_SECONDS = 120.0  # that a request waits for a decode worker while none is there
+RESTART_SECONDS = 60.0  # that a request waits for a decode worker while none is there
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,11 @@ class Apart:
         """said: of `State`, by a decode worker. task: of the workers, whose `max_queued` is that of all together."""
         self._workers, self._line, self._sides = workers, line, sides
         paths = [Path(name) for name in _sockets(task, sides)]
-        self._dispatch = Dispatch(paths[sides.prefill :], paths[: sides.prefill], self._is_ready, RESTART_SECONDS)
+        self._numbers = {path: number for number, path in enumerate(paths)}
+        decode, prefill = paths[sides.prefill :], paths[: sides.prefill]
+        self._dispatch = Dispatch(decode, prefill, self._is_ready, RESTART_SECONDS, self._choose)
+        self._routes = Routes()
+        workers.renewed = self._routes.forget
         self._capacity, self._open, self._born_with = task.max_queued, 0, task.adapters
         self._loaded = adapters_from_json(said["adapters"])
         self.room: int = said["room"]
@@ -133,6 +140,14 @@ class Apart:
         own = {"side": side, "number": number, "ready": bool(said), "pid": replica.pid, "starts": replica.starts}
         return {**own, **said}
 
+    def _choose(self, request: Request, busy: Mapping[Path, int]) -> Path:
+        """Return the worker that most likely knows the beginning of a prompt, of those that are not much busier."""
+        pieces = token_pieces(request)
+        counts = {self._numbers[path]: count for path, count in busy.items()}
+        number = self._routes.choose(pieces, counts)
+        self._routes.given(pieces, number)
+        return next(path for path in busy if self._numbers[path] == number)
+
     def _is_ready(self, socket: Path) -> bool:
         return any(replica.url == str(socket) for replica in self._workers.all)
 
@@ -182,6 +197,10 @@ def open_apart(task: Task, sides: Sides) -> Iterator[Apart]:
         opened.callback(shutil.rmtree, folder, ignore_errors=True)
         task = replace(task, socket=folder)
         sockets, line = _sockets(task, sides), Sockets()
+        if len(os.fsencode(sockets[-1])) > LONGEST_SOCKET:
+            raise LiaoyuanError(
+                f"{folder} is too long a path for the workers' sockets: set TMPDIR to a shorter folder."
+            )
         workers = Replicas(
             [worker_command(_own(task, socket, number < sides.prefill)) for number, socket in enumerate(sockets)],
             [replica_environment(number, 1, sides.threads) for number in range(len(sockets))],

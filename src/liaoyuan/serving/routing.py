@@ -1,8 +1,8 @@
 """Which replica gets a request: one that is not much busier than the least busy, and of these the one that has most
 likely computed the beginning of its prompt.
 
-A front does not tokenise. It knows a prompt by its text, in pieces of `PIECE` characters, each known by a hash that
-stands for all text up to its end, and remembers which replicas were given which.
+A front of replicas does not tokenise. It knows a prompt by its text, in pieces of `PIECE` characters, each known by a
+hash that stands for all text up to its end, and remembers which replicas were given which.
 """
 
 import hashlib
@@ -11,7 +11,12 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
+
+from liaoyuan.inference import Request
+
 PIECE = 256  # characters, about 64 tokens: a few blocks of the cache
+TOKENS = 64  # the same of a prompt that is tokens
 MOST_PIECES = 256  # of one prompt
 REMEMBERED = 200_000  # pieces, about 50 MB of text
 # What decides whether two requests can share keys and values at all, and then what the prompt is made of, in order.
@@ -46,7 +51,7 @@ class Routes:
 
     def forget(self, number: int) -> None:
         """Forget what a replica had: it is a new one."""
-        for replicas in self._had.values():
+        for replicas in list(self._had.values()):  # who watches replicas calls this from a thread of his own
             replicas.discard(number)
 
     def _known(self, pieces: list[Digest], numbers: Collection[int]) -> dict[int, int]:
@@ -58,6 +63,16 @@ class Routes:
                 if known.get(number) == index:
                     known[number] = index + 1
         return known
+
+
+def token_pieces(request: Request) -> list[Digest]:
+    """Return the hashes by which a prompt of token ids is known."""
+    digest = hashlib.blake2b(_text([request.adapter, request.salt]).encode(), digest_size=16).digest()
+    tokens, pieces = np.array(request.prompt[: MOST_PIECES * TOKENS], dtype=np.int64), []
+    for end in range(TOKENS, len(tokens) + 1, TOKENS):
+        digest = hashlib.blake2b(tokens[end - TOKENS : end].tobytes(), digest_size=16, key=digest).digest()
+        pieces.append(digest)
+    return pieces
 
 
 def prompt_pieces(body: Any) -> list[Digest]:

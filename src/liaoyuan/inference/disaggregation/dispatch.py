@@ -9,15 +9,15 @@ import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.disaggregation.frames import (
     Closed,
     Header,
+    connect,
     error_from_json,
     event_from_frame,
     put_frame,
@@ -33,6 +33,14 @@ LOOK_SECONDS = 0.1  # between two looks for a worker while there is none
 MOST_DEATHS = 3  # of workers under one request: it may be what kills them
 DIED = "A decode worker died"
 
+# Which of several workers gets a request, by how many each has; `least_busy`, or one who knows what they had before.
+Choose = Callable[[Request, Mapping[Path, int]], Path]
+
+
+def least_busy(request: Request, busy: Mapping[Path, int]) -> Path:
+    """Return the worker that has the fewest requests."""
+    return min(busy, key=busy.__getitem__)
+
 
 class Dispatch:
     """Decode and prefill workers by their sockets, as one engine."""
@@ -43,11 +51,13 @@ class Dispatch:
         prefill: Sequence[Path] = (),
         ready: Callable[[Path], bool] = Path.exists,
         patience: float = 0.0,
+        choose: Choose = least_busy,
     ) -> None:
         """ready: whether a worker may be asked now. patience: seconds that a request waits while no decode worker is
-        there, for one that is started again.
+        there, for one that is started again. choose: among the workers of a side.
         """
         self._decode, self._prefill, self._ready, self._patience = list(decode), list(prefill), ready, patience
+        self._choose = choose
         self._open: Counter[Path] = Counter()
         self._failed: dict[Path, float] = {}  # when it did, by time.monotonic()
         self._seeds = itertools.count()
@@ -58,7 +68,8 @@ class Dispatch:
 
         Raises:
             Busy: all decode workers are full. Refused: it cannot be answered. Unavailable: no decode worker is left,
-                or the ones that had it died. LiaoyuanError: a second one gave other tokens than the first.
+                the ones that had it died, or one gave other tokens than the one before it. LiaoyuanError: a worker
+                failed.
         """
         if request.sampling.seed is None:  # the next worker must draw the same
             request = replace(request, sampling=replace(request.sampling, seed=next(self._seeds)))
@@ -69,7 +80,10 @@ class Dispatch:
         tried: set[Path] = set()
         deaths, end = 0, None if request.timeout is None else time.monotonic() + request.timeout
         while True:
-            worker = await self._decode_worker(tried)
+            worker = await self._decode_worker(request, tried, end)
+            if worker is None:
+                yield Event(request.id, [], [], "timeout")
+                return
             if end is not None:
                 request = replace(request, timeout=max(0.0, end - time.monotonic()))
             tried.add(worker)
@@ -83,7 +97,7 @@ class Dispatch:
                             yield replace(event, id=request.id)
                 return
             except Busy:
-                if not self._free(tried):
+                if not self._free(request, tried):
                     raise
             except Closed as error:
                 deaths += 1
@@ -94,19 +108,31 @@ class Dispatch:
             except OSError:
                 self._failed[worker] = time.monotonic()
 
-    async def _decode_worker(self, tried: set[Path]) -> Path:
-        """Return a decode worker, if possible one that is not among `tried`; wait for one while there is none."""
-        end = time.monotonic() + self._patience
+    async def _decode_worker(self, request: Request, tried: set[Path], end: float | None) -> Path | None:
+        """Return a decode worker, if possible one that is not among `tried`; wait for one while there is none. None:
+        the request's time is over, at `end`.
+        """
+        patient = time.monotonic() + self._patience
         while True:
-            if (found := self._free(tried)) is not None:
+            if (found := self._free(request, tried)) is not None:
                 return found
-            if time.monotonic() >= end:
+            now = time.monotonic()
+            if end is not None and now >= end:
+                return None
+            if now >= patient:
                 raise Unavailable("No decode worker is left: all died or cannot be reached. Try again in a moment.")
             await asyncio.sleep(LOOK_SECONDS)
             tried.clear()  # in the place of one that died there is another
 
-    def _free(self, tried: set[Path]) -> Path | None:
-        return self._least_busy([path for path in self._decode if path not in tried])
+    def _free(self, request: Request, tried: set[Path]) -> Path | None:
+        return self._chosen(request, [path for path in self._decode if path not in tried])
+
+    def _chosen(self, request: Request, workers: Sequence[Path]) -> Path | None:
+        """Return who gets a request; one that failed just now only if there is no other."""
+        ready, late = [path for path in workers if self._ready(path)], time.monotonic() - AVOIDED_SECONDS
+        well = [path for path in ready if self._failed.get(path, late) <= late]
+        busy = {path: self._open[path] for path in well or ready}
+        return self._choose(request, busy) if busy else None
 
     async def do(self, operation: Operation) -> Any:
         """Ask one worker something, of the prefill side if there is any: it does not hold up those who get tokens.
@@ -114,24 +140,18 @@ class Dispatch:
         Raises:
             Unavailable: no worker is there. Whatever the operation raises is raised here, as a LiaoyuanError.
         """
-        tried: set[Path] = set()
-        while True:
-            left = [path for path in (*self._prefill, *self._decode) if path not in tried and self._ready(path)]
-            worker = self._least_busy([one for one in left if one in self._prefill] or left)
-            if worker is None:
-                raise Unavailable("No worker is left: all died or cannot be reached. Try again in a moment.")
-            tried.add(worker)
-            try:
-                return await operate(worker, operation)
-            except (Closed, OSError):
-                self._failed[worker] = time.monotonic()
+        for side in (self._prefill, self._decode):
+            for worker in sorted(filter(self._ready, side), key=self._open.__getitem__):
+                with contextlib.suppress(Closed, OSError):
+                    return await operate(worker, operation)
+        raise Unavailable("No worker is left: all died or cannot be reached. Try again in a moment.")
 
     async def _ask(self, worker: Path, request: Request) -> AsyncGenerator[Event, None]:
-        prefill = self._least_busy(self._prefill)
+        prefill = self._chosen(request, self._prefill)
         used = [path for path in (worker, prefill) if path]
         self._open.update(used)
         try:
-            reader, writer = await asyncio.open_unix_connection(worker)
+            reader, writer = await connect(worker)
             with contextlib.closing(writer):
                 where = str(prefill) if prefill else None
                 put_frame(writer, {"do": "generate", "request": request_to_json(request), "prefill": where})
@@ -150,11 +170,6 @@ class Dispatch:
                 raise error_from_json(header)
         finally:
             self._open.subtract(used)
-
-    def _least_busy(self, workers: list[Path]) -> Path | None:
-        late = time.monotonic() - AVOIDED_SECONDS
-        ready = [path for path in workers if self._ready(path)]
-        return min(ready, key=lambda path: (self._failed.get(path, late) > late, self._open[path]), default=None)
 
 
 async def tell(worker: Path) -> Header:
@@ -176,7 +191,7 @@ async def operate(worker: Path, operation: Operation) -> Any:
 
 
 async def _answer(worker: Path, header: Header) -> Header:
-    reader, writer = await asyncio.open_unix_connection(worker)
+    reader, writer = await connect(worker)
     with contextlib.closing(writer):
         put_frame(writer, header)
         answer, _ = await read_frame(reader)
@@ -189,11 +204,11 @@ def _untold(event: Event, repeated: list[int]) -> Event:
     """Return what of an event has not been told; `repeated`, what is still to come again, loses what the event has.
 
     Raises:
-        LiaoyuanError: the event has other tokens.
+        Unavailable: the event has other tokens.
     """
-    count = min(len(repeated), len(event.tokens))
-    if event.tokens[:count] != repeated[:count] or (event.finish_reason and len(repeated) > count):
-        raise LiaoyuanError(f"{DIED}, and the one that took over gave other tokens: ask again.")
+    count, early = min(len(repeated), len(event.tokens)), event.finish_reason in ("timeout", "abort")
+    if event.tokens[:count] != repeated[:count] or (event.finish_reason and len(repeated) > count and not early):
+        raise Unavailable(f"{DIED}, and the one that took over gave other tokens: ask again.")
     del repeated[:count]
     return replace(
         event,

@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import json
 import struct
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,19 @@ Header = dict[str, Any]
 
 class Closed(LiaoyuanError):  # noqa: N818  (a state, not a fault)
     """The other process has closed the stream, or died."""
+
+
+async def connect(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Return a stream to the process that listens at a Unix socket.
+
+    Raises:
+        OSError: nobody listens, or too many are waiting to be heard.
+    """
+    reader, writer = await asyncio.open_unix_connection(path)
+    if writer.get_extra_info("peername") is None:  # the system said "try again", which asyncio takes for "soon"
+        writer.close()
+        raise ConnectionRefusedError(f"Too many wait at {path}.")
+    return reader, writer
 
 
 async def read_frame(reader: asyncio.StreamReader) -> tuple[Header, bytes]:

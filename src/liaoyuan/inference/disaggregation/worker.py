@@ -26,6 +26,7 @@ from liaoyuan.inference.constraints.specification import Constraints
 from liaoyuan.inference.disaggregation.frames import (
     Closed,
     Header,
+    connect,
     error_to_json,
     event_to_frame,
     put_frame,
@@ -41,6 +42,7 @@ from liaoyuan.inference.request import Event, Request, SamplingParams
 from liaoyuan.inference.runner import Busy, EngineThread, Refused
 
 LOT = 32  # blocks sent at once
+BACKLOG = 4096  # connections that may wait until they are looked at; many requests may come at once
 LOOK = 0.002  # seconds between two looks for new blocks while nothing is computed
 
 Result = TypeVar("Result")
@@ -80,7 +82,7 @@ class Worker:
     @contextlib.asynccontextmanager
     async def listen(self, path: Path) -> AsyncIterator[None]:
         """Serve whoever comes to the Unix socket `path` while the block lasts."""
-        server = await asyncio.start_unix_server(self._talk, path)
+        server = await asyncio.start_unix_server(self._talk, path, backlog=BACKLOG)
         expiry = asyncio.create_task(self._expire())
         try:
             yield
@@ -172,17 +174,23 @@ class Worker:
         how many tokens of the prompt were in the cache of either side before.
         """
         keys = await self._call(lambda: self._prefixes.keys(request))
-        if keys and keys[-1] in self._coming:  # another choice of the same request, say
+        if not keys:
+            return 0, 0
+        if keys[-1] in self._coming:  # for another choice of the same request, say
             await self._coming[keys[-1]].wait()
-        got = await self._call(lambda: self._prefixes.known(keys))
-        if got == len(keys):
-            return 0, got * self._prefixes.block_size
+            return await self._borrow_first(request, path, keys)
         came = self._coming[keys[-1]] = asyncio.Event()
         try:
-            known = await self._take_over(request, path, keys, got)
+            return await self._borrow_first(request, path, keys)
         finally:
             came.set()
-            self._coming.pop(keys[-1], None)
+            del self._coming[keys[-1]]
+
+    async def _borrow_first(self, request: Request, path: Path, keys: list[Key]) -> tuple[int, int]:
+        """See `_borrow`; keys: of the blocks that are wanted."""
+        known = got = await self._call(lambda: self._prefixes.known(keys))
+        if got < len(keys):
+            known = await self._take_over(request, path, keys, got)
         missing = len(keys) - await self._call(lambda: self._prefixes.known(keys))
         return missing, known * self._prefixes.block_size
 
@@ -193,7 +201,7 @@ class Worker:
         adapter = await self._call(lambda: self._prefixes.adapter(request))
         asked = {"do": "prefill", "request": request_to_json(plain), "first": got, "adapter": adapter}
         with contextlib.suppress(LiaoyuanError, OSError, TimeoutError):
-            reader, writer = await asyncio.open_unix_connection(path)
+            reader, writer = await connect(path)
             try:
                 put_frame(writer, asked)
                 async with asyncio.timeout(request.timeout):
