@@ -4,13 +4,21 @@ Two prefill and two decode workers in processes of their own; some requests are 
 worker drawn by chance is killed, wherever it is, and started again. A request for which no decode worker was left is
 asked again, and counted. At the end the workers that live must hold no block and have no open lease.
 
+With --serve the same of `liaoyuan serve --prefill 2 --decode 2`, over HTTP, which starts its workers again by itself;
+there no client asks twice.
+
     python benchmarks/disaggregation_chaos.py --requests 400 --pause 2
+    python benchmarks/disaggregation_chaos.py --requests 400 --pause 5 --serve
 """
 
 import argparse
 import asyncio
+import json
 import os
 import random
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -18,7 +26,10 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import httpx
+
 from liaoyuan.checkpoint import save_model
+from liaoyuan.data.tokenizer import train_tokenizer
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.inference.disaggregation.dispatch import Dispatch, tell
@@ -37,8 +48,9 @@ def main() -> None:
     asked = requests(options.requests)
     expected = {done.id: (done.tokens, done.logprobs) for done in Engine(model, CONFIG).generate(asked)}
     with tempfile.TemporaryDirectory() as folder:
-        save_model(model, Path(folder) / "model")
-        print(asyncio.run(chaos(Path(folder), asked, expected, options)))
+        train_tokenizer(["the model needs one to be served"] * 20, 300).save(Path(folder) / "words")
+        save_model(model, Path(folder) / "model", Path(folder) / "words")
+        print(asyncio.run((served if options.serve else chaos)(Path(folder), asked, expected, options)))
 
 
 def parse() -> argparse.Namespace:
@@ -46,6 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--open", type=int, default=12, help="requests at once")
     parser.add_argument("--pause", type=float, default=2.0, help="seconds between two deaths, on the mean")
+    parser.add_argument("--serve", action="store_true", help="over HTTP")
     return parser.parse_args()
 
 
@@ -96,6 +109,62 @@ async def chaos(folder: Path, asked: list[Request], expected: dict, options: arg
             process.kill()
     leaked = sum(state["blocks"] - state["free_blocks"] + state["leases"] for state in states)
     return f"{seconds:.0f} s: {dict(counts)}, held at the end: {leaked}"
+
+
+async def served(folder: Path, asked: list[Request], expected: dict, options: argparse.Namespace) -> str:
+    sides = ["--prefill", "2", "--decode", "2", "--port", "0", "--json", "--max-sequences", "16", "--cache-gb", "0.05"]
+    command = [sys.executable, "-m", "liaoyuan", "serve", "--model", str(folder / "model"), *sides]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        url = json.loads(await asyncio.to_thread(server.stdout.readline))["url"]
+        async with httpx.AsyncClient(base_url=url, timeout=None, trust_env=False) as client:
+            return await under_fire(client, asked, expected, options)
+    finally:
+        server.kill()
+
+
+async def under_fire(
+    client: httpx.AsyncClient, asked: list[Request], expected: dict, options: argparse.Namespace
+) -> str:
+    counts: Counter[str] = Counter()
+    waiting, begin = list(asked), time.perf_counter()
+
+    async def workers() -> list[dict]:
+        return (await client.get("/health")).json()["workers"]
+
+    async def ask_server() -> None:
+        while waiting:
+            one = waiting.pop()
+            fields = {"max_tokens": one.sampling.max_tokens, "seed": one.sampling.seed, "ignore_eos": True}
+            body = {"token_ids": list(one.prompt), "sampling_params": fields}
+            reply = await client.post("/inference/v1/generate", json=body)
+            if reply.status_code != 200:
+                counts[f"status {reply.status_code}"] += 1
+                print(reply.text)
+                continue
+            choice = reply.json()["choices"][0]
+            right = (choice["token_ids"], choice["logprobs"]) == expected[one.id]
+            counts["right" if right else "wrong"] += 1
+
+    async def death() -> None:
+        draw = random.Random(1)
+        while True:
+            await asyncio.sleep(draw.expovariate(1 / options.pause))
+            worker = draw.choice([one for one in await workers() if one["ready"]] or [None])
+            if worker is not None:
+                os.kill(worker["pid"], signal.SIGKILL)
+                counts["kills of " + worker["side"]] += 1
+
+    killer = asyncio.create_task(death())
+    await asyncio.gather(*(ask_server() for _ in range(options.open)))
+    killer.cancel()
+    seconds = time.perf_counter() - begin
+    end = time.monotonic() + 120
+    while not all(one["ready"] and not one["leases"] for one in await workers()) and time.monotonic() < end:
+        await asyncio.sleep(0.5)
+    held = sum(one["blocks"] - one["free_blocks"] + one["leases"] for one in await workers())
+    moved = (await client.get("/health")).json()["moved"]
+    return f"{seconds:.0f} s: {dict(counts)}, moved: {moved}, held at the end: {held}"
 
 
 async def ask(front: Dispatch, request: Request, counts: Counter[str]) -> tuple[list[int], list[float]]:

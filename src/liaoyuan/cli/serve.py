@@ -76,10 +76,10 @@ def serve(
         int, typer.Option(min=1, metavar="N", help="Servers behind this address.", rich_help_panel=MANY)
     ] = 1,
     prefill: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Processes for prompts alone; with --decode.", rich_help_panel=MANY)
+        int, typer.Option(min=0, metavar="N", help="Processes for prompts alone.", rich_help_panel=MANY)
     ] = 0,
     decode: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Processes that go on from there.", rich_help_panel=MANY)
+        int, typer.Option(min=0, metavar="N", help="And for all else; both or none.", rich_help_panel=MANY)
     ] = 0,
     quantise: Annotated[
         str | None, typer.Option(metavar="KIND", help="Weights in int8, int4 or fp8.", rich_help_panel=ENGINE)
