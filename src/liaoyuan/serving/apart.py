@@ -30,7 +30,7 @@ from liaoyuan.serving.totals import total_health
 
 LONGEST_SOCKET = 100  # bytes of the path of a Unix socket; most systems allow a few more
 PROBE_SECONDS = 1.0  # between two questions how a worker is; what `/metrics` says is so old at most
-RESTART_SECONDS = 60.0  # that a request waits for a decode worker while none is there
+RESTART_SECONDS = 300.0  # that a request waits for a decode worker while none is there
 
 
 @dataclass(frozen=True)

@@ -284,6 +284,7 @@ def _task(
         quantisation=None if quantisation is None else dataclasses.asdict(quantisation),
         adapters={name: str(folder) for name, folder in adapters.items()},
         threads=sides.threads,
+        shared_folder=True,
     )
 
 

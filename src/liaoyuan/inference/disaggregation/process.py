@@ -28,6 +28,7 @@ class Task:
 
     socket: where it listens; whoever may enter the folder of it may ask: keep that private. config: of an
     `EngineConfig`; quantisation: of a `Quantisation`. adapters: folders by name. threads: None: as many as usual.
+    shared_folder: whether the socket's folder holds nothing but sockets of workers, the last of which removes it.
     """
 
     folder: str
@@ -40,6 +41,7 @@ class Task:
     quantisation: Mapping[str, Any] | None = None
     adapters: Mapping[str, str] = field(default_factory=dict)
     threads: int | None = None
+    shared_folder: bool = False
 
 
 def worker_command(task: Task) -> list[str]:
@@ -71,6 +73,9 @@ def run_worker(task: Task, ready: Callable[[], None], ended: threading.Event) ->
     with EngineThread(engine, task.max_queued) as runner:
         constraints = Constraints(lambda: Tokenizer.load(Path(task.folder)))
         asyncio.run(_serve(Worker(engine, runner, task.lease_seconds, constraints), Path(task.socket), ready, ended))
+    if task.shared_folder:
+        with contextlib.suppress(OSError):  # it is not empty, or it has gone
+            Path(task.socket).parent.rmdir()
 
 
 def _open_engine(task: Task) -> Engine:
