@@ -123,7 +123,7 @@ class Apart:
         states = [each["state"] for each in decode] or ["starting"]
         return {
             **total_health(decode),
-            "alive": bool(decode),
+            "alive": any(said),  # else nothing is left to be saved by waiting
             "open": self._open,
             "error": next((each["error"] for each in said if each.get("error")), ""),
             "state": next((state for state in states if state != "ready"), "ready"),
