@@ -47,6 +47,7 @@ SIZES = {  # hidden, intermediate, layers, query heads, key-value heads, vocabul
     "m10": (320, 960, 6, 5, 5, 8192),
     "m30": (512, 1536, 8, 8, 4, 16384),
     "m120": (768, 2304, 12, 12, 4, 32768),
+    "m500": (896, 4864, 24, 14, 2, 151936),
 }
 Side = Callable[[list[list[int]], int], int]  # (prompts, new tokens) -> tokens made
 
