@@ -21,6 +21,7 @@ DENSE, EXPERTS = (config_from_dict(MODELS[kind]) for kind in ("dense", "experts"
         ({"pp": 8}, 8, "8 pipeline stages are more than the 4 layers"),
         ({"pp": 2, "schedule": "zbv"}, 2, "needs at least 4 microbatches"),
         ({"ep": 2}, 2, "the model has no experts"),
+        ({"tp": 2, "pp": 2, "exact": True}, 4, "exact is for the axes dp, fsdp, tp and ep.*: fsdp 2 x tp 2"),
         ({"cp": {"ulysses": 16}}, 16, "ulysses = 16 does not divide the 8 heads"),
     ],
 )

@@ -29,6 +29,7 @@ ROWS = {
     "hsdp 2 x 2": axes(4, dp=2),
     "tp 2": axes(2, tp=2),
     "tp 4": axes(4, tp=4),
+    "tp 2, exact": axes(4, tp=2, exact=True),
     "gpipe": axes(2, 4, pp=2, schedule="gpipe"),
     "1f1b": axes(2, 4, pp=2),
     "1f1b 4": axes(4, 4, pp=4),
@@ -63,6 +64,7 @@ EXPERT_ROWS = {
     "ep 2 of fsdp 4": axes(4, 2, ep=2),
     "ep 2, dp 2": axes(4, dp=2, ep=2),
     "ep 2 of tp 2": axes(2, tp=2, ep=2),
+    "ep 2 of tp 4, exact": axes(4, tp=4, ep=2, exact=True),
     "ep 2 of ring 2": axes(2, 8, ring=2, ep=2),
     "ring 2 x ulysses 2": axes(4, 8, ring=2, ulysses=2),
     "1f1b": axes(2, 4, pp=2),
@@ -72,7 +74,7 @@ EXPERT_ROWS = {
     "ep 8 of fsdp 2 x ring 2 x tp 2": axes(8, 4, ring=2, tp=2, ep=8),
 }
 TIED_ROWS = (
-    *("fsdp 2", "tp 4", "fsdp 2 x ring 2 x tp 2"),
+    *("fsdp 2", "tp 4", "tp 2, exact", "fsdp 2 x ring 2 x tp 2"),
     *("1f1b 4", "interleaved", "dualpipev", "pp 2 x fsdp 2 x tp 2", "zbv 2 x fsdp 2 x tp 2"),  # ends far and near
 )
 TABLE = {
@@ -139,7 +141,8 @@ def _compare(outcomes: list[Outcome], expected: Outcome, record_property: Callab
 
 
 @pytest.mark.parametrize(
-    "name", ["tp 4", "fsdp 4, 2 microbatches", "1f1b 4", "zbv 2 x fsdp 2 x tp 2", "fsdp 2 x ring 2 x tp 2"]
+    "name",
+    ["tp 4", "tp 2, exact", "fsdp 4, 2 microbatches", "1f1b 4", "zbv 2 x fsdp 2 x tp 2", "fsdp 2 x ring 2 x tp 2"],
 )
 def test_a_loss_with_z_loss_and_label_smoothing_is_that_of_one_process(name: str, record_property) -> None:
     penalties = Penalties(z_loss=0.01, label_smoothing=0.1)

@@ -5,6 +5,7 @@ quantised copy of its own. A row's bits depend on that row alone, as `ops.quanti
 with whole weights is exact with these.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -18,6 +19,7 @@ from liaoyuan.models.layers import Adapter, Linear
 from liaoyuan.ops import (
     LogitStatistics,
     QuantisedWeight,
+    ReadLogits,
     clamped_swiglu,
     log_sum_exp,
     quantise,
@@ -223,11 +225,16 @@ def _read_with_head(model: Decoder) -> Decoder:
     """Let scoring read the logits of a quantised head."""
     head = model._modules.get(HEAD)
     if isinstance(head, QuantisedLinear):
-        model.read_logits = lambda hidden, _, targets, moments: _statistics(head, hidden, targets, moments)
+        model.read_logits = read_with(head)
     return model
 
 
-def _statistics(head: nn.Module, hidden: Tensor, targets: Tensor, moments: bool) -> LogitStatistics:
+def read_with(head: Callable[[Tensor], Tensor]) -> ReadLogits:
+    """Return `ops.logit_statistics` for a head that gives logits, instead of a weight."""
+    return lambda hidden, _, targets, moments: _statistics(head, hidden, targets, moments)
+
+
+def _statistics(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, moments: bool) -> LogitStatistics:
     """Return what `ops.logit_statistics` does, of a head that gives logits: hidden [N, H], targets [N]."""
     parts = []
     for rows, wanted in zip(hidden.split(SCORED_ROWS), targets.split(SCORED_ROWS), strict=True):

@@ -2,7 +2,8 @@
 
 It is what `traffic.py` measures: `tests/parallel/test_traffic.py` holds the two together, call by call. Shapes of
 weights are read off the model itself, made without memory. With `layout.overlap` tokens travel in chunks: the same
-bytes in more calls, once more the counts of experts' rows, and one more sum for each layer that is recomputed.
+bytes in more calls, once more the counts of experts' rows, and one more sum for each layer that is recomputed. Layouts
+that are `exact` send as much for their layers, but gather the head, which is not counted here.
 """
 
 import math

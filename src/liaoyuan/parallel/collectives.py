@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from liaoyuan.ops import wide
+
 
 def gather_rows(x: Tensor, group: ProcessGroup) -> Tensor:
     """Return the rows of all processes one after another, [N, ...] -> [size * N, ...]; backward: `scatter_sum`."""
@@ -23,6 +25,28 @@ def gather_rows(x: Tensor, group: ProcessGroup) -> Tensor:
 def scatter_sum(x: Tensor, group: ProcessGroup) -> Tensor:
     """Add x up over the processes and return this one's rows, [size * N, ...] -> [N, ...]; backward: `gather_rows`."""
     out: Tensor = _ScatterSum.apply(x, group)
+    return out
+
+
+def ordered_scatter_sum(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Return what `scatter_sum` does, but whatever the backend, by `add_in_order`."""
+    out: Tensor = _OrderedScatterSum.apply(x, group)
+    return out
+
+
+def add_in_order(parts: Tensor) -> Tensor:
+    """Return the sum of parts [P, ...], added one after another in fp32 (fp64 for fp64) and rounded once."""
+    total = wide(parts[0]).clone()
+    for part in parts[1:]:
+        total += part
+    return total.to(parts.dtype)
+
+
+def replicated_rows(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the rows of all processes one after another, with which all go on alike: each takes the gradient of its
+    own.
+    """
+    out: Tensor = _ReplicatedRows.apply(x, group)
     return out
 
 
@@ -127,6 +151,30 @@ class _ScatterSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _all_gather(grads[0], ctx.group), None
+
+
+class _OrderedScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(parts, x.contiguous(), group=group)
+        return add_in_order(parts.unflatten(0, (group.size(), -1)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _all_gather(grads[0], ctx.group), None
+
+
+class _ReplicatedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].unflatten(0, (ctx.group.size(), -1))[ctx.group.rank()], None
 
 
 class _ReplicatedSum(torch.autograd.Function):

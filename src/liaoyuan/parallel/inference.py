@@ -3,6 +3,9 @@
 Weights are cut as training cuts them. A step of decoding has too few tokens to spread them between the layers, so here
 all processes keep the whole residual stream, and each layer's partial outputs are gathered and added in the order of
 ranks. No part of a row's sum depends on which other rows there are: one layout gives the same bits in every batch.
+
+Training keeps each expert whole and sends tokens to it. Where the layout is exact, whole experts are spread over all
+processes here too, and their rows are brought together before a token's are added: the sums are those of training.
 """
 
 from typing import Any
@@ -11,20 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, ModelConfig
 from liaoyuan.models.experts import Dispatch, GroupedExperts, MixtureOfExperts
-from liaoyuan.ops import (
-    combine_rows,
-    permute_rows,
-    wide,
-)
+from liaoyuan.models.quantised import read_with
+from liaoyuan.ops import combine_rows, permute_rows
+from liaoyuan.parallel.collectives import add_in_order
 from liaoyuan.parallel.layout import Layout, Shape, resolve
 from liaoyuan.parallel.mesh import Mesh
 from liaoyuan.parallel.program import Program, compute_each_locally, give_memory
-from liaoyuan.parallel.tensor import COLUMNS, ROWS, Table, cut_head, cut_vocabulary, cut_weights
+from liaoyuan.parallel.tensor import COLUMNS, ROWS, Table, cut_vocabulary, cut_weights
 from liaoyuan.parallel.world import World
 
 SPREAD_BYTES = 2**20  # of all parts of a sum; below it, one exchange takes less time than two
@@ -53,8 +55,13 @@ def check_inference(layout: Layout, config: ModelConfig) -> Layout:
         )
     resolved = resolve(layout, layout.tp, Shape(config, layout.tp, 1))
     experts = config.experts
+    if experts and layout.exact and experts.num_experts % layout.tp:
+        raise LiaoyuanError(
+            f"An exact layout spreads whole experts over its processes, but {layout.tp} do not divide the "
+            f"{experts.num_experts} experts."
+        )
     widths = []
-    if experts:
+    if experts and not layout.exact:
         widths = [
             ("moe_intermediate_size", experts.moe_intermediate_size, layout.tp // layout.ep),
             ("the width of the shared experts", experts.shared_intermediate_size, layout.tp),
@@ -73,15 +80,20 @@ def lay_out_inference(model: Decoder, layout: Layout, world: World) -> Program:
     mesh = world.mesh
     assert mesh, "a model of one process needs no layout"
     group = mesh.group("tp")
-    cut_weights(model, mesh, SHARED_TABLE)
+    exact = mesh.layout.exact
+    cut_weights(model, mesh, () if exact else SHARED_TABLE)
     model.key_value_heads = model.config.num_key_value_heads // layout.tp
     for layer in model.layers:
         _add_up(layer.self_attn, group)
+        if exact and isinstance(layer.mlp, MixtureOfExperts):
+            _spread_experts(layer.mlp, mesh.dense["tp"])
+            continue
         _add_up(layer.mlp, group)
         if isinstance(layer.mlp, MixtureOfExperts):
             _cut_experts(layer.mlp, mesh)
     cut_vocabulary(model.embed_tokens, group, ordered_sum)
-    model.read_logits = cut_head(group, None, ordered_sum)
+    # As sampling reads them, so that scoring a token gives the same bits.
+    model.read_logits = read_with(lambda rows: gather_columns(model.logits(rows), group))
     _join_logits(model, group)
     program = Program([model], mesh)
     compute_each_locally(model, model)
@@ -97,12 +109,12 @@ def ordered_sum(x: Tensor, group: ProcessGroup) -> Tensor:
     """
     size = group.size()
     if size == 2 or x.nbytes * size < SPREAD_BYTES:
-        return _add_parts(_gather(x, group).unflatten(0, (size, -1)))
+        return add_in_order(_gather(x, group).unflatten(0, (size, -1)))
     missing = -len(x) % size
     padded = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
     parts = torch.empty_like(padded, memory_format=torch.contiguous_format)
     dist.all_to_all_single(parts, padded.contiguous(), group=group)
-    return _gather(_add_parts(parts.unflatten(0, (size, -1))), group)[: len(x)]
+    return _gather(add_in_order(parts.unflatten(0, (size, -1))), group)[: len(x)]
 
 
 def _gather(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -110,13 +122,6 @@ def _gather(x: Tensor, group: ProcessGroup) -> Tensor:
     out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
     dist.all_gather_single(out, x.contiguous(), group=group)
     return out
-
-
-def _add_parts(parts: Tensor) -> Tensor:
-    total = wide(parts[0]).clone()
-    for part in parts[1:]:
-        total += part
-    return total.to(parts.dtype)
 
 
 def gather_columns(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -158,5 +163,31 @@ def _own_experts(place: int, size: int) -> Dispatch:
         out = torch.zeros_like(rows)
         out[before : before + here] = experts(rows[before : before + here], sizes[own])
         return combine_rows(out, order, weights)
+
+    return dispatch
+
+
+def _spread_experts(layer: MixtureOfExperts, over: DeviceMesh) -> None:
+    """Spread whole experts over all processes."""
+    for key, weight in list(layer.experts.named_parameters(recurse=False)):
+        cut = distribute_tensor(weight.detach(), over, [Shard(0)], src_data_rank=None)
+        layer.experts._parameters[key] = nn.Parameter(cut, requires_grad=weight.requires_grad)
+    layer.dispatch = _whole_experts(over.get_group())
+
+
+def _whole_experts(group: ProcessGroup) -> Dispatch:
+    """Return a dispatch that computes the rows of this process's experts, and adds up every token's from all."""
+    size, place = group.size(), group.rank()
+
+    def dispatch(x: Tensor, chosen: Tensor, weights: Tensor, experts: GroupedExperts, count: int) -> Tensor:
+        rows, order, sizes = permute_rows(x, chosen, count)
+        of_each = sizes.view(size, -1)
+        counts = of_each.sum(1).tolist()
+        before = sum(counts[:place])
+        own = rows.new_zeros(max(counts), rows.shape[1])
+        own[: counts[place]] = experts(rows[before : before + counts[place]], of_each[place])
+        parts = _gather(own, group).unflatten(0, (size, -1))
+        whole = torch.cat([part[:number] for part, number in zip(parts, counts, strict=True)])
+        return combine_rows(whole, order, weights)
 
     return dispatch

@@ -41,6 +41,7 @@ class Layout(Config):
     recompute: Literal["none", "selective", "full"] = "none"  # activations that the backward pass computes again
     recompute_every: int = Field(1, gt=0)  # of the layers, which ones
     compile: bool = False  # torch.compile of each layer (not with tp, cp or ep, nor with experts)
+    exact: bool = False  # training and inference under the same tp give a token the same bits (not with pp or cp)
 
     @property
     def context(self) -> int:
@@ -143,6 +144,10 @@ def _objection(layout: Layout, processes: int, shape: Shape) -> str | None:
         (
             layout.compile and (layout.tp * layout.context * layout.ep > 1 or model.experts is not None),
             "compile works for whole dense layers: without experts, tp, cp and ep",
+        ),
+        (
+            layout.exact and (layout.pp * layout.context > 1 or layout.compile),
+            "exact is for the axes dp, fsdp, tp and ep: without pp, cp and compile",
         ),
         *_expert_checks(layout, model),
     ]

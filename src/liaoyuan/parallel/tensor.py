@@ -19,7 +19,13 @@ from liaoyuan.models import Decoder
 from liaoyuan.models.experts import MixtureOfExperts
 from liaoyuan.ops import LogitStatistics, ReadLogits, logit_statistics, merge_statistics, pack, unpack, wide
 from liaoyuan.parallel.chunked import gather_linear, linear_scatter
-from liaoyuan.parallel.collectives import gather_rows, replicated_sum, scatter_sum
+from liaoyuan.parallel.collectives import (
+    gather_rows,
+    ordered_scatter_sum,
+    replicated_rows,
+    replicated_sum,
+    scatter_sum,
+)
 from liaoyuan.parallel.fsdp import copies
 from liaoyuan.parallel.mesh import Mesh
 
@@ -46,17 +52,26 @@ def placement(name: str, more: Table = ()) -> Placement:
 
 
 def apply_tensor_parallel(model: Decoder, mesh: Mesh) -> None:
-    """Cut the weights of `model` over the axis tp and put the exchanges around its layers, in place."""
-    group = mesh.group("tp")
+    """Cut the weights of `model` over the axis tp and put the exchanges around its layers, in place.
+
+    Where the layout is exact, sums are added as inference adds them, of products whose rows do not depend on each
+    other, and each process reads the logits of its own tokens with the whole head.
+    """
+    group, exact = mesh.group("tp"), mesh.layout.exact
     cut_weights(model, mesh)
-    exchange = _chunked if mesh.layout.overlap else _surround
+    add_up = ordered_scatter_sum if exact else scatter_sum
     for layer in model.layers:
-        exchange(layer.self_attn, group)
+        parts = [layer.self_attn]
         if not isinstance(layer.mlp, MixtureOfExperts):  # experts take their tokens where they are
-            exchange(layer.mlp, group)
+            parts.append(layer.mlp)
+        for part in parts:
+            if mesh.layout.overlap and not exact:
+                _chunked(part, group)
+            else:
+                _surround(part, group, add_up)
     if hasattr(model, "embed_tokens"):
         cut_vocabulary(model.embed_tokens, group, scatter_sum)
-    model.read_logits = cut_head(group, gather_rows, replicated_sum)
+    model.read_logits = _whole_head(group) if exact else _cut_head(group)
 
 
 def cut_weights(model: Decoder, mesh: Mesh, more: Table = ()) -> None:
@@ -77,14 +92,14 @@ def weights_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
                 yield module, key, f"{path}.{key}" if path else key
 
 
-def _surround(module: Any, group: ProcessGroup) -> None:
+def _surround(module: Any, group: ProcessGroup, add_up: AddUp) -> None:
     """Let `module` see all tokens and hand back its own part of the sum of all outputs."""
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return gather_rows(inputs[0], group), *inputs[1:]
 
     def after(_: nn.Module, __: Any, out: Tensor) -> Tensor:
-        return scatter_sum(out, group)
+        return add_up(out, group)
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
@@ -118,11 +133,21 @@ def cut_vocabulary(embedding: nn.Module, group: ProcessGroup, add_up: AddUp) -> 
     embedding.forward = forward
 
 
-def cut_head(group: ProcessGroup, whole: AddUp | None, add_up: AddUp) -> ReadLogits:
-    """Return `logit_statistics` for a head whose rows are spread over the processes, each of which reads its own.
-
-    whole: gathers the hidden states of all processes; None: each has them all.
+def _whole_head(group: ProcessGroup) -> ReadLogits:
+    """Return `logit_statistics` for a head whose rows are spread over the processes, each of which gathers them all to
+    read its own tokens: no sum over the vocabulary is merged from parts.
     """
+
+    def read(hidden: Tensor, head: Tensor, targets: Tensor, moments: bool = False) -> LogitStatistics:
+        own = targets.unflatten(0, (group.size(), -1))[group.rank()]
+        found = logit_statistics(hidden, gather_rows(head, group), own, moments)
+        return LogitStatistics(*(replicated_rows(values, group) if len(values) else values for values in found))
+
+    return read
+
+
+def _cut_head(group: ProcessGroup) -> ReadLogits:
+    """Return `logit_statistics` for a head whose rows are spread over the processes, each of which reads its own."""
 
     def highest(x: Tensor) -> Tensor:
         found = x.clone()
@@ -131,8 +156,8 @@ def cut_head(group: ProcessGroup, whole: AddUp | None, add_up: AddUp) -> ReadLog
 
     def read(hidden: Tensor, head: Tensor, targets: Tensor, moments: bool = False) -> LogitStatistics:
         first, vocabulary = _first_row(len(head), group), len(head) * group.size()
-        own = logit_statistics(whole(hidden, group) if whole else hidden, head, targets, moments, first, vocabulary)
-        return merge_statistics(own, highest, lambda x: add_up(x, group))
+        own = logit_statistics(gather_rows(hidden, group), head, targets, moments, first, vocabulary)
+        return merge_statistics(own, highest, lambda x: replicated_sum(x, group))
 
     return read
 
