@@ -191,6 +191,20 @@ def test_hidden_states_are_whole_and_no_part_of_a_model_waits_for_the_others(fol
     assert "a cache that all of them know" in refusals[3]
 
 
+def drop_in_between(leader: Leader) -> tuple[list[Completion], list[Completion]]:
+    """Return answers before and after the last reference to a cache goes in the middle of a call."""
+    kept = [leader.new_cache(4, 4)]
+    hook = leader.model.layers[1].register_forward_pre_hook(lambda *_: kept.clear())
+    before, after = (generate(leader, SIZES, asked())[0] for _ in range(2))
+    hook.remove()
+    return before, after
+
+
+def test_a_cache_that_goes_in_the_middle_of_a_call_stops_nobody(folder_of: Callable[[str], Path]) -> None:
+    before, after = on_ranks(2, folder_of("dense"), Layout(tp=2), drop_in_between)
+    assert before == after
+
+
 def update(leader: Leader, folders: list[Path]) -> list[list[Completion] | str]:
     """Return the answers, or the refusal, after an update by each of the folders."""
     engine, found = Engine(leader.model, SIZES, memory=leader), []

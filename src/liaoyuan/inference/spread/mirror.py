@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +65,7 @@ class Leader:
         self._program, self._control, self._part = program, control, Part(program, control)
         self._turn = threading.RLock()
         self._caches, self._inside = 0, 0  # how many there were; the thread that makes an announced call
+        self._unneeded: list[int] = []  # numbers of caches to be dropped
         self._forward = self.model.forward
         self.model.forward = self._call  # type: ignore[method-assign,assignment]
         for part in (self.model.embed_tokens, *self.model.layers):
@@ -84,7 +86,7 @@ class Leader:
             cache = SharedCache(model.config, num_blocks, block_size, self._program.device, model.key_value_heads)
             cache.number, cache.announce = number, self._announce
             self._caches += 1
-        weakref.finalize(cache, self._drop, number)
+        weakref.finalize(cache, self._unneeded.append, number)  # when that is, in the middle of a call, is not ours
         return cache
 
     def checked(self, weights: Weights) -> Mapping[str, Tensor]:
@@ -151,11 +153,9 @@ class Leader:
         with self._turn:
             if self.failure:
                 raise LiaoyuanError(f"The processes of this model do not work together any more: {self.failure}.")
-            self._together(lambda: send(kind, tensors, self._control))
-
-    def _drop(self, number: int) -> None:
-        if not self.failure:
-            self._announce(Call.DROP, [torch.tensor([number])])
+            dropped = [(Call.DROP, [torch.tensor([self._unneeded.pop()])]) for _ in range(len(self._unneeded))]
+            for message in (*dropped, (kind, tensors)):
+                self._together(partial(send, *message, self._control))
 
     def _together(self, work: Callable[[], Result]) -> Result:
         try:
