@@ -181,7 +181,7 @@ def test_a_proof_is_kept_for_the_same_weights(tmp_path, monkeypatch: pytest.Monk
 
 def test_doctor_shows_the_proof_and_its_status_says_the_verdict(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(model_of("dense"), tmp_path / "model", None)
-    monkeypatch.setattr("liaoyuan.inference.exactness.proof.prove.__defaults__", (QUICK, silent))
+    monkeypatch.setattr("liaoyuan.inference.exactness.proof.prove.__defaults__", (QUICK, silent, None))
     told = CliRunner().invoke(app, ["doctor", "--exact", str(tmp_path / "model")])
     assert told.exit_code == 0 and "Exact: all" in told.stdout and "speculation" in told.stdout
     ops.configure({"attention": "reference"})

@@ -47,10 +47,13 @@ def asked() -> list[Request]:
 
 def on_ranks(size: int, folder: Path, layout: Layout, job: Callable[..., Any], *arguments: Any) -> Any:
     """Return what `job(leader, *arguments)` gives in the first of `size` processes, which the others follow."""
-    return run(size, _on_ranks, folder, layout, job, arguments)[0]
+    return run(size, work_together, folder, layout, job, arguments)[0]
 
 
-def _on_ranks(world: World, folder: Path, layout: Layout, job: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def work_together(
+    world: World, folder: Path, layout: Layout, job: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Any:
+    """Return what `job(leader, *arguments)` gives in the first process, which this one follows otherwise."""
     config = read_config(folder)
     world = world.arrange(check_inference(layout, config))
     with torch.device("meta"):

@@ -66,6 +66,12 @@ def test_a_killed_follower_ends_the_server_with_a_sentence(model_folder: Path) -
         assert server.stderr and "Process 1 of 2 of the model was killed by SIGKILL" in server.stderr.read()
 
 
+def test_a_layout_is_proven_exact_before_it_serves(model_folder: Path) -> None:
+    with serve(model_folder, "--tp", "2", "--exact") as (_, api):
+        health = httpx.get(api + "/health", timeout=60, trust_env=False).json()
+    assert health["exact"] is True and health["layout"] == "tp 2"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks up processes in /proc")
 def test_followers_end_with_their_leader_however_it_ends(model_folder: Path) -> None:
     for how, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 0)):

@@ -38,15 +38,19 @@ def doctor(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the model for --exact (none: its own).")] = None,
     device: Annotated[str, typer.Option(help="Where --exact computes.")] = "cpu",
+    tp: Annotated[int, typer.Option(min=1, metavar="N", help="Processes over which --exact spreads it.")] = 1,
+    ep: Annotated[int, typer.Option(min=1, metavar="N", help="Of these, how many share the experts in training.")] = 1,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
 ) -> None:
     """Show devices, kernels, threads, measured rates, and what is missing. With --exact: exit status 1 if not exact."""
     if exact is not None:
         from liaoyuan.cli.doctor_exact import show_proof
 
-        if not show_proof(exact, dtype, device, json):
+        if not show_proof(exact, dtype, device, json, tp, ep):
             raise typer.Exit(1)
         return
+    if tp * ep > 1:
+        raise LiaoyuanError("--tp and --ep are the layout of a proof: they need --exact MODEL.")
     if part is Part.OPS:
         show_operators(measured_kernels(), json)
         return

@@ -1,28 +1,53 @@
 """`liaoyuan doctor --exact MODEL`: whether a model's log-probabilities have the same bits however it is computed."""
 
 import json as json_text
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from liaoyuan.inference import Proof
+    from liaoyuan.rundir import Report
 
 
-def show_proof(folder: Path, dtype: str | None, device: str, json: bool) -> bool:
-    """Prove the model of a folder exact, print the proof, and return whether it is."""
+def show_proof(folder: Path, dtype: str | None, device: str, json: bool, tp: int = 1, ep: int = 1) -> bool:
+    """Prove the model of a folder exact, over `tp` processes if there are several, print the proof, and return whether
+    it is.
+    """
     from liaoyuan.cli.progress import bar
-    from liaoyuan.compute.subject import open_model
-    from liaoyuan.device import select_device
-    from liaoyuan.inference import prove
 
-    model, _ = open_model(folder, select_device(device).torch, dtype)
     with bar("exact", quiet=json) as report:
-        proof = prove(model.eval(), report=report)
+        if tp * ep == 1:
+            proof = _proof(folder, dtype, device, report)
+        else:
+            proof = _spread(folder, dtype, device, report, tp, ep)
     if json:
         print(json_text.dumps(proof_values(proof), indent=2))
     else:
         _show(proof)
     return proof.exact
+
+
+def _proof(folder: Path, dtype: str | None, device: str, report: "Report") -> "Proof":
+    from liaoyuan.compute.subject import open_model
+    from liaoyuan.device import select_device
+    from liaoyuan.inference import prove
+
+    model, _ = open_model(folder, select_device(device).torch, dtype)
+    return prove(model.eval(), report=report)
+
+
+def _spread(folder: Path, dtype: str | None, device: str, report: "Report", tp: int, ep: int) -> "Proof":
+    """Prove it in the processes that would serve it."""
+    from liaoyuan.compute.subject import check_dtype
+    from liaoyuan.inference import FULL, prove
+    from liaoyuan.inference.spread.ranks import open_ranks
+    from liaoyuan.parallel import Layout
+
+    name = check_dtype(dtype) if dtype else None
+    layout = Layout(tp=tp, ep=ep, fsdp=1, exact=True)
+    with open_ranks(folder, layout, device, lambda why: print(why, file=sys.stderr), dtype=name) as leader:
+        return prove(leader.model, FULL, report, leader)
 
 
 def proof_values(proof: "Proof") -> dict[str, Any]:
@@ -35,6 +60,8 @@ def proof_values(proof: "Proof") -> dict[str, Any]:
         "kernels": proof.kernels,
         "loose": proof.loose,
         "operator": proof.operator,
+        "layout": proof.layout,
+        "against": proof.against,
         "paths": rows,
     }
 
@@ -45,7 +72,7 @@ def _show(proof: "Proof") -> None:
 
     threads = sorted({result.threads for result in proof.results})
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column(f"compared with training, {proof.dtype}")
+    table.add_column(f"compared with {proof.against}, {proof.dtype}")
     for number in threads:
         table.add_column(f"{number} thread{'s' if number > 1 else ''}")
     cells = {(result.path, result.threads): _cell(result) for result in proof.results}

@@ -103,8 +103,6 @@ def serve(
     from liaoyuan.parallel import Layout
     from liaoyuan.serving import LOOPBACK, Access, Sides, open_front, open_server, read_keys
 
-    if exact and tp > 1:
-        raise LiaoyuanError("--exact is proven of a model in one process: leave out --tp, or --exact.")
     if bool(prefill) != bool(decode):
         raise LiaoyuanError("--prefill and --decode go together: say how many processes each side has, say 1 and 1.")
     if prefill and (tp > 1 or ep > 1 or replicas > 1):
@@ -133,7 +131,7 @@ def serve(
         exact=exact or None,
     )
     few_bits, adapters = quantisation_named(quantise), _adapters(lora or [])
-    layout = Layout(tp=tp, ep=ep, fsdp=1)
+    layout = Layout(tp=tp, ep=ep, fsdp=1, exact=exact)
     if replicas > 1:
         threads = threads_of_each(replicas)
         server = open_front(model, replica_command(), replicas, layout, threads, host, port, access.max_body_bytes)

@@ -44,10 +44,10 @@ class Engine:
         self,
         model: Decoder,
         config: EngineConfig = EngineConfig(),
-        draft: Decoder | None = None,
+        draft: Decoder | Drafter | None = None,
         memory: Memory | None = None,
     ) -> None:
-        """draft: a small model of the same vocabulary that guesses next tokens.
+        """draft: a small model of the same vocabulary that guesses next tokens, or whatever else does.
 
         memory: where the model's weights and its cache lie, if not in this process alone.
         """
@@ -59,7 +59,7 @@ class Engine:
         if config.exact:
             from liaoyuan.inference.exactness.proof import require_exact  # which itself runs engines
 
-            require_exact(model)
+            require_exact(model, memory)
         self.model, self.config = model, config
         self.state: State = "ready"
         self._device = model.embed_tokens.weight.device
@@ -333,7 +333,9 @@ class Engine:
         return self._memory.checksum()
 
     def statistics(self) -> dict[str, Any]:
-        """Return counts: what runs and waits now, blocks, and totals since the start; and whether it is exact."""
+        """Return counts: what runs and waits now, blocks, and totals since the start; whether it is exact, and in which
+        layout over processes.
+        """
         scheduler = self._scheduler
         return {
             "running": len(scheduler.running),
@@ -352,6 +354,7 @@ class Engine:
             "guessed_tokens": self._speculation.guessed if self._speculation else 0,
             "guessed_right": self._speculation.right if self._speculation else 0,
             "exact": "not proven" if self.config.exact is None else self.config.exact,
+            "layout": self._memory.describe(),
         }
 
     def _run(self, total: int, report: Report) -> dict[RequestId, Completion]:
@@ -409,11 +412,13 @@ class Engine:
     def _new_cache(self) -> KeyValueCache:
         return self._memory.new_cache(self.pool.size, self.config.block_size)
 
-    def _new_drafter(self, draft: Decoder | None, is_whole: bool) -> Drafter | None:
+    def _new_drafter(self, draft: Decoder | Drafter | None, is_whole: bool) -> Drafter | None:
         """is_whole: whether all of the model is in this process."""
         config, table = self.config, self._scheduler.table
         if draft is not None and config.speculate == "mtp":
             raise LiaoyuanError("A draft model and speculate='mtp' both guess: leave out one of them.")
+        if draft is not None and not isinstance(draft, Decoder):
+            return draft
         if draft is not None:
             sizes = (self.pool.size, config.max_batch_tokens)
             return DraftModel(draft, self.model.config.vocab_size, table, *sizes, self._drawing.guess)

@@ -8,7 +8,7 @@ from liaoyuan.parallel.fsdp import copies, full_weights, local, own_block
 from liaoyuan.parallel.inference import check_inference, lay_out_inference
 from liaoyuan.parallel.layout import Layout, Shape, resolve
 from liaoyuan.parallel.owners import Owners
-from liaoyuan.parallel.program import Program, lay_out
+from liaoyuan.parallel.program import Program, lay_out, take_part
 from liaoyuan.parallel.traffic import Sent, Traffic, record_traffic
 from liaoyuan.parallel.world import World, start
 
@@ -31,4 +31,5 @@ __all__ = [
     "record_traffic",
     "resolve",
     "start",
+    "take_part",
 ]

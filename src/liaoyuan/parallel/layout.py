@@ -113,6 +113,10 @@ def _objection(layout: Layout, processes: int, shape: Shape) -> str | None:
     checks = [
         (total != processes, f"its axes make {total} processes, but there are {processes}"),
         (
+            layout.exact and (layout.pp * layout.context > 1 or layout.compile),
+            "exact is for the axes dp, fsdp, tp and ep: without pp, cp and compile",
+        ),
+        (
             shape.rows % (layout.dp * layout.fsdp * shape.microbatches) != 0,
             f"the {shape.rows} rows of a batch cannot be divided into {shape.microbatches} microbatches on each of "
             f"{layout.dp * layout.fsdp} data-parallel processes",
@@ -144,10 +148,6 @@ def _objection(layout: Layout, processes: int, shape: Shape) -> str | None:
         (
             layout.compile and (layout.tp * layout.context * layout.ep > 1 or model.experts is not None),
             "compile works for whole dense layers: without experts, tp, cp and ep",
-        ),
-        (
-            layout.exact and (layout.pp * layout.context > 1 or layout.compile),
-            "exact is for the axes dp, fsdp, tp and ep: without pp, cp and compile",
         ),
         *_expert_checks(layout, model),
     ]

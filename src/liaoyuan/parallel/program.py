@@ -73,12 +73,10 @@ class Program:
     def initialise(self, seed: int) -> "Program":
         """Fill the weights as `models.initialise` does, drawing whole tensors one by one and keeping one's own part."""
         own = dict(self.named_parameters())
+        for name, value in initial_weights(self.config, seed):
+            if name in own:
+                take_part(own[name], value)
         with torch.no_grad():
-            for name, value in initial_weights(self.config, seed):
-                if name in own:
-                    for dim, (start, size) in enumerate(zip(*own_block(own[name]), strict=True)):
-                        value = value.narrow(dim, start, size)
-                    local(own[name].detach()).copy_(value)
             for buffer in (buffer for model in self.models for buffer in model.buffers()):
                 buffer.zero_()
         return self
@@ -255,6 +253,14 @@ class GradientSums:
         """Give each weight its sum, if there is one."""
         for weight, total in self._sums.items():
             weight.grad = total
+
+
+@torch.no_grad()
+def take_part(own: Tensor, whole: Tensor) -> None:
+    """Copy this process's part of a whole tensor into its own, which may be a DTensor."""
+    for dim, (start, size) in enumerate(zip(*own_block(own), strict=True)):
+        whole = whole.narrow(dim, start, size)
+    local(own.detach()).copy_(whole)
 
 
 def lay_out(model: Decoder, layout: Layout, world: World) -> Program:

@@ -10,12 +10,15 @@ Sums = dict[str, float]
 
 
 def total_health(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the sum of all counts; `version` is the lowest."""
+    """Return the sum of all counts; `version` is the lowest, and `exact` what all say alike."""
     total: dict[str, Any] = {}
     for state in states:
         for name, value in state.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and name != "pid":
                 total[name] = total.get(name, 0) + value
+    said = {str(state["exact"]): state["exact"] for state in states if "exact" in state}
+    if said:
+        total["exact"] = next(iter(said.values())) if len(said) == 1 else False
     versions = [state["version"] for state in states if "version" in state]
     return {**total, "version": min(versions)} if versions else total
 

@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.engine import Engine
+from liaoyuan.inference.exactness.subject import Subject
 from liaoyuan.inference.request import Completion, Request, SamplingParams
-from liaoyuan.inference.sizes import EngineConfig
-from liaoyuan.models import Decoder, packed_context
+from liaoyuan.inference.sequence import Sequence as Running
 
 SEED = 20_000  # of the samples of the first probe
 CHUNKS = 32  # of a prompt at most
@@ -65,17 +64,21 @@ Found = list[np.ndarray]  # of each probe: fp32, the log-probability of every to
 
 @dataclass(frozen=True)
 class Path:
-    """A way to compute the log-probabilities of probes; a run raises `NotMetError` if it was not gone."""
+    """A way to compute the log-probabilities of probes; a run raises `NotMetError` if it was not gone.
+
+    learns: it is training's forward.
+    """
 
     name: str
-    run: Callable[[Decoder, Sequence[Probe]], Found]
+    run: Callable[[Subject, Sequence[Probe]], Found]
+    learns: bool = False
 
 
 class NotMetError(LiaoyuanError):
     """What a path is about did not happen: nobody was preempted, or nothing was found in the cache."""
 
 
-def draw_probes(model: Decoder, extent: Extent) -> list[Probe]:
+def draw_probes(subject: Subject, extent: Extent) -> list[Probe]:
     """Return prompts of random tokens with what the engine samples after them, one request at a time.
 
     No two prompts have a token at the same place, if the vocabulary is large enough.
@@ -83,15 +86,15 @@ def draw_probes(model: Decoder, extent: Extent) -> list[Probe]:
     Raises:
         LiaoyuanError: the model's context is too short.
     """
-    room = model.config.max_position_embeddings - extent.tokens
+    room = subject.model.config.max_position_embeddings - extent.tokens
     lengths = sorted({length for length in extent.lengths if length <= room})
     if not lengths:
         raise LiaoyuanError(f"A proof needs a context of {extent.tokens + 1} tokens, but the model has {room}.")
-    vocabulary = model.config.vocab_size
+    vocabulary = subject.model.config.vocab_size
     base = np.random.default_rng(0).integers(0, vocabulary, max(lengths))
     prompts = [tuple(((base[:length] + place) % vocabulary).tolist()) for place, length in enumerate(lengths)]
     probes = [Probe(prompt, (0,) * extent.tokens, SEED + place) for place, prompt in enumerate(prompts)]
-    engine = _engine(model, max_sequences=1)
+    engine = subject.engine(max_sequences=1)
     drawn = [engine.generate([_request(probe)])[0] for probe in probes]
     return [replace(probe, tokens=tuple(one.tokens)) for probe, one in zip(probes, drawn, strict=True)]
 
@@ -99,8 +102,8 @@ def draw_probes(model: Decoder, extent: Extent) -> list[Probe]:
 def paths_of(extent: Extent) -> list[Path]:
     """Return all paths, in the order in which they build on each other."""
     paths = [
-        Path("training, packed", lambda model, probes: teacher_forcing(model, probes, alone=False, learns=True)),
-        Path("scoring, alone", lambda model, probes: teacher_forcing(model, probes, alone=True, learns=False)),
+        Path("training, packed", lambda subject, probes: teacher_forcing(subject, probes, False, learns=True), True),
+        Path("scoring, alone", lambda subject, probes: teacher_forcing(subject, probes, True, learns=False)),
         Path("prefill, alone", _prefill),
         Path(f"prefill, {len(extent.lengths)} prompts at once", _prefill_together),
     ]
@@ -111,29 +114,12 @@ def paths_of(extent: Extent) -> list[Path]:
             Path("after preemption", _preempted), Path("speculation", _speculation)]  # fmt: skip
 
 
-def teacher_forcing(model: Decoder, probes: Sequence[Probe], alone: bool, learns: bool) -> Found:
-    """Return log-probabilities of training's forward, with a graph for gradients if it `learns`."""
-    found: Found = []
-    groups = [[probe] for probe in probes] if alone else [list(probes)]
-    with torch.set_grad_enabled(learns):
-        for group in groups:
-            lengths = [len(probe.text) - 1 for probe in group]
-            device = model.embed_tokens.weight.device
-            positions, context = packed_context(lengths, device)
-            tokens, targets = (
-                torch.tensor([token for probe in group for token in part(probe.text)], device=device)
-                for part in (lambda text: text[:-1], lambda text: text[1:])
-            )
-            log_probs = model(tokens, positions, context, targets=targets).detach().float().cpu()
-            found += [part.numpy() for part in log_probs.split(lengths)]
-    return found
-
-
-def _engine(model: Decoder, draft: Decoder | None = None, **sizes: int) -> Engine:
-    room = model.config.max_position_embeddings
-    known = {"max_batch_tokens": 2048, "cache_tokens": 4 * room + 4096} | sizes
-    with torch.inference_mode():
-        return Engine(model, EngineConfig(**known), draft)
+def teacher_forcing(subject: Subject, probes: Sequence[Probe], alone: bool, learns: bool) -> Found:
+    """Return log-probabilities of training's forward, or without gradients of scoring's, if it does not learn."""
+    texts = [probe.text for probe in probes]
+    if alone:
+        return [found for text in texts for found in subject.score([text], learns)]
+    return subject.score(texts, learns)
 
 
 def _request(probe: Probe, name: int = 0, scored: bool = True) -> Request:
@@ -166,20 +152,20 @@ def _found(probe: Probe, completion: Completion) -> np.ndarray:
     return values
 
 
-def _prefill(model: Decoder, probes: Sequence[Probe]) -> Found:
-    engine = _engine(model, max_sequences=1)
+def _prefill(subject: Subject, probes: Sequence[Probe]) -> Found:
+    engine = subject.engine(max_sequences=1)
     return [_generate(engine, [_as_prompt(probe)])[0] for probe in probes]
 
 
-def _prefill_together(model: Decoder, probes: Sequence[Probe]) -> Found:
-    return _generate(_engine(model, max_sequences=64), [_as_prompt(probe) for probe in probes])
+def _prefill_together(subject: Subject, probes: Sequence[Probe]) -> Found:
+    return _generate(subject.engine(max_sequences=64), [_as_prompt(probe) for probe in probes])
 
 
-def _in_chunks(size: int) -> Callable[[Decoder, Sequence[Probe]], Found]:
+def _in_chunks(size: int) -> Callable[[Subject, Sequence[Probe]], Found]:
     """Prompts of so many chunks at most: more steps of few tokens would take long and show nothing new."""
 
-    def run(model: Decoder, probes: Sequence[Probe]) -> Found:
-        engine = _engine(model, max_sequences=1, max_batch_tokens=size)
+    def run(subject: Subject, probes: Sequence[Probe]) -> Found:
+        engine = subject.engine(max_sequences=1, max_batch_tokens=size)
         chosen = [probe for probe in probes if len(probe.text) <= CHUNKS * size]
         left = [np.full(len(probe.text) - 1, np.nan, dtype=np.float32) for probe in probes[len(chosen) :]]
         return _generate(engine, [_as_prompt(probe) for probe in chosen]) + left
@@ -187,25 +173,25 @@ def _in_chunks(size: int) -> Callable[[Decoder, Sequence[Probe]], Found]:
     return run
 
 
-def decode(batch: int) -> Callable[[Decoder, Sequence[Probe]], Found]:
+def decode(batch: int) -> Callable[[Subject, Sequence[Probe]], Found]:
     """Return the way that continues so many prompts at a time."""
 
-    def run(model: Decoder, probes: Sequence[Probe]) -> Found:
-        engine = _engine(model, max_sequences=batch)
+    def run(subject: Subject, probes: Sequence[Probe]) -> Found:
+        engine = subject.engine(max_sequences=batch)
         parts = [probes[start : start + batch] for start in range(0, len(probes), batch)]
         return [found for part in parts for found in _generate(engine, part)]
 
     return run
 
 
-def _mixed(model: Decoder, probes: Sequence[Probe]) -> Found:
+def _mixed(subject: Subject, probes: Sequence[Probe]) -> Found:
     """Few places and a small budget: who decodes shares every step with whose prompt is still being read."""
-    return _generate(_engine(model, max_sequences=4, max_batch_tokens=24), probes)
+    return _generate(subject.engine(max_sequences=4, max_batch_tokens=24), probes)
 
 
-def _prefix_hit(model: Decoder, probes: Sequence[Probe]) -> Found:
+def _prefix_hit(subject: Subject, probes: Sequence[Probe]) -> Found:
     """The same prompts again, when the cache has them; without their own log-probabilities, which nobody computes."""
-    engine = _engine(model, max_sequences=64)
+    engine = subject.engine(max_sequences=64)
     _generate(engine, probes, scored=False)
     found = _generate(engine, probes, scored=False, keep_prefixes=True)
     if not engine.statistics()["prefix_hit_tokens"]:
@@ -213,23 +199,45 @@ def _prefix_hit(model: Decoder, probes: Sequence[Probe]) -> Found:
     return found
 
 
-def _preempted(model: Decoder, probes: Sequence[Probe]) -> Found:
+def _preempted(subject: Subject, probes: Sequence[Probe]) -> Found:
     """A cache that all cannot grow in: some give way, and are computed again when there is room."""
     needed = sum(-(-len(probe.text) // SMALL_BLOCK) for probe in probes)
     longest = max(-(-len(probe.text) // SMALL_BLOCK) for probe in probes)
     for share in SHARES:
         tokens = SMALL_BLOCK * max(longest, int(share * needed))
-        engine = _engine(model, max_sequences=64, block_size=SMALL_BLOCK, cache_tokens=tokens)
+        engine = subject.engine(max_sequences=64, block_size=SMALL_BLOCK, cache_tokens=tokens)
         found = _generate(engine, probes)
         if engine.statistics()["preemptions"]:
             return found
     raise NotMetError("nobody was preempted")
 
 
-def _speculation(model: Decoder, probes: Sequence[Probe]) -> Found:
-    """The model guesses for itself, so that guesses are right and many tokens come in one step."""
-    engine = _engine(model, model, max_sequences=4)
+def _speculation(subject: Subject, probes: Sequence[Probe]) -> Found:
+    """The model guesses for itself, so that guesses are right and many tokens come in one step; over several processes
+    somebody who knows the tokens guesses."""
+    engine = subject.engine(_Known(probes) if subject.leader else subject.model, max_sequences=4)
     found = _generate(engine, probes)
     if not engine.statistics()["guessed_right"]:
         raise NotMetError("no guess was right")
     return found
+
+
+class _Known:
+    """A `speculation.Drafter` that knows what will come."""
+
+    def __init__(self, probes: Sequence[Probe]) -> None:
+        self._texts, self._of_slot = [np.array(probe.text) for probe in probes], dict[int, np.ndarray]()
+
+    def start(self, sequence: Running) -> None:
+        self._of_slot[sequence.slot] = self._texts[int(sequence.request.id)]
+
+    def drop(self) -> None:
+        """There is nothing to spare."""
+
+    def guess(self, slots: np.ndarray, lengths: np.ndarray, most: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        found = np.zeros(len(slots), dtype=np.int64)
+        for place, (slot, length, count) in enumerate(zip(slots, lengths, most, strict=True)):
+            guesses = self._of_slot[int(slot)][length : length + count]
+            tokens[slot, length : length + len(guesses)] = guesses
+            found[place] = len(guesses)
+        return found

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -31,10 +31,16 @@ from liaoyuan.inference.exactness.paths import (
     paths_of,
     teacher_forcing,
 )
+from liaoyuan.inference.exactness.subject import Subject
 from liaoyuan.inference.exactness.trace import first_difference, operators_of
+from liaoyuan.inference.spread.memory import Memory
+from liaoyuan.inference.spread.mirror import Leader
 from liaoyuan.models import Decoder
 from liaoyuan.ops.build import cache_folder, library_path
 from liaoyuan.rundir import Progress, Report, silent, write_atomic
+
+TRAINING = "training"
+WHOLE_TEXTS = "the model's own forward over whole texts"
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class Proof:
     kernels: of the operators that were called. loose: those of them whose kernel does not promise that a row's bits are
         its own, such as the references: what they gave here is no proof for other batches.
     operator: the first whose bits differ, with its module, where any path's do.
+    layout: of the processes over which the model is spread; "" for one.
+    against: with what the paths were compared.
     """
 
     results: tuple[Result, ...]
@@ -71,6 +79,8 @@ class Proof:
     kernels: dict[str, str]
     loose: tuple[str, ...] = ()
     operator: str = ""
+    layout: str = ""
+    against: str = TRAINING
 
     @property
     def exact(self) -> bool:
@@ -81,7 +91,8 @@ class Proof:
     def verdict(self) -> str:
         """A sentence that says what was proven, or what is against it."""
         if self.exact:
-            return f"Exact: all {sum(result.compared for result in self.results)} log-probabilities have the same bits."
+            total = sum(result.compared for result in self.results)
+            return f"Exact{self._where}: all {total} log-probabilities have the same bits."
         wrong = next((result for result in self.results if not result.equal), None)
         if wrong is None:
             return (
@@ -93,75 +104,123 @@ class Proof:
             return f"Not proven: {where}: {wrong.reason}."
         blame = f" The first operator whose bits differ is {self.operator}." if self.operator else ""
         count = f"{wrong.unequal} of {wrong.compared} log-probabilities differ, by up to {wrong.largest:.1e}"
-        return f"Not exact: {where}: {count}.{blame}"
+        return f"Not exact{self._where}: {where}: {count}.{blame}"
+
+    @property
+    def _where(self) -> str:
+        return f" under {self.layout}" if self.layout else ""
 
 
-def prove(model: Decoder, extent: Extent = FULL, report: Report = silent) -> Proof:
+def prove(model: Decoder, extent: Extent = FULL, report: Report = silent, memory: Memory | None = None) -> Proof:
     """Compare every way to compute `model`'s log-probabilities on this machine with training's forward.
 
     The weights are left as they are. Random tokens are as good as text: no order of summation depends on values.
+
+    Args:
+        memory: where the model lies, if not in this process alone. Training's forward is then that of the same layout
+            over the same processes, or, if training does not know these weights, the model's own over whole texts.
+
+    Raises:
+        LiaoyuanError: the model lies over processes in a layout that is not exact.
     """
-    threads, paths = _threads(model, extent), paths_of(extent)
+    subject = _subject(model, memory)
+    try:
+        return _prove(subject, extent, report)
+    finally:
+        if subject.leader and not subject.leader.failure:
+            subject.leader.end_learning()
+
+
+def _prove(subject: Subject, extent: Extent, report: Report) -> Proof:
+    threads, paths = _threads(subject, extent), paths_of(extent)
+    if subject.leader and not subject.can_learn:
+        paths[0] = replace(paths[0], name="whole texts, packed")
     results, operator = list[Result](), ""
     with _threads_kept():
         torch.set_num_threads(threads[0])
-        probes = draw_probes(model, extent)
-        expected = teacher_forcing(model, probes, alone=True, learns=True)
+        probes = draw_probes(subject, extent)
+        expected = teacher_forcing(subject, probes, alone=True, learns=True)
         for number in threads:
             torch.set_num_threads(number)
             some = slice(None, None, 1 if number == threads[0] else extent.stride)
             for path in paths:
                 report(Progress(len(results), len(threads) * len(paths), "path", path.name))
-                result, wrong = _compare(path, model, probes[some], expected[some], number)
+                result, wrong = _compare(path, subject, probes[some], expected[some], number)
                 results.append(result)
                 if wrong and not operator:
-                    operator = first_difference(model, probes[some], path, wrong)
-        called = operators_of(model, probes[:1], [paths[0], Path("decode", decode(1))])
-    status = [row for row in ops.status(model.embed_tokens.weight.device.type) if row.operator in called]
+                    operator = first_difference(subject, probes[some], path, wrong)
+        called = operators_of(subject, probes[:1], [paths[0], Path("decode", decode(1))])
+    status = [row for row in ops.status(subject.device.type) if row.operator in called]
+    promised = subject.leader.promised() if subject.leader else {row.operator for row in status if row.exact}
+    loose = tuple(row.operator for row in status if row.operator not in promised)
     kernels = {row.operator: row.kernel for row in status}
-    loose = tuple(row.operator for row in status if not row.exact)
-    return Proof(tuple(results), str(model.config.torch_dtype).removeprefix("torch."), kernels, loose, operator)
+    dtype = str(subject.model.config.torch_dtype).removeprefix("torch.")
+    return Proof(tuple(results), dtype, kernels, loose, operator, subject.layout, _against(subject))
 
 
-def require_exact(model: Decoder) -> None:
+def _subject(model: Decoder, memory: Memory | None) -> Subject:
+    leader = memory if isinstance(memory, Leader) else None
+    if leader and not leader.layout.exact:
+        raise LiaoyuanError(
+            f"The layout {leader.layout.describe()} is not exact: lay the model out with exact = true, which keeps "
+            "experts whole as training does."
+        )
+    return Subject(model, leader)
+
+
+def _against(subject: Subject) -> str:
+    if not subject.leader:
+        return TRAINING
+    return f"{TRAINING if subject.can_learn else WHOLE_TEXTS} under {subject.layout}"
+
+
+def require_exact(model: Decoder, memory: Memory | None = None) -> None:
     """Raise LiaoyuanError if it cannot be proven quickly that this model is exact here."""
-    if not (proof := find_proof(model)).exact:
+    if not (proof := find_proof(model, memory=memory)).exact:
         raise LiaoyuanError(
             f"Exact mode was asked for and cannot be had. {proof.verdict} See liaoyuan doctor --exact, or do without "
             "exact mode if the last bits do not matter."
         )
 
 
-def find_proof(model: Decoder, extent: Extent = QUICK) -> Proof:
-    """Return the proof of this model with the threads that it has here, kept from before or made now."""
+def find_proof(model: Decoder, extent: Extent = QUICK, memory: Memory | None = None) -> Proof:
+    """Return the proof of this model with the threads and processes that it has here, kept from before or made now."""
     try:
-        place = cache_folder() / "exact" / f"{_key(model, extent)}.json"
+        place = cache_folder() / "exact" / f"{_key(_subject(model, memory), extent)}.json"
         kept = json.loads(place.read_text(encoding="utf-8"))
         return Proof(**kept | {"results": tuple(Result(**result) for result in kept["results"])})
     except (LiaoyuanError, OSError, ValueError, TypeError, KeyError):
         pass  # there is no folder for it, or no proof in it, or a torn one: made anew
-    proof = prove(model, extent)
+    proof = prove(model, extent, silent, memory)
     with contextlib.suppress(LiaoyuanError, OSError):  # what cannot be kept is proven again the next time
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(place, json.dumps(asdict(proof)))
     return proof
 
 
-def _key(model: Decoder, extent: Extent) -> str:
-    """Return a name of what a proof depends on: weights, kernels (with compiler, torch and processor), threads."""
-    device = model.embed_tokens.weight.device.type
+def _key(subject: Subject, extent: Extent) -> str:
+    """Return a name of what a proof depends on: weights, kernels (with compiler, torch and processor), threads, and the
+    layout over processes.
+    """
+    model, device = subject.model, subject.device.type
     kernels = [f"{row.operator} {row.kernel}" for row in ops.status(device)]
     parts = [repr(model.config), repr(extent), device, str(torch.get_num_threads()), library_path().name, *kernels]
+    if subject.leader:
+        return _digest([*parts, repr(subject.leader.layout), subject.leader.checksum()])
     parts += [f"{name} {tensor.dtype} {ops.checksum(tensor)}" for name, tensor in model.state_dict().items()]
+    return _digest(parts)
+
+
+def _digest(parts: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
 def _compare(
-    path: Path, model: Decoder, probes: Sequence[Probe], expected: Found, threads: int
+    path: Path, subject: Subject, probes: Sequence[Probe], expected: Found, threads: int
 ) -> tuple[Result, list[tuple[int, int]]]:
     """Return a path's result, and the probes and positions after which bits are other ones."""
     try:
-        found = path.run(model, probes)
+        found = path.run(subject, probes)
     except NotMetError as reason:
         return Result(path.name, threads, 0, reason=str(reason)), []
     wanted, given = np.concatenate(expected), np.concatenate(found)
@@ -173,8 +232,9 @@ def _compare(
     return Result(path.name, threads, int(here.sum()), int(differ.sum()), float(gaps.max(initial=0.0))), wrong
 
 
-def _threads(model: Decoder, extent: Extent) -> tuple[int, ...]:
-    on_cpu = model.embed_tokens.weight.device.type == "cpu"
+def _threads(subject: Subject, extent: Extent) -> tuple[int, ...]:
+    """Return with how many threads to compute; processes that share a machine keep those that they have."""
+    on_cpu = subject.device.type == "cpu" and subject.leader is None
     return extent.threads if extent.threads and on_cpu else (torch.get_num_threads(),)
 
 

@@ -21,6 +21,10 @@ from liaoyuan.models import Decoder
 class Memory(Protocol):
     """What an engine asks of it, beside calling the model."""
 
+    def describe(self) -> str:
+        """Return how the model lies over processes, in words."""
+        ...
+
     def new_cache(self, num_blocks: int, block_size: int) -> KeyValueCache:
         """Return a cache with nothing in it."""
         ...
@@ -52,6 +56,9 @@ class OwnMemory:
     def __init__(self, model: Decoder) -> None:
         self._model = model
         self._dropped: dict[str, torch.Size] = {}  # weights whose memory was given back
+
+    def describe(self) -> str:
+        return "one process"
 
     def new_cache(self, num_blocks: int, block_size: int) -> KeyValueCache:
         model = self._model

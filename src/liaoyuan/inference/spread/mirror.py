@@ -19,14 +19,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from liaoyuan import ops
 from liaoyuan.checkpoint import read_weights
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.cache import KeyValueCache, PagedContext
+from liaoyuan.inference.exactness.recorder import Recordings
 from liaoyuan.inference.spread.message import as_text, receive, send, text_tensor
+from liaoyuan.inference.spread.trained import Trained
 from liaoyuan.inference.weights import Weights
 from liaoyuan.models import AttentionContext, Decoder, PackedContext, read_config
 from liaoyuan.ops import LogitStatistics, checksum
-from liaoyuan.parallel import Program, local
+from liaoyuan.parallel import Layout, Program, local
 
 Result = TypeVar("Result")
 
@@ -45,6 +48,11 @@ class Call(IntEnum):
     SUM = 8  # the checksum of all weights
     SLEEP = 9  # without weights
     WAKE = 10
+    LEARN = 11  # training's forward over whole documents: tokens, positions, targets, boundaries
+    FORGET = 12  # training's model
+    RECORD = 13  # what follows, for who looks for a difference: [whether of training's model], text
+    DIFFER = 14  # where two passes that were recorded part
+    PROMISE = 15  # which operators have a kernel that promises exactness
 
 
 class Leader:
@@ -52,6 +60,8 @@ class Leader:
 
     Calls from several threads take turns. If one fails, the processes stand at different places: all later ones are
     refused, and `failure` says why.
+
+    recordings: of this process, see `record`.
     """
 
     def __init__(self, program: Program, control: ProcessGroup, failed: Callable[[str], None]) -> None:
@@ -63,6 +73,8 @@ class Leader:
         self._failed = failed
         self.failure = ""
         self._program, self._control, self._part = program, control, Part(program, control)
+        self._own = Own(program, control)
+        self.recordings = self._own.recordings
         self._turn = threading.RLock()
         self._caches, self._inside = 0, 0  # how many there were; the thread that makes an announced call
         self._unneeded: list[int] = []  # numbers of caches to be dropped
@@ -77,6 +89,9 @@ class Leader:
             return read(*inputs, **options)
 
         self.model.read_logits = read_together
+
+    def describe(self) -> str:
+        return self.layout.describe()
 
     def new_cache(self, num_blocks: int, block_size: int) -> KeyValueCache:
         """Return this process's part of a new cache; the others make theirs, and drop it when this one is dropped."""
@@ -112,6 +127,47 @@ class Leader:
 
     def take_memory(self) -> None:
         self._everywhere(Call.WAKE, self._part.take_memory)
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return self._control.size()
+
+    @property
+    def layout(self) -> Layout:
+        """How the model lies over them."""
+        assert self._program.mesh
+        return self._program.mesh.layout
+
+    @property
+    def can_learn(self) -> bool:
+        """Whether training could take over this model: `learn`."""
+        return self._own.trained.is_known
+
+    def learn(self, tokens: Tensor, positions: Tensor, targets: Tensor, boundaries: Tensor) -> Tensor:
+        """Return what training's forward in this layout gives for whole documents; see `Trained`."""
+        with self._turn:
+            tensors = [tokens, positions, targets, boundaries]
+            self._announce(Call.LEARN, tensors)
+            return self._together(lambda: self._own.trained(*tensors))
+
+    def end_learning(self) -> None:
+        """Give the memory of training's model back."""
+        self._everywhere(Call.FORGET, self._own.trained.drop)
+
+    def record(self, text: Tensor, learns: bool) -> None:
+        """Let each process record what this model, or that of training, gives for a text; see `Recordings`."""
+        with self._turn:
+            self._announce(Call.RECORD, [torch.tensor([learns]).long(), text])
+            self._own.record(learns, text)
+
+    def first_differences(self) -> list[int]:
+        """Return of each process where the two passes that it has recorded part; see `Recordings.end`."""
+        return self._everywhere(Call.DIFFER, self._own.first_differences)
+
+    def promised(self) -> set[str]:
+        """Return the operators whose kernels promise in every process that a row's bits are its own."""
+        return self._everywhere(Call.PROMISE, self._own.promised)
 
     def close(self) -> None:
         """Let the followers end."""
@@ -231,15 +287,46 @@ class Part:
         return {name: local(tensor.detach()) for name, tensor in self._program.named_tensors()}
 
 
+class Own:
+    """What a proof of exactness asks of each process."""
+
+    def __init__(self, program: Program, control: ProcessGroup) -> None:
+        (self._model,) = program.models
+        self._control, self._device = control, program.device
+        self.trained, self.recordings = Trained(program), Recordings(control.rank(), control.size())
+
+    def record(self, learns: bool, text: Tensor) -> None:
+        """Record from now on what the model, or that of training, gives for a text."""
+        self.recordings.begin(self.trained.model if learns else self._model, text, learns)
+
+    def first_differences(self) -> list[int]:
+        """Return where the recordings of each process part."""
+        return self._of_all(torch.tensor([self.recordings.end()])).flatten().tolist()
+
+    def promised(self) -> set[str]:
+        """Return the operators whose kernels are exact in all processes."""
+        rows = ops.status(self._device.type)
+        everywhere = self._of_all(torch.tensor([bool(row.exact) for row in rows]).long()).all(0)
+        return {row.operator for row, is_exact in zip(rows, everywhere.tolist(), strict=True) if is_exact}
+
+    def _of_all(self, values: Tensor) -> Tensor:
+        found = values.new_empty(self._control.size(), len(values))
+        dist.all_gather_single(found.flatten(), values, group=self._control)
+        return found
+
+
 def follow(program: Program, control: ProcessGroup) -> None:
     """Make the leader's calls until it ends them."""
     (model,) = program.models
-    device, part = program.device, Part(program, control)
-    silent = {
+    device, part, own = program.device, Part(program, control), Own(program, control)
+    silent: dict[Call, Callable[[], object]] = {
         Call.TAKE: part.take,
         Call.SUM: part.checksum,
         Call.SLEEP: part.drop_weights,
         Call.WAKE: part.take_memory,
+        Call.FORGET: own.trained.drop,
+        Call.DIFFER: own.first_differences,
+        Call.PROMISE: own.promised,
     }
     caches: dict[int, KeyValueCache] = {}
     while True:
@@ -257,6 +344,10 @@ def follow(program: Program, control: ProcessGroup) -> None:
                 part.read(Path(as_text(head)))
         elif kind in silent:
             silent[Call(kind)]()
+        elif kind == Call.LEARN:
+            own.trained(*(x.to(device) for x in found if x is not None))
+        elif kind == Call.RECORD:
+            own.record(bool(head[0]), *(x for x in found[1:] if x is not None))
         else:
             _repeat(Call(kind), model, caches, head, [x if x is None else x.to(device) for x in found[1:]])
 

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,19 +55,27 @@ class Task:
     threads: int
     step_seconds: float
     rank: int = 0
+    exact: bool = False
+    dtype: str | None = None
 
 
 @contextmanager
 def open_ranks(
-    folder: Path, layout: Layout, device: str, failed: Tell, step_timeout: timedelta = STEP_TIMEOUT
+    folder: Path,
+    layout: Layout,
+    device: str,
+    failed: Tell,
+    step_timeout: timedelta = STEP_TIMEOUT,
+    dtype: str | None = None,
 ) -> Iterator[Leader]:
     """Start the followers of this process, load the model of `folder` in all, and end them when the block ends.
 
     Args:
-        layout: its axes tp and ep count.
+        layout: its axes tp and ep count, and whether it is exact.
         device: its kind; each process takes the one of its own number.
         failed: called once, from another thread, with a sentence, when a process fails before the block ends. If the
             block has not ended END_SECONDS later, this process does.
+        dtype: of the weights; None: the model's own.
 
     Raises:
         LiaoyuanError: the layout does not fit the model, or a process could not start or read its weights.
@@ -76,7 +84,8 @@ def open_ranks(
     with contextlib.ExitStack() as opened:
         bound = opened.enter_context(socket.create_server((HOST, 0)))  # it is there when the followers come
         threads, seconds = max(1, torch.get_num_threads() // layout.tp), step_timeout.total_seconds()
-        task = Task(str(folder), layout.tp, layout.ep, device, bound.getsockname()[1], threads, seconds)
+        port, exact = bound.getsockname()[1], layout.exact
+        task = Task(str(folder), layout.tp, layout.ep, device, port, threads, seconds, exact=exact, dtype=dtype)
         followers = opened.enter_context(_Followers(task, failed))
         program, control = followers.while_alive(lambda: join(task, bound))
         opened.callback(dist.destroy_process_group)
@@ -92,7 +101,7 @@ def join(task: Task, bound: socket.socket | None = None) -> tuple[Program, Proce
     bound: the socket on which the first process lets the others meet.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # processes of one machine need no network
-    device, layout = select_device(task.device), Layout(tp=task.tp, ep=task.ep, fsdp=1)
+    device, layout = select_device(task.device), Layout(tp=task.tp, ep=task.ep, fsdp=1, exact=task.exact)
     if device.is_cpu:  # the processes share its cores
         torch.set_num_threads(task.threads)
     listening: dict[str, Any] = {} if bound is None else {"is_master": True, "master_listen_fd": bound.detach()}
@@ -107,8 +116,9 @@ def join(task: Task, bound: socket.socket | None = None) -> tuple[Program, Proce
     control = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
     assert control is not None
     world = World(task.rank, task.tp, device).arrange(layout)
+    config = read_config(Path(task.folder))
     with torch.device("meta"):
-        model = Decoder(read_config(Path(task.folder))).eval()
+        model = Decoder(replace(config, dtype=task.dtype) if task.dtype else config).eval()
     program = lay_out_inference(model, layout, world)
     load_weights(program, Path(task.folder))
     dist.barrier(control)
