@@ -107,7 +107,7 @@ def test_every_path_gives_the_bits_of_training_in_the_same_layout(
 def proof_with_a_plant(world: World, name: str, is_wrong: Any, *where: Any) -> Any:
     """Return the proof of a model of which the second process has an operator that errs in some batches."""
     with planted(name, is_wrong) if world.rank == 1 else contextlib.nullcontext():
-        return work_together(world, *where, proof_of, (SMALL,))
+        return work_together(world, *where, proof_of, ())
 
 
 @pytest.mark.parametrize(
@@ -194,3 +194,5 @@ def test_doctor_proves_a_layout(folder_of: Any, monkeypatch: pytest.MonkeyPatch)
     told = CliRunner().invoke(app, asked)
     assert told.exit_code == 0 and "compared with training under tp 2 (experts over 2), bfloat16" in told.stdout
     assert "Exact under tp 2 (experts over 2): all" in told.stdout
+    told = CliRunner().invoke(app, ["doctor", "--tp", "2"])
+    assert told.exit_code != 0 and "they need --exact MODEL" in str(told.exception)

@@ -17,6 +17,7 @@ from liaoyuan.ops.operator import OPERATORS
 from liaoyuan.ops.watch import Call, Watch
 
 HEAD = "the softmax of the head (loss_head, sample_tokens or log_sum_exp): the logits are equal"
+UNSEEN = ", or one of the experts before it: of whose tokens their rows are, training tells nobody"
 LAYER = "decoder_layer: its parts alone give the same bits"
 
 
@@ -50,7 +51,8 @@ def first_difference(subject: Subject, probes: Sequence[Probe], path: Path, wron
         found = subject.first_differences()
         if min(found) < NOWHERE:
             process = f", in process {found.index(min(found))}" if len(found) > 1 else ""
-            return f"{subject.recordings.operators[min(found)]}{process}"
+            unseen = UNSEEN if subject.can_learn and (learns or path.learns) and subject.model.config.experts else ""
+            return f"{subject.recordings.operators[min(found)]}{process}{unseen}"
     if _has_whole_layers(subject.model):
         return LAYER
     return HEAD if position in subject.recordings.last else ""
