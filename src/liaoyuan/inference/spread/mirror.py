@@ -73,8 +73,8 @@ class Leader:
         self._failed = failed
         self.failure = ""
         self._program, self._control, self._part = program, control, Part(program, control)
-        self._own = Own(program, control)
-        self.recordings = self._own.recordings
+        self._evidence = Evidence(program, control)
+        self.recordings = self._evidence.recordings
         self._turn = threading.RLock()
         self._caches, self._inside = 0, 0  # how many there were; the thread that makes an announced call
         self._unneeded: list[int] = []  # numbers of caches to be dropped
@@ -142,32 +142,32 @@ class Leader:
     @property
     def can_learn(self) -> bool:
         """Whether training could take over this model: `learn`."""
-        return self._own.trained.is_known
+        return self._evidence.trained.is_known
 
     def learn(self, tokens: Tensor, positions: Tensor, targets: Tensor, boundaries: Tensor) -> Tensor:
         """Return what training's forward in this layout gives for whole documents; see `Trained`."""
         with self._turn:
             tensors = [tokens, positions, targets, boundaries]
             self._announce(Call.LEARN, tensors)
-            return self._together(lambda: self._own.trained(*tensors))
+            return self._together(lambda: self._evidence.trained(*tensors))
 
     def end_learning(self) -> None:
         """Give the memory of training's model back."""
-        self._everywhere(Call.FORGET, self._own.trained.drop)
+        self._everywhere(Call.FORGET, self._evidence.trained.drop)
 
     def record(self, text: Tensor, learns: bool) -> None:
         """Let each process record what this model, or that of training, gives for a text; see `Recordings`."""
         with self._turn:
             self._announce(Call.RECORD, [torch.tensor([learns]).long(), text])
-            self._own.record(learns, text)
+            self._evidence.record(learns, text)
 
     def first_differences(self) -> list[int]:
         """Return of each process where the two passes that it has recorded part; see `Recordings.end`."""
-        return self._everywhere(Call.DIFFER, self._own.first_differences)
+        return self._everywhere(Call.DIFFER, self._evidence.first_differences)
 
     def promised(self) -> set[str]:
         """Return the operators whose kernels promise in every process that a row's bits are its own."""
-        return self._everywhere(Call.PROMISE, self._own.promised)
+        return self._everywhere(Call.PROMISE, self._evidence.promised)
 
     def close(self) -> None:
         """Let the followers end."""
@@ -287,8 +287,8 @@ class Part:
         return {name: local(tensor.detach()) for name, tensor in self._program.named_tensors()}
 
 
-class Own:
-    """What a proof of exactness asks of each process."""
+class Evidence:
+    """What this process has to say in a proof of exactness."""
 
     def __init__(self, program: Program, control: ProcessGroup) -> None:
         (self._model,) = program.models
@@ -318,15 +318,15 @@ class Own:
 def follow(program: Program, control: ProcessGroup) -> None:
     """Make the leader's calls until it ends them."""
     (model,) = program.models
-    device, part, own = program.device, Part(program, control), Own(program, control)
+    device, part, evidence = program.device, Part(program, control), Evidence(program, control)
     silent: dict[Call, Callable[[], object]] = {
         Call.TAKE: part.take,
         Call.SUM: part.checksum,
         Call.SLEEP: part.drop_weights,
         Call.WAKE: part.take_memory,
-        Call.FORGET: own.trained.drop,
-        Call.DIFFER: own.first_differences,
-        Call.PROMISE: own.promised,
+        Call.FORGET: evidence.trained.drop,
+        Call.DIFFER: evidence.first_differences,
+        Call.PROMISE: evidence.promised,
     }
     caches: dict[int, KeyValueCache] = {}
     while True:
@@ -345,9 +345,9 @@ def follow(program: Program, control: ProcessGroup) -> None:
         elif kind in silent:
             silent[Call(kind)]()
         elif kind == Call.LEARN:
-            own.trained(*(x.to(device) for x in found if x is not None))
+            evidence.trained(*(x.to(device) for x in found if x is not None))
         elif kind == Call.RECORD:
-            own.record(bool(head[0]), *(x for x in found[1:] if x is not None))
+            evidence.record(bool(head[0]), *(x for x in found[1:] if x is not None))
         else:
             _repeat(Call(kind), model, caches, head, [x if x is None else x.to(device) for x in found[1:]])
 
