@@ -139,8 +139,7 @@ async def under_fire(
             body = {"token_ids": list(one.prompt), "sampling_params": fields}
             reply = await client.post("/inference/v1/generate", json=body)
             if reply.status_code != 200:
-                counts[f"status {reply.status_code}"] += 1
-                print(reply.text)
+                counts[f"refused: {reply.json()['error']['message']}"] += 1
                 continue
             choice = reply.json()["choices"][0]
             right = (choice["token_ids"], choice["logprobs"]) == expected[one.id]

@@ -12,6 +12,7 @@ import pytest
 from liaoyuan.checkpoint import load_model, save_model
 from liaoyuan.inference import Engine, Request, SamplingParams
 from liaoyuan.inference.disaggregation.dispatch import Dispatch, operate, tell
+from liaoyuan.inference.disaggregation.frames import put_frame
 from liaoyuan.inference.operations import Pause, Resume
 from liaoyuan.inference.runner import Busy, Unavailable
 from liaoyuan.models import Decoder
@@ -115,6 +116,7 @@ def test_a_pause_that_aborts_ends_who_waits_for_his_prompt_too(tiny_model: Decod
 def test_a_request_that_kills_every_worker_is_given_up_and_nobody_waits_beyond_his_time(tiny_model: Decoder) -> None:
     async def test(prefill: Side, decode: Side) -> None:
         async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            put_frame(writer, {"begun": True})
             writer.close()
 
         path = decode.socket.with_name("deadly")

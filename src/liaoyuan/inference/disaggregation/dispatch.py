@@ -155,13 +155,13 @@ class Dispatch:
             with contextlib.closing(writer):
                 where = str(prefill) if prefill else None
                 put_frame(writer, {"do": "generate", "request": request_to_json(request), "prefill": where})
-                header, data = await read_frame(reader)
-                if prefill and "missing" in header:
-                    if header["missing"]:
-                        self._failed[prefill] = time.monotonic()
-                    self._open[prefill] -= 1
-                    used.remove(prefill)
+                header, data = await _begun(reader)
                 while "error" not in header:
+                    if prefill in used and "missing" in header:
+                        if header["missing"]:
+                            self._failed[prefill] = time.monotonic()
+                        self._open[prefill] -= 1
+                        used.remove(prefill)
                     if "finish_reason" in header:
                         yield event_from_frame(header, data)
                         if header["finish_reason"]:
@@ -170,6 +170,14 @@ class Dispatch:
                 raise error_from_json(header)
         finally:
             self._open.subtract(used)
+
+
+async def _begun(reader: asyncio.StreamReader) -> tuple[Header, bytes]:
+    """Return the first frame; OSError if there is none: who died before has never had the request."""
+    try:
+        return await read_frame(reader)
+    except Closed as error:
+        raise ConnectionResetError(str(error)) from error
 
 
 async def tell(worker: Path) -> Header:

@@ -137,6 +137,7 @@ class Worker:
     async def _answer(self, name: str, header: Header, writer: asyncio.StreamWriter) -> None:
         """Generate, with what the worker at `header["prefill"]` computes of the prompt."""
         begin, prefill = time.monotonic(), header.get("prefill")
+        await write_frame(writer, {"begun": True})  # from now on it may be this request that ends this process
         try:
             asked = await asyncio.to_thread(request_from_json, header["request"], self._constraints)
             request = dataclasses.replace(asked, id=name)
