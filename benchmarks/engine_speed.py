@@ -5,9 +5,11 @@ for anybody) and are new in every round, decoding is greedy, nobody stops early.
 multiplies fast. Modes of transformers: `generate` (dynamic cache, SDPA), the static cache with a compiled step (a
 minute or two to compile, which is not counted), and with `--continuous` its continuous batching (`generate_batch`).
 With `--peers FOLDER` also llama.cpp and vLLM, each in a process of its own; `engine_peers.py` prepares the folder.
+With `--quantise int8` our own engine once more with weights of 8 bits, to stand beside llama.cpp's q8_0.
 
-Beside each rate is its share of the limit that memory sets: a step reads all weights and every sequence's keys and
-values once, at the rate of reading that was measured between the rounds. `--shared 512`: prompts that begin alike.
+Beside each rate is its share of the limit that memory sets: a step reads all weights, in the dtype, and every
+sequence's keys and values once, at the rate of reading that was measured between the rounds (weights of few bits may
+pass it). `--shared 512`: prompts that begin alike.
 `--startup`: seconds from the start of each process to its first token, and the memory that it holds then.
 
     python benchmarks/engine_speed.py --models m30 m120 --concurrency 1 8 32 --rounds 3 --json engine_speed.json
@@ -41,6 +43,8 @@ from liaoyuan.checkpoint import load_model, save_model  # noqa: E402
 from liaoyuan.device import cpu_name, select_device  # noqa: E402
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams  # noqa: E402
 from liaoyuan.models import Decoder, ModelConfig, initialise  # noqa: E402
+from liaoyuan.models.quantised import quantisation_named  # noqa: E402
+from liaoyuan.ops.quantised_linear import GROUPS  # noqa: E402
 
 SIZES = {  # hidden, intermediate, layers, query heads, key-value heads, vocabulary
     "m1": (128, 384, 4, 4, 2, 2048),
@@ -96,6 +100,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--peers", type=Path, help="folder with virtual environments `llama` and `vllm`")
     parser.add_argument("--peer", nargs="+", default=["llama-bf16", "llama-q8_0", "vllm"], help="which of them")
+    parser.add_argument("--quantise", nargs="*", default=[], choices=GROUPS, help="ours also with weights of few bits")
     parser.add_argument("--startup", action="store_true", help="also time the start of each process")
     parser.add_argument("--ops", nargs="*", default=[], metavar="NAME=KERNEL", help="as [ops] of a run file, for ours")
     parser.add_argument("--json", help="where to write the figures")
@@ -121,6 +126,8 @@ def config_of(name: str, dtype: str) -> ModelConfig:
 
 def all_sides(model: Decoder, folder: Path, options: argparse.Namespace) -> dict[str, Side]:
     sides = {"liaoyuan": ours(load_model(folder))}  # read from the folder, as every side does
+    for kind in options.quantise:
+        sides[f"liaoyuan {kind}"] = ours(load_model(folder, quantisation=quantisation_named(kind)))
     if options.peers:
         for peer in options.peer:
             sides[peer] = Peer(peer, folder, options)
@@ -314,9 +321,9 @@ def measure(
 
 
 def show(rows: list[dict]) -> None:
-    best = max((row["tokens_per_second"] for row in rows if row["side"] != "liaoyuan"), default=None)
+    best = max((row["tokens_per_second"] for row in rows if not is_ours(row)), default=None)
     for row in rows:
-        ratio = f"  {row['tokens_per_second'] / best:5.2f} x best peer" if best and row["side"] == "liaoyuan" else ""
+        ratio = f"  {row['tokens_per_second'] / best:5.2f} x best peer" if best and is_ours(row) else ""
         shared = f", {row['shared']} shared" if row["shared"] else ""
         print(
             f"{row['model']:>5} ({row['parameters'] / 1e6:6.1f}M)  {row['concurrency']:>3} at once{shared}  "
@@ -326,6 +333,10 @@ def show(rows: list[dict]) -> None:
             flush=True,
         )
     print(f"      memory was read at {rows[0]['reading'] / 1e9:.0f} GB/s", flush=True)
+
+
+def is_ours(row: dict) -> bool:
+    return row["side"].startswith("liaoyuan")
 
 
 def machine() -> dict[str, str]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.ops import dequantise, quantise, quantised_linear
+from liaoyuan.ops import QuantisedWeight, dequantise, quantise, quantised_linear
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.quantised_linear import QUANTISED_LINEAR
 from tests.ops.cases import difference, random
@@ -60,7 +60,7 @@ def test_a_half_precision_weight_is_taken():
 @settings(max_examples=60, deadline=None)
 @given(
     way=st.sampled_from(WAYS),
-    rows=st.sampled_from([0, 1, 2, 3, 4, 5, 16, 23]),
+    rows=st.sampled_from([0, 1, 2, 3, 4, 5, 16, 23, 261]),
     depth=st.sampled_from([1, 31, 32, 96, 127, 128, 129, 300, 1024, 2085]),
     out=st.sampled_from([1, 3, 4, 33, 70]),
     dtype=st.sampled_from(list(DTYPES)),
@@ -79,11 +79,11 @@ def test_the_product_is_that_of_what_the_weight_stands_for(way, rows, depth, out
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("depth", [300, 2085])
 def test_a_rows_bits_depend_on_that_row_alone(way, dtype, depth):
-    x, weight = random(70, depth, dtype=dtype), quantise(random(77, depth, seed=1), *way)
+    x, weight = random(300, depth, dtype=dtype), quantise(random(77, depth, seed=1), *way)
     if not takes(QUANTISED_LINEAR, x):
         pytest.skip("the reference makes no such promise")
     whole = quantised_linear(x, weight)
-    for rows in (1, 2, 3, 4, 5, 16, 17):
+    for rows in (1, 2, 3, 4, 5, 8, 17, 32, 128):
         assert torch.equal(quantised_linear(x[:rows], weight), whole[:rows])
         assert torch.equal(quantised_linear(x[-rows:], weight), whole[-rows:])
     torch.set_num_threads(2)
@@ -91,6 +91,18 @@ def test_a_rows_bits_depend_on_that_row_alone(way, dtype, depth):
         assert torch.equal(quantised_linear(x, weight), whole)
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "group"), [("int8", None), ("fp8", None), ("int4", 32)])
+def test_every_byte_stands_for_its_number(kind, group, dtype):
+    data = torch.arange(256, dtype=torch.uint8).repeat(1, 8)[:, : 2048 if kind != "int4" else 1024]
+    data = data.where(data & 127 != 127, 0) if kind == "fp8" else data  # there they are not numbers
+    scales = torch.ones(1, 2048 // group if group else 1, dtype=torch.bfloat16)
+    weight = QuantisedWeight(data.view(torch.int8) if kind == "int8" else data, scales, None, kind, group, (1, 2048))
+    for rows in (1, 5):  # in registers, and by way of the cache
+        found = torch.cat([quantised_linear(x, weight) for x in torch.eye(2048, dtype=dtype)[:512].split(rows)])
+        assert torch.equal(found[:, 0].float(), dequantise(weight)[0, :512])
 
 
 def test_any_leading_shape_strides_and_other_dtypes_are_taken():

@@ -33,6 +33,14 @@ for dtype in (torch.float32, torch.bfloat16):
             part = results(x[first:last], weight, grad[first:last])
             if not all(torch.equal(a, b[first:last]) for a, b in zip(part, whole, strict=True)):
                 wrong.append(f"rows {first} to {last} of width {width} in {dtype} have other bits alone")
+WAYS = (("int8", None), ("int8", 64), ("fp8", None), ("int4", 32), ("int4", 128, False))
+for dtype in (torch.float32, torch.bfloat16):
+    for way in WAYS:
+        x, weight = torch.randn(300, 300, dtype=dtype), ops.quantise(torch.randn(70, 300), *way)
+        whole = ops.quantised_linear(x, weight)
+        for first, last in ((0, 1), (3, 5), (7, 11), (40, 45), (50, 83), (1, 300)):
+            if not torch.equal(ops.quantised_linear(x[first:last], weight), whole[first:last]):
+                wrong.append(f"rows {first} to {last} of {way} in {dtype} have other bits alone")
 sys.exit("; ".join(wrong) or None)
 """
 
