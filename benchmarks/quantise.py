@@ -3,9 +3,12 @@
 Accuracy is that of a trained model on texts it has not seen: bits per byte, the share of places where the most probable
 token is the same, and the divergence of the distributions in nats, all against the whole weights. Speed is of random
 weights in the shape of engine_speed.py's models, in one run: the sides take turns, medians. Bytes are those of weights
-and buffers together, embedding included.
+and buffers together, embedding included. `--products 768x4608` times single products instead, of weights [4608, 768]
+that come from memory: the sides take turns, and the shortest times of a second or so are shown, which other work on the
+machine disturbs least.
 
     python benchmarks/quantise.py --model DIR --texts FILE.jsonl.zst --sizes m30 m120 --json quantise.json
+    python benchmarks/quantise.py --products 768x4608 2304x768 --rows 1 8 32 128
 """
 
 import argparse
@@ -28,6 +31,7 @@ from liaoyuan.data import Tokenizer  # noqa: E402
 from liaoyuan.device import cpu_name, select_device  # noqa: E402
 from liaoyuan.evaluation import agreement  # noqa: E402
 from liaoyuan.models import Decoder, Quantisation, initialise, quantise_model  # noqa: E402
+from liaoyuan.ops import QuantisedWeight, linear, quantise, quantised_linear  # noqa: E402
 
 WAYS = {
     "whole": None,
@@ -40,6 +44,8 @@ WAYS = {
     "int4 of 32, fp8 head": Quantisation("int4", head="fp8"),
 }
 FAST = ("whole", "int8", "fp8", "int4 groups of 32")
+KINDS = {name: how for name, how in WAYS.items() if name in FAST and how is not None}
+BEYOND_CACHES = 2**27  # bytes of whole weights, which no cache holds
 
 
 def main() -> None:
@@ -48,6 +54,7 @@ def main() -> None:
     print(f"{cpu_name()}, {options.threads} threads, {options.dtype}")
     rows = [row for model in options.model for row in accuracy(Path(model), options)]
     rows += [row for size in options.sizes for row in speed(size, options)]
+    rows += [row for shape in options.products for row in products(shape, options)]
     if options.json:
         Path(options.json).write_text(json.dumps({"rows": rows, "settings": vars(options)}, indent=2) + "\n")
 
@@ -59,6 +66,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--skip", type=int, default=0, help="texts to leave out at the start")
     parser.add_argument("--sizes", nargs="*", default=[], choices=SIZES)
+    parser.add_argument("--products", nargs="*", default=[], metavar="DEPTHxOUTPUTS", help="shapes of single products")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32, 128], help="of a product")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each number of rows of a product")
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--output", type=int, default=128)
@@ -132,6 +142,34 @@ def measure(sides: dict, vocabulary: int, concurrency: int, options: argparse.Na
             if turn:  # the first turn warms up
                 rates[name].append(made / (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def products(shape: str, options: argparse.Namespace) -> list[dict]:
+    depth, outputs = map(int, shape.split("x"))
+    whole = [torch.randn(outputs, depth) for _ in range(max(2, BEYOND_CACHES // (2 * depth * outputs)))]
+    dtype, rows = getattr(torch, options.dtype), []
+    few = {name: [few_bits(one, how) for one in whole] for name, how in KINDS.items()}
+    weights: dict[str, list] = {"whole": [one.to(dtype) for one in whole], **few}
+    print(f"\n{shape}, microseconds")
+    for count in options.rows:
+        x = torch.randn(count, depth).to(dtype)
+        shortest = dict.fromkeys(weights, float("inf"))
+        end, turn = time.perf_counter() + options.seconds, 0
+        while time.perf_counter() < end:
+            turn += 1
+            for name, some in weights.items():
+                weight = some[turn % len(some)]
+                start = time.perf_counter()
+                linear(x, weight) if name == "whole" else quantised_linear(x, weight)
+                shortest[name] = min(shortest[name], time.perf_counter() - start)
+        rows += [{"shape": shape, "rows": count, "way": name, "seconds": value} for name, value in shortest.items()]
+        shown = (f"{name} {1e6 * value:7.1f} ({shortest['whole'] / value:.2f}x)" for name, value in shortest.items())
+        print(f"{count:>4} rows  " + "  ".join(shown), flush=True)
+    return rows
+
+
+def few_bits(weight: torch.Tensor, how: Quantisation) -> QuantisedWeight:
+    return quantise(weight, how.kind, 32 if how.group is None and how.kind == "int4" else how.group)
 
 
 def held(model: Decoder) -> int:
