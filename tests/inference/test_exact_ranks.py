@@ -19,7 +19,7 @@ from liaoyuan.inference import QUICK, Engine, EngineConfig, Proof, prove
 from liaoyuan.inference.exactness.paths import Extent
 from liaoyuan.inference.spread.mirror import Leader
 from liaoyuan.inference.spread.trained import Trained
-from liaoyuan.models import Decoder, config_from_dict, packed_context, read_config
+from liaoyuan.models import Decoder, Quantisation, config_from_dict, packed_context, read_config
 from liaoyuan.parallel import Layout, World, check_inference, lay_out
 from liaoyuan.rundir import silent
 from tests.conftest import randomised
@@ -186,6 +186,15 @@ def test_weights_that_training_does_not_know_are_compared_with_whole_texts(folde
     proof = on_ranks(2, folder_of("dense"), TWO, without_training)
     assert proof.exact and proof.against == "the model's own forward over whole texts under tp 2"
     assert proof.results[0].path == "whole texts, packed"
+
+
+def small_proof(leader: Leader) -> Proof:
+    return proof_of(leader, SMALL)
+
+
+def test_weights_of_few_bits_are_exact_in_a_layout_too(folder_of: Any) -> None:
+    proof = on_ranks(2, folder_of("experts"), EXPERTS, small_proof, few_bits=Quantisation("int8"))
+    assert proof.exact and proof.against == "the model's own forward over whole texts under tp 2 (experts over 2)"
 
 
 def test_doctor_proves_a_layout(folder_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ from liaoyuan.checkpoint import load_model, save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.inference.disaggregation.dispatch import Dispatch
-from liaoyuan.inference.spread.memory import OwnMemory
 from liaoyuan.models import Decoder, ModelConfig, Quantisation, config_from_dict, packed_context
 from tests.conftest import randomised
 from tests.inference.adapter_files import saved, write_adapter
@@ -269,8 +268,6 @@ def test_what_cannot_guess_is_refused(tiny_model: Decoder, model: Decoder) -> No
         Engine(tiny_model, MTP)
     with pytest.raises(LiaoyuanError, match="leave out one of them"):
         Engine(model, MTP, model)
-    with pytest.raises(LiaoyuanError, match="needs the whole model in one process: leave out --tp and --ep"):
-        Engine(model, MTP, memory=OwnMemory(model))
 
 
 def test_weights_of_few_bits_guess_too(model: Decoder, tmp_path: Path) -> None:

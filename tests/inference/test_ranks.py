@@ -15,7 +15,7 @@ from liaoyuan.inference import Completion, Engine, EngineConfig, Request, Sampli
 from liaoyuan.inference.cache import KeyValueCache, PagedContext
 from liaoyuan.inference.spread.message import FIRST, decode, encode
 from liaoyuan.inference.spread.mirror import Leader, follow
-from liaoyuan.models import Decoder, config_from_dict, read_config
+from liaoyuan.models import Decoder, Quantisation, config_from_dict, read_config
 from liaoyuan.models.context import packed_context
 from liaoyuan.parallel import Layout, World, check_inference, inference, lay_out_inference
 from liaoyuan.parallel.inference import ordered_sum
@@ -45,20 +45,34 @@ def asked() -> list[Request]:
     ]
 
 
-def on_ranks(size: int, folder: Path, layout: Layout, job: Callable[..., Any], *arguments: Any) -> Any:
+def on_ranks(
+    size: int,
+    folder: Path,
+    layout: Layout,
+    job: Callable[..., Any],
+    *arguments: Any,
+    few_bits: Quantisation | None = None,
+    further: bool = False,
+) -> Any:
     """Return what `job(leader, *arguments)` gives in the first of `size` processes, which the others follow."""
-    return run(size, work_together, folder, layout, job, arguments)[0]
+    return run(size, work_together, folder, layout, job, arguments, few_bits, further)[0]
 
 
 def work_together(
-    world: World, folder: Path, layout: Layout, job: Callable[..., Any], arguments: tuple[Any, ...]
+    world: World,
+    folder: Path,
+    layout: Layout,
+    job: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    few_bits: Quantisation | None = None,
+    further: bool = False,
 ) -> Any:
     """Return what `job(leader, *arguments)` gives in the first process, which this one follows otherwise."""
-    config = read_config(folder)
-    world = world.arrange(check_inference(layout, config))
+    config = read_config(folder, further)
+    world = world.arrange(check_inference(layout, config, few_bits))
     with torch.device("meta"):
         model = Decoder(config).eval()
-    program = lay_out_inference(model, layout, world)
+    program = lay_out_inference(model, layout, world, few_bits)
     load_weights(program, folder)
     control = dist.new_group(backend="gloo")
     if world.rank:

@@ -57,8 +57,8 @@ class AdapterWeights:
         return tuple(sorted((name, len(a)) for name, (a, _) in self.weights.items()))
 
 
-def read_adapter(folder: Path, model: Decoder) -> AdapterWeights:
-    """Return the adapter in `folder` for `model`, in its dtype and on its device.
+def read_adapter(folder: Path, model: Decoder, device: torch.device | None = None) -> AdapterWeights:
+    """Return the adapter in `folder` for `model`, in its dtype and on its device, or on another one.
 
     Raises:
         LiaoyuanError: a file is missing, torn, or made for another model, or asks for what is not supported.
@@ -76,7 +76,7 @@ def read_adapter(folder: Path, model: Decoder) -> AdapterWeights:
     for name, of in parts.items():
         if any(part.name in scaled for part in of):
             a, b = merge(of, scaled, modules[name].weight.shape[0])
-            merged[name] = (a.to(place), b.to(place))
+            merged[name] = (a.to(device or place.device, place.dtype), b.to(device or place.device, place.dtype))
     return AdapterWeights(merged, max(len(a) for a, _ in pairs.values()), _digest(merged))
 
 

@@ -103,11 +103,13 @@ def save_quantised(model: Decoder, folder: Path) -> None:
     save_file(dict(_stored(model)), folder / "model.safetensors", {"format": "pt"})
 
 
-def fill_quantised(model: Decoder, name: str, parts: list[Part], files: WeightFiles, whole: Tensor) -> None:
-    """Fill the quantised weight `name` of `model` from its parts in the files; `whole`: its form, on any device."""
+def read_kept(model: Decoder, name: str, parts: list[Part], files: WeightFiles, whole: Tensor) -> dict[str, Tensor]:
+    """Return the quantised weight `name` of `model` from its parts in the files, as a `QuantisedLinear` names and lays
+    out its own, on the CPU; `whole`: the form of the whole weight, on any device.
+    """
     target = _target(model, name)
     assert target is not None
-    device, (out, depth) = model.embed_tokens.weight.device, target.shape
+    depth = whole.shape[-1]
     group = target.group or max(depth, 1)
     steps = torch.empty(*whole.shape[:-1], depth, dtype=torch.uint8)
     scales = torch.empty(*whole.shape[:-1], -(-depth // group), dtype=torch.bfloat16)
@@ -115,14 +117,20 @@ def fill_quantised(model: Decoder, name: str, parts: list[Part], files: WeightFi
     family = FAMILIES[model.config.model_type]
     places = [family.stored(name, ours, model.config) for ours in (steps, scales, zeros) if ours is not None]
     for number, part in enumerate(parts):
-        theirs = _read_part(files, part, target, scales.shape[-1])
+        theirs = _read_part(files, part, target, depth, scales.shape[-1])
         for place, values in zip(places, theirs, strict=True):
             _put(place[number], values)
-    flat = steps.view(out, depth)
+    flat = steps.view(-1, depth)
     kept = pack_nibbles(flat) if target.kind == "int4" else flat
-    target.data = (kept.view(torch.int8) ^ -128 if target.kind == "int8" else kept).to(device)
-    target.scales = scales.view(out, -1).to(device)
-    target.zeros = None if zeros is None else zeros.view(out, -1).to(device)
+    found = {"data": kept.view(torch.int8) ^ -128 if target.kind == "int8" else kept, "scales": scales.flatten(0, -2)}
+    return found if zeros is None else found | {"zeros": zeros.flatten(0, -2)}
+
+
+def fill_quantised(model: Decoder, name: str, parts: list[Part], files: WeightFiles, whole: Tensor) -> None:
+    """Fill the quantised weight `name` of `model` from its parts in the files; see `read_kept`."""
+    target, device = _target(model, name), model.embed_tokens.weight.device
+    for leaf, value in read_kept(model, name, parts, files, whole).items():
+        setattr(target, leaf, value.to(device))
 
 
 def is_quantised(model: Decoder, name: str) -> bool:
@@ -138,7 +146,7 @@ def _target(model: Decoder, name: str) -> QuantisedLinear | None:
 
 
 def _group(how: Quantisation, target: str) -> dict[str, Any]:
-    group = 32 if how.group is None and how.kind == "int4" else how.group
+    group = how.group_size
     weights = {
         "num_bits": BITS[how.kind],
         "type": "float" if how.kind == "fp8" else "int",
@@ -226,9 +234,8 @@ def _bytes(words: Tensor, bits: int, count: int) -> Tensor:
     return values[:, :count]
 
 
-def _read_part(files: WeightFiles, part: Part, target: QuantisedLinear, groups: int) -> list[Tensor]:
-    stem = part.name.removesuffix(".weight")
-    rows, depth = part.shape[0], target.shape[1]
+def _read_part(files: WeightFiles, part: Part, target: QuantisedLinear, depth: int, groups: int) -> list[Tensor]:
+    stem, rows = part.name.removesuffix(".weight"), part.shape[0]
     bits = BITS[target.kind]
     scales = _tensor(files[f"{stem}.weight_scale"], (rows, groups)).to(torch.bfloat16)
     if target.kind == "fp8":

@@ -18,6 +18,7 @@ from liaoyuan.checkpoint.compressed import (
     fill_quantised,
     is_quantised,
     quantisation_of,
+    read_kept,
     read_quantisation,
     save_quantised,
 )
@@ -28,9 +29,9 @@ from liaoyuan.checkpoint.weight_files import StoredTensor, WeightFiles
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, ModelConfig, Quantisation, read_config, with_dtype
 from liaoyuan.models.families import FAMILIES
-from liaoyuan.models.quantised import put, quantised_shell
+from liaoyuan.models.quantised import places_of, put, quantised_shell
 from liaoyuan.models.stored import Part
-from liaoyuan.parallel import Program, World, local, own_block
+from liaoyuan.parallel import Program, World, local, own_block, own_columns_of, own_rows_of, whole_rows
 from liaoyuan.rundir import Report, atomic_folder, silent
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own default, 5 GB
@@ -70,11 +71,9 @@ def load_model(
         config = with_dtype(config, dtype)
     with torch.device("meta"):
         model = Decoder(config)
-    kept = read_quantisation(folder)
-    if kept is not None and quantisation is not None:
-        raise LiaoyuanError(f"The weights in {folder} are quantised already, to {kept.kind}.")
-    if kept is not None or quantisation is not None:
-        return _load_quantised(model, folder, quantisation, kept, device, report)
+    few_bits = quantisation_for(folder, quantisation)
+    if few_bits is not None:
+        return _load_quantised(model, folder, few_bits, quantisation is None, device, report)
     model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
@@ -82,27 +81,31 @@ def load_model(
     return model.eval()
 
 
+def quantisation_for(folder: Path, asked: Quantisation | None) -> Quantisation | None:
+    """Return how a model with the weights of `folder` keeps them: as that does, or else as it is asked to.
+
+    Raises:
+        LiaoyuanError: both say something.
+    """
+    kept = read_quantisation(folder)
+    if kept is not None and asked is not None:
+        raise LiaoyuanError(f"The weights in {folder} are quantised already, to {kept.kind}.")
+    return kept or asked
+
+
 def _load_quantised(
-    model: Decoder,
-    folder: Path,
-    how: Quantisation | None,
-    kept: Quantisation | None,
-    device: torch.device | str,
-    report: Report = silent,
+    model: Decoder, folder: Path, how: Quantisation, kept: bool, device: torch.device | str, report: Report = silent
 ) -> Decoder:
-    """Fill `model`, which is on the meta device, with the weights of `folder`: quantised one after another as `how`
-    says, or as the folder keeps them.
+    """Fill `model`, which is on the meta device, with the weights of `folder`: quantised one after another, or, if the
+    folder has `kept` them so, as they are.
     """
     whole = dict(model.state_dict())
-    model = quantised_shell(model, how or kept or Quantisation("int8"))
+    model = quantised_shell(model, how)
     family, filler = FAMILIES[model.config.model_type], Filler()
     count = Count(sum(value.nbytes for value in whole.values()), report)
     with WeightFiles(folder) as files, torch.no_grad():
-        few = [name for name in whole if kept is not None and is_quantised(model, name)]
-        expected = {
-            stem for name in few for part in family.stored(name, whole[name], model.config) for stem in _few(part)
-        }
-        for name, parts in _in_order(find_parts(files, model.config, few, expected)):
+        few = [name for name in whole if kept and is_quantised(model, name)]
+        for name, parts in _in_order(find_parts(files, model.config, few, _kept_names(few, whole, model.config))):
             tensor = torch.empty_like(whole[name], device=device)
             fill_tensor(tensor, parts, filler)
             put(model, name, tensor)
@@ -122,7 +125,62 @@ def load_weights(model: Decoder | Program, folder: Path, report: Report = silent
 
     Of a model that is laid out over processes each reads what it holds itself. No exchange takes place.
     """
-    read_weights(dict(named_tensors(model)), model.config, folder, report)
+    own = dict(named_tensors(model))
+    if not isinstance(model, Program) or not model.few_bits:
+        read_weights(own, model.config, folder, report)
+        return
+    for name, value in read_parts(model, folder, model.config, report):
+        path, _, leaf = name.rpartition(".")
+        if path in model.few_bits and leaf != "bias":
+            setattr(model.models[0].get_submodule(path), leaf, value)
+        else:
+            local(own[name].detach()).copy_(value)
+
+
+def read_parts(
+    program: Program, folder: Path, config: ModelConfig, report: Report = silent
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield this process's part of each tensor of `folder`, beside the program's own, by the names of its one model's
+    state. What the model keeps in few bits is quantised by whole rows, of which some columns may be kept, or taken as
+    the folder keeps it.
+
+    config: says which tensors, all of the program's or some.
+
+    Raises:
+        LiaoyuanError: see `load_model`; or the folder keeps its weights in other few bits than the model does.
+    """
+    (model,), device = program.models, program.device
+    own, whole, filler = dict(program.named_tensors()), dict(whole_tensors(config)), Filler()
+    kept = read_quantisation(folder)
+    if kept is not None and kept != quantisation_of(model):
+        raise LiaoyuanError(f"The weights in {folder} are quantised to {kept.kind}, the model's are not, or not so.")
+    few = [name for name in whole if kept is not None and is_quantised(model, name)]
+    count = Count(sum(value.nbytes for value in whole.values()), report)
+    with WeightFiles(folder) as files, torch.no_grad():
+        for name, parts in _in_order(find_parts(files, config, few, _kept_names(few, whole, config))):
+            is_own, places = places_of(model, name)
+            if is_own:
+                tensor = torch.empty_like(own[name].detach())
+            else:
+                tensor = whole_rows(program.few_bits[next(iter(places))], device)
+            fill_tensor(tensor, parts, filler)
+            if is_own:
+                yield name, local(tensor)
+            for path, module in places.items():
+                rows = module.quantised(local(tensor))
+                yield from _named(path, own_columns_of(rows, module, program.few_bits[path]))
+            count.add(whole[name].nbytes)
+        for name in few:
+            ((path, module),) = places_of(model, name)[1].items()
+            theirs = FAMILIES[config.model_type].stored(name, whole[name], config)
+            rows = own_rows_of(read_kept(model, name, theirs, files, whole[name]), program.few_bits[path])
+            found = own_columns_of(rows, module, program.few_bits[path])
+            yield from _named(path, {leaf: value.to(device) for leaf, value in found.items()})
+            count.add(whole[name].nbytes)
+
+
+def _named(path: str, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((f"{path}.{leaf}", value) for leaf, value in parts.items())
 
 
 def read_weights(own: Mapping[str, Tensor], config: ModelConfig, folder: Path, report: Report = silent) -> None:
@@ -200,9 +258,11 @@ def fill_tensor(tensor: Tensor, parts: list[tuple[Part, StoredTensor]], filler: 
         mine.copy_(rows)
 
 
-def _few(part: Part) -> list[str]:
-    """Return the names of the tensors that may hold a quantised part."""
-    return [f"{part.name}{suffix}" for suffix in SUFFIXES]
+def _kept_names(few: Iterable[str], whole: Mapping[str, Tensor], config: ModelConfig) -> set[str]:
+    """Return the names that the tensors of quantised weights may have in the files."""
+    family = FAMILIES[config.model_type]
+    parts = [part for name in few for part in family.stored(name, whole[name], config)]
+    return {f"{part.name}{suffix}" for part in parts for suffix in SUFFIXES}
 
 
 def _in_order(stored: Stored) -> list[tuple[str, list[tuple[Part, StoredTensor]]]]:

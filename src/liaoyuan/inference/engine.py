@@ -81,12 +81,12 @@ class Engine:
             config.prefix_cache,
             self._begin,
         )
-        drafter = self._new_drafter(draft, memory is None)
+        drafter = self._new_drafter(draft)
         self._speculation: Speculation | None = None
         if drafter is not None:
             self._speculation = Speculation(drafter, config.max_sequences, config.speculate_tokens)
         self._scheduler.speculation = self._speculation
-        self.adapters = Adapters(model, is_whole=memory is None)
+        self.adapters = Adapters(self._memory.adapter_stacks())
         on_device = Device(self._device.type).captures_graphs if config.graphs is None else config.graphs
         observe = drafter.observe if isinstance(drafter, FurtherDrafter) else None
         # A graph makes no calls that other processes could follow, and keeps no stream to observe.
@@ -412,8 +412,7 @@ class Engine:
     def _new_cache(self) -> KeyValueCache:
         return self._memory.new_cache(self.pool.size, self.config.block_size)
 
-    def _new_drafter(self, draft: Decoder | Drafter | None, is_whole: bool) -> Drafter | None:
-        """is_whole: whether all of the model is in this process."""
+    def _new_drafter(self, draft: Decoder | Drafter | None) -> Drafter | None:
         config, table = self.config, self._scheduler.table
         if draft is not None and config.speculate == "mtp":
             raise LiaoyuanError("A draft model and speculate='mtp' both guess: leave out one of them.")
@@ -422,10 +421,9 @@ class Engine:
         if draft is not None:
             sizes = (self.pool.size, config.max_batch_tokens)
             return DraftModel(draft, self.model.config.vocab_size, table, *sizes, self._drawing.guess)
-        if config.speculate == "mtp" and not is_whole:
-            raise LiaoyuanError("speculate='mtp' needs the whole model in one process: leave out --tp and --ep.")
         if config.speculate == "mtp":
-            return FurtherDrafter(self.model, table, lambda: self.cache, self._drawing.guess)
+            streams = self._memory.further_streams
+            return FurtherDrafter(self.model, table, lambda: self.cache, self._drawing.guess, streams)
         return NGramDrafter(config.max_sequences) if config.speculate else None
 
     def _adapters_in_use(self) -> set[int]:

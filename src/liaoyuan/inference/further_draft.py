@@ -16,12 +16,22 @@ from torch import Tensor
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.cache import KeyValueCache, PagedContext
 from liaoyuan.inference.draft_model import Draw
+from liaoyuan.inference.further_streams import FurtherStreams, Rows
 from liaoyuan.inference.plan import Plan, Table
 from liaoyuan.inference.sequence import Sequence
-from liaoyuan.models import Decoder
-from liaoyuan.models.decoder import FurtherLayer
+from liaoyuan.models import Decoder, ModelConfig
 
 UNKNOWN = -1
+
+
+def check_further(config: ModelConfig) -> None:
+    """Raise LiaoyuanError if a model has no layer to guess with."""
+    if not config.further_layers:
+        raise LiaoyuanError(
+            f"This {config.model_type} model has no layer for predicting the token after the next: guess "
+            "without 'mtp', or take a folder whose config.json has num_nextn_predict_layers (load_model reads the "
+            "layer with further=True)."
+        )
 
 
 class FurtherDrafter:
@@ -29,25 +39,24 @@ class FurtherDrafter:
     layers it uses the first, again and again.
     """
 
-    def __init__(self, model: Decoder, table: Table, cache: Callable[[], KeyValueCache], draw: Draw) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        table: Table,
+        cache: Callable[[], KeyValueCache],
+        draw: Draw,
+        streams: Callable[[int], FurtherStreams],
+    ) -> None:
         """
-        table: of the engine. cache: gives the engine's. draw: see `DraftModel`.
+        table: of the engine. cache: gives the engine's. draw: see `DraftModel`. streams: makes those of so many slots.
 
         Raises:
             LiaoyuanError: the model has no such layer.
         """
-        if not model.config.further_layers:
-            raise LiaoyuanError(
-                f"This {model.config.model_type} model has no layer for predicting the token after the next: guess "
-                "without 'mtp', or take a folder whose config.json has num_nextn_predict_layers (load_model reads the "
-                "layer with further=True)."
-            )
-        further = model.further[0]
-        assert isinstance(further, FurtherLayer)
-        self._model, self._further, self._table, self._cache, self._draw = model, further, table, cache, draw
+        check_further(model.config)
         slots = len(table.length)
+        self._table, self._cache, self._draw, self._streams = table, cache, draw, streams(slots)
         self._device = model.embed_tokens.weight.device
-        self._stream = torch.zeros(slots, model.config.hidden_size, dtype=model.config.torch_dtype, device=self._device)
         self._place = np.full(slots, UNKNOWN, dtype=np.int64)  # which token a slot's stream predicts
 
     def start(self, sequence: Sequence) -> None:
@@ -66,31 +75,30 @@ class FurtherDrafter:
         slots, counts = plan.slots[counts > 0], counts[counts > 0]
         if not len(rows):
             return
-        further = self._compute(stream[self._tensor(rows)], slots, counts, plan.positions[rows])
-        last = counts.cumsum() - 1
-        self._stream[self._tensor(slots)] = further[self._tensor(last)]
-        self._place[slots] = plan.positions[rows][last] + 2
+        positions, last = plan.positions[rows], counts.cumsum() - 1
+        chosen, last_of, of_slots = (self._tensor(values) for values in (rows, last, slots))
+        self._streams.observe(stream, chosen, last_of, of_slots, self._rows(slots, counts, positions))
+        self._place[slots] = positions[last] + 2
 
     @torch.inference_mode()
     def guess(self, slots: np.ndarray, lengths: np.ndarray, most: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """See `speculation.Drafter`."""
         guesses = np.zeros_like(most)
         rows = np.flatnonzero((most > 0) & (self._place[slots] == lengths))  # in `slots`
-        stream = self._stream[self._tensor(slots[rows])]
+        if len(rows):
+            self._streams.begin(self._tensor(slots[rows]))
         while len(rows):
             chosen, places = slots[rows], lengths[rows] + guesses[rows]
-            read = self._further.norm(stream)
-            tokens[chosen, places] = self._draw(self._model.logits(read), chosen, places, tokens)
+            tokens[chosen, places] = self._draw(self._streams.logits(self._tensor(chosen)), chosen, places, tokens)
             guesses[rows] += 1
             more = np.flatnonzero(guesses[rows] < most[rows])
             rows, chosen, places = rows[more], chosen[more], places[more]
             if len(rows):
-                stream = (read if self._model.config.further_normed else stream)[self._tensor(more)]
-                stream = self._compute(stream, chosen, np.ones_like(chosen), places - 1)
+                self._streams.advance(self._tensor(chosen), self._rows(chosen, np.ones_like(chosen), places - 1))
         return guesses
 
-    def _compute(self, stream: Tensor, slots: np.ndarray, counts: np.ndarray, positions: np.ndarray) -> Tensor:
-        """Return this layer's stream [N, H] at `positions` [N] of `slots` [S], `counts` [S] of each."""
+    def _rows(self, slots: np.ndarray, counts: np.ndarray, positions: np.ndarray) -> Rows:
+        """Return the rows at `positions` [N] of `slots` [S], `counts` [S] of each."""
         table, size, owner = self._table, self._table.block_size, np.repeat(slots, counts)
         starts = np.zeros(len(slots) + 1, dtype=np.int32)
         np.cumsum(counts, out=starts[1:])
@@ -99,8 +107,7 @@ class FurtherDrafter:
         places = table.blocks[owner, positions // size].astype(np.int64) * size + positions % size
         arrays = (places, blocks, starts, lengths.astype(np.int32))
         context = PagedContext(self._cache(), *(self._tensor(values) for values in arrays))
-        embedded = self._model.embed_tokens(self._tensor(table.tokens[owner, positions + 1]))
-        return self._further(stream, embedded, self._model.angles(self._tensor(positions)), context)
+        return Rows(self._tensor(table.tokens[owner, positions + 1]), self._tensor(positions), context)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device)

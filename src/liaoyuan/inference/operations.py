@@ -233,7 +233,7 @@ def need_ready(engine: Engine) -> None:
 
 def adapters_from_json(words: list[dict[str, Any]]) -> list[Loaded]:
     """Return what is loaded, as operations on adapters and `State` tell it."""
-    return [Loaded(shape=(), place=0, number=0, **each) for each in words]
+    return [Loaded(number=0, **each) for each in words]
 
 
 def _loaded(engine: Engine) -> list[dict[str, Any]]:

@@ -146,6 +146,25 @@ class Decoder(nn.Module):
         _, read = self.norm.add(residual[rows], x[rows])
         return self.logits(read), residual + x
 
+    def further_stream(
+        self, stream: Tensor, tokens: Tensor, positions: Tensor, context: AttentionContext, again: bool = False
+    ) -> Tensor:
+        """Return the stream [N, H] behind the first further layer; see `FurtherLayer`.
+
+        Args:
+            stream: [N, H], the decoder's, or what this returned (then this is done `again`).
+            tokens: int64 [N], the next ones. positions: int64 [N], of `stream`.
+        """
+        layer = self.further[0]
+        if again and self.config.further_normed:
+            stream = layer.norm(stream)  # type: ignore[operator]
+        further: Tensor = layer(stream, self.embed_tokens(tokens), self.angles(positions), context)
+        return further
+
+    def further_logits(self, stream: Tensor) -> Tensor:
+        """Return the logits [R, V] of the first further layer's stream [R, H]."""
+        return self.logits(self.further[0].norm(stream))  # type: ignore[operator]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [R, V] of the last norm's output [R, H], whatever the head is."""
         return self.lm_head(hidden) if "lm_head" in self._modules else linear(hidden, self.embed_tokens.weight)

@@ -5,7 +5,7 @@ quantised copy of its own. A row's bits depend on that row alone, as `ops.quanti
 with whole weights is exact with these.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -48,6 +48,11 @@ class Quantisation:
     head: Kind | None = "int8"
 
     @property
+    def group_size(self) -> int | None:
+        """How many weights share a scale; None: a whole output."""
+        return 32 if self.group is None and self.kind == "int4" else self.group
+
+    @property
     def of_head(self) -> "Quantisation | None":
         return None if self.head is None else replace(self, kind=self.head, group=None, symmetric=True)
 
@@ -66,6 +71,13 @@ def quantisation_named(word: str | None) -> Quantisation | None:
     return Quantisation(cast(Kind, word))
 
 
+Held = Callable[[Tensor], Sequence[int]]  # the shape of what is held here of a weight; distribution supplies its own
+
+
+def _all_of_it(weight: Tensor) -> Sequence[int]:
+    return weight.shape
+
+
 class QuantisedLinear(nn.Module):
     """A projection whose weight has few bits; its parts are buffers, so that it moves and is stored like any other."""
 
@@ -77,7 +89,7 @@ class QuantisedLinear(nn.Module):
         """A shell: `fill` gives it a weight [out, depth]."""
         super().__init__()
         self.kind, self.symmetric, self.shape, self.bias = how.kind, how.symmetric, (out, depth), bias
-        self.group = 32 if how.group is None and how.kind == "int4" else how.group
+        self.group = how.group_size
         for name in ("data", "scales", "zeros"):
             self.register_buffer(name, None)
         self.adapter: Adapter | None = None
@@ -89,7 +101,7 @@ class QuantisedLinear(nn.Module):
 
     def quantised(self, whole: Tensor) -> dict[str, Tensor]:
         """Return the parts that `fill` makes of `whole`, by name."""
-        rows = whole.detach().reshape(self.shape).split(CUT_ROWS)
+        rows = whole.detach().reshape(-1, whole.shape[-1]).split(CUT_ROWS)
         parts = [quantise(cut, self.kind, self.group, self.symmetric) for cut in rows]
         names = ("data", "scales") if self.symmetric else ("data", "scales", "zeros")
         return {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
@@ -114,11 +126,11 @@ class QuantisedLinear(nn.Module):
 class QuantisedExperts(nn.Module):
     """`ExpertWeights` with few bits: a product for each expert that has rows, all experts' outputs in one weight."""
 
-    def __init__(self, whole: ExpertWeights, how: Quantisation) -> None:
+    def __init__(self, whole: ExpertWeights, how: Quantisation, held: "Held") -> None:
         super().__init__()
-        self.limit, self.alpha, self.count = whole.limit, whole.alpha, len(whole.down_proj)
+        self.limit, self.alpha, self.count = whole.limit, whole.alpha, held(whole.down_proj)[0]
         for name in ("gate_up_proj", "down_proj"):
-            count, out, depth = getattr(whole, name).shape
+            count, out, depth = held(getattr(whole, name))
             self.register_module(name, QuantisedLinear(count * out, depth, how))
             self.register_parameter(f"{name}_bias", getattr(whole, f"{name}_bias") if whole.has_bias else None)
 
@@ -147,7 +159,7 @@ def quantise_model(model: Decoder, how: Quantisation) -> Decoder:
     Raises:
         LiaoyuanError: a weight is not finite, or the kind has no such groups.
     """
-    for path in _projections(model, how):
+    for path in to_quantise(model, how):
         whole = model.get_submodule(path)
         weights = {name: value for name, value in whole.named_parameters(path) if "bias" not in name}
         model.set_submodule(path, _shell(whole, how.of_head or how if path == HEAD else how))
@@ -160,12 +172,13 @@ def quantise_model(model: Decoder, how: Quantisation) -> Decoder:
     return _read_with_head(model)
 
 
-def quantised_shell(model: Decoder, how: Quantisation) -> Decoder:
+def quantised_shell(model: Decoder, how: Quantisation, held: Held = _all_of_it) -> Decoder:
     """Give `model`, on the meta device, the modules of a quantised one; `put` then fills it, tensor by tensor."""
-    for path in _projections(model, how):
-        model.set_submodule(path, _shell(model.get_submodule(path), how.of_head or how if path == HEAD else how))
+    for path in to_quantise(model, how):
+        kind = how.of_head or how if path == HEAD else how
+        model.set_submodule(path, _shell(model.get_submodule(path), kind, held))
     if how.head and model.config.tie_word_embeddings:
-        _add_head(model, how.of_head or how)
+        _add_head(model, how.of_head or how, held)
     return _read_with_head(model)
 
 
@@ -186,21 +199,29 @@ def as_kept(model: Decoder, name: str, whole: Tensor) -> dict[str, Tensor]:
     Raises:
         LiaoyuanError: a weight that is to be quantised has another size, or values that are not numbers.
     """
-    quantised = {path: module for path, module in model.named_modules() if isinstance(module, QuantisedLinear)}
-    path = name if name in quantised else name.removesuffix(".weight")
-    kept = {} if path in quantised else {name: whole}
-    places = [path] if path in quantised else []
-    if name == EMBEDDING and model.config.tie_word_embeddings and HEAD in quantised:
-        places.append(HEAD)
-    for place in places:
-        shape = quantised[place].shape
+    own, places = places_of(model, name)
+    kept = {name: whole} if own else {}
+    for place, module in places.items():
+        shape = module.shape
         if whole.shape[-1:] != shape[1:] or whole.numel() != shape[0] * shape[1]:
             raise LiaoyuanError(f"The weight '{name}' is {list(whole.shape)}, but the model's is {list(shape)}.")
-        kept |= {f"{place}.{part}": value for part, value in quantised[place].quantised(whole).items()}
+        kept |= {f"{place}.{part}": value for part, value in module.quantised(whole).items()}
     return kept
 
 
-def _projections(model: Decoder, how: Quantisation) -> list[str]:
+def places_of(model: Decoder, name: str) -> tuple[bool, dict[str, QuantisedLinear]]:
+    """Return where the tensor `name` of a model with whole weights is kept: whether as it is, and, by their names, the
+    projections that keep it in few bits.
+    """
+    quantised = {path: module for path, module in model.named_modules() if isinstance(module, QuantisedLinear)}
+    path = name if name in quantised else name.removesuffix(".weight")
+    places = {path: quantised[path]} if path in quantised else {}
+    if name == EMBEDDING and model.config.tie_word_embeddings and HEAD in quantised:
+        places[HEAD] = quantised[HEAD]
+    return path not in quantised, places
+
+
+def to_quantise(model: Decoder, how: Quantisation) -> list[str]:
     """Return the names of the modules whose weights are quantised."""
     return [
         path
@@ -209,15 +230,16 @@ def _projections(model: Decoder, how: Quantisation) -> list[str]:
     ]
 
 
-def _shell(whole: nn.Module, how: Quantisation) -> nn.Module:
+def _shell(whole: nn.Module, how: Quantisation, held: Held = _all_of_it) -> nn.Module:
     if isinstance(whole, ExpertWeights):
-        return QuantisedExperts(whole, how)
+        return QuantisedExperts(whole, how, held)
     assert isinstance(whole, Linear)
-    return QuantisedLinear(whole.out_features, whole.in_features, how, whole.bias)
+    out, depth = held(whole.weight)
+    return QuantisedLinear(out, depth, how, whole.bias)
 
 
-def _add_head(model: Decoder, how: Quantisation) -> None:
-    tokens, hidden = model.embed_tokens.weight.shape
+def _add_head(model: Decoder, how: Quantisation, held: Held = _all_of_it) -> None:
+    tokens, hidden = held(model.embed_tokens.weight)
     model.add_module(HEAD, QuantisedLinear(tokens, hidden, how))
 
 

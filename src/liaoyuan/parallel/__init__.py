@@ -9,6 +9,7 @@ from liaoyuan.parallel.inference import check_inference, lay_out_inference
 from liaoyuan.parallel.layout import Layout, Shape, resolve
 from liaoyuan.parallel.owners import Owners
 from liaoyuan.parallel.program import Program, lay_out, take_part
+from liaoyuan.parallel.quantised import own_columns_of, own_rows_of, whole_part, whole_rows
 from liaoyuan.parallel.traffic import Sent, Traffic, record_traffic
 from liaoyuan.parallel.world import World, start
 
@@ -28,8 +29,12 @@ __all__ = [
     "lay_out_inference",
     "local",
     "own_block",
+    "own_columns_of",
+    "own_rows_of",
     "record_traffic",
     "resolve",
     "start",
     "take_part",
+    "whole_part",
+    "whole_rows",
 ]

@@ -8,6 +8,7 @@ Training keeps each expert whole and sends tokens to it. Where the layout is exa
 processes here too, and their rows are brought together before a token's are added: the sums are those of training.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,15 +19,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.models import Decoder, ModelConfig
+from liaoyuan.models import Decoder, ModelConfig, Quantisation
 from liaoyuan.models.experts import Dispatch, GroupedExperts, MixtureOfExperts
-from liaoyuan.models.quantised import read_with
+from liaoyuan.models.quantised import read_with, to_quantise
 from liaoyuan.ops import combine_rows, permute_rows
 from liaoyuan.parallel.collectives import add_in_order
+from liaoyuan.parallel.expert import expert_weights
 from liaoyuan.parallel.layout import Layout, Shape, resolve
 from liaoyuan.parallel.mesh import Mesh
 from liaoyuan.parallel.program import Program, compute_each_locally, give_memory
-from liaoyuan.parallel.tensor import COLUMNS, ROWS, Table, cut_vocabulary, cut_weights
+from liaoyuan.parallel.quantised import check_groups, quantise_parts
+from liaoyuan.parallel.tensor import COLUMNS, ROWS, Table, cut_vocabulary, cut_weights, placement, with_local_parts
 from liaoyuan.parallel.world import World
 
 SPREAD_BYTES = 2**20  # of all parts of a sum; below it, one exchange takes less time than two
@@ -43,8 +46,10 @@ EXPERT_TABLE: dict[str, tuple[Placement, Placement]] = {
 }
 
 
-def check_inference(layout: Layout, config: ModelConfig) -> Layout:
+def check_inference(layout: Layout, config: ModelConfig, few_bits: Quantisation | None = None) -> Layout:
     """Return the layout of a replica, resolved.
+
+    few_bits: how its weights are quantised.
 
     Raises:
         LiaoyuanError: it has other axes than tp and ep, or does not fit the model.
@@ -69,13 +74,32 @@ def check_inference(layout: Layout, config: ModelConfig) -> Layout:
     for name, width, parts in widths:
         if width % parts:
             raise LiaoyuanError(f"The layout {layout.describe()} does not fit: {parts} does not divide {name} {width}.")
+    if few_bits is not None:
+        check_groups(_cut_inputs(resolved, config, few_bits), few_bits)
     return resolved
 
 
-def lay_out_inference(model: Decoder, layout: Layout, world: World) -> Program:
+def _cut_inputs(layout: Layout, config: ModelConfig, few_bits: Quantisation) -> Iterator[tuple[str, int, int]]:
+    """Yield the name, the inputs, and the number of processes of each weight whose inputs are cut."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    for path in to_quantise(model, few_bits):
+        for name, weight in model.get_submodule(path).named_parameters(path):
+            _, experts, key = name.rpartition(".experts.")
+            if layout.exact:  # experts are whole there
+                placed = Shard(0) if experts else placement(name)
+            else:
+                placed = EXPERT_TABLE[key][0] if experts else placement(name, SHARED_TABLE)
+            if weight.ndim > 1 and placed == Shard(weight.ndim - 1):
+                yield name, weight.shape[-1], layout.tp // layout.ep if experts else layout.tp
+
+
+def lay_out_inference(model: Decoder, layout: Layout, world: World, few_bits: Quantisation | None = None) -> Program:
     """Lay out `model`, on the meta device, over the processes of `world` (which must know the layout): each gets memory
     for its part, to be filled by `checkpoint.load_weights`. `models[0]` of the program is then called as the whole
     model would be, in all processes with the same inputs, and gives all of them the same output.
+
+    few_bits: keep its weights so.
     """
     mesh = world.mesh
     assert mesh, "a model of one process needs no layout"
@@ -83,7 +107,8 @@ def lay_out_inference(model: Decoder, layout: Layout, world: World) -> Program:
     exact = mesh.layout.exact
     cut_weights(model, mesh, () if exact else SHARED_TABLE)
     model.key_value_heads = model.config.num_key_value_heads // layout.tp
-    for layer in model.layers:
+    further = [one.layer for one in model.further] if model.config.further_layers else []
+    for layer in (*model.layers, *further):
         _add_up(layer.self_attn, group)
         if exact and isinstance(layer.mlp, MixtureOfExperts):
             _spread_experts(layer.mlp, mesh.dense["tp"])
@@ -91,12 +116,16 @@ def lay_out_inference(model: Decoder, layout: Layout, world: World) -> Program:
         _add_up(layer.mlp, group)
         if isinstance(layer.mlp, MixtureOfExperts):
             _cut_experts(layer.mlp, mesh)
+    forms = {} if few_bits is None else quantise_parts(model, few_bits)
     cut_vocabulary(model.embed_tokens, group, ordered_sum)
     # As sampling reads them, so that scoring a token gives the same bits.
     model.read_logits = read_with(lambda rows: gather_columns(model.logits(rows), group))
     _join_logits(model, group)
     program = Program([model], mesh)
+    program.few_bits = forms
     compute_each_locally(model, model)
+    if further:
+        _guess_locally(model, group)
     give_memory(program, world.device.torch)
     return program
 
@@ -142,6 +171,14 @@ def _join_logits(model: Decoder, group: ProcessGroup) -> None:
         return out if targets is not None or options.get("hidden") else gather_columns(out, group)
 
     model.register_forward_hook(after, with_kwargs=True)
+
+
+def _guess_locally(model: Decoder, group: ProcessGroup) -> None:
+    """Let the calls of a further layer compute with local parts of weights, and put their logits together."""
+    within = (*model.layers, *expert_weights(model))
+    logits = with_local_parts(model.further_logits, model, "", within)
+    model.further_logits = lambda stream: gather_columns(logits(stream), group)  # type: ignore[method-assign]
+    model.further_stream = with_local_parts(model.further_stream, model, "", within)  # type: ignore[method-assign]
 
 
 def _cut_experts(layer: MixtureOfExperts, mesh: Mesh) -> None:

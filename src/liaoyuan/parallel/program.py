@@ -31,6 +31,7 @@ from liaoyuan.parallel.pipeline import (
     stage_of,
     stage_with,
 )
+from liaoyuan.parallel.quantised import Forms
 from liaoyuan.parallel.recompute import apply_recompute
 from liaoyuan.parallel.reduction import Reduction
 from liaoyuan.parallel.tensor import apply_tensor_parallel, compute_locally, sum_uncut
@@ -47,6 +48,7 @@ class Program:
     def __init__(self, models: Sequence[Decoder], mesh: Mesh | None = None, pipeline: Pipeline | None = None) -> None:
         self.models, self.mesh, self.pipeline = list(models), mesh, pipeline
         self.reductions: list[Reduction] = []  # one for each stage, on devices that need them
+        self.few_bits: Forms = {}  # for inference: the projections whose weights are quantised
 
     @property
     def config(self) -> ModelConfig:

@@ -37,12 +37,12 @@ TABLE: Table = (
     (r"self_attn\.(qkv_proj|q_proj|q_b_proj|kv_b_proj)\.(weight|bias)$", ROWS),
     (r"self_attn\.sinks$", ROWS),
     (r"self_attn\.o_proj\.weight$", COLUMNS),
-    (r"layers\.\d+\.mlp\.gate_up_proj\.(weight|bias)$", ROWS),
-    (r"layers\.\d+\.mlp\.down_proj\.weight$", COLUMNS),
+    (r"layer(s\.\d+)?\.mlp\.gate_up_proj\.(weight|bias)$", ROWS),
+    (r"layer(s\.\d+)?\.mlp\.down_proj\.weight$", COLUMNS),
     (r"", Replicate()),
 )
 ADDED_ONCE = re.compile(  # though the products are summed
-    r"layers\.\d+\.(self_attn\.o_proj|mlp\.down_proj)\.bias$|^experts\.down_proj_bias$"
+    r"layer(s\.\d+)?\.(self_attn\.o_proj|mlp\.down_proj)\.bias$|^experts\.down_proj_bias$"
 )
 
 
@@ -171,20 +171,26 @@ def compute_locally(module: nn.Module, root: str, inner: tuple[nn.Module, ...] =
 
     A weight that is not cut sees only this process's tokens or heads: its gradient is a summand until `sum_uncut`.
     """
+    module.forward = with_local_parts(module.forward, module, root, inner)
+
+
+def with_local_parts(
+    function: Callable[..., Any], module: nn.Module, root: str, inner: tuple[nn.Module, ...] = ()
+) -> Callable[..., Any]:
+    """Return `function`, which calls parts of `module`, with local parts of weights: see `compute_locally`."""
     apart = {id(part) for whole in inner for part in whole.modules()}
     weights = [(owner, key, f"{root}{name}") for owner, key, name in weights_of(module) if id(owner) not in apart]
-    original = module.forward
 
-    def forward(*inputs: Any, **options: Any) -> Any:
+    def locally(*inputs: Any, **options: Any) -> Any:
         for owner, key, name in weights:
             owner.__dict__[key] = _local(owner._parameters[key], name)  # hides the parameter of the same name
         try:
-            return original(*inputs, **options)
+            return function(*inputs, **options)
         finally:
             for owner, key, _ in weights:
                 owner.__dict__.pop(key, None)
 
-    module.forward = forward
+    return locally
 
 
 def is_uncut(name: str) -> bool:

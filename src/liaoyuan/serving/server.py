@@ -198,8 +198,6 @@ def open_server(
                 )
                 behind = _Behind(apart, apart, apart.room)
             else:
-                if layout.tp * layout.ep > 1:
-                    _refuse_spread(quantisation, adapters, adapter_folder)
                 running = _open_engine(model_dir, device, engine, layout, failure, opened, *few)
                 runner = opened.enter_context(EngineThread(running, max_queued))
                 behind = _Behind(runner, running.adapters, running.room)
@@ -299,30 +297,19 @@ def _open_engine(
     quantisation: Quantisation | None,
     adapters: Mapping[str, Path],
 ) -> Engine:
+    place = select_device(device).torch
+    small = None if draft is None else load_model(draft, device=place)
+    further = config.speculate == "mtp"
     if layout.tp * layout.ep == 1:
-        place = select_device(device).torch
-        small = None if draft is None else load_model(draft, device=place)
-        further = config.speculate == "mtp"
         model = load_model(model_dir, device=place, quantisation=quantisation, further=further)
         engine = Engine(model, config, small)
-        for name, folder in adapters.items():
-            engine.load_adapter(name, folder)
-        return engine
-    if draft is not None:
-        raise LiaoyuanError("--draft is for a model in one process: leave out --tp, or --draft.")
-    leader = opened.enter_context(open_ranks(model_dir, layout, device, failure))
-    return Engine(leader.model, config, memory=leader)
-
-
-def _refuse_spread(
-    quantisation: Quantisation | None, adapters: Mapping[str, Path], adapter_folder: Path | None
-) -> None:
-    """Raise LiaoyuanError for what a model over several processes cannot have."""
-    if quantisation is not None or adapters or adapter_folder is not None:
-        raise LiaoyuanError(
-            "Weights of few bits and adapters need the whole model in one process: leave out --tp and --ep "
-            "(--replicas may stay), or --quantise and --lora."
-        )
+    else:
+        ranks = open_ranks(model_dir, layout, device, failure, quantisation=quantisation, further=further)
+        leader = opened.enter_context(ranks)
+        engine = Engine(leader.model, config, small, leader)
+    for name, folder in adapters.items():
+        engine.load_adapter(name, folder)
+    return engine
 
 
 def _context_length(room: int, wanted: int | None) -> int:

@@ -6,7 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from liaoyuan.inference.adapter_stacks import Stacks
 from liaoyuan.inference.cache import KeyValueCache
+from liaoyuan.inference.further_streams import FurtherStreams
 from liaoyuan.inference.weights import (
     Weights,
     checked_weights,
@@ -27,6 +29,14 @@ class Memory(Protocol):
 
     def new_cache(self, num_blocks: int, block_size: int) -> KeyValueCache:
         """Return a cache with nothing in it."""
+        ...
+
+    def adapter_stacks(self) -> Stacks:
+        """Return where adapters of the model go."""
+        ...
+
+    def further_streams(self, slots: int) -> FurtherStreams:
+        """Return the streams of a model with a further layer."""
         ...
 
     def checked(self, weights: Weights) -> Mapping[str, Tensor]:
@@ -63,6 +73,12 @@ class OwnMemory:
     def new_cache(self, num_blocks: int, block_size: int) -> KeyValueCache:
         model = self._model
         return KeyValueCache(model.config, num_blocks, block_size, model.embed_tokens.weight.device)
+
+    def adapter_stacks(self) -> Stacks:
+        return Stacks(self._model)
+
+    def further_streams(self, slots: int) -> FurtherStreams:
+        return FurtherStreams(self._model, slots)
 
     def checked(self, weights: Weights) -> Mapping[str, Tensor]:
         return checked_weights(self._model, weights)

@@ -5,6 +5,7 @@ head is [length of the whole, kind, number of tensors], and each tensor is [dtyp
 """
 
 from collections.abc import Sequence
+from enum import IntEnum
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,36 @@ from torch.distributed import ProcessGroup
 FIRST = 4096  # numbers, 32 KiB: a step of decoding of some hundred sequences
 DTYPES = (torch.int64, torch.int32, torch.uint8)
 NOTHING = -1  # in the place of a dtype: no tensor here
+
+
+class Call(IntEnum):
+    """What the leader announces."""
+
+    END = 0
+    CACHE = 1  # an empty cache: [its number, how many blocks, size of a block]
+    DROP = 2  # a cache that nobody needs any more: [its number]
+    COPY = 3  # blocks of a cache: [its number], sources, targets
+    PAGED = (
+        4  # a forward pass: [hidden, number of the cache], tokens, positions, targets, rows, which adapters, context
+    )
+    PACKED = 5  # one over whole documents: [hidden], tokens, positions, targets, rows, which adapters, context
+    READ = 6  # new weights, of a folder: its path
+    TAKE = 7  # the weights that were read
+    SUM = 8  # the checksum of all weights
+    SLEEP = 9  # without weights
+    WAKE = 10
+    ADAPTER = 11  # which projections it changes, the rank of each; and then its bytes
+    NO_ADAPTER = 12  # one that nobody needs any more: [its number]
+    LEARN = 13  # training's forward over whole documents: tokens, positions, targets, boundaries
+    FORGET = 14  # training's model
+    RECORD = 15  # what follows, for who looks for a difference: [whether of training's model], text
+    DIFFER = 16  # where two passes that were recorded part
+    PROMISE = 17  # which operators have a kernel that promises exactness
+    STREAMS = 18  # a further layer's streams: [how many slots]
+    OBSERVE = 19  # rows of a further layer: [number of the cache], `FurtherStreams.observe` but the stream, context
+    BEGIN = 20  # see `FurtherStreams`: slots
+    GUESS = 21  # their logits: slots
+    ADVANCE = 22  # [number of the cache], slots, tokens, positions, context
 
 
 def send(kind: int, tensors: Sequence[Tensor | None], group: ProcessGroup) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from enum import IntEnum
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,39 +20,21 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from liaoyuan import ops
-from liaoyuan.checkpoint import read_weights
+from liaoyuan.checkpoint import read_parts
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.inference.adapter_stacks import Stacks
 from liaoyuan.inference.cache import KeyValueCache, PagedContext
 from liaoyuan.inference.exactness.recorder import Recordings
-from liaoyuan.inference.spread.message import as_text, receive, send, text_tensor
+from liaoyuan.inference.spread.adapters import SharedStacks, adapter_bytes, choose_as_told, unpack_adapter
+from liaoyuan.inference.spread.further import FollowedStreams, SharedStreams
+from liaoyuan.inference.spread.message import Call, as_text, receive, send, text_tensor
 from liaoyuan.inference.spread.trained import Trained
 from liaoyuan.inference.weights import Weights
 from liaoyuan.models import AttentionContext, Decoder, PackedContext, read_config
 from liaoyuan.ops import LogitStatistics, checksum
-from liaoyuan.parallel import Layout, Program, local
+from liaoyuan.parallel import Layout, Program, full_weights, local, whole_part
 
 Result = TypeVar("Result")
-
-
-class Call(IntEnum):
-    """What the leader announces."""
-
-    END = 0
-    CACHE = 1  # an empty cache: [its number, how many blocks, size of a block]
-    DROP = 2  # a cache that nobody needs any more: [its number]
-    COPY = 3  # blocks of a cache: [its number], sources, targets
-    PAGED = 4  # a forward pass: [hidden, number of the cache], tokens, positions, targets, rows, four of the context
-    PACKED = 5  # a forward pass over whole documents: [hidden], tokens, positions, targets, rows, boundaries
-    READ = 6  # new weights, of a folder: its path
-    TAKE = 7  # the weights that were read
-    SUM = 8  # the checksum of all weights
-    SLEEP = 9  # without weights
-    WAKE = 10
-    LEARN = 11  # training's forward over whole documents: tokens, positions, targets, boundaries
-    FORGET = 12  # training's model
-    RECORD = 13  # what follows, for who looks for a difference: [whether of training's model], text
-    DIFFER = 14  # where two passes that were recorded part
-    PROMISE = 15  # which operators have a kernel that promises exactness
 
 
 class Leader:
@@ -76,6 +58,7 @@ class Leader:
         self._evidence = Evidence(program, control)
         self.recordings = self._evidence.recordings
         self._turn = threading.RLock()
+        self._stacks = SharedStacks(program, self)
         self._caches, self._inside = 0, 0  # how many there were; the thread that makes an announced call
         self._unneeded: list[int] = []  # numbers of caches to be dropped
         self._forward = self.model.forward
@@ -103,6 +86,25 @@ class Leader:
             self._caches += 1
         weakref.finalize(cache, self._unneeded.append, number)  # when that is, in the middle of a call, is not ours
         return cache
+
+    def adapter_stacks(self) -> SharedStacks:
+        """Return where adapters go; all engines of this model have the same."""
+        return self._stacks
+
+    def adapter_came(self, places: Tensor, ranks: Tensor, values: Tensor) -> None:
+        """See `adapters.pack_adapter`."""
+        with self._turn:
+            self._announce(Call.ADAPTER, [places, ranks])
+            self._together(lambda: dist.broadcast(values, group_src=0, group=self._control))
+
+    def adapter_went(self, number: int) -> None:
+        """The others forget it too."""
+        self._announce(Call.NO_ADAPTER, [torch.tensor([number])])
+
+    def further_streams(self, slots: int) -> SharedStreams:
+        """Return this process's streams of a further layer; the others have theirs."""
+        self._announce(Call.STREAMS, [torch.tensor([slots])])
+        return SharedStreams(self.model, slots, self.make)
 
     def checked(self, weights: Weights) -> Mapping[str, Tensor]:
         """Return this process's part of new weights for `copy_weights`; the others have read theirs.
@@ -187,11 +189,16 @@ class Leader:
     ) -> Tensor:
         kind, number, places = _places(context)
         head = torch.tensor([hidden, *number], dtype=torch.int64)
+        message = [head, tokens, positions, targets, rows, *self._stacks.chosen, *places]
+        return self.make(kind, message, lambda: self._forward(tokens, positions, context, targets, rows, hidden=hidden))
+
+    def make(self, kind: Call, message: Sequence[Tensor | None], work: Callable[[], Result]) -> Result:
+        """Announce a call that computes with the model, and make it."""
         with self._turn:
-            self._announce(kind, [head, tokens, positions, targets, rows, *places])
+            self._announce(kind, message)
             self._inside = threading.get_ident()
             try:
-                return self._together(lambda: self._forward(tokens, positions, context, targets, rows, hidden=hidden))
+                return self._together(work)
             finally:
                 self._inside = 0
 
@@ -249,26 +256,32 @@ class Part:
         Raises:
             LiaoyuanError: some process cannot read its part, or may not take it.
         """
-        fresh = {name: torch.empty_like(tensor.detach()) for name, tensor in self._program.named_tensors()}
-        refusal = _refusal(fresh, self._program, folder)
+        new: dict[str, Tensor] = {}
+        refusal = _refusal(new, self._program, folder)
         failed = torch.tensor(int(bool(refusal)))
         dist.all_reduce(failed, group=self._control)
         if failed:
             raise LiaoyuanError(refusal or f"Another process of this model cannot read its part of {folder}.")
-        self._new = {name: local(tensor) for name, tensor in fresh.items()}
-        return self._new
+        self._new = new
+        return new
 
     @torch.no_grad()
     def take(self) -> None:
         """Copy what was read into the model."""
-        for name, tensor in self._own().items():
-            tensor.copy_(self._new[name])
+        own = self._own()
+        for name, tensor in self._new.items():
+            own[name].copy_(tensor)
         self._new = {}
 
     def checksum(self) -> str:
         """Return what `weights.weights_checksum` returns of the whole model; all processes must ask."""
-        total, named = 0, dict(self._program.named_tensors())
-        for _, whole in self._program.whole_tensors({name: named[name] for name in sorted(named)}):
+        total, few_bits = 0, self._program.few_bits
+        for name, tensor in sorted(self._program.named_tensors()):
+            path, _, leaf = name.rpartition(".")
+            if path in few_bits and leaf != "bias":
+                whole = whole_part(self._program.models[0].get_submodule(path), few_bits[path], leaf)
+            else:
+                ((_, whole),) = full_weights([(name, tensor)])
             total = checksum(whole, before=total)
         return f"{total:016x}"
 
@@ -328,7 +341,7 @@ def follow(program: Program, control: ProcessGroup) -> None:
         Call.DIFFER: evidence.first_differences,
         Call.PROMISE: evidence.promised,
     }
-    caches: dict[int, KeyValueCache] = {}
+    caches, stacks, streams = dict[int, KeyValueCache](), Stacks(model), FollowedStreams(model)
     while True:
         kind, found = receive(control)
         if kind == Call.END:
@@ -344,21 +357,44 @@ def follow(program: Program, control: ProcessGroup) -> None:
                 part.read(Path(as_text(head)))
         elif kind in silent:
             silent[Call(kind)]()
+        elif kind == Call.ADAPTER:
+            _take_adapter(stacks, program, control, *found)
+        elif kind == Call.NO_ADAPTER:
+            stacks.remove(head[0])
+        elif kind == Call.COPY:
+            caches[head[0]].copy(*(x.to(device) for x in found[1:] if x is not None))
         elif kind == Call.LEARN:
             evidence.trained(*(x.to(device) for x in found if x is not None))
         elif kind == Call.RECORD:
             evidence.record(bool(head[0]), *(x for x in found[1:] if x is not None))
+        elif kind >= Call.STREAMS:
+            streams.repeat(Call(kind), caches, head, [x.to(device) for x in found if x is not None])
         else:
-            _repeat(Call(kind), model, caches, head, [x if x is None else x.to(device) for x in found[1:]])
+            _repeat(Call(kind), model, caches, stacks, head, found[1:])
+
+
+def _take_adapter(stacks: Stacks, program: Program, control: ProcessGroup, *message: Tensor | None) -> None:
+    places, ranks = (tensor for tensor in message if tensor is not None)
+    values = torch.empty(adapter_bytes(places, ranks, program), dtype=torch.uint8)
+    dist.broadcast(values, group_src=0, group=control)
+    stacks.take(*unpack_adapter(places, ranks, values, program))
 
 
 @torch.inference_mode()
-def _repeat(kind: Call, model: Decoder, caches: dict[int, KeyValueCache], head: list[int], tensors: list[Any]) -> None:
-    if kind is Call.COPY:
-        caches[head[0]].copy(*tensors)
-        return
-    tokens, positions, targets, rows, *places = tensors
+def _repeat(
+    kind: Call,
+    model: Decoder,
+    caches: dict[int, KeyValueCache],
+    stacks: Stacks,
+    head: list[int],
+    found: list[Tensor | None],
+) -> None:
+    """Make the leader's call of the model."""
+    device = model.embed_tokens.weight.device
+    inputs: list[Any] = [x if x is None else x.to(device) for x in found]
+    tokens, positions, targets, rows, _, _, *places = inputs
     context = PagedContext(caches[head[1]], *places) if kind is Call.PAGED else PackedContext(*places)
+    choose_as_told(stacks, *found[4:6])
     model(tokens, positions, context, targets, rows, hidden=bool(head[0]))
 
 
@@ -371,13 +407,17 @@ def _places(context: AttentionContext) -> tuple[Call, list[int], list[Tensor]]:
     raise LiaoyuanError("A model that is spread over several processes needs a cache that all of them know.")
 
 
-def _refusal(fresh: dict[str, Tensor], program: Program, folder: Path) -> str:
-    """Read new weights; return why they cannot be taken, or nothing."""
+def _refusal(new: dict[str, Tensor], program: Program, folder: Path) -> str:
+    """Read new weights into `new`; return why they cannot be taken, or nothing."""
     try:
-        if read_config(folder) != program.config:
+        config = program.config
+        found = read_config(folder, bool(config.further_layers))
+        if config.further_layers and not found.further_layers:  # as training writes: they only guess, and stay
+            config = replace(config, further_layers=0)
+        if found != config:
             return f"The config.json of {folder} is that of another model than the one that is served."
-        read_weights(fresh, program.config, folder)
+        new.update(read_parts(program, folder, config))
     except LiaoyuanError as error:
         return str(error)
-    wrong = [name for name, tensor in fresh.items() if not bool(local(tensor).isfinite().all())]
+    wrong = [name for name, tensor in new.items() if not bool(tensor.isfinite().all())]
     return f"The new weight '{wrong[0]}' of {folder} has values that are not numbers." if wrong else ""

@@ -25,11 +25,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed import ProcessGroup
 
-from liaoyuan.checkpoint import load_weights
+from liaoyuan.checkpoint import load_weights, quantisation_for
 from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.inference.further_draft import check_further
 from liaoyuan.inference.spread.mirror import Leader
-from liaoyuan.models import Decoder, read_config
+from liaoyuan.models import Decoder, Quantisation, read_config
 from liaoyuan.parallel import Layout, Program, World, check_inference, lay_out_inference
 
 HOST = "127.0.0.1"
@@ -54,9 +55,16 @@ class Task:
     port: int
     threads: int
     step_seconds: float
-    rank: int = 0
+    quantise: dict[str, Any] | None  # how to quantise the weights while they are read
+    further: bool  # with the layers that guess further
     exact: bool = False
     dtype: str | None = None
+    rank: int = 0
+
+    @property
+    def few_bits(self) -> Quantisation | None:
+        """How the model keeps its weights: as the folder does, or as it is asked to."""
+        return quantisation_for(Path(self.folder), None if self.quantise is None else Quantisation(**self.quantise))
 
 
 @contextmanager
@@ -66,6 +74,8 @@ def open_ranks(
     device: str,
     failed: Tell,
     step_timeout: timedelta = STEP_TIMEOUT,
+    quantisation: Quantisation | None = None,
+    further: bool = False,
     dtype: str | None = None,
 ) -> Iterator[Leader]:
     """Start the followers of this process, load the model of `folder` in all, and end them when the block ends.
@@ -75,17 +85,27 @@ def open_ranks(
         device: its kind; each process takes the one of its own number.
         failed: called once, from another thread, with a sentence, when a process fails before the block ends. If the
             block has not ended END_SECONDS later, this process does.
+        quantisation: quantise the weights while they are read.
+        further: with the model's layers for predicting the token after the next.
         dtype: of the weights; None: the model's own.
 
     Raises:
-        LiaoyuanError: the layout does not fit the model, or a process could not start or read its weights.
+        LiaoyuanError: the layout does not fit the model, or that has no such layers, or a process could not start or
+            read its weights.
     """
-    layout = check_inference(layout, read_config(folder))
+    few_bits = quantisation_for(folder, quantisation)
+    config = read_config(folder, further)
+    if further:
+        check_further(config)
+    layout = check_inference(layout, config, few_bits)
     with contextlib.ExitStack() as opened:
         bound = opened.enter_context(socket.create_server((HOST, 0)))  # it is there when the followers come
         threads, seconds = max(1, torch.get_num_threads() // layout.tp), step_timeout.total_seconds()
-        port, exact = bound.getsockname()[1], layout.exact
-        task = Task(str(folder), layout.tp, layout.ep, device, port, threads, seconds, exact=exact, dtype=dtype)
+        how = None if quantisation is None else asdict(quantisation)
+        port = bound.getsockname()[1]
+        task = Task(
+            str(folder), layout.tp, layout.ep, device, port, threads, seconds, how, further, layout.exact, dtype
+        )
         followers = opened.enter_context(_Followers(task, failed))
         program, control = followers.while_alive(lambda: join(task, bound))
         opened.callback(dist.destroy_process_group)
@@ -116,10 +136,10 @@ def join(task: Task, bound: socket.socket | None = None) -> tuple[Program, Proce
     control = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
     assert control is not None
     world = World(task.rank, task.tp, device).arrange(layout)
-    config = read_config(Path(task.folder))
+    config = read_config(Path(task.folder), task.further)
     with torch.device("meta"):
         model = Decoder(replace(config, dtype=task.dtype) if task.dtype else config).eval()
-    program = lay_out_inference(model, layout, world)
+    program = lay_out_inference(model, layout, world, task.few_bits)
     load_weights(program, Path(task.folder))
     dist.barrier(control)
     return program, control
