@@ -191,3 +191,37 @@ def test_a_prompt_of_one_token_has_nothing_to_score(tiny_model: Decoder) -> None
 def test_what_has_no_meaning_is_refused(tiny_model: Decoder, sampling: dict[str, object], message: str) -> None:
     with pytest.raises(LiaoyuanError, match=message):
         answer(tiny_model, **sampling)
+
+
+def test_only_allowed_tokens_are_drawn(tiny_model: Decoder) -> None:
+    allowed = (90, 3, 41)
+    barred = torch.full((96,), -torch.inf)
+    barred[list(allowed)] = 0
+    found = answer(tiny_model, allowed_tokens=allowed)
+    assert found.tokens == greedy_by(tiny_model, lambda tokens, logits: logits + barred)
+    drawn = answer(tiny_model, allowed_tokens=allowed, temperature=1.0, seed=4, bad_words=((41,),))
+    assert set(drawn.tokens) <= {90, 3}
+
+
+@pytest.mark.parametrize("processed", [False, True])
+def test_given_tokens_are_scored_at_every_place_beside_the_one_that_was_drawn(
+    tiny_model: Decoder, processed: bool
+) -> None:
+    scored = (50, 7, 95)
+    own = {"processed_logprobs": processed, "temperature": 0.5, "seed": 3}
+    found = answer(tiny_model, scored_tokens=scored, top_logprobs=2, **own)
+    tokens = list(PROMPT)
+    for token, logprob, row in zip(found.tokens, found.logprobs, found.top_logprobs, strict=True):
+        logits = logits_after(tiny_model, tokens)
+        expected = (logits / 0.5 if processed else logits).log_softmax(-1)
+        assert {one for one, _ in row} == {*scored, token} and dict(row)[token] == logprob
+        assert [value for _, value in row] == sorted((value for _, value in row), reverse=True)
+        for one, value in row:
+            assert value == pytest.approx(float(expected[one]), abs=1e-4)
+        tokens.append(token)
+
+
+@pytest.mark.parametrize("name", ["allowed_tokens", "scored_tokens"])
+def test_tokens_that_a_request_names_must_exist(tiny_model: Decoder, name: str) -> None:
+    with pytest.raises(LiaoyuanError, match=f"'{name}' has the token 96"):
+        answer(tiny_model, **{name: (1, 96)})

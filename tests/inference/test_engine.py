@@ -224,3 +224,22 @@ def test_mixture_of_experts(tiny_config: ModelConfig) -> None:
     for request, completion in zip(asked, Engine(model).generate(asked), strict=True):
         expected = scored(model, request.prompt, completion.tokens)
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_whoever_wants_it_is_told_how_his_prompt_is_read(tiny_model: Decoder) -> None:
+    prompt = tuple(range(1, 60))
+    asked = Request("a", prompt, SamplingParams(max_tokens=3, temperature=0.0), progress=True)
+    plain = dataclasses.replace(asked, id="b", prompt=prompt[::-1], progress=False)
+    engine = Engine(tiny_model, EngineConfig(max_batch_tokens=16, max_sequences=2))
+    for repeated, reads in ((0, [0, 16, 32, 48, 59]), (1, [48, 59])):  # the second time whole blocks are in the cache
+        engine.add(dataclasses.replace(asked, id=repeated))
+        events = []
+        while engine.has_work:
+            events += engine.step()
+        told = [event for event in events if event.read is not None]
+        assert [event.read for event in told] == reads and {event.cached_tokens for event in told} == {reads[0]}
+        assert all(not event.tokens for event in told)
+        assert [token for event in events for token in event.tokens] == Engine(tiny_model).generate([asked])[0].tokens
+        assert all(event.waited > 0 for event in events)
+    engine.add(plain)
+    assert all(event.read is None for _ in range(20) for event in engine.step())

@@ -59,3 +59,12 @@ def test_the_folder_says_how_to_pool(tmp_path: Path) -> None:
         file.write_text(json.dumps(wrong))
         with pytest.raises(LiaoyuanError, match="this server knows"):
             read_pooling(tmp_path)
+
+
+@pytest.mark.parametrize("most", [7, 1000])
+def test_without_pooling_there_is_a_state_for_every_token(tiny_model: Decoder, most: int) -> None:
+    steps = embedding_steps(TEXTS, Pooling("none"), most)
+    found = dict(pair for step in steps for pair in step(tiny_model, OwnMemory(tiny_model)))
+    assert [len(found[number]) for number in range(len(TEXTS))] == [len(text) for text in TEXTS]
+    means = torch.stack([found[number].mean(0) for number in range(len(TEXTS))])
+    torch.testing.assert_close(means, embed(tiny_model, TEXTS, Pooling("mean"), 1000), atol=1e-5, rtol=1e-4)

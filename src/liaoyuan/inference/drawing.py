@@ -10,7 +10,7 @@ from liaoyuan.inference.constraints.constraint import ConstraintState
 from liaoyuan.inference.constraints.masks import allowed, may_forbid
 from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.request import TopLogprobs
-from liaoyuan.inference.sampling import Settings, distributions, sample, top_logprobs, uniform
+from liaoyuan.inference.sampling import Settings, distributions, log_probs_of, sample, top_logprobs, uniform
 from liaoyuan.inference.sequence import Sequence
 from liaoyuan.ops.sampling import COLUMNS
 
@@ -76,7 +76,7 @@ class Drawing:
         self._penalties[slot] = penalties != (1.0, 0.0, 0.0)
         self._bias[slot], self._forbids[slot] = bool(sampling.logit_bias), may_forbid(sequence)
         self._is_special[slot] = self._penalties[slot] | self._bias[slot] | self._forbids[slot]
-        self._top[slot] = sampling.top_logprobs
+        self._top[slot] = max(sampling.top_logprobs, bool(sampling.scored_tokens))
         self._processed[slot], self._masks[slot] = sampling.processed_logprobs, sampling.return_masks
         self._is_told[slot] = self._top[slot] > 0 or self._processed[slot] or self._masks[slot]
         self._are_special, self._are_told = bool(self._is_special.any()), bool(self._is_told.any())
@@ -202,8 +202,14 @@ class Drawing:
                 sequence.masks.append(_bits(spread[index]))
             if not wanted[row]:
                 continue
-            if spread is not None and self._processed[slots[row]]:
-                values, tokens = spread[index].topk(min(int(wanted[row]), int(spread[index].isfinite().sum())))
+            own = spread[index] if spread is not None and self._processed[slots[row]] else None
+            if scored := sequence.request.sampling.scored_tokens:
+                values = log_probs_of(chosen[index], scored) if own is None else own[list(scored)]
+                named = dict(zip(scored, values.tolist(), strict=True)) | {token: logprob}
+                sequence.top_logprobs.append(sorted(named.items(), key=lambda each: -each[1]))
+                continue
+            if own is not None:
+                values, tokens = own.topk(min(int(wanted[row]), int(own.isfinite().sum())))
             else:
                 assert plain_tokens is not None and plain_values is not None
                 values, tokens = plain_values[index, : wanted[row]], plain_tokens[index, : wanted[row]]

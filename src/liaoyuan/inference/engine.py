@@ -94,6 +94,7 @@ class Engine:
         self._step = ModelStep(model, self._new_cache(), self._scheduler, self._drawing, self.adapters, graphs, observe)
         self._ended: list[tuple[Sequence, str]] = []  # without a token of this step, and not told yet
         self._arrivals = self._added = self._prompt_tokens = 0
+        self.updates = 0  # of the weights
 
     @property
     def memory(self) -> Memory:
@@ -190,9 +191,9 @@ class Engine:
         if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
             wrong = next(token for token in request.prompt if not 0 <= token < vocabulary)
             raise LiaoyuanError(f"The prompt has the token {wrong}, but the vocabulary has {vocabulary} tokens.")
-        for token, _ in request.sampling.logit_bias:
+        for name, token in request.sampling.named_tokens():
             if not 0 <= token < vocabulary:
-                raise LiaoyuanError(f"'logit_bias' has the token {token}, but the vocabulary has {vocabulary} tokens.")
+                raise LiaoyuanError(f"'{name}' has the token {token}, but the vocabulary has {vocabulary} tokens.")
         count, most = len(request.prompt), request.sampling.max_tokens
         if count + (most or 1) > self.room:
             raise LiaoyuanError(
@@ -216,7 +217,9 @@ class Engine:
         if plan is None:
             self._after_step()
             return events
+        events += self._step.reading(plan, first=True)
         draws = self._step.advance(plan)
+        events += self._step.reading(plan)
         for first, end in groups_of(plan.samplers, draws.kept):
             events.append(self._step.event(plan, draws, first, end))
         scheduler.finish(plan.samplers[draws.ended])
@@ -314,6 +317,7 @@ class Engine:
         before, self.state = self.state, "broken"
         self._memory.copy_weights(new)
         self._dropped = False
+        self.updates += 1
         self.state = "paused" if before == "broken" else before
         self._scheduler.version = self.version + 1 if version is None else version
         return self.version
@@ -353,6 +357,7 @@ class Engine:
             "version": self.version,
             "guessed_tokens": self._speculation.guessed if self._speculation else 0,
             "guessed_right": self._speculation.right if self._speculation else 0,
+            "guesses": self._speculation.rounds if self._speculation else 0,
             "exact": "not proven" if self.config.exact is None else self.config.exact,
             "layout": self._memory.describe(),
         }
@@ -383,6 +388,7 @@ class Engine:
     def _begin(self, sequence: Sequence) -> None:
         """A sequence has got a slot."""
         self._drawing.start(sequence)
+        self._step.begin(sequence)
         if self._speculation is not None:
             self._speculation.start(sequence)
 

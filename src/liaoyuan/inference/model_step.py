@@ -13,6 +13,7 @@ from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.request import Event
 from liaoyuan.inference.sampling import log_probs, top_logprobs
 from liaoyuan.inference.scheduler import Scheduler
+from liaoyuan.inference.sequence import Sequence
 from liaoyuan.models import Decoder
 
 
@@ -37,6 +38,7 @@ class ModelStep:
         self.cache: KeyValueCache | None = cache
         self._observe, self._stream = observe, torch.empty(0)
         self._device = model.embed_tokens.weight.device
+        self._telling, self._are_telling = np.zeros(len(scheduler.limit), dtype=bool), False
         self._graphs = DecodeGraphs(self._compute, self._device) if graphs else None
         self.steps = self.computed_tokens = self.generated_tokens = 0
 
@@ -78,7 +80,33 @@ class ModelStep:
             sequence.masks[-count:] if sequence.masks else [],
             sequence.cached,
             sequence.error,
+            sequence.waited,
         )
+
+    def begin(self, sequence: Sequence) -> None:
+        """Note whether a sequence that has got a slot wants to be told how its prompt is read."""
+        unread = len(sequence.tokens) == len(sequence.request.prompt)
+        self._telling[sequence.slot] = sequence.request.progress and unread
+        self._are_telling |= bool(self._telling[sequence.slot])
+
+    def reading(self, plan: Plan, first: bool = False) -> list[Event]:
+        """Return how much of their prompts those of a plan who want to know it have read by now.
+
+        first: only of those who have computed nothing yet.
+        """
+        if not self._are_telling:
+            return []
+        events = []
+        for slot in plan.slots[self._telling[plan.slots]].tolist():
+            sequence, read = self._scheduler.in_slot(slot), int(self._scheduler.computed[slot])
+            if first and read > sequence.cached:
+                continue
+            self._telling[slot] = read < len(sequence.request.prompt)
+            events.append(
+                Event(sequence.request.id, [], [], cached_tokens=sequence.cached, waited=sequence.waited, read=read)
+            )
+        self._are_telling = bool(self._telling.any())
+        return events
 
     def _logits(self, plan: Plan) -> torch.Tensor:
         """Return the logits [R + P, V] of a plan's rows: the only place where the model is called."""

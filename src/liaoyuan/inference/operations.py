@@ -183,19 +183,19 @@ class Score:
 
 @dataclass(frozen=True)
 class Embed:
-    """Ask for the embedding of each text of token ids, a list of numbers each; see `Pooling`."""
+    """Ask for the embedding of each text of token ids, a list of numbers each (or of each token); see `Pooling`."""
 
     texts: list[list[int]]
-    mode: Literal["mean", "last"] = "mean"
+    mode: Literal["mean", "last", "none"] = "mean"
     decides: ClassVar[str] = ""
     lasts: ClassVar[bool] = False
 
-    async def run(self, runner: EngineThread) -> list[list[float]]:
-        found: dict[int, list[float]] = {}
+    async def run(self, runner: EngineThread) -> list[list[Any]]:
+        found: dict[int, list[Any]] = {}
         most = await runner.call(lambda engine: engine.config.max_batch_tokens)
         for step in embedding_steps(self.texts, Pooling(self.mode), most):
 
-            def embed(engine: Engine, step=step) -> list[tuple[int, list[float]]]:  # type: ignore[no-untyped-def]
+            def embed(engine: Engine, step=step) -> list[tuple[int, list[Any]]]:  # type: ignore[no-untyped-def]
                 need_ready(engine)
                 return [(number, row.tolist()) for number, row in step(engine.model, engine.memory)]
 

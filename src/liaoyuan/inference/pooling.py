@@ -26,9 +26,9 @@ Step = Callable[[Decoder, Memory], list[tuple[int, Tensor]]]
 
 @dataclass(frozen=True)
 class Pooling:
-    """What is taken of a text's hidden states: their mean, or the last one."""
+    """What is taken of a text's hidden states: their mean, the last one, or (none) all of them."""
 
-    mode: Literal["mean", "last"] = "mean"
+    mode: Literal["mean", "last", "none"] = "mean"
 
 
 def read_pooling(folder: Path) -> Pooling:
@@ -53,8 +53,8 @@ def read_pooling(folder: Path) -> Pooling:
 def embedding_steps(token_lists: Sequence[Sequence[int]], pooling: Pooling, most: int) -> Iterator[Step]:
     """Yield steps of at most `most` tokens each; called in order with a model and its memory they embed all texts.
 
-    A step returns (number of the text, its embedding fp32 [H] on the CPU) for every text that it finishes. Short
-    texts share a step, a long one takes several, over a cache of its own.
+    A step returns (number of the text, its embedding fp32 [H], or [tokens, H] of all, on the CPU) for every text that
+    it finishes. Short texts share a step, a long one takes several, over a cache of its own.
     """
     group: list[int] = []
     for number, tokens in enumerate(token_lists):
@@ -76,26 +76,32 @@ def _packed(token_lists: Sequence[Sequence[int]], group: Sequence[int], pooling:
         positions, context = packed_context(lengths, model.embed_tokens.weight.device)
         tokens = [token for number in group for token in token_lists[number]]
         hidden = _hidden_states(model, tokens, positions, context).split(lengths)
-        pooled = [rows[-1] if pooling.mode == "last" else rows.mean(0) for rows in hidden]
+        pooled = [rows[-1] if pooling.mode == "last" else rows for rows in hidden]
+        if pooling.mode == "mean":
+            pooled = [rows.mean(0) for rows in pooled]
         return [(number, row.cpu()) for number, row in zip(group, pooled, strict=True)]
 
     return step
 
 
 class _LongText:
-    """A text that is read in several steps: its cache, and the sum of what it has given so far."""
+    """A text that is read in several steps: its cache, and what it has given so far: the sum, or all of it."""
 
     def __init__(self, number: int, tokens: Sequence[int], pooling: Pooling) -> None:
         self._number, self._tokens, self._pooling = number, tokens, pooling
         self._cache: KeyValueCache | None = None
         self._sum = torch.zeros(())
+        self._rows: list[Tensor] = []
 
     def step(self, start: int, end: int) -> Step:
         def step(model: Decoder, memory: Memory) -> list[tuple[int, Tensor]]:
             hidden = self._advance(model, memory, start, min(end, len(self._tokens)))
             self._sum = self._sum + hidden.sum(0)
+            self._rows += [hidden.cpu()] if self._pooling.mode == "none" else []
             if end < len(self._tokens):
                 return []
+            if self._pooling.mode == "none":
+                return [(self._number, torch.cat(self._rows))]
             last = self._pooling.mode == "last"
             return [(self._number, (hidden[-1] if last else self._sum / len(self._tokens)).cpu())]
 

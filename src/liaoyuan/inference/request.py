@@ -1,5 +1,6 @@
 """What goes into the engine and what comes out: token ids, never text."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,11 +25,12 @@ class SamplingParams:
     repetition_penalty: divides positive logits of tokens that came, prompt included, multiplies negative ones (1: off).
     presence_penalty, frequency_penalty: taken off a generated token's logit, once, and for every time that it came.
     logit_bias: (token, what is added to its logit).
-    bad_words: sequences of tokens that must not be generated.
+    bad_words: sequences of tokens that must not be generated. allowed_tokens: none else may be; none: all may.
     constraint: what may follow what, such as a grammar.
     seed: None lets the engine number its requests.
     stop_token_ids: generation ends after one of these; it is the last token of the completion.
     top_logprobs: how many of the most probable tokens to report at each place.
+    scored_tokens: report these instead, and the one that was drawn.
     prompt_logprobs: log-probabilities of the prompt's own tokens too, with so many rivals; None: none.
     processed_logprobs: report log-probabilities under the distribution that was drawn from, not the model's own.
     return_masks: report which tokens could have been drawn.
@@ -48,10 +50,18 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_tokens: tuple[int, ...] = ()
+    scored_tokens: tuple[int, ...] = ()
     constraint: Constraint | None = None
     prompt_logprobs: int | None = None
     processed_logprobs: bool = False
     return_masks: bool = False
+
+    def named_tokens(self) -> Iterator[tuple[str, int]]:
+        """Yield the tokens that must be of the vocabulary, each with the name of what has it."""
+        yield from (("logit_bias", token) for token, _ in self.logit_bias)
+        yield from (("allowed_tokens", token) for token in self.allowed_tokens)
+        yield from (("scored_tokens", token) for token in self.scored_tokens)
 
     def check(self) -> None:
         """Raise LiaoyuanError for a value that has no meaning."""
@@ -61,14 +71,14 @@ class SamplingParams:
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "from 0 to 1"),
-            ("top_logprobs", 0 <= self.top_logprobs <= 1000, "from 0 to 1000"),
+            ("top_logprobs", self.top_logprobs >= 0, "0 or more"),
             ("min_tokens", 0 <= self.min_tokens <= (self.max_tokens or self.min_tokens), "from 0 to max_tokens"),
             ("repetition_penalty", 0.0 < self.repetition_penalty <= 100.0, "above 0 and at most 100"),
             ("presence_penalty", -100.0 <= self.presence_penalty <= 100.0, "from -100 to 100"),
             ("frequency_penalty", -100.0 <= self.frequency_penalty <= 100.0, "from -100 to 100"),
             ("logit_bias", all(np.isfinite(bias) for _, bias in self.logit_bias), "finite numbers"),
             ("bad_words", all(self.bad_words), "sequences of at least one token"),
-            ("prompt_logprobs", 0 <= (self.prompt_logprobs or 0) <= 1000, "from 0 to 1000"),
+            ("prompt_logprobs", (self.prompt_logprobs or 0) >= 0, "0 or more"),
         ]
         for name, good, range_ in rules:
             if not good:
@@ -82,6 +92,7 @@ class Request:
     priority: lower ones go first. key: whose request it is; keys of one priority get equal shares.
     salt: prompts of different salts share no cached keys and values. adapter: the name of a loaded adapter, or "".
     timeout: seconds from its arrival after which it ends, with the tokens that it has then; None: never.
+    progress: whether events tell how much of the prompt is read, while it is.
     """
 
     id: RequestId
@@ -92,6 +103,7 @@ class Request:
     salt: str = ""
     adapter: str = ""
     timeout: float | None = None
+    progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +146,8 @@ class Event:
 
     error: why, if it ended with "error".
     version: of the weights that made these tokens. prompt, cached_tokens: see `Completion`; with the first event alone.
+    waited: seconds from the request's arrival until it was first computed.
+    read: how many tokens of the prompt are in the cache, if the event tells only that.
     """
 
     id: RequestId
@@ -146,3 +160,5 @@ class Event:
     masks: list[np.ndarray] = field(default_factory=list)
     cached_tokens: int = 0
     error: str = ""
+    waited: float = 0.0
+    read: int | None = None

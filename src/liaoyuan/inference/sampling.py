@@ -4,6 +4,7 @@ The random numbers are counter-based (Salmon et al. 2011, "Parallel random numbe
 splitmix64 (Steele et al. 2014), so that a sample never depends on the other requests in the batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +81,12 @@ def log_probs(logits: Tensor, tokens: np.ndarray) -> Tensor:
     """Return the log-probability fp32 [R] of a given token of each row, with the bits that drawing it would give."""
     chosen = torch.from_numpy(tokens).to(logits.device)
     return log_probability(logits.gather(1, chosen[:, None])[:, 0], log_sum_exp(logits))
+
+
+def log_probs_of(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Return the raw log-probabilities fp32 [T] of tokens after one row of logits [V]."""
+    chosen = torch.tensor(tokens, device=logits.device)
+    return log_probability(logits[chosen], log_sum_exp(logits[None]).expand(len(tokens)))
 
 
 def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

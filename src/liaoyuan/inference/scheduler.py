@@ -319,6 +319,7 @@ class Scheduler:
             sequence.versions.append((len(sequence.tokens), self.version))
         if sequence.cached < 0:
             sequence.cached = max(shared.computed, shared.need)
+            sequence.waited = time.monotonic() - sequence.added
             self.hit_tokens += sequence.cached
             self.asked_tokens += len(sequence.request.prompt)
 

@@ -1,6 +1,7 @@
 """A request on its way through the engine, and the keys by which its blocks are known."""
 
 import hashlib
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +20,7 @@ class Sequence:
 
     limit: of prompt and completion together. deadline: by time.monotonic().
     keys: of its full blocks (`block_keys`), under `root`. cached: tokens of the prompt found in the prefix cache.
+    added: when it came, by time.monotonic(). waited: seconds from then until it first ran.
     versions: (number of known tokens, version of the weights) each time it was started with others.
     scores: fp32 [prompt - 1], log-probabilities of the prompt's tokens after the first if they are wanted, `UNKNOWN`
         where they are not computed yet; rivals: of each of these places, if any are wanted.
@@ -37,6 +39,8 @@ class Sequence:
     root: Key = b""
     keys: list[Key] = field(default_factory=list)
     cached: int = -1  # -1: never started
+    added: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
     versions: list[tuple[int, int]] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     masks: list[np.ndarray] = field(default_factory=list)

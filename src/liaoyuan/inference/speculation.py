@@ -85,7 +85,7 @@ class Speculation:
         """most: guesses of one sequence in a step. most_rows: rows of a step of which more would cost too much."""
         self._drafter, self._most, self._most_rows = drafter, most, most_rows
         self._next = np.full(max_sequences, min(FIRST_GUESSES, most), dtype=np.int64)
-        self.guessed = self.right = 0
+        self.guessed = self.right = self.rounds = 0  # rounds: how often a sequence's guesses were tried
 
     def start(self, sequence: Sequence) -> None:
         """A sequence has got a slot."""
@@ -106,6 +106,7 @@ class Speculation:
 
     def learn(self, slots: np.ndarray, guessed: np.ndarray, right: np.ndarray) -> None:
         """Note how many guesses of slots were right, int64 [S] each."""
+        self.rounds += len(slots)
         self.guessed += int(guessed.sum())
         self.right += int(right.sum())
         kept = self._next[slots]

@@ -1,4 +1,6 @@
-"""Which tokens a completion may go on with: its constraint, its bad words, and no end before `min_tokens`."""
+"""Which tokens a completion may go on with: its constraint, its allowed tokens, its bad words, and no end before
+`min_tokens`.
+"""
 
 import numpy as np
 
@@ -9,7 +11,8 @@ from liaoyuan.inference.sequence import Sequence
 def may_forbid(sequence: Sequence) -> bool:
     """Return whether some token may ever be forbidden to this sequence."""
     sampling = sequence.request.sampling
-    return bool(sequence.state is not None or sampling.bad_words or sampling.min_tokens)
+    own = sampling.bad_words or sampling.min_tokens or sampling.allowed_tokens
+    return bool(sequence.state is not None or own)
 
 
 def allowed(
@@ -25,14 +28,22 @@ def allowed(
     forbidden = _ends_of_bad_words(sampling.bad_words, tokens)
     if len(tokens) - len(sequence.request.prompt) < sampling.min_tokens:
         forbidden += sampling.stop_token_ids
-    if not forbidden:
+    if not forbidden and not sampling.allowed_tokens:
         return held
     words = -(-vocabulary // 32)
     mask = np.full(words, -1, dtype=np.int32) if held is None else held.copy()
+    if sampling.allowed_tokens:
+        mask &= _bits(sampling.allowed_tokens, words)
     for token in forbidden:
         if 0 <= token < vocabulary:
             mask[token // 32] &= ~_bit(token)
     return mask if mask.any() else held
+
+
+def _bits(tokens: tuple[int, ...], words: int) -> np.ndarray:
+    bits = np.zeros(words * 32, dtype=np.uint8)
+    bits[list(tokens)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def _bit(token: int) -> np.int32:
