@@ -9,9 +9,11 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.inference.doze import Doze
 from liaoyuan.inference.engine import Engine
 from liaoyuan.inference.request import Event, Request, RequestId
 
@@ -51,9 +53,16 @@ class Operation(Protocol):
 class EngineThread:
     """Runs an engine; used as `with EngineThread(engine) as runner`."""
 
-    def __init__(self, engine: Engine, max_queued: int = 256) -> None:
-        """max_queued: how many requests may be open beyond those that the engine runs at once."""
+    def __init__(
+        self, engine: Engine, max_queued: int = 256, sleep_after: float | None = None, weights: Path | None = None
+    ) -> None:
+        """max_queued: how many requests may be open beyond those that the engine runs at once.
+
+        sleep_after: seconds without a request (or `rouse`) after which the engine gives its memory back until the next
+            one; None: never. weights: the folder from which it has its weights again then; None: it keeps them.
+        """
         self._engine = engine
+        self._doze = Doze(engine, sleep_after, weights)
         self._capacity = engine.config.max_sequences + max_queued
         self._clients: dict[RequestId, _Client] = {}
         self._commands: list[Callable[[], None]] = []
@@ -97,7 +106,12 @@ class EngineThread:
 
     async def do(self, operation: Operation) -> Any:
         """Return what an operation gives; whatever it raises is raised here."""
-        return await operation.run(self)
+        with self._doze.held():  # one that takes several steps finds the engine awake at each
+            return await operation.run(self)
+
+    def rouse(self) -> None:
+        """Wake the engine if it has gone to sleep by itself, and let it stay awake for a while."""
+        self._command(self._wake_up)
 
     async def pause(self, mode: Literal["abort", "wait", "keep"] = "keep") -> None:
         """Stop computing; see `Engine.pause`. With "wait", return when those that ran have ended."""
@@ -106,13 +120,14 @@ class EngineThread:
             await asyncio.sleep(DRAINING_SECONDS)
 
     def health(self) -> dict[str, Any]:
-        """Return whether the thread lives, how often the engine failed and why last, and `Engine.statistics()`."""
+        """Return whether the thread lives, how often the engine failed (and why last), and `Engine.statistics()`."""
         return {
             "alive": self._thread.is_alive(),
             "open": len(self._clients),
             "failures": self._failures,
-            "error": self._error,
+            **({"error": self._error} if self._error else {}),
             "state": self._engine.state,
+            "dozing": self._doze.dozing,
             **self._engine.statistics(),
         }
 
@@ -154,7 +169,7 @@ class EngineThread:
         while True:
             with self._wake:
                 # Who is paused computes nothing, but ends those whose time is over.
-                timeout = OVERDUE_SECONDS if self._engine.has_work else None
+                timeout = OVERDUE_SECONDS if self._engine.has_work else self._doze.patience()
                 self._wake.wait_for(lambda: self._closing or self._commands or self._engine.can_step, timeout)
                 if self._closing:
                     break
@@ -163,6 +178,7 @@ class EngineThread:
                 for command in commands:
                     command()
                 self._deliver([(event.id, event) for event in self._engine.step()])
+                self._doze.look()
             except Exception as error:  # no request may kill the loop: fail those that are open, and go on
                 logger.exception("the engine failed; all open requests are given up")
                 self._failures, self._error = self._failures + 1, repr(error)
@@ -173,9 +189,16 @@ class EngineThread:
 
     def _add(self, request: Request) -> None:
         try:
+            self._doze.end()
             self._engine.add(request)
         except LiaoyuanError as error:
             self._deliver([(request.id, Refused(str(error)))])
+
+    def _wake_up(self) -> None:
+        try:
+            self._doze.end()
+        except LiaoyuanError as error:
+            self._error = str(error)  # whoever asks the engine for something is told that it sleeps
 
     def _abort(self, request_id: RequestId, client: "_Client") -> None:
         if self._clients.get(request_id) is client:
