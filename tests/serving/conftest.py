@@ -74,6 +74,8 @@ class ScriptedRunner:
             self.open -= 1
             self.aborted += not ended
 
+    def rouse(self) -> None: ...
+
     def health(self) -> dict[str, Any]:
         return {"alive": True, "open": self.open}
 

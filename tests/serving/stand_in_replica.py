@@ -9,6 +9,11 @@ from typing import Any
 
 NUMBER = int(os.environ["LOCAL_RANK"])
 CALLS: list[str] = []
+SAYS: dict[str, object] = {
+    "/slots": [{"id": 0, "is_processing": NUMBER == 1}, {"id": 1, "is_processing": False}],
+    "/props": {"total_slots": 2, "is_sleeping": NUMBER == 0, "model_alias": "tiny"},
+    "/load": {"server_load": NUMBER + 1},
+}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -17,6 +22,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/metrics":
             self._reply(200, f'# TYPE asked counter\nasked{{path="/"}} {NUMBER + 1}\n'.encode())
+        elif self.path in SAYS:
+            self._reply(200, SAYS[self.path])
         else:
             self._reply(200, {"alive": True, "running": 1, "calls": CALLS})
 

@@ -11,7 +11,7 @@ from liaoyuan.data.tokenizer import Tokenizer, train_tokenizer
 from liaoyuan.inference.constraints.grammar import Grammars
 from liaoyuan.serving.call_grammar import calls_grammar
 from liaoyuan.serving.call_reader import CallReader
-from liaoyuan.serving.protocol import Function
+from liaoyuan.serving.chat_body import Function
 from liaoyuan.serving.tools import FORMATS, Call, CallFormat, whole_calls
 
 FORMS = {form.name: form for form in FORMATS}

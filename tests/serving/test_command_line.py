@@ -113,7 +113,7 @@ def test_a_context_that_does_not_fit_is_refused(model_folder: Path) -> None:
 def test_the_help_of_serve_fits_a_screen_and_is_in_groups() -> None:
     command = [sys.executable, "-m", "liaoyuan", "serve", "--help"]
     said = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "80"})
-    assert len(said.stdout.splitlines()) <= 42
+    assert len(said.stdout.splitlines()) <= 44
     assert "Who may ask, and how much:" in said.stdout and "The engine's sizes:" in said.stdout
 
 
@@ -141,7 +141,7 @@ def test_chat_talks_to_a_model_folder(
 ) -> None:
     talk(monkeypatch, "What is 17 + 25?\n" + "long " * 300, model=model_folder)
     printed = capsys.readouterr()
-    assert printed.out.strip() and "context is 256 tokens" in printed.err
+    assert printed.out.strip() and "context size (256 tokens)" in printed.err
 
 
 def test_chat_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:

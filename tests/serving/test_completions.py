@@ -142,7 +142,7 @@ def test_cached_tokens_are_reported_and_salts_keep_them_apart(client: openai.Ope
         ("priority", 2**40, "less than"),
         ("truncate_prompt_tokens", -2, "greater than or equal to -1"),
         ("truncate_prompt_tokens", 0, "at least one token"),
-        ("prompt_logprobs", -1, "greater than or equal to 0"),
+        ("prompt_logprobs", -1, "must be from 0 to 20 here"),
         ("return_token_ids", 1, "boolean"),
         ("cache_slat", "x", "did you mean 'cache_salt'"),
     ],

@@ -9,10 +9,11 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import torch
 
 from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.inference import EngineConfig
-from liaoyuan.serving import open_server
+from liaoyuan.serving import Settings, open_server
 from tests.serving.conftest import CONTEXT
 
 TEXTS = ["The answer is 42.", "What is 17 + 25?", "十七加二十五", "Then 1 + 2"]
@@ -197,3 +198,30 @@ def test_scores_by_the_names_of_other_versions(url: str) -> None:
         assert post(url, "/score", **{left: TEXTS[0], right: TEXTS[1:]})["data"] == usual
     both = {"text_1": "a", "queries": "b", "text_2": "c"}
     assert httpx.post(url + "/score", json=both, trust_env=False).status_code == 400
+
+
+@pytest.mark.parametrize("order", ["native", "little", "big"])
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_bytes_have_the_number_format_that_is_asked_for(url: str, name: str, order: str) -> None:
+    asked = {"input": TEXTS[0], "encoding_format": "base64", "embed_dtype": name, "endianness": order}
+    raw = base64.b64decode(post(url, "/v1/embeddings", **asked)["data"][0]["embedding"])
+    words = np.frombuffer(
+        raw, {"native": "=", "little": "<", "big": ">"}[order] + ("u4" if name == "float32" else "u2")
+    )
+    kept = torch.from_numpy(words.astype("=i4" if name == "float32" else "=i2")).view(getattr(torch, name))
+    expected = post(url, "/v1/embeddings", input=TEXTS[0])["data"][0]["embedding"]
+    assert kept.float().tolist() == pytest.approx(expected, abs=1e-2)
+
+
+def test_single_tokens_are_embedded_where_the_server_does_not_pool(model_folder: Path, tokenizer: Tokenizer) -> None:
+    with open_server(model_folder, port=0, engine=SMALL, settings=Settings(pooling="none")) as server:
+        found = httpx.post(server.url + "/embeddings", json={"input": TEXTS[:2]}, trust_env=False, timeout=60).json()
+        assert [each["index"] for each in found] == [0, 1]
+        assert [len(each["embedding"]) for each in found] == [len(tokenizer.encode(text)) for text in TEXTS[:2]]
+        assert {len(row) for each in found for row in each["embedding"]} == {32}
+        for path, asked in (
+            ("/v1/embeddings", {"input": "a"}),
+            ("/rerank", {"query": "a", "documents": ["b"]}),
+        ):
+            refused = httpx.post(server.url + path, json=asked, trust_env=False, timeout=60)
+            assert refused.status_code == 400 and "single tokens" in refused.json()["error"]["message"]

@@ -74,6 +74,15 @@ def test_whoever_has_had_a_part_of_an_answer_is_told_that_it_ends() -> None:
         assert '\n\nevent: error\ndata: {"type": "error", "error": {"type": "api_error"' in said
 
 
+def test_slots_properties_and_load_are_those_of_all_replicas() -> None:
+    with front() as client:
+        slots = client.get("/slots").json()
+        assert [slot["id"] for slot in slots] == [0, 1, 2, 3]
+        assert [slot["is_processing"] for slot in slots] == [False, False, True, False]
+        assert client.get("/props").json() == {"total_slots": 4, "is_sleeping": False, "model_alias": "tiny"}
+        assert client.get("/load").json() == {"server_load": 3}
+
+
 def test_nobody_is_left_to_answer() -> None:
     with front() as client:
         reply = ask(client, do="die")

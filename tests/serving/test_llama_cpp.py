@@ -143,3 +143,62 @@ def test_a_server_tells_its_slots_and_its_properties(client: httpx.Client, token
     assert {slot["n_ctx"] for slot in slots} == {props["default_generation_settings"]["n_ctx"]}
     assert not any(slot["is_processing"] for slot in slots)
     assert props["chat_template"] == tokenizer.template_text and props["is_sleeping"] is False
+
+
+def chunks(client: httpx.Client, path: str, **fields: Any) -> list[dict[str, Any]]:
+    """Return the events of a stream."""
+    told = client.post(path, json={"stream": True, "timings_per_token": True, "return_progress": True, **fields})
+    assert told.status_code == 200, told.text
+    return [json.loads(line[6:]) for line in told.text.splitlines() if line.startswith("data: {")]
+
+
+@pytest.mark.parametrize("path", ["/completion", "/v1/chat/completions", "/v1/responses"])
+def test_a_stream_tells_how_the_prompt_is_read(model_folder: Path, path: str) -> None:
+    engine = EngineConfig(max_sequences=4, max_batch_tokens=32)  # so that the prompt takes several steps
+    with open_server(model_folder, port=0, engine=engine) as server, httpx.Client(base_url=server.url) as client:
+        long = "The answer is 42. " * 12
+        asked: dict[str, Any] = {"prompt": long, "n_predict": 3, "seed": 1}
+        if path != "/completion":
+            asked = {"messages": [{"role": "user", "content": long}], "max_tokens": 3, "seed": 1}
+        if path == "/v1/responses":
+            asked = {"input": long, "max_output_tokens": 3, "seed": 1}
+        for cached in (False, True):
+            told = [event for event in chunks(client, path, **asked) if "prompt_progress" in event]
+            progress = [event["prompt_progress"] for event in told]
+            read = [each["processed"] for each in progress]
+            assert read[0] == progress[0]["cache"] and (read[0] > 0) == cached
+            assert read[-1] == progress[-1]["total"] and read == sorted(set(read)) and len(read) > 1
+            assert len(read) > 3 or cached
+            if path == "/completion":
+                first = told[0]["timings"]
+                assert first["prompt_n"] == first["prompt_ms"] == first["predicted_n"] == 0
+                assert told[-1]["timings"]["prompt_n"] == read[-1] - read[0]
+        quiet = chunks(client, path, **asked, return_progress=False)
+        assert not any("prompt_progress" in event for event in quiet) and any("timings" in event for event in quiet)
+
+
+def test_a_prompt_that_is_too_long_has_the_error_of_the_dialect(client: httpx.Client) -> None:
+    long = [{"role": "user", "content": "x " * 500}]
+    theirs = client.post("/chat/completions", json={"messages": long})
+    ours = client.post("/v1/chat/completions", json={"messages": long})
+    assert theirs.status_code == ours.status_code == 400
+    error = theirs.json()["error"]
+    assert (error["type"], error["n_ctx"]) == ("exceed_context_size_error", 256) and error["n_prompt_tokens"] > 500
+    assert ours.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert ours.json()["error"]["type"] == "invalid_request_error"
+    assert "exceeds the available context size (256 tokens)" in error["message"] == ours.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/completion"])
+def test_two_fields_have_llama_cpps_names_everywhere(client: httpx.Client, path: str) -> None:
+    asked = {"messages": [{"role": "user", "content": "Hi"}]} if "chat" in path else {"prompt": "Hi"}
+    own = {"ignore_eos": True, "seed": 1, "n_predict": 3, "repeat_penalty": 1.2}
+    reply = client.post(path, json={**asked, **own}).json()
+    assert (reply.get("tokens_predicted") or reply["usage"]["completion_tokens"]) == 3
+    both = client.post(path, json={**asked, "n_predict": 3, "max_tokens": 3})
+    assert both.status_code == 400 and "two names of one thing" in both.json()["error"]["message"]
+
+
+def test_times_of_a_whole_answer_are_those_of_its_making(client: httpx.Client) -> None:
+    times = completion(client, n_predict=50, ignore_eos=True)["timings"]
+    assert times["predicted_ms"] > 1.0 and times["prompt_ms"] > 0.1

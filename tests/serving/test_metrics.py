@@ -114,3 +114,26 @@ def test_many_at_once_are_all_counted(tokenizer: Tokenizer) -> None:
         with httpx.Client(base_url=url, trust_env=False) as client:
             found = samples(client)
         assert found["liaoyuan_answers_total", ("endpoint", "/v1/chat/completions"), ("reason", "stop")] == 40
+
+
+def test_llama_cpps_names_say_what_its_clients_count(client: httpx.Client) -> None:
+    read = cached = written = 0
+    for count in (1, 4, 16):
+        asked = {"prompt": "The answer is 42. " * 5, "n_predict": count, "ignore_eos": True}
+        times = client.post("/completion", json=asked).json()["timings"]
+        read, cached, written = read + times["prompt_n"], cached + times["cache_n"], written + times["predicted_n"]
+    client.post("/v1/embeddings", json={"input": [[5, 6, 7], [8]]})
+    found = samples(client)
+    assert cached > 0 and found["llamacpp:prompt_tokens_cached_total",] == cached
+    assert found["llamacpp:prompt_tokens_total",] == read + 4
+    assert found["llamacpp:tokens_predicted_total",] == written == 21
+    assert found["llamacpp:n_decode_total",] == found["liaoyuan_steps_total",] + 1
+    longest = found.get(("llamacpp:n_tokens_max",)) or found["llamacpp:n_tokens_max_total",]
+    assert longest == (read + cached) // 3 + 16
+    spent = found["llamacpp:tokens_predicted_seconds_total",]
+    assert found["llamacpp:predicted_tokens_seconds",] == pytest.approx((written - 3) / spent)
+    assert samples(client)["llamacpp:predicted_tokens_seconds",] == 0.0  # none since the last look
+    assert not any("llamacpp" in name[0] for name in samples(client, accept="application/openmetrics-text"))
+    kinds = [line.split()[2:] for line in client.get("/metrics").text.splitlines() if line.startswith("# TYPE llama")]
+    assert ["llamacpp:n_tokens_max", "counter"] in kinds and ["llamacpp:requests_processing", "gauge"] in kinds
+    assert int(client.get("/metrics").headers["process-start-time-unix"]) > 1_700_000_000

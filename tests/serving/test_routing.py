@@ -63,6 +63,8 @@ def test_metrics_are_added_up() -> None:
     one = head + 'a_total{endpoint="/v1"} 2.0\n# TYPE x_ratio gauge\nx_ratio 0.5\n'
     other = head + 'a_total{endpoint="/v1"} 3\na_total{endpoint="/b"} 1\n'
     other += "# TYPE x_ratio gauge\nx_ratio 0.25\n# TYPE w_version gauge\nw_version 4\n"
+    one += "# TYPE n_max counter\nn_max 7\n# TYPE n_per_decode gauge\nn_per_decode 3\n"
+    other += "n_max 9\nn_per_decode 5\n"
     assert total_metrics([one, other]).splitlines() == [
         "# HELP a_total Things.",
         "# TYPE a_total counter",
@@ -70,6 +72,10 @@ def test_metrics_are_added_up() -> None:
         'a_total{endpoint="/b"} 1',
         "# TYPE x_ratio gauge",
         "x_ratio 0.375",
+        "# TYPE n_max counter",
+        "n_max 9",
+        "# TYPE n_per_decode gauge",
+        "n_per_decode 4",
         "# TYPE w_version gauge",
         "w_version 4",
     ]

@@ -13,9 +13,13 @@ def serve(
     model: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the model, as Hugging Face has it.")],
     name: Annotated[str | None, typer.Option(metavar="NAME", help="What the API calls it; else the folder's.")] = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, or one such as cuda:0.")] = "auto",
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="0.0.0.0 lets others in; a,b: both.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", help="0 takes any free one.")] = 8000,
     json: Annotated[bool, typer.Option("--json", help="Say where it serves as one line of JSON.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="As sampling.seed=1; see docs/serve.md."),
+    ] = None,
     call_format: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="How it calls tools; else by its template.", rich_help_panel=ENGINE),
@@ -96,12 +100,13 @@ def serve(
     from liaoyuan.cli.process import allow_open_files
 
     allow_open_files()
+    from liaoyuan import config as configuration
     from liaoyuan.cli.replicas import replica_command, run_replica, threads_of_each
     from liaoyuan.errors import LiaoyuanError
     from liaoyuan.inference import EngineConfig
     from liaoyuan.models import quantisation_named
     from liaoyuan.parallel import Layout
-    from liaoyuan.serving import LOOPBACK, Access, Sides, open_front, open_server, read_keys
+    from liaoyuan.serving import Access, Settings, Sides, is_loopback, open_front, open_server, read_keys
 
     if bool(prefill) != bool(decode):
         raise LiaoyuanError("--prefill and --decode go together: say how many processes each side has, say 1 and 1.")
@@ -130,6 +135,7 @@ def serve(
         cache_bytes=int(cache_gb * 2**30),
         exact=exact or None,
     )
+    settings = configuration.load(Settings, None, set_ or [])
     few_bits, adapters = quantisation_named(quantise), _adapters(lora or [])
     layout = Layout(tp=tp, ep=ep, fsdp=1, exact=exact)
     if replicas > 1:
@@ -155,13 +161,15 @@ def serve(
             adapter_folder=lora_folder,
             call_format=call_format,
             sides=Sides(prefill, decode, threads_of_each(prefill + decode)) if prefill else None,
+            settings=settings,
         )
     if json:
         print(json_text.dumps({"url": server.url, "api": server.url + "/v1"}), flush=True)
     else:
-        if host not in LOOPBACK and not keys:
+        if not is_loopback(host) and not keys:
             print("Whoever can reach this machine can use it: there are no keys (--api-key-file).", flush=True)
-        print(f"Chat page  {server.url}\nAPI        {server.url}/v1\nCtrl-C ends it.", flush=True)
+        page = f"Chat page  {server.url}\n" if settings.page else ""
+        print(f"{page}API        {server.url}/v1\nCtrl-C ends it.", flush=True)
     run_replica(server) if replica else server.run()
 
 

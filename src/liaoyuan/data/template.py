@@ -94,6 +94,7 @@ def compile_template(source: str | None) -> Template | None:
             return template.render(
                 messages=rows,
                 tools=tools,
+                functions=json.dumps([*(tools or [])], indent=4, ensure_ascii=False),  # Firefunction's name of them
                 documents=None,
                 # What templates of Llama and of Firefunction write of the day, each in its own form.
                 date_string=now.strftime("%d %b %Y"),
@@ -110,7 +111,9 @@ def compile_template(source: str | None) -> Template | None:
 
 def takes_tools(source: str | None) -> bool:
     """Return whether a template says anything of the tools that it is given."""
-    return source is not None and "tools" in jinja2.meta.find_undeclared_variables(_environment().parse(source))
+    if source is None:
+        return False
+    return bool({"tools", "functions"} & jinja2.meta.find_undeclared_variables(_environment().parse(source)))
 
 
 def plain_messages(messages: Sequence[Message | Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -143,6 +143,7 @@ class Tokenizer:
         thinking: bool = True,
         generation_prompt: bool = True,
         tools: Tools | None = None,
+        begun: str = "",
     ) -> list[int]:
         """Return the ids of a conversation in this tokenizer's chat template.
 
@@ -153,6 +154,7 @@ class Tokenizer:
                 that the template opens nevertheless is closed.
             generation_prompt: end with the beginning of the assistant's turn.
             tools: what the model may call, as OpenAI's API describes it; most templates show it to the model.
+            begun: how the answer begins, after `generation_prompt`; a thought that the template opens is closed first.
 
         Raises:
             LiaoyuanError: there is no template, or it refuses the messages.
@@ -162,6 +164,9 @@ class Tokenizer:
         guarded = [self._guard(row, hidden) for row in rows]
         shown = [_guarded(dict(tool), self._hidden_pattern, hidden) for tool in tools or []]
         text = self._fill(guarded, thinking, generation_prompt, shown or None)
+        if begun:
+            closed = END_OF_THINK if text.rstrip().endswith(THINK) else ""
+            text += closed + self._guard({"role": "assistant", "content": begun}, hidden)["content"]
         if not hidden:
             return self._library.encode(text, add_special_tokens=False).ids
         return [index for piece in self._pieces(text, hidden) for index in piece]

@@ -8,18 +8,20 @@ from liaoyuan.serving.apart import Sides
 from liaoyuan.serving.app import build_app
 from liaoyuan.serving.keys import Keys, read_keys
 from liaoyuan.serving.security import Access
-from liaoyuan.serving.server import LOOPBACK, Server, check_port, open_front, open_server
+from liaoyuan.serving.server import Server, check_port, is_loopback, open_front, open_server
+from liaoyuan.serving.settings import Settings
 
 __all__ = [
-    "LOOPBACK",
     "About",
     "Access",
     "Keys",
     "Server",
+    "Settings",
     "Sides",
     "Words",
     "build_app",
     "check_port",
+    "is_loopback",
     "open_front",
     "open_server",
     "read_about",

@@ -116,6 +116,9 @@ class Apart:
             result["max_sequences"] *= self._sides.decode
         return result
 
+    def rouse(self) -> None:
+        """Do nothing: workers do not sleep by themselves."""
+
     def health(self) -> dict[str, Any]:
         """Return the sum over the decode workers, and what each worker said last."""
         said = [self._line.said.get(replica.url, {}) for replica in self._workers.all]  # nothing by one that starts

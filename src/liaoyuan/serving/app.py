@@ -2,11 +2,12 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse
 from fastapi.routing import APIRoute
+from pydantic import Field
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -30,15 +31,22 @@ from liaoyuan.serving.markdown import render
 from liaoyuan.serving.messages import message_routes
 from liaoyuan.serving.metrics import Metrics
 from liaoyuan.serving.platforms import platform_routes
-from liaoyuan.serving.protocol import RenderRequest
+from liaoyuan.serving.protocol import Body, Text
 from liaoyuan.serving.responses import response_routes
 from liaoyuan.serving.security import Access, Guard, origins_pattern
+from liaoyuan.serving.settings import Settings
 from liaoyuan.serving.slots import slot_routes
 from liaoyuan.serving.status import VERSION, status_routes
 from liaoyuan.serving.tokens import token_routes
 from liaoyuan.serving.tools import named_format
 
 PAGE = Path(__file__).parent / "page"
+
+
+class RenderRequest(Body):
+    """Body of `/page/render`."""
+
+    text: Annotated[Text, Field(max_length=200_000)]
 
 
 def build_app(
@@ -55,6 +63,7 @@ def build_app(
     control: bool = False,
     shelf: Shelf = Shelf(),
     thinking: bool = True,
+    settings: Settings = Settings(),
 ) -> FastAPI:
     """Return the app that serves one model.
 
@@ -71,6 +80,7 @@ def build_app(
         control: whether who may ask may also pause the engine and change its weights.
         shelf: the adapters that requests may name.
         thinking: whether the model thinks before it answers a request that does not say.
+        settings: what else it does where requests leave it open.
 
     Raises:
         LiaoyuanError: there is no such form of tool calls.
@@ -82,7 +92,19 @@ def build_app(
     metrics = Metrics(runner.health)
     created = int(time.time())
     served = Served(
-        runner, tokenizer, name, context_length, created, stops, marks, grammars, form, metrics, shelf, thinking
+        runner,
+        tokenizer,
+        name,
+        context_length,
+        created,
+        stops,
+        marks,
+        grammars,
+        form,
+        metrics,
+        shelf,
+        thinking,
+        settings,
     )
     # The documentation pages of FastAPI load scripts from elsewhere; /openapi.json is the whole truth.
     app = FastAPI(title="Liaoyuan", version=VERSION, docs_url=None, redoc_url=None, responses=ERRORS)
@@ -92,9 +114,11 @@ def build_app(
     app.include_router(adapter_routes(runner, name, shelf))
     if control:
         app.include_router(control_routes(served))
-    _add_page(app, served, about)
+    if settings.page:
+        _add_page(app, served, about)
     metrics.endpoints.update(path for path in app.openapi()["paths"] if "{" not in path)
-    app.add_middleware(Guard, access=access, metrics=metrics)
+    wanted = {"wanted": runner.rouse} if settings.sleep_after else {}
+    app.add_middleware(Guard, access=access, metrics=metrics, **wanted)
     if access.origins:  # around the guard: a browser must be able to read why it was refused
         app.add_middleware(
             _Pages,

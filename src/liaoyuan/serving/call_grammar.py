@@ -6,7 +6,7 @@ from typing import Any
 
 from liaoyuan.inference.constraints.grammar import Grammar, Vocabulary, lark, literal
 from liaoyuan.inference.constraints.grammar_trial import WHITESPACE
-from liaoyuan.serving.protocol import Function
+from liaoyuan.serving.chat_body import Function
 from liaoyuan.serving.tools import CallFormat
 
 MOST_CALLS = 32  # of one answer

@@ -13,7 +13,8 @@ from fastapi.responses import JSONResponse, Response
 from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.inference import PromptLogprobs
 from liaoyuan.serving.caller import CALLER
-from liaoyuan.serving.conversation import chat_jobs, chat_prompt
+from liaoyuan.serving.chat_body import ChatRequest
+from liaoyuan.serving.conversation import chat_jobs, chat_prompt, prefilled
 from liaoyuan.serving.errors import ApiError
 from liaoyuan.serving.generation import (
     EventStream,
@@ -25,7 +26,7 @@ from liaoyuan.serving.generation import (
     start,
     unless_gone,
 )
-from liaoyuan.serving.protocol import ChatRequest
+from liaoyuan.serving.sampling import counted_logprobs
 from liaoyuan.serving.scores import prompt_scores, score_rows, shown
 from liaoyuan.serving.status import SYSTEM_FINGERPRINT
 from liaoyuan.serving.text import Piece, ScoredToken
@@ -40,6 +41,7 @@ def chat_routes(served: Served) -> APIRouter:
     @router.post("/v1/chat/completions", response_model=None)
     async def chat_completions(http: HttpRequest, body: ChatRequest) -> Response:
         served.choose_model(body.model)
+        body = counted_logprobs(served, prefilled(served, body))
         jobs = await asyncio.to_thread(chat_jobs, served, body)  # a long prompt must not hold up the streams of others
         scores = await unless_gone(http, _scores(served, body, jobs[0].prompt))
         pieces = start(served, jobs)
@@ -52,6 +54,7 @@ def chat_routes(served: Served) -> APIRouter:
     @router.post("/v1/chat/completions/input_tokens")
     async def input_tokens(body: ChatRequest) -> dict[str, int]:
         served.choose_model(body.model)
+        body = prefilled(served, body)
         return {"input_tokens": len(await asyncio.to_thread(chat_prompt, served, body))}
 
     return router
@@ -103,6 +106,7 @@ class _Reply:
             "usage": self._usage(),
             "prompt_logprobs": self._prompt_logprobs(),
             **self._verbose(),
+            **self._metrics(),
         }
 
     def first_chunks(self, index: int) -> Iterable[dict[str, Any]]:
@@ -120,9 +124,13 @@ class _Reply:
         )
 
     def _verbose(self) -> dict[str, Any]:
-        if not self.body.verbose:
+        wanted = self.served.settings.verbose if self.body.verbose is None else self.body.verbose
+        if not wanted:
             return {}
         return {"__verbose": {"prompt": self.served.tokenizer.decode(self.prompt, skip_special=False)}}
+
+    def _metrics(self) -> dict[str, Any]:
+        return {"metrics": self._timings.metrics(self._last)} if self.served.settings.timings else {}
 
     def _prompt_ids(self) -> dict[str, Any]:
         return {"prompt_token_ids": self.prompt} if self.body.return_token_ids else {}
@@ -136,6 +144,10 @@ class _Reply:
     def chunks(self, index: int, piece: Piece) -> Iterable[dict[str, Any]]:
         """Yield the chunks that say one piece: what it adds, then why it ended."""
         self._count(index, piece)
+        if piece.read is not None:
+            if index == 0:  # of several answers to one prompt the first one tells
+                yield self._timed(self.chunk(0, {}) | {"prompt_progress": self._timings.progress(piece)})
+            return
         delta: dict[str, Any] = {}
         if piece.reasoning and self.body.include_reasoning is not False:
             delta["reasoning"] = delta["reasoning_content"] = piece.reasoning
@@ -185,7 +197,8 @@ class _Reply:
         return chunk
 
     def usage_chunk(self) -> dict[str, Any]:
-        return self._timed({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()})
+        usage = {"choices": [], "usage": self._usage(), **self._metrics()}
+        return self._timed({**self._head("chat.completion.chunk"), **usage})
 
     def _timed(self, chunk: dict[str, Any]) -> dict[str, Any]:
         """Return a chunk with the times so far if they are wanted."""
@@ -196,7 +209,8 @@ class _Reply:
         return {**head, "system_fingerprint": SYSTEM_FINGERPRINT}
 
     def _choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
-        self._count(index, pieces[-1])
+        for piece in pieces:
+            self._count(index, piece)
         content = self.body.echoed + "".join(piece.content for piece in pieces)
         calls = whole_calls(call for piece in pieces for call in piece.calls)
         message: dict[str, Any] = {
@@ -239,19 +253,21 @@ class _Reply:
     def _logprobs(self, tokens: list[ScoredToken]) -> dict[str, Any] | None:
         if not self.body.logprobs:
             return None
-        return {"content": [scored_token(self.served.tokenizer, token) for token in tokens], "refusal": None}
+        by_id = bool(self.body.return_tokens_as_token_ids)
+        return {"content": [scored_token(self.served.tokenizer, token, by_id) for token in tokens], "refusal": None}
 
 
-def scored_token(tokenizer: Tokenizer, token: ScoredToken) -> dict[str, Any]:
-    """Return a token with its log-probability and its rivals, as OpenAI shows them."""
-    rivals = [token_values(tokenizer, rival, logprob) for rival, logprob in token.top]
-    return {**token_values(tokenizer, token.id, token.logprob), "top_logprobs": rivals}
+def scored_token(tokenizer: Tokenizer, token: ScoredToken, by_id: bool = False) -> dict[str, Any]:
+    """Return a token with its log-probability and its rivals, as OpenAI shows them; by_id: named by their numbers."""
+    rivals = [token_values(tokenizer, rival, logprob, by_id) for rival, logprob in token.top]
+    return {**token_values(tokenizer, token.id, token.logprob, by_id), "top_logprobs": rivals}
 
 
-def token_values(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    """Return a token as text, its log-probability and its bytes."""
+def token_values(tokenizer: Tokenizer, token: int, logprob: float, by_id: bool = False) -> dict[str, Any]:
+    """Return a token as text (or as vLLM names it by its number), its log-probability and its bytes."""
     raw = tokenizer.token_bytes(token)
-    return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
+    name = f"token_id:{token}" if by_id else raw.decode("utf-8", "replace")
+    return {"token": name, "logprob": finite(logprob), "bytes": list(raw)}
 
 
 def _whole_call(call: Call) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from liaoyuan.inference import PromptLogprobs
 from liaoyuan.serving.caller import CALLER
+from liaoyuan.serving.completion_body import CompletionRequest
 from liaoyuan.serving.generation import Served, finite
-from liaoyuan.serving.protocol import CompletionRequest
 from liaoyuan.serving.scores import score_rows, shown
 from liaoyuan.serving.status import SYSTEM_FINGERPRINT
 from liaoyuan.serving.text import Piece, ScoredToken

@@ -12,9 +12,10 @@ from liaoyuan.errors import LiaoyuanError, nearest
 from liaoyuan.inference import AfterThinking, Constraint, Grammar
 from liaoyuan.serving.call_grammar import calls_grammar
 from liaoyuan.serving.call_reader import CallReader
+from liaoyuan.serving.chat_body import ChatRequest, EarlierCall, Function, Message, SomeTools
 from liaoyuan.serving.errors import invalid, unsupported
-from liaoyuan.serving.generation import Job, Served, sampling_params
-from liaoyuan.serving.protocol import ChatRequest, EarlierCall, Function, Message, SomeTools
+from liaoyuan.serving.generation import Job, Served
+from liaoyuan.serving.sampling import sampling_params
 from liaoyuan.serving.structure import asked_grammar, asked_schema
 from liaoyuan.serving.tools import CallFormat
 
@@ -30,6 +31,8 @@ def chat_jobs(served: Served, body: ChatRequest) -> list[Job]:
     top_logprobs = body.top_logprobs or 0
     if top_logprobs and not body.logprobs:
         raise invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
+    if body.logprob_token_ids and not body.logprobs:
+        raise invalid("'logprob_token_ids' needs 'logprobs' to be true.", "logprob_token_ids")
     most = body.max_completion_tokens or body.max_tokens
     constraint = _constraint(served, body, calling)
     stops, shown = body.stops(), calling.shown(served) if calling else frozenset[int]()
@@ -44,9 +47,25 @@ def chat_jobs(served: Served, body: ChatRequest) -> list[Job]:
             body.priority or 0,
             body.cache_salt or "",
             bool(body.continue_final_message),
+            bool(body.stream and body.return_progress),
         )
         for choice in range(body.n or 1)
     ]
+
+
+def prefilled(served: Served, body: ChatRequest) -> ChatRequest:
+    """Return a request that says that its answer goes on from a last message of the assistant, where that is so.
+
+    Raises:
+        ApiError: two messages of the assistant are the last.
+    """
+    *earlier, last = body.messages
+    wanted = served.settings.continue_final_message and not body.add_generation_prompt
+    if not wanted or last.role != "assistant" or last.tool_calls:
+        return body
+    if earlier and earlier[-1].role == "assistant":
+        raise invalid("An answer can go on from one message of the assistant, not from two.", "messages")
+    return body.model_copy(update={"continue_final_message": bool(earlier)})
 
 
 @dataclass(frozen=True)
@@ -156,17 +175,10 @@ def _prompt(served: Served, body: ChatRequest, calling: _Calling | None, more: b
     try:
         messages = [_message(message) for message in given]
         thinking = body.thinking(served.thinking)
-        prompt = tuple(served.tokenizer.render(messages, thinking, generation_prompt=more, tools=tools))
+        begun = body.messages[-1].text() if body.continue_final_message else ""
+        return tuple(served.tokenizer.render(messages, thinking, generation_prompt=more, tools=tools, begun=begun))
     except LiaoyuanError as error:
         raise invalid(str(error), "messages") from error
-    return _continued(served, prompt, body.messages[-1].text()) if body.continue_final_message else prompt
-
-
-def _continued(served: Served, prompt: tuple[int, ...], begun: str) -> tuple[int, ...]:
-    """Return a prompt with the beginning of the answer; a thought that the template has opened ends before it."""
-    if served.marks and served.marks.left_open(prompt):
-        prompt += (served.marks.close,)
-    return prompt + tuple(served.tokenizer.encode(begun))
 
 
 def _message(message: Message) -> dict[str, Any]:

@@ -7,9 +7,10 @@ others go on (`inference.operations.Embed`).
 import asyncio
 import base64
 import secrets
+import sys
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from fastapi import APIRouter
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from liaoyuan.inference import Pooling
 from liaoyuan.inference.operations import Embed
+from liaoyuan.serving.chat_body import ChatRequest
 from liaoyuan.serving.conversation import chat_prompt
 from liaoyuan.serving.embeddings_body import (
     Document,
@@ -29,7 +31,6 @@ from liaoyuan.serving.embeddings_body import (
 )
 from liaoyuan.serving.errors import invalid
 from liaoyuan.serving.generation import Served, asked_of_engine, prompt_ids, truncated, unless_gone
-from liaoyuan.serving.protocol import ChatRequest
 from liaoyuan.serving.protocol import TruncationSide as Side
 
 
@@ -38,13 +39,15 @@ def embedding_routes(served: Served, pooling: Pooling) -> APIRouter:
     router = APIRouter()
     embedder = _Embedder(served, pooling)
 
-    @router.post("/v1/embeddings")
-    async def embeddings(http: HttpRequest, body: EmbeddingRequest) -> dict[str, Any]:
+    @router.post("/v1/embeddings", response_model=None)
+    async def embeddings(http: HttpRequest, body: EmbeddingRequest) -> dict[str, Any] | list[dict[str, Any]]:
         served.check_model(body.model)
+        if pooling.mode == "none":
+            return await _of_tokens(http, served, embedder, body)
         texts = await asyncio.to_thread(_inputs, served, body)
         unit = body.use_activation is not False
         vectors = _shortened(await unless_gone(http, embedder.embed(texts, unit)), body.dimensions, unit)
-        rows = [_row(index, vector, body.encoding_format or "float") for index, vector in enumerate(vectors)]
+        rows = [_row(index, vector, body) for index, vector in enumerate(vectors)]
         head = {"id": "embd-" + secrets.token_hex(12), "object": "list", "created": int(time.time())}
         return {**head, "data": rows, "model": served.name, "usage": _usage(texts)}
 
@@ -80,6 +83,20 @@ def embedding_routes(served: Served, pooling: Pooling) -> APIRouter:
     return router
 
 
+async def _of_tokens(
+    http: HttpRequest, served: Served, embedder: "_Embedder", body: EmbeddingRequest
+) -> list[dict[str, Any]]:
+    """Return the embeddings of each token of each text, as llama.cpp gives them: OpenAI's shape has no place for it."""
+    if http.url.path.startswith("/v1/"):
+        message = (
+            "This server embeds single tokens (pooling=none), for which OpenAI's API has no shape: ask /embeddings."
+        )
+        raise invalid(message)
+    texts = await asyncio.to_thread(_inputs, served, body)
+    vectors = await unless_gone(http, embedder.embed(texts, unit=False))
+    return [{"index": index, "embedding": vector.tolist()} for index, vector in enumerate(vectors)]
+
+
 class _Embedder:
     """Embeds the texts of one request after those of another, so that long ones do not fill the memory together."""
 
@@ -88,12 +105,16 @@ class _Embedder:
         self._turn = asyncio.Lock()
 
     async def embed(self, texts: Sequence[Sequence[int]], unit: bool = True) -> list[Tensor]:
-        """Return the embedding of each text, fp32 [H], of length 1 if `unit`.
+        """Return the embedding of each text, fp32 [H], of length 1 if `unit` (of each token, [tokens, H]).
 
         Raises:
             ApiError: the engine is not ready, or time is up.
         """
+        if unit and self._pooling.mode == "none":
+            raise invalid("This server embeds single tokens (pooling=none), not texts.")
         async with self._turn:
+            self._served.metrics.spent.embedded += sum(map(len, texts))
+            self._served.metrics.spent.embeddings += 1
             asked = Embed([list(text) for text in texts], self._pooling.mode)
             rows = [torch.tensor(row) for row in await asked_of_engine(self._served, asked)]
         return [_unit(row) if unit else row for row in rows]
@@ -202,10 +223,17 @@ def _shortened(vectors: list[Tensor], dimensions: int | None, unit: bool) -> lis
     return [_unit(vector[:dimensions]) if unit else vector[:dimensions] for vector in vectors]
 
 
-def _row(index: int, vector: Tensor, encoding: Literal["float", "base64"]) -> dict[str, Any]:
-    raw = vector.numpy().astype("<f4")
-    value = base64.b64encode(raw.tobytes()).decode() if encoding == "base64" else raw.tolist()
+def _row(index: int, vector: Tensor, body: EmbeddingRequest) -> dict[str, Any]:
+    value = base64.b64encode(_bytes(vector, body)).decode() if body.encoding_format == "base64" else vector.tolist()
     return {"object": "embedding", "index": index, "embedding": value}
+
+
+def _bytes(vector: Tensor, body: EmbeddingRequest) -> bytes:
+    """Return the bytes of an embedding in the number format that a request asks for."""
+    kept = vector.to(getattr(torch, body.embed_dtype or "float32"))
+    words = kept.view(torch.int32 if kept.itemsize == 4 else torch.int16).numpy()
+    big = body.endianness == "big" or (body.endianness == "native" and sys.byteorder == "big")
+    return words.astype(words.dtype.newbyteorder(">" if big else "<")).tobytes()
 
 
 def _unit(vector: Tensor) -> Tensor:

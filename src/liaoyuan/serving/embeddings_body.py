@@ -7,20 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from liaoyuan.serving.chat_body import Message, Part, TemplateOptions
 from liaoyuan.serving.errors import invalid
-from liaoyuan.serving.protocol import (
-    IGNORED,
-    NEUTRAL,
-    Asked,
-    Body,
-    Bounded,
-    Message,
-    Part,
-    TemplateOptions,
-    Text,
-    Truncation,
-    known_fields,
-)
+from liaoyuan.serving.protocol import IGNORED, NEUTRAL, Asked, Body, Bounded, Text, Truncation, known_fields
 from liaoyuan.serving.protocol import TruncationSide as Side
 
 MAX_INPUTS = 2048  # of one request, OpenAI's own limit
@@ -48,7 +37,8 @@ class EmbeddingRequest(Asked):
     """Body of `/v1/embeddings`: texts as `input`, or one conversation as `messages`.
 
     input: a text, a list of tokens (texts among them are tokenised in their place), or a list of such.
-    use_activation: false gives the vector as it is, else its length is 1.
+    use_activation: false gives the vector as it is, else its length is 1. embed_dtype, endianness: of the bytes of
+    `base64`, as vLLM has them; without them fp32, the lowest byte first.
     """
 
     input: Single | Annotated[list[Single | int | Mixed], Field(max_length=MAX_INPUTS)] | Mixed | None = None
@@ -58,6 +48,8 @@ class EmbeddingRequest(Asked):
     chat_template_kwargs: TemplateOptions | None = None
     add_special_tokens: bool | None = None
     encoding_format: Literal["float", "base64"] | None = None
+    embed_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    endianness: Literal["native", "little", "big"] | None = None
     dimensions: Bounded | None = None
     use_activation: bool | None = None
     truncate_prompt_tokens: Truncation | None = None

@@ -3,6 +3,7 @@
 Under `ANTHROPIC_PATH` they have Anthropic's: `{"type": "error", "error": {type, message}}`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -31,6 +32,8 @@ ANTHROPIC_TYPES = {  # by status; any other below 500 is an invalid_request_erro
     504: "timeout_error",
     529: "overloaded_error",
 }
+MOST_SHOWN = 80  # characters of a wrong value that an error repeats
+TOO_LONG = "context_length_exceeded"  # OpenAI's code of a prompt that does not fit
 RETRY_AFTER_SECONDS = 1  # a full queue of short answers drains in about this time
 
 
@@ -77,15 +80,28 @@ ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
 class ApiError(Exception):
     """A request that is refused, with its HTTP status and OpenAI's names for what is wrong."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        more: Mapping[str, int] = {},
+    ) -> None:
+        """more: further fields of the error for clients of llama.cpp."""
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.param, self.code, self.more = status, message, param, code, more
 
     def body(self) -> dict[str, Any]:
         """Return the JSON body of the reply."""
         kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def llama_body(self) -> dict[str, Any]:
+        """Return the JSON body of the reply to a client of llama.cpp, which has a type of its own for a long prompt."""
+        kind = {"type": "exceed_context_size_error"} if self.code == TOO_LONG else {}
+        return {"error": {**self.body()["error"], **kind, **self.more}}
 
     def anthropic_body(self) -> dict[str, Any]:
         """Return the JSON body of the reply to a client of Anthropic's API."""
@@ -101,7 +117,10 @@ class ApiError(Exception):
             429: {"Retry-After": str(RETRY_AFTER_SECONDS)},
             503: {"Retry-After": str(RETRY_AFTER_SECONDS)},
         }.get(self.status)
-        body = self.anthropic_body() if path.startswith(ANTHROPIC_PATH) else self.body()
+        if path.startswith(ANTHROPIC_PATH):
+            body = self.anthropic_body()
+        else:  # paths without a version are llama.cpp's
+            body = self.body() if path.startswith("/v1/") else self.llama_body()
         return JSONResponse(body, self.status, headers)
 
 
@@ -112,6 +131,14 @@ class ClientGoneError(Exception):
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Return the error of a request that makes no sense (status 400)."""
     return ApiError(400, message, param, code)
+
+
+def too_long(prompt: int, asked: int, context: int, param: str) -> ApiError:
+    """Return the error of a prompt of so many tokens, and so many asked for (0: any), that the context cannot hold."""
+    wanted = f" and {asked} more are asked for, which together" if asked else ", which"
+    message = f"The prompt has {prompt} tokens{wanted} exceeds the available context size ({context} tokens)."
+    remedy = "Shorten the prompt or max_tokens."
+    return ApiError(400, f"{message} {remedy}", param, TOO_LONG, {"n_prompt_tokens": prompt, "n_ctx": context})
 
 
 def unsupported(param: str, what: str) -> ApiError:
@@ -182,4 +209,6 @@ def from_validation(error: RequestValidationError) -> ApiError:
         return invalid(f"Unknown field '{param}'{hint}", param, "unknown_parameter")
     if not path:
         return invalid("The body of the request must be a JSON object, sent with Content-Type: application/json.")
-    return invalid(f"The field '{param}' is wrong: {first['msg']}.", param, "invalid_value")
+    given = first["input"] if isinstance(first["input"], str | int | float) else ""
+    found = f" ({first['type']}; it is {str(given)[:MOST_SHOWN]!r})" if given != "" else ""
+    return invalid(f"The field '{param}' is wrong: {first['msg']}{found}.", param, "invalid_value")

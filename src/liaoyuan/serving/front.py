@@ -21,7 +21,7 @@ from liaoyuan.serving.errors import RETRY_AFTER_SECONDS, ApiError
 from liaoyuan.serving.everywhere import change_all, decides
 from liaoyuan.serving.replicas import Call, Replica, Replicas
 from liaoyuan.serving.routing import Routes, prompt_pieces
-from liaoyuan.serving.totals import total_health, total_metrics
+from liaoyuan.serving.totals import TOTALS, total_health, total_metrics
 
 # Of one connection, not of the message that it carries (RFC 9110, sec. 7.6.1); the length is that of what we send.
 HOP_BY_HOP = frozenset(
@@ -52,7 +52,11 @@ class Front:
             return
         try:
             asked = await self._read(scope, receive)
-            everywhere = {"/health": self._health, "/metrics": self._metrics}.get(asked.path)
+            everywhere = {
+                "/health": self._health,
+                "/metrics": self._metrics,
+                **dict.fromkeys(TOTALS, self._together),
+            }.get(asked.path)
             if everywhere and asked.method == "GET":
                 await (await everywhere(asked))(scope, receive, send)
             elif asked.method == "POST" and decides(asked.path):
@@ -187,6 +191,15 @@ class Front:
                 return _response(reply)
         text = total_metrics(reply.text for reply in replies if reply is not None) + self._own_metrics()
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    async def _together(self, asked: Call) -> Response:
+        replies = [reply for reply in await self._ask_all(asked) if reply is not None]
+        refused = next((reply for reply in replies if not reply.is_success), None)
+        if refused is not None:
+            return _response(refused)
+        if not replies:
+            raise ApiError(503, "No replica is ready. Try again in a moment.", code="replica_failed")
+        return JSONResponse(TOTALS[asked.path]([reply.json() for reply in replies]))
 
     def _own_metrics(self) -> str:
         replicas = self._replicas

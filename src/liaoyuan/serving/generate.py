@@ -20,7 +20,6 @@ from liaoyuan.serving.adapters import ADAPTER
 from liaoyuan.serving.caller import CALLER
 from liaoyuan.serving.errors import ApiError, invalid
 from liaoyuan.serving.generation import (
-    SEEDS,
     EventStream,
     Served,
     engine_events,
@@ -30,6 +29,7 @@ from liaoyuan.serving.generation import (
     unless_gone,
 )
 from liaoyuan.serving.protocol import Body, Tokens
+from liaoyuan.serving.sampling import SEEDS
 
 
 class TokenSampling(Body):
@@ -157,7 +157,7 @@ async def _stream(name: Any, events: AsyncIterator[Event]) -> AsyncIterator[str]
 async def _watched(served: Served, request: Request) -> AsyncIterator[Event]:
     """Yield the events of a request, and tell the metrics of them; see `engine_events` for what is raised."""
     async with contextlib.aclosing(engine_events(served, request)) as events:
-        with served.metrics.watch() as watch:
+        with served.metrics.watch(len(request.prompt)) as watch:
             async for event in events:
                 watch.saw(event)
                 if event.finish_reason:

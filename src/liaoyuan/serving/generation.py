@@ -12,7 +12,7 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from fastapi import Request as HttpRequest
 from starlette.responses import StreamingResponse
@@ -28,13 +28,10 @@ from liaoyuan.serving.call_reader import CallReader
 from liaoyuan.serving.caller import CALLER
 from liaoyuan.serving.errors import ApiError, ClientGoneError, invalid
 from liaoyuan.serving.metrics import Metrics
-from liaoyuan.serving.protocol import Sampling, TruncationSide
-from liaoyuan.serving.structure import asked_grammar
+from liaoyuan.serving.protocol import TruncationSide
+from liaoyuan.serving.settings import Settings
 from liaoyuan.serving.text import AnswerReader, Piece
 from liaoyuan.serving.tools import CallFormat
-
-MOST_NAMED = 10  # wrong keys that an error names
-SEEDS = 2**63  # seeds are taken modulo this, so that a negative one is as good as any
 
 Result = TypeVar("Result")
 
@@ -52,13 +49,17 @@ class Runner(Protocol):
 
     def health(self) -> dict[str, Any]: ...
 
+    def rouse(self) -> None:
+        """Note that somebody wants something, though not of the engine."""
+        ...
+
 
 @dataclass(frozen=True)
 class Served:
     """The model that an app serves. `context_length`: the most tokens of a prompt and its answer together.
 
     call_format: how the model writes tool calls; None: it is not known. thinking: whether it thinks before it answers
-        a request that does not say.
+        a request that does not say. settings: what else it does where requests leave it open.
     """
 
     runner: Runner
@@ -73,6 +74,7 @@ class Served:
     metrics: Metrics = field(default_factory=lambda: Metrics(dict))
     shelf: Shelf = field(default_factory=Shelf)
     thinking: bool = True
+    settings: Settings = field(default_factory=Settings)
 
     def decoder(self, shown: frozenset[int] = frozenset(), continuing: bool = False) -> IncrementalDecoder:
         return IncrementalDecoder(self.tokenizer, shown=shown, continuing=continuing)
@@ -89,6 +91,15 @@ class Served:
         """The name of the model or adapter that answers this HTTP request."""
         return ADAPTER.get() or self.name
 
+    def need(self, part: Literal["metrics", "slots"]) -> None:
+        """Raise ApiError (501) if the server was started without this part."""
+        if not getattr(self.settings, part):
+            raise ApiError(501, f"This server was started without /{part}.", code="left_out")
+
+    def is_own(self, name: str | None) -> bool:
+        """Return whether a request that says this asks for the model itself: by a name of it, or by none."""
+        return name in (None, self.name, *self.settings.aliases)
+
     def choose_model(self, name: str | None) -> None:
         """Let this HTTP request's answers come from the model or the adapter that it names.
 
@@ -96,16 +107,16 @@ class Served:
             ApiError: there is no such one (404).
         """
         loaded = [adapter.name for adapter in self.shelf.loaded()]
-        if name in loaded and name != self.name:
+        if name in loaded and not self.is_own(name):
             ADAPTER.set(name)
-        elif name is not None and name != self.name:
+        elif not self.is_own(name):
             known = ", ".join(f"'{each}'" for each in (self.name, *loaded))
             message = f"The model '{name}' does not exist; this server has {known}."
             raise ApiError(404, message, "model", "model_not_found")
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError if a request asks for another model, or for an adapter, where these do not answer."""
-        if name is not None and name != self.name:
+        if not self.is_own(name):
             message = f"The model '{name}' does not exist; this server has '{self.name}'."
             raise ApiError(404, message, "model", "model_not_found")
 
@@ -123,6 +134,7 @@ class Job:
 
     marks: None: thoughts are not told apart. calls: makes the reader of its tool calls; None: they are not told apart.
     shown: special tokens whose text is part of the answer, as marks of tool calls are. priority, salt: see `Request`.
+    progress: pieces tell how much of the prompt is read, while it is.
     continuing: the answer goes on in the prompt's last text, so a space before its first word is part of it.
     """
 
@@ -135,6 +147,7 @@ class Job:
     priority: int = 0
     salt: str = ""
     continuing: bool = False
+    progress: bool = False
     adapter: str = field(default_factory=ADAPTER.get)
 
     def request(self) -> Request:
@@ -149,6 +162,7 @@ class Job:
             self.salt,
             self.adapter,
             timeout=caller.time_left(),
+            progress=self.progress,
         )
 
 
@@ -168,79 +182,6 @@ def truncated(
         return prompt
     keep = max(most, 1) if truncation < 0 else truncation
     return prompt[:keep] if side == "right" else prompt[max(0, len(prompt) - keep) :]
-
-
-def sampling_params(
-    served: Served,
-    body: Sampling,
-    prompt: tuple[int, ...],
-    max_tokens: int | None,
-    top_logprobs: int,
-    choice: int,
-    constraint: Constraint | None = None,
-) -> SamplingParams:
-    """Return the engine's parameters for choice number `choice` of a request; call it in a thread.
-
-    constraint: None takes the form that the request asks for, if any (compiling it may take a while).
-
-    Raises:
-        ApiError: prompt and answer do not fit together, or a field cannot be held.
-    """
-    if constraint is None and (asked := asked_grammar(body)) is not None:
-        constraint = served.hold(*asked)
-    room = served.context_length - len(prompt)
-    if room < (max_tokens or 1):
-        wanted = f" and {max_tokens} tokens are asked for" if max_tokens else ""
-        raise invalid(
-            f"This model's context is {served.context_length} tokens, but the prompt has {len(prompt)}{wanted}. "
-            f"Shorten the prompt or max_tokens.",
-            "messages" if hasattr(body, "messages") else "prompt",
-            "context_length_exceeded",
-        )
-    ends = () if body.ignore_eos else served.stop_token_ids
-    seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
-    top_p = 1.0 if body.top_p is None else body.top_p
-    temperature = 1.0 if body.temperature is None else body.temperature
-    return SamplingParams(
-        max_tokens=max_tokens or room,
-        temperature=temperature if top_p > 0 else 0.0,  # a nucleus of nothing is the most probable token
-        top_p=top_p or 1.0,
-        top_k=max(0, body.top_k or 0),
-        min_p=body.min_p or 0.0,
-        seed=(seed + choice) % SEEDS,
-        stop_token_ids=(*ends, *(body.stop_token_ids or ())),
-        top_logprobs=top_logprobs,
-        min_tokens=_min_tokens(body.min_tokens or 0, max_tokens or room),
-        repetition_penalty=body.repetition_penalty or 1.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias=_biases(served, body.logit_bias or {}),
-        bad_words=_bad_words(served, body.bad_words or []),
-        constraint=constraint,
-    )
-
-
-def _min_tokens(least: int, most: int) -> int:
-    if least > most:
-        raise invalid(f"'min_tokens' ({least}) is more than the {most} tokens that the answer may have.", "min_tokens")
-    return least
-
-
-def _biases(served: Served, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
-    """Return what is added to the logit of each token; JSON writes their ids as texts."""
-    size = served.tokenizer.vocab_size
-    wrong = [key for key in biases if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < size)]
-    if wrong:
-        named = ", ".join(f"'{key[:40]}'" for key in wrong[:MOST_NAMED])
-        message = f"'logit_bias' has the key {named}, but keys are ids of tokens, from 0 to {size - 1}."
-        raise invalid(message, "logit_bias")
-    return tuple((int(token), bias) for token, bias in biases.items())
-
-
-def _bad_words(served: Served, words: list[str]) -> tuple[tuple[int, ...], ...]:
-    """Return the tokens of words, each as it is written at the beginning of a text and after a space."""
-    spelt = [tuple(served.tokenizer.encode(form)) for word in words for form in (word, " " + word)]
-    return tuple(dict.fromkeys(ids for ids in spelt if ids))
 
 
 def start(served: Served, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Piece]]:
@@ -304,7 +245,7 @@ async def _pieces(served: Served, job: Job) -> AsyncIterator[Piece]:
     decoder = partial(served.decoder, job.shown, job.continuing)
     reader = AnswerReader(decoder, job.stops, stop_tokens, job.marks, thinking, calls)
     async with contextlib.aclosing(engine_events(served, job.request())) as events:
-        with served.metrics.watch() as watch:
+        with served.metrics.watch(len(job.prompt)) as watch:
             async for event in events:
                 watch.saw(event)
                 if event.finish_reason == "error":
@@ -354,6 +295,7 @@ async def asked_of_engine(served: Served, operation: Operation) -> Any:
         ApiError: the engine is not ready (503), or time is up (504).
     """
     CALLER.get().time_left()
+    served.runner.rouse()
     try:
         return await served.runner.do(operation)
     except LiaoyuanError as error:

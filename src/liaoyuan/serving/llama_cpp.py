@@ -1,4 +1,4 @@
-"""`/completion` and `/apply-template`: llama.cpp's own paths, for the clients that speak them."""
+"""`/completion`, `/infill` and `/apply-template`: llama.cpp's own paths, for the clients that speak them."""
 
 import asyncio
 import math
@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, model_validator
 
 from liaoyuan.serving.chat import token_values
+from liaoyuan.serving.chat_body import ChatRequest
 from liaoyuan.serving.conversation import chat_text
 from liaoyuan.serving.errors import ApiError, invalid
 from liaoyuan.serving.generation import (
@@ -21,24 +22,22 @@ from liaoyuan.serving.generation import (
     Served,
     collect,
     first_and_rest,
-    sampling_params,
     server_event,
     start,
 )
-from liaoyuan.serving.protocol import MAX_CHOICES, ChatRequest, Sampling, known_fields
+from liaoyuan.serving.infill import Extra, fill_prompt, fill_tokens
+from liaoyuan.serving.protocol import MAX_CHOICES, Body, Sampling, Text, known_fields, renamed
+from liaoyuan.serving.sampling import sampling_params
 from liaoyuan.serving.text import Piece, ScoredToken
 from liaoyuan.serving.timings import Timings
 
-RENAMED = {"n_predict": "max_tokens", "repeat_penalty": "repetition_penalty"}
 IGNORED = {
     "backend_sampling",
     "cache_prompt",
     "id_slot",
     "n_keep",
-    "return_progress",
     "samplers",
     "t_max_predict_ms",
-    "timings_per_token",
 }
 STOP_TYPES = {"stop": "eos", "length": "limit", "timeout": "limit"}
 NEVER = -100.0  # a bias that keeps a token out
@@ -53,17 +52,35 @@ class NativeCompletion(Sampling):
     post_sampling_probs: bool | None = None
     return_tokens: bool | None = None
     response_fields: list[str] | None = None
+    return_progress: bool | None = None
+    timings_per_token: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _known_fields(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        named = {RENAMED.get(name, name): value for name, value in values.items()}
+        named = renamed(values)
         for name in ("max_tokens", "seed"):  # -1: no limit, any seed
             if named.get(name) == -1:
                 del named[name]
         return known_fields(named, cls.model_fields, IGNORED, {})
+
+
+class ExtraFile(Body):
+    """Another file that the model should know."""
+
+    text: Text
+    filename: Text = "file"
+
+
+class InfillRequest(NativeCompletion):
+    """Body of `/infill`: what belongs between two texts. prompt: how it begins. input_extra: other files."""
+
+    input_prefix: Text
+    input_suffix: Text
+    prompt: Text = ""
+    input_extra: list[ExtraFile] = Field(default=[])
 
 
 def llama_routes(served: Served) -> APIRouter:
@@ -74,6 +91,9 @@ def llama_routes(served: Served) -> APIRouter:
     @router.post("/completion", response_model=None)
     async def completion(http: HttpRequest, body: NativeCompletion) -> Response:
         served.choose_model(body.model)
+        return await answer(http, body)
+
+    async def answer(http: HttpRequest, body: NativeCompletion) -> Response:
         jobs = await asyncio.to_thread(_jobs, served, body)  # a long prompt must not hold up the streams of others
         pieces, begun = start(served, jobs), time.monotonic()
         replies = [_Reply(served, body, job, index, Timings(len(job.prompt), begun)) for index, job in enumerate(jobs)]
@@ -83,11 +103,27 @@ def llama_routes(served: Served) -> APIRouter:
         whole = [reply.whole(answer) for reply, answer in zip(replies, answers, strict=True)]
         return JSONResponse(whole if _several(body.prompt) else whole[0])
 
+    @router.post("/infill", response_model=None)
+    async def infill(http: HttpRequest, body: InfillRequest) -> Response:
+        served.choose_model(body.model)
+        return await answer(http, await asyncio.to_thread(_filling, served, body))
+
     @router.post("/apply-template")
     async def apply_template(body: ChatRequest) -> dict[str, str]:
         return {"prompt": await asyncio.to_thread(chat_text, served, body, body.add_generation_prompt is not False)}
 
     return router
+
+
+def _filling(served: Served, body: InfillRequest) -> NativeCompletion:
+    """Return the completion that fills the gap."""
+    tokens = fill_tokens(served.tokenizer, "input_suffix")
+    extras = [Extra(extra.text, extra.filename) for extra in body.input_extra]
+    most = body.max_tokens
+    ids = fill_prompt(served, tokens, body.input_prefix, body.input_suffix, body.prompt, extras, most)
+    return body.model_copy(
+        update={"prompt": list(ids), "stop_token_ids": [*(body.stop_token_ids or []), *tokens.stops]}
+    )
 
 
 def _jobs(served: Served, body: NativeCompletion) -> list[Job]:
@@ -103,7 +139,7 @@ def _job(served: Served, body: NativeCompletion, prompt: tuple[int, ...]) -> Job
     sampling = sampling_params(served, body, prompt, None, body.n_probs or 0, 0)
     most = min(sampling.max_tokens or 1, served.context_length if body.max_tokens is None else max(1, body.max_tokens))
     sampling = replace(sampling, max_tokens=most, processed_logprobs=bool(body.post_sampling_probs))
-    return Job(prompt, sampling, body.stops(), continuing=True)
+    return Job(prompt, sampling, body.stops(), continuing=True, progress=bool(body.stream and body.return_progress))
 
 
 def _several(prompt: Any) -> bool:
@@ -156,7 +192,7 @@ async def _stream(replies: "list[_Reply]", pieces: AsyncIterator[tuple[int, Piec
     """Yield server-sent events; an error in mid-stream is the last of them."""
     try:
         async for index, piece in pieces:
-            if piece.content or piece.tokens:
+            if piece.content or piece.tokens or piece.read is not None:
                 yield server_event(replies[index].part(piece))
             if piece.finish_reason:
                 yield server_event(replies[index].last([piece]))
@@ -182,7 +218,11 @@ class _Reply:
         self.timings.saw(piece)
         self._new_line |= "\n" in piece.content
         tokens = [token.id for token in piece.tokens]
-        part = {"index": self.index, "content": piece.content, "tokens": tokens, "stop": False}
+        part: dict[str, Any] = {"index": self.index, "content": piece.content, "tokens": tokens, "stop": False}
+        if piece.read is not None:
+            part["prompt_progress"] = self.timings.progress(piece)
+        if self.body.timings_per_token:
+            part["timings"] = self.timings.values(piece)
         return {**part, **self._counts(piece), **self._probabilities(piece.tokens)}
 
     def whole(self, pieces: list[Piece]) -> dict[str, Any]:

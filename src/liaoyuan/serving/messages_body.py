@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from liaoyuan.serving.chat_body import ChatRequest
 from liaoyuan.serving.errors import invalid
-from liaoyuan.serving.protocol import Body, Bounded, ChatRequest, Neutral, Text, known_fields
+from liaoyuan.serving.protocol import Body, Bounded, Neutral, Text, known_fields
 from liaoyuan.serving.turns import add_turn, chat_request, tool_call
 
 IGNORED = {

@@ -17,6 +17,7 @@ from starlette.types import Message, Send
 
 from liaoyuan.inference import Event
 from liaoyuan.serving.caller import CALLER
+from liaoyuan.serving.llama_metrics import LlamaMetrics, Spent
 
 OTHER = "other"  # paths that are no endpoint: a client must not be able to make ever new series
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds between two tokens
@@ -78,7 +79,9 @@ class Metrics:
 
     def __init__(self, health: Callable[[], Mapping[str, Any]], endpoints: Collection[str] = ()) -> None:
         """health: of the runner. endpoints: paths that have series of their own; may be added later."""
-        self.endpoints = set(endpoints)
+        self.endpoints, self._health = set(endpoints), health
+        self.spent, self.started = Spent(), time.time()
+        self._llama = LlamaMetrics(self.spent)
         self.registry = CollectorRegistry()
         self.registry.register(_Engine(health))
         self._replies = self._counter("http_replies", "Replies by status.", "status")
@@ -90,9 +93,13 @@ class Metrics:
         self.whole = self._histogram("request_latency", "From the request to its last token.", LONG)
 
     def text(self, accept: str) -> tuple[bytes, str]:
-        """Return all metrics and their media type, in the newest format that the Accept header `accept` allows."""
+        """Return all metrics and their media type, in the newest format that the Accept header `accept` allows.
+
+        llama.cpp's names are in the plain format alone: the newer one wants others.
+        """
         encoder, media_type = choose_encoder(accept)
-        return encoder(self.registry), media_type
+        text = encoder(self.registry)
+        return (text if "openmetrics" in media_type else text + self._llama.text(self._health()).encode()), media_type
 
     def counted(self, path: str, send: Send) -> Send:
         """Return a send that counts the reply."""
@@ -108,10 +115,11 @@ class Metrics:
         return counting
 
     @contextlib.contextmanager
-    def watch(self) -> Iterator["Watch"]:
-        """Give a watch over one answer of the calling request; one that was not told of its end was given up."""
+    def watch(self, prompt: int) -> Iterator["Watch"]:
+        """Give a watch over one answer of the calling request, to a prompt of so many tokens; one that was not told of
+        its end was given up."""
         caller = CALLER.get()
-        watch = Watch(self, self._endpoint(caller.endpoint), caller.arrived or time.monotonic())
+        watch = Watch(self, self._endpoint(caller.endpoint), caller.arrived or time.monotonic(), prompt)
         try:
             yield watch
         finally:
@@ -133,8 +141,8 @@ class Metrics:
 class Watch:
     """Observes one answer."""
 
-    def __init__(self, metrics: Metrics, endpoint: str, arrived: float) -> None:
-        self._metrics, self.endpoint, self._arrived = metrics, endpoint, arrived
+    def __init__(self, metrics: Metrics, endpoint: str, arrived: float, tokens: int) -> None:
+        self._metrics, self.endpoint, self._arrived, self._tokens = metrics, endpoint, arrived, tokens
         self._last, self.ended = 0.0, False
 
     def saw(self, event: Event) -> None:
@@ -144,8 +152,13 @@ class Watch:
             return
         if not self._last:
             metrics.first_token.labels(self.endpoint).observe(now - self._arrived)
+            metrics.spent.reading += now - self._arrived
         for _ in range(count if self._last else count - 1):  # several tokens of one step share its time
             metrics.between_tokens.labels(self.endpoint).observe((now - (self._last or now)) / count)
+        metrics.spent.writing += now - (self._last or now)
+        metrics.spent.further += count if self._last else count - 1
+        self._tokens += count
+        metrics.spent.longest = max(metrics.spent.longest, self._tokens)
         self._last = now
 
     def end(self, reason: str) -> None:

@@ -6,7 +6,7 @@ The reply that is not streamed is the last event of the stream, so both say the 
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -34,8 +34,9 @@ def response_routes(served: Served) -> APIRouter:
         earlier = store.conversation(body.previous_response_id) if body.previous_response_id else []
         chat = body.chat(earlier)
         [job] = await asyncio.to_thread(chat_jobs, served, chat)  # a long prompt must not hold up others' streams
+        job = replace(job, progress=bool(body.stream and body.return_progress))
         pieces = start(served, [job])
-        reply = ResponseEvents(served, body, len(job.prompt))
+        reply = ResponseEvents(served, body, job)
         if body.stream:
             return EventStream(_stream(reply, await first_and_rest(http, pieces), store, earlier))
         events = [event for piece in (await collect(http, pieces, 1))[0] for event in reply.next_events(piece)]

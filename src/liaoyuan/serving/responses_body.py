@@ -4,9 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from liaoyuan.serving.chat_body import ChatRequest
 from liaoyuan.serving.errors import ApiError, invalid, unsupported
 from liaoyuan.serving.messages_body import Tolerant
-from liaoyuan.serving.protocol import MAX_TOP_LOGPROBS, Body, Bounded, ChatRequest, Neutral, Text, known_fields
+from liaoyuan.serving.protocol import MAX_TOP_LOGPROBS, Body, Bounded, Neutral, Text, known_fields
 from liaoyuan.serving.turns import add_turn, chat_request, tool_call
 
 IGNORED = {
@@ -153,7 +154,7 @@ class Reasoning(Tolerant):
 
 
 class ResponsesRequest(Body):
-    """Body of `/v1/responses`."""
+    """Body of `/v1/responses`. timings_per_token, return_progress: llama.cpp's, as in chat."""
 
     input: Annotated[list[Item], BeforeValidator(_items), Field(min_length=1)]
     model: str | None = None
@@ -180,6 +181,8 @@ class ResponsesRequest(Body):
     stream: bool | None = None
     store: bool | None = None
     metadata: dict[str, str] | None = None
+    timings_per_token: bool | None = None
+    return_progress: bool | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -8,9 +8,10 @@ from typing import Any
 
 from liaoyuan.serving.chat import scored_token
 from liaoyuan.serving.errors import ApiError
-from liaoyuan.serving.generation import Served
+from liaoyuan.serving.generation import Job, Served
 from liaoyuan.serving.responses_body import ResponsesRequest
 from liaoyuan.serving.text import Piece
+from liaoyuan.serving.timings import Timings
 
 ServerEvent = dict[str, Any]
 
@@ -25,7 +26,7 @@ class ResponseEvents:
 
     served: Served
     body: ResponsesRequest
-    prompt_tokens: int
+    job: Job
     id: str = field(default_factory=lambda: _new_id("resp"))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -36,6 +37,7 @@ class ResponseEvents:
         self._text: list[str] = []  # of that item
         self._logprobs: list[dict[str, Any]] = []
         self._last: Piece | None = None
+        self._timings = Timings(len(self.job.prompt))
 
     def next_events(self, piece: Piece) -> Iterator[ServerEvent]:
         """Yield the events that say one piece."""
@@ -43,6 +45,10 @@ class ResponseEvents:
             yield self._event("response.created", response=self._response("in_progress"))
             yield self._event("response.in_progress", response=self._response("in_progress"))
         self._last = piece
+        self._timings.saw(piece)
+        if piece.read is not None:
+            progress = {"prompt_progress": self._timings.progress(piece)}
+            yield self._event("response.in_progress", response=self._response("in_progress"), **progress)
         if piece.reasoning:
             yield from self._reason(piece.reasoning)
         if piece.content:
@@ -77,7 +83,7 @@ class ResponseEvents:
         self._text.append(piece.content)
         scores = [scored_token(self.served.tokenizer, token) for token in piece.tokens] if self.body.logprobs else []
         self._logprobs += scores
-        yield self._of_part("response.output_text.delta", delta=piece.content, logprobs=scores)
+        yield self._of_part("response.output_text.delta", delta=piece.content, logprobs=scores, **self._timed(piece))
 
     def _begin(self, kind: str, id: str, item: dict[str, Any]) -> Iterator[ServerEvent]:
         """Open an item and close the one before."""
@@ -115,7 +121,10 @@ class ResponseEvents:
             response |= {"incomplete_details": {"reason": "max_output_tokens"}}
         else:
             response |= {"completed_at": int(time.time())}
-        yield self._event(f"response.{response['status']}", response=response)
+        yield self._event(f"response.{response['status']}", response=response, **self._timed(piece))
+
+    def _timed(self, piece: Piece) -> dict[str, Any]:
+        return {"timings": self._timings.values(piece)} if self.body.timings_per_token else {}
 
     def _event(self, kind: str, **values: Any) -> ServerEvent:
         self._number += 1
@@ -145,6 +154,7 @@ class ResponseEvents:
             "error": None,
             "incomplete_details": None,
             **UNASKED,
+            **self.served.settings.sampling.model_dump(include={"temperature", "top_p"}, exclude_none=True),
             **body,
             "store": self.body.store is not False,
         }
@@ -155,11 +165,11 @@ class ResponseEvents:
             (last.completion_tokens, last.reasoning_tokens, last.cached_tokens) if last else (0, 0, 0)
         )
         return {
-            "input_tokens": self.prompt_tokens,
+            "input_tokens": len(self.job.prompt),
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
             "output_tokens": output,
             "output_tokens_details": {"reasoning_tokens": reasoning},
-            "total_tokens": self.prompt_tokens + output,
+            "total_tokens": len(self.job.prompt) + output,
         }
 
 

@@ -9,7 +9,7 @@ import contextlib
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from starlette.exceptions import HTTPException
@@ -58,8 +58,11 @@ class Access:
 class Guard:
     """ASGI middleware around the whole app."""
 
-    def __init__(self, app: ASGIApp, access: Access, metrics: Metrics) -> None:
-        self._app, self._access, self._metrics = app, access, metrics
+    def __init__(
+        self, app: ASGIApp, access: Access, metrics: Metrics, wanted: Callable[[], None] = lambda: None
+    ) -> None:
+        """wanted: called for every request that brings a body."""
+        self._app, self._access, self._metrics, self._wanted = app, access, metrics, wanted
         self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,6 +80,7 @@ class Guard:
         limited = _limited(receive, self._access)
         if not _is_work(scope):
             return await self._app(scope, limited, guarded)
+        self._wanted()
         self._open += 1
         try:
             return await self._app(scope, limited, guarded)

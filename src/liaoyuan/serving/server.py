@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -19,7 +19,7 @@ from liaoyuan.checkpoint import load_model
 from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.inference import Engine, EngineConfig, EngineThread, read_pooling
+from liaoyuan.inference import Engine, EngineConfig, EngineThread, Pooling, read_pooling
 from liaoyuan.inference.disaggregation.process import Task
 from liaoyuan.inference.spread.ranks import open_ranks
 from liaoyuan.models import Quantisation, read_config
@@ -33,6 +33,7 @@ from liaoyuan.serving.front import MOST_BODY_BYTES, Front
 from liaoyuan.serving.generation import Runner
 from liaoyuan.serving.replicas import Replicas, replica_environment
 from liaoyuan.serving.security import Access
+from liaoyuan.serving.settings import Settings
 from liaoyuan.serving.unready import answering_unready
 
 MOST_PADDING = 1024  # rows that a model's embedding may have beyond the tokenizer's ids (padded for speed)
@@ -64,10 +65,16 @@ class Server:
     """An app on a listening socket, and what else ends with it; `run` serves until Ctrl-C, `stop` or a failure."""
 
     def __init__(
-        self, app: ASGIApp, bound: socket.socket, closing: contextlib.ExitStack, failure: Failure | None = None
+        self,
+        app: ASGIApp,
+        bound: socket.socket,
+        closing: contextlib.ExitStack,
+        failure: Failure | None = None,
+        further: Sequence[socket.socket] = (),
     ) -> None:
+        """further: sockets of other addresses at which it listens too."""
         self.app, self._failure = app, failure or Failure()
-        self._socket, self._closing = bound, closing
+        self._sockets, self._closing = [bound, *further], closing
         config = uvicorn.Config(
             app,
             http=PatientProtocol,
@@ -84,8 +91,8 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Return the address, such as http://127.0.0.1:8000."""
-        host, port = self._socket.getsockname()[:2]
+        """Return the (first) address, such as http://127.0.0.1:8000."""
+        host, port = self._sockets[0].getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run(self) -> None:
@@ -95,7 +102,7 @@ class Server:
             LiaoyuanError: a failure has ended it.
         """
         try:
-            self._uvicorn.run(sockets=[self._socket])
+            self._uvicorn.run(sockets=self._sockets)
         except KeyboardInterrupt:
             pass
         finally:
@@ -110,7 +117,8 @@ class Server:
     def close(self) -> None:
         """Free the port and end the engine; `run` does it itself."""
         self._closing.close()
-        self._socket.close()
+        for bound in self._sockets:
+            bound.close()
 
     def __enter__(self) -> "Server":
         """Serve in a thread of its own until the block ends."""
@@ -166,10 +174,12 @@ def open_server(
     adapter_folder: Path | None = None,
     thinking: bool = True,
     sides: Sides | None = None,
+    settings: Settings = Settings(),
 ) -> Server:
     """Load the model of a Hugging Face folder and return a server that holds the port (0: any free one).
 
     Args:
+        host: an address, or several with commas between, at all of which it listens.
         name: what the API calls the model; the folder's name if None.
         call_format: how the model writes tool calls; None: see its chat template.
         control, thinking: see `build_app`.
@@ -183,23 +193,25 @@ def open_server(
         adapters: low-rank adapters to begin with, each a folder by its name.
         adapter_folder: whoever may ask may load adapters from inside it; None: from nowhere.
         sides: so many other processes compute prompts, and so many decode; None: this one does both.
+        settings: what it does where requests leave it open.
 
     Raises:
         LiaoyuanError: the port is in use, the folder is missing or torn, or tokenizer and model disagree.
     """
     with contextlib.ExitStack() as port_kept, contextlib.ExitStack() as opened:
-        bound = port_kept.enter_context(_bind(host, port))
+        bound, *further = _bind_all(host, port, port_kept)
         with answering_unready(bound):
             tokenizer, failure, config = _load_tokenizer(model_dir), Failure(), read_config(model_dir)
             few = (draft, quantisation, adapters)
             if sides is not None:
+                _refuse_sleep(settings)
                 apart = opened.enter_context(
                     open_apart(_task(model_dir, device, engine, max_queued, sides, *few), sides)
                 )
                 behind = _Behind(apart, apart, apart.room)
             else:
                 running = _open_engine(model_dir, device, engine, layout, failure, opened, *few)
-                runner = opened.enter_context(EngineThread(running, max_queued))
+                runner = opened.enter_context(EngineThread(running, max_queued, settings.sleep_after, model_dir))
                 behind = _Behind(runner, running.adapters, running.room)
             eos = config.eos_token_id
             app = build_app(
@@ -209,16 +221,17 @@ def open_server(
                 _context_length(behind.room, context_length),
                 about or read_about(model_dir),
                 () if eos is None else (eos,),
-                dataclasses.replace(access, loopback_only=host in LOOPBACK),
-                read_pooling(model_dir),
+                dataclasses.replace(access, loopback_only=is_loopback(host)),
+                Pooling(settings.pooling) if settings.pooling else read_pooling(model_dir),
                 config.vocab_size,
                 call_format,
                 control,
                 Shelf(behind.known, adapter_folder),
                 thinking,
+                settings,
             )
         port_kept.pop_all()
-        return Server(app, bound, opened.pop_all(), failure)
+        return Server(app, bound, opened.pop_all(), failure, further)
 
 
 def open_front(
@@ -243,13 +256,13 @@ def open_front(
     """
     check_inference(layout, read_config(model_dir))
     with contextlib.ExitStack() as port_kept, contextlib.ExitStack() as opened:
-        bound = port_kept.enter_context(_bind(host, port))
+        bound, *further = _bind_all(host, port, port_kept)
         environments = [replica_environment(number, layout.tp, threads) for number in range(replicas)]
         with answering_unready(bound):
             running = opened.enter_context(Replicas([command] * replicas, environments))
-        front = Front(running, max_body_bytes, LOOPBACK if host in LOOPBACK else ())
+        front = Front(running, max_body_bytes, LOOPBACK if is_loopback(host) else ())
         port_kept.pop_all()
-        return Server(front, bound, opened.pop_all())
+        return Server(front, bound, opened.pop_all(), further=further)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,6 +325,11 @@ def _open_engine(
     return engine
 
 
+def _refuse_sleep(settings: Settings) -> None:
+    if settings.sleep_after is not None:
+        raise LiaoyuanError("sleep_after is not for --prefill and --decode: leave out these, or that setting.")
+
+
 def _context_length(room: int, wanted: int | None) -> int:
     if wanted is not None and wanted > room:
         raise LiaoyuanError(f"The context length {wanted} is more than model and cache hold ({room} tokens).")
@@ -333,6 +351,19 @@ def _load_tokenizer(model_dir: Path) -> Tokenizer:
 def check_port(host: str = "127.0.0.1", port: int = 8000) -> None:
     """Raise LiaoyuanError if a server could not listen there now: better known before long work than after it."""
     _bind(host, port).close()
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address, or all of several, can be reached from this machine alone."""
+    return all(each.strip() in LOOPBACK for each in host.split(","))
+
+
+def _bind_all(hosts: str, port: int, kept: contextlib.ExitStack) -> list[socket.socket]:
+    """Return listening sockets, all of one port."""
+    bound: list[socket.socket] = []
+    for host in hosts.split(","):
+        bound.append(kept.enter_context(_bind(host.strip(), bound[0].getsockname()[1] if bound else port)))
+    return bound
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -4,6 +4,7 @@ A slot of llama.cpp is the place of one running request with its part of the con
 whole context, and no request keeps a place: of the slots that are told, as many are busy as requests run.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -20,6 +21,7 @@ def slot_routes(served: Served) -> APIRouter:
 
     @router.get("/slots")
     async def slots() -> list[dict[str, Any]]:
+        served.need("slots")
         running = served.runner.health().get("running", 0)
         context = {"n_ctx": served.context_length, "speculative": False}
         return [{"id": index, **context, "is_processing": index < running} for index in range(await _places(served))]
@@ -29,7 +31,7 @@ def slot_routes(served: Served) -> APIRouter:
         tokenizer = served.tokenizer
         named, places = tokenizer.named_tokens, await _places(served)
         return {
-            "default_generation_settings": {"n_ctx": served.context_length, "params": _defaults()},
+            "default_generation_settings": {"n_ctx": served.context_length, "params": _defaults(served)},
             "total_slots": places,
             "model_alias": served.name,
             "model_path": served.name,  # where it lies is no client's business
@@ -49,12 +51,12 @@ async def _places(served: Served) -> int:
     return int((await served.runner.do(State()))["max_sequences"])
 
 
-def _defaults() -> dict[str, Any]:
+def _defaults(served: Served) -> dict[str, Any]:
     """Return what a request that says nothing gets, in llama.cpp's names; -1: no limit, any seed."""
-    usual = SamplingParams()
+    usual = replace(SamplingParams(seed=-1), **served.settings.sampling.model_dump(exclude_none=True))
     return {
         "n_predict": -1,
-        "seed": -1,
+        "seed": usual.seed,
         "temperature": usual.temperature,
         "top_k": usual.top_k,
         "top_p": usual.top_p,

@@ -37,8 +37,10 @@ def status_routes(served: Served) -> APIRouter:
 
     @router.get("/metrics", response_class=Response, responses=METRICS)
     async def metrics(http: HttpRequest) -> Response:
+        served.need("metrics")
         text, media_type = served.metrics.text(http.headers.get("accept", ""))
-        return Response(text, media_type=None, headers={"Content-Type": media_type})
+        started = {"Process-Start-Time-Unix": str(int(served.metrics.started))}
+        return Response(text, media_type=None, headers={"Content-Type": media_type, **started})
 
     return router
 
@@ -51,6 +53,8 @@ def _add_models(router: APIRouter, served: Served) -> None:
         "owned_by": "liaoyuan",
         "root": served.name,
         "parent": None,
+        "aliases": [served.name, *served.settings.aliases],
+        "tags": list(served.settings.tags),
         "max_model_len": served.context_length,
         # What Anthropic's client reads of a model:
         "type": "model",
@@ -70,6 +74,7 @@ def _add_models(router: APIRouter, served: Served) -> None:
         cards = {each["id"]: each for each in (*adapter_cards(card, served.shelf), card)}
         if name not in cards:
             served.choose_model(name)
+            return card
         return cards[name]
 
 
@@ -94,6 +99,6 @@ def _add_health(router: APIRouter, served: Served) -> None:
         health = served.runner.health()
         if not health["alive"]:
             raise ApiError(503, "The engine does not run.", code="engine_failed")
-        if health.get("state", "ready") != "ready":
+        if health.get("state", "ready") != "ready" and not health.get("dozing"):
             raise ApiError(503, f"The engine is {health['state']}.", code="not_ready")
         return {"status": "ready"}

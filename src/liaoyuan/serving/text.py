@@ -3,8 +3,9 @@
 Pure and incremental: what a stream says in pieces, put together, is what the whole reply says.
 """
 
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from liaoyuan.inference import Event, ThinkMarks
@@ -34,6 +35,8 @@ class Piece:
     """What one event adds to an answer; the counts are those of the answer so far.
 
     stop: the stop string that ended the answer, if one did. cached_tokens: of the prompt, found in the prefix cache.
+    waited: seconds before the request was first computed. read: how many tokens of the prompt are read by now, if the
+        piece tells only that. came: when, by the monotonic clock.
     generated: every token that the event brought, thoughts, marks and the one that ended the answer included.
     """
 
@@ -47,6 +50,9 @@ class Piece:
     stop: str | None = None
     cached_tokens: int = 0
     generated: tuple[ScoredToken, ...] = ()
+    waited: float = 0.0
+    read: int | None = None
+    came: float = field(default_factory=time.monotonic)
 
 
 class StopFilter:
@@ -105,10 +111,13 @@ class AnswerReader:
         self._generated: list[ScoredToken] = []
         self._read = self._shown = 0  # characters of content: decoded, and let through the filter
         self._completion_tokens = self._reasoning_tokens = self._cached_tokens = 0
+        self._waited = 0.0
+        self._prompt_read: int | None = None
 
     def read(self, event: Event) -> Piece:
         """Return what `event` adds; a piece with a finish reason is the last one."""
         reasoning, content = "", ""
+        self._waited, self._prompt_read = event.waited, event.read
         self._cached_tokens = max(self._cached_tokens, event.cached_tokens)
         self._generated = []
         for place, token in enumerate(event.tokens):
@@ -192,8 +201,8 @@ class AnswerReader:
         calls, self._pieces = joined(self._pieces), ()
         counts = self._completion_tokens, self._reasoning_tokens
         generated = tuple(self._generated)
-        stop, cached = self._filter.stop, self._cached_tokens
-        return Piece(reasoning, content, ready, *counts, finish, calls, stop, cached, generated)
+        stop, cached, read = self._filter.stop, self._cached_tokens, self._prompt_read
+        return Piece(reasoning, content, ready, *counts, finish, calls, stop, cached, generated, self._waited, read)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -5,9 +5,10 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from liaoyuan.serving.chat_body import ChatRequest
 from liaoyuan.serving.conversation import chat_prompt
 from liaoyuan.serving.generation import Served
-from liaoyuan.serving.protocol import ChatRequest, DetokenizeRequest, TokenizeRequest
+from liaoyuan.serving.tokens_body import DetokenizeRequest, TokenizeRequest
 
 
 def token_routes(served: Served) -> APIRouter:

@@ -1,8 +1,8 @@
-"""What several replicas say of themselves, added up: health and metrics."""
+"""What several replicas say of themselves, added up: health, metrics, slots."""
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 SAMPLE = re.compile(r"([a-zA-Z_:][\w:]*(?:\{.*\})?) (\S+)$")  # Prometheus' text format, version 0.0.4
@@ -23,9 +23,33 @@ def total_health(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**total, "version": min(versions)} if versions else total
 
 
+def total_slots(replies: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the slots of all replicas, numbered through."""
+    return [{**slot, "id": number} for number, slot in enumerate(slot for slots in replies for slot in slots)]
+
+
+def total_props(replies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the first replica says of itself, with the slots of all; they sleep if all of them do."""
+    slots, asleep = sum(props["total_slots"] for props in replies), all(props["is_sleeping"] for props in replies)
+    return {**replies[0], "total_slots": slots, "is_sleeping": asleep}
+
+
+def total_load(replies: Sequence[dict[str, int]]) -> dict[str, int]:
+    """Return how many answers somebody waits for, of all replicas."""
+    return {"server_load": sum(load["server_load"] for load in replies)}
+
+
+# What is asked of all replicas in the same words, and what becomes of their replies.
+TOTALS: Mapping[str, Callable[[Sequence[Any]], Any]] = {
+    "/slots": total_slots,
+    "/props": total_props,
+    "/load": total_load,
+}
+
+
 def total_metrics(texts: Iterable[str]) -> str:
-    """Return the metrics of all replicas as one text, sample by sample: the sum; of a ratio the mean, of a version the
-    lowest."""
+    """Return the metrics of all replicas as one text, sample by sample: the sum; of a ratio or a number a batch the
+    mean, of a version the lowest, of a maximum the highest."""
     families: dict[str, list[str]] = {}  # head of a family -> names of its samples
     values: dict[str, list[float]] = {}
     for text in texts:
@@ -48,6 +72,8 @@ def _total(name: str, values: list[float]) -> str:
     plain = name.partition("{")[0]
     if plain.endswith("_version"):
         total = min(values)
+    elif plain.endswith("_max"):
+        total = max(values)
     else:
-        total = math.fsum(values) / (len(values) if plain.endswith("_ratio") else 1)
+        total = math.fsum(values) / (len(values) if plain.endswith(("_ratio", "_per_decode")) else 1)
     return str(int(total)) if total.is_integer() else repr(total)

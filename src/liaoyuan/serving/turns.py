@@ -6,8 +6,8 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
+from liaoyuan.serving.chat_body import ChatRequest
 from liaoyuan.serving.errors import from_validation
-from liaoyuan.serving.protocol import ChatRequest
 
 JOINT = "\n\n"  # between texts of one turn that were given apart
 
