@@ -106,7 +106,7 @@ def main() -> None:
         suite = SUITES[name]
         source = options.source or _fetch(suite, folder / "sources")
         root = _unpack(suite, source, folder / name)
-        results[name] = _judge(_run(suite, root, folder), reasons.get(name, {}))
+        results[name] = _judge(_run(suite, root, folder, options.tests), reasons.get(name, {}))
     (folder / "conformance.json").write_text(json.dumps(results, indent=2) + "\n")
     _print(results)
     sys.exit(any(result["unexpected"] for result in results.values()))
@@ -116,6 +116,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, help="only this one")
     parser.add_argument("--folder", type=Path, default=Path("runs/conformance"))
+    parser.add_argument("-k", dest="tests", default="", help="only tests of such names, as pytest has it")
     parser.add_argument("--source", type=Path, help="the suite's source package, if it is here already")
     return parser.parse_args()
 
@@ -157,8 +158,8 @@ def _unpack(suite: Suite, source: Path, target: Path) -> Path:
     return target / suite.root
 
 
-def _run(suite: Suite, root: Path, folder: Path) -> list[dict[str, str]]:
-    """Run the tests; return the outcome of each."""
+def _run(suite: Suite, root: Path, folder: Path, tests: str) -> list[dict[str, str]]:
+    """Run the tests (whose names fit `tests`, if it is given); return the outcome of each."""
     packages, outcomes = folder / "packages", folder / f"{suite.plugin}.jsonl"
     if suite.packages:
         _pip("install", "--no-deps", "--upgrade", "--target", str(packages), *suite.packages)
@@ -172,7 +173,7 @@ def _run(suite: Suite, root: Path, folder: Path) -> list[dict[str, str]]:
         "CONFORMANCE_FOLDER": str(folder),
         "CONFORMANCE_OUTCOMES": str(outcomes),
     }
-    command = [sys.executable, "-m", "pytest", "-q", *settings, *plugins, *suite.tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", tests, *settings, *plugins, *suite.tests]
     with (folder / f"{suite.plugin}.log").open("w") as log:
         subprocess.run(command, cwd=root, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT)
     return [json.loads(line) for line in outcomes.read_text().splitlines()]

@@ -10,9 +10,12 @@ import pytest
 import requests
 
 from conformance_server import CHATML, Kind, Servers, random_model
+from liaoyuan.serving import Settings
+from liaoyuan.serving.settings import Defaults
 
 STORIES = Path(os.environ["CONFORMANCE_STORIES"])
 FOLDER = Path(os.environ["CONFORMANCE_FOLDER"])
+FILLING = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 servers = Servers(FOLDER / "llama")
 
 
@@ -31,8 +34,9 @@ def _start(self: Any, timeout_seconds: int = 60) -> None:
     router = self.models_dir or self.models_preset or self.model_hf_repo is None
     if router and not self.cors_origins:  # what pages may ask of a router, a server of one model can say too
         pytest.fail("starts a router")
-    self.server_port = int(servers.fresh(_kind(self)).url.rpartition(":")[2])
-    self.server_host = "127.0.0.1"
+    before = vars(self).get("ours")  # a test that starts its server again finds it at the same port
+    self.ours = servers.fresh(_kind(self), before)
+    self.server_port = int(self.ours.url.rpartition(":")[2])
 
 
 def _no_download(*_: Any, **__: Any) -> None:
@@ -41,16 +45,44 @@ def _no_download(*_: Any, **__: Any) -> None:
 
 def _kind(self: Any) -> Kind:
     """Return the kind of server that a test asks for; one that names another model gets a random one."""
-    stories = "stories260K" in f"{self.model_hf_repo}{self.model_hf_file}" and "infill" not in str(self.model_hf_repo)
+    named = f"{self.model_hf_repo}{self.model_hf_file}"
+    stories = "stories260K" in named and "infill" not in named
     model = STORIES if stories else random_model(FOLDER / "random")
+    if "infill" in named:
+        model = random_model(FOLDER / "filling", further=FILLING)
     slots = 1 if self.kv_unified else max(1, self.n_slots or 1)
     template = CHATML if stories else None
     if self.chat_template_file:
         template = Path(self.chat_template_file).read_text()
     context = max(64, (self.n_ctx or 2048) // slots)
-    name = self.model_alias or "model"
+    name, *aliases = sorted((self.model_alias or "model").split(","))  # llama.cpp sorts them
     origins, thinking = (self.cors_origins or "*",), self.reasoning != "off"
-    return Kind(model, name, context, template, True, key=self.api_key, origins=origins, thinking=thinking)
+    settings = Settings(
+        sampling=Defaults(seed=self.seed, temperature=self.temperature),
+        aliases=tuple(aliases),
+        tags=tuple(self.model_tags.split(",")) if self.model_tags else (),
+        page=not self.no_ui,
+        metrics=bool(self.server_metrics),
+        slots=bool(self.server_slots),
+        verbose=bool(self.debug),
+        continue_final_message=True,
+        pooling=self.pooling,
+        sleep_after=self.sleep_idle_seconds,
+    )
+    return Kind(
+        model,
+        name,
+        context,
+        template,
+        True,
+        max(1, self.n_slots or 4),
+        self.api_key,
+        origins,
+        thinking,
+        self.n_batch,
+        self.server_host,
+        settings,
+    )
 
 
 sys.modules["wget"] = types.ModuleType("wget")  # the suite downloads models with it

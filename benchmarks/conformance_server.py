@@ -1,16 +1,18 @@
 """Our server as foreign suites ask for it: model folders with their template and context, one server per kind."""
 
 import json
+import random
 import shutil
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from liaoyuan.checkpoint import save_model
-from liaoyuan.data.tokenizer import train_tokenizer
+from liaoyuan.data.tokenizer import Tokenizer, train_tokenizer
 from liaoyuan.inference import EngineConfig
 from liaoyuan.models import Decoder, ModelConfig, initialise
-from liaoyuan.serving import Server, open_server
+from liaoyuan.serving import Server, Settings, open_server
 from liaoyuan.serving.generation import Served
 from liaoyuan.serving.keys import Keys
 from liaoyuan.serving.security import Access
@@ -51,6 +53,9 @@ class Kind:
     key: str | None = None
     origins: tuple[str, ...] = ()
     thinking: bool = True
+    batch_tokens: int | None = None
+    host: str = "127.0.0.1"
+    settings: Settings = field(default_factory=Settings)
 
 
 class Servers:
@@ -67,22 +72,36 @@ class Servers:
             self._kinds[kind] = self._start(kind)
         return self._kinds[kind]
 
-    def fresh(self, kind: Kind) -> Server:
+    def fresh(self, kind: Kind, before: Server | None = None) -> Server:
         """Return a server that has seen no request; the one before the last few is ended."""
-        self._running.append(self._start(kind))
+        port = 0
+        if before is not None and before in self._running:  # it takes the place of this one
+            port = int(before.url.rpartition(":")[2])
+            self._running.remove(before)
+            before.__exit__(None, None, None)
+        self._running.append(self._start(kind, port))
         if len(self._running) > MOST_RUNNING:
             self._running.popleft().stop()
         return self._running[-1]
 
-    def _start(self, kind: Kind) -> Server:
+    def _start(self, kind: Kind, port: int = 0) -> Server:
         self._started += 1
         folder = _folder(kind, self._folder / f"model{self._started}")
         if kind.any_model:
             Served.check_model = Served.choose_model = lambda self, name: None  # type: ignore[method-assign]
-        config = EngineConfig(max_sequences=kind.max_sequences)
+        most = EngineConfig().max_batch_tokens if kind.batch_tokens is None else kind.batch_tokens
+        config = EngineConfig(max_sequences=kind.max_sequences, max_batch_tokens=max(most, kind.max_sequences))
         access = Access(keys=Keys({"suite": kind.key} if kind.key else {}), origins=kind.origins)
         server = open_server(
-            folder, port=0, device="cpu", name=kind.name, engine=config, access=access, thinking=kind.thinking
+            folder,
+            kind.host,
+            port,
+            "cpu",
+            kind.name,
+            engine=config,
+            access=access,
+            thinking=kind.thinking,
+            settings=kind.settings,
         )
         return server.__enter__()
 
@@ -108,11 +127,28 @@ def _folder(kind: Kind, target: Path) -> Path:
     return target
 
 
-def random_model(target: Path) -> Path:
-    """Return a folder with a small random model of the Qwen3 family, and a tokenizer of our own."""
+def random_model(target: Path, vocabulary: int = 600, further: Sequence[str] = ()) -> Path:
+    """Return a folder with a small random model of the Qwen3 family, and a tokenizer of our own.
+
+    vocabulary: its tokens, of which a larger one has made-up words. further: special tokens beyond them.
+    """
     if not (target / "config.json").exists():
-        tokenizer = train_tokenizer(SENTENCES * 20, 600)
+        chance = random.Random(0)
+        words = ["".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(vocabulary)]
+        texts = [*SENTENCES * 20, *(words if vocabulary > 600 else ())]
+        tokenizer = train_tokenizer(texts, vocabulary)
         tokenizer.save(target)
+        if further:
+            _add_tokens(target / "tokenizer.json", tokenizer.vocab_size, further)
+            tokenizer = Tokenizer.load(target)
         config = ModelConfig("qwen3", tokenizer.vocab_size, 64, 128, 2, 4, 2, 16, 8192, qk_norm=True)
         save_model(initialise(Decoder(config), 0), target, target)
     return target
+
+
+def _add_tokens(path: Path, first: int, tokens: Sequence[str]) -> None:
+    """Give a tokenizer special tokens with the ids that come next."""
+    definition = json.loads(path.read_text())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    definition["added_tokens"] += [{"id": first + n, "content": token, **plain} for n, token in enumerate(tokens)]
+    path.write_text(json.dumps(definition))

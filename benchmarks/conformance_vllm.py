@@ -7,6 +7,7 @@ import importlib.abc
 import importlib.machinery
 import inspect
 import itertools
+import json
 import os
 import sys
 import types
@@ -21,14 +22,18 @@ from transformers import AutoTokenizer
 
 from conformance_server import Kind, Servers, random_model
 from liaoyuan.data.template import CHAT_TEMPLATE
+from liaoyuan.serving import Settings
+from liaoyuan.serving.settings import Defaults
 from liaoyuan.serving.status import VERSION
 
 FOLDER = Path(os.environ["CONFORMANCE_FOLDER"])
 WITHOUT_THOUGHTS = "{%- set enable_thinking = false %}" + CHAT_TEMPLATE
 TOKENS_MORE = 4  # of a text, with our tokenizer of 600 tokens
+VOCABULARY, LARGE = 600, 6000  # tokens; some tests name some up to 5000
 ENOUGH = 4096  # tokens of context for any prompt of the suite
 OWN_PARTS = "about a part of vLLM itself, not about a server"
 servers = Servers(FOLDER / "vllm")
+chosen = {"vocabulary": VOCABULARY}
 
 
 def pytest_unconfigure() -> None:
@@ -47,6 +52,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"needs the model of '{config}'"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let the servers of a file have a large vocabulary if its tests name tokens that only such a one has."""
+    chosen["vocabulary"] = LARGE if "logprob_token_ids" in item.path.read_text() else VOCABULARY
+
+
+def _model() -> Path:
+    size = chosen["vocabulary"]
+    return random_model(FOLDER / f"random{size}", size)
+
+
 class RemoteOpenAIServer:
     """Takes the place of vLLM's class of this name."""
 
@@ -59,7 +75,12 @@ class RemoteOpenAIServer:
         context *= TOKENS_MORE if context < ENOUGH else 1
         name = _option(args, "--served-model-name") or model
         template = CHAT_TEMPLATE if _option(args, "--reasoning-parser") else WITHOUT_THOUGHTS
-        server = servers.shared(Kind(random_model(FOLDER / "random"), name, context, template, max_sequences=16))
+        settings = Settings(
+            sampling=Defaults(seed=0),  # so that a run says what the one before it said
+            max_logprobs=int(_option(args, "--max-logprobs") or 20),
+            timings="--enable-per-request-metrics" in args,
+        )
+        server = servers.shared(Kind(_model(), name, context, template, max_sequences=16, settings=settings))
         self.url_root = server.url
         self.host, self.port = "127.0.0.1", int(server.url.rpartition(":")[2])
 
@@ -129,26 +150,34 @@ class _Hub:
     """Downloads nothing: whatever model is asked for is the random one."""
 
     def snapshot_download(self, *_: Any, **__: Any) -> str:
-        return str(FOLDER / "random")
+        return str(_model())
 
 
 def _tokenizer(*_: Any, **__: Any) -> Any:
     """Return the random model's tokenizer as transformers reads it."""
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "random")
+    tokenizer = AutoTokenizer.from_pretrained(_model())
     tokenizer.chat_template = WITHOUT_THOUGHTS
     return tokenizer
+
+
+class _ModelConfig:
+    """Says how many tokens the random model has."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def get_vocab_size(self) -> int:
+        return int(json.loads((_model() / "config.json").read_text())["vocab_size"])
 
 
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Imports any module of vLLM as an empty one whose names are stand-ins."""
 
     given = {  # noqa: RUF012
+        "vllm.config": {"ModelConfig": _ModelConfig},
         "vllm.platforms": {"current_platform": _NoPlatform()},
         "vllm.tokenizers": {"get_tokenizer": _tokenizer},
         "vllm.transformers_utils.repo_utils": {"hf_api": _Hub},
-        "vllm.model_executor.model_loader.weight_utils": {
-            "download_weights_from_hf": lambda *_, **__: str(FOLDER / "random")
-        },
+        "vllm.model_executor.model_loader.weight_utils": {"download_weights_from_hf": lambda *_, **__: str(_model())},
         "vllm.version": {"__version__": VERSION},
     }
 
@@ -174,7 +203,6 @@ def _utils() -> types.ModuleType:
 
 sys.path.insert(0, str(Path.cwd()))
 sys.meta_path.insert(0, _StandIns())
-random_model(FOLDER / "random")
 sys.modules["tests.utils"] = _utils()
 sys.modules["tests.conftest"] = types.ModuleType("tests.conftest")
 sys.modules["tests.conftest"].__getattr__ = _absent  # type: ignore[method-assign]
