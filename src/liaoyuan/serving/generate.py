@@ -49,6 +49,8 @@ class TokenSampling(Body):
     frequency_penalty: Annotated[float, Field(ge=-100, le=100)] = 0.0
     logit_bias: dict[str, Annotated[float, Field(ge=-1000, le=1000)]] = Field(default={})
     bad_words: list[Annotated[Tokens, Field(min_length=1)]] = Field(default=[])
+    allowed_tokens: Tokens = Field(default=[])
+    scored_tokens: Annotated[Tokens, Field(max_length=1000)] = Field(default=[])
     logprobs: Annotated[int, Field(ge=0, le=1000)] = 0
     prompt_logprobs: Annotated[int, Field(ge=0, le=1000)] | None = None
     processed_logprobs: bool = False
@@ -101,6 +103,8 @@ def _request(served: Served, body: GenerateRequest) -> Request:
         frequency_penalty=asked.frequency_penalty,
         logit_bias=tuple((_token(token), bias) for token, bias in asked.logit_bias.items()),
         bad_words=tuple(map(tuple, asked.bad_words)),
+        allowed_tokens=tuple(asked.allowed_tokens),
+        scored_tokens=tuple(asked.scored_tokens),
         prompt_logprobs=asked.prompt_logprobs,
         processed_logprobs=asked.processed_logprobs,
         return_masks=asked.return_masks,
