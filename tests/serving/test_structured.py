@@ -222,8 +222,8 @@ def test_biases_penalties_and_words_reach_the_engine(client: openai.OpenAI, toke
             {"tools": [{**WEATHER, "function": {"name": "f", "strict": True, "parameters": {"not": {}}}}]},
             "Unimplemented",
         ),
-        ({"logit_bias": {"x": 1}}, "ids of tokens"),
-        ({"logit_bias": {"999999": 1}}, "ids of tokens"),
+        ({"logit_bias": {"x": 1}}, "ids of this model's"),
+        ({"logit_bias": {"999999": 1}}, "ids of this model's"),
         ({"min_tokens": 50, "max_tokens": 20}, "min_tokens"),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
