@@ -202,7 +202,7 @@ def test_another_cpu_has_another_library(monkeypatch: pytest.MonkeyPatch, native
     """A home folder may be shared by machines of several kinds."""
     build = sys.modules["liaoyuan.ops.build"]
     here = library_path()
-    monkeypatch.setattr(build, "_cpu", lambda: "x86_64 flags : sse2")
+    monkeypatch.setattr(build, "processor", lambda: "x86_64 flags : sse2")
     assert library_path() != here and library_path().parent == here.parent
     assert _hash_of(here).exists()
 

@@ -9,7 +9,7 @@ from liaoyuan.ops.attention import attention
 from liaoyuan.ops.block_attention import block_attention, block_attention_backward, merge
 from liaoyuan.ops.buffers import checksum, pack, unpack
 from liaoyuan.ops.build import build
-from liaoyuan.ops.choice import OperatorStatus, configure, measure, status
+from liaoyuan.ops.choice import OperatorStatus, configure, measure, seek_exactness, status
 from liaoyuan.ops.cross_entropy import (
     CrossEntropy,
     LogitStatistics,
@@ -83,6 +83,7 @@ __all__ = [
     "route",
     "sample_tokens",
     "sampling_settings",
+    "seek_exactness",
     "split_rotary",
     "square_sum",
     "status",

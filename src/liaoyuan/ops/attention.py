@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
+from liaoyuan.ops.kernels import ASCEND, NATIVE, TILED, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs, wide
 from liaoyuan.ops.shapes import takes_shapes
 
@@ -191,7 +191,7 @@ def _workload(dtype: torch.dtype) -> tuple[Any, ...]:
 ATTENTION = register(
     Operator(
         name="attention",
-        kernels=(NATIVE, ASCEND, triton("attention")),
+        kernels=(NATIVE, ASCEND, triton("attention"), TILED),
         schema="(Tensor query, Tensor key, Tensor value, Tensor boundaries, float scale, int? window=None, "
         "Tensor? sinks=None) -> (Tensor, Tensor)",
         reference=_reference,

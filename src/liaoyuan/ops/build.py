@@ -100,7 +100,7 @@ def cache_folder() -> Path:
 
 def library_path() -> Path:
     """Return where this machine's library is, or will be. Raises LiaoyuanError if there is no compiler."""
-    parts = [_compiler_version(compiler()), torch.__version__, str(torch.compiled_with_cxx11_abi()), _cpu()]
+    parts = [_compiler_version(compiler()), torch.__version__, str(torch.compiled_with_cxx11_abi()), processor()]
     parts += [*KERNEL_FLAGS, *BINDING_FLAGS, *COMMON_FLAGS]
     for source in sorted(NATIVE.iterdir()):
         parts += [source.name, source.read_text(encoding="utf-8")]
@@ -225,8 +225,8 @@ def _compiler_version(path: str) -> str:
     return result.stdout.partition("\n")[0]
 
 
-def _cpu() -> str:
-    """Describe what `-march=native` depends on."""
+def processor() -> str:
+    """Return what `-march=native` depends on."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

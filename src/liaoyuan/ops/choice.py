@@ -2,7 +2,8 @@
 
 The choice is made once per process, when the operator is first used on a kind of device, and is what `status` says.
 The self-test compares with the reference in fp32, forward and backward. Nothing fails for want of a kernel: the
-reference is used, and a warning says so once. `configure` overrides the choice.
+reference is used, and a warning says so once. `configure` overrides the choice, and `seek_exactness` prefers kernels
+in which a row's bits are its own, for which there is a fallback that is slower than the reference.
 """
 
 import contextlib
@@ -22,10 +23,12 @@ from liaoyuan.ops.operator import OPERATORS, Kernel, Operator, cast, outputs_and
 
 LONG = 0.2  # seconds of measuring an operator, after which no further call is timed
 REFERENCE, AUTO = "reference", "auto"
+CONFIGURED = "chosen in the configuration"
 
 _lock = threading.RLock()
 _log = logging.getLogger("liaoyuan.ops")
 _wanted: dict[str, str] = {}  # operator -> kernel, from the configuration
+_exactness = False  # whether it was asked for
 _through_registered = False  # whether operators are called by their registered names even where no kernel is in use
 _in_use: dict[tuple[str, str], Callable[[bool], None]] = {}  # operator, kind of device -> what takes its kernel away
 
@@ -100,6 +103,18 @@ def configure(kernels: Mapping[str, str]) -> None:
         forget()
         _wanted.clear()
         _wanted.update(kernels)
+
+
+def seek_exactness(asked: bool = True) -> None:
+    """Use an exact kernel for every operator that has one here, be it slower; in the whole process, until told False.
+
+    An operator whose reference is chosen in the configuration gets the exact form of the reference.
+    """
+    global _exactness
+    with _lock:
+        if asked is not _exactness:
+            forget()
+            _exactness = asked
 
 
 def operator_named(name: str) -> Operator:
@@ -204,20 +219,31 @@ def _choose(name: str, device: str) -> OperatorStatus:
 
 def _first_that_passes(operator: Operator, device: str) -> OperatorStatus:
     wanted = _wanted.get(operator.name)
-    chosen = OperatorStatus(operator.name, device, REFERENCE, "chosen in the configuration", None)
-    if wanted == REFERENCE:
+    chosen = OperatorStatus(operator.name, device, REFERENCE, CONFIGURED, None)
+    if wanted == REFERENCE and not _exactness:
         return chosen
-    reasons = []
-    for kernel in operator.kernels:
-        if device in kernel.devices and wanted in (None, kernel.name):
+    reasons = ["the configuration has the reference"] if wanted == REFERENCE else []
+    for kernel in _candidates(operator, wanted):
+        if device in kernel.devices:
             reason = _reason_against(operator, kernel, device)
             if reason is None:
-                why = "chosen in the configuration" if wanted else "passed its self-test"
+                why = CONFIGURED if wanted == kernel.name else "passed its self-test"
+                if kernel.fallback and wanted != kernel.name:
+                    why = "; ".join(["exactness was asked for", *reasons])
                 return replace(chosen, kernel=kernel.name, reason=why, exact=kernel.exact, dtypes=kernel.dtypes)
             reasons.append(reason)
     if device != "meta" and not any(device in kernel.devices for one in OPERATORS.values() for kernel in one.kernels):
         _warn(f"No operator has a kernel for {device} yet: the slower references are used there.")
     return replace(chosen, reason="; ".join(reason.rstrip(".") for reason in reasons) or f"no kernel for {device} yet")
+
+
+def _candidates(operator: Operator, wanted: str | None) -> list[Kernel]:
+    """Return the kernels to be tried, in this order; with exactness asked for those that have it come first."""
+    kernels = [one for one in operator.kernels if wanted == one.name or (wanted is None and not one.fallback)]
+    if not _exactness:
+        return kernels
+    kernels += [one for one in operator.kernels if one.fallback and one not in kernels]
+    return sorted(kernels, key=lambda kernel: not kernel.exact)
 
 
 def _reason_against(operator: Operator, kernel: Kernel, device: str) -> str | None:

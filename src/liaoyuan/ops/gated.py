@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE, triton
+from liaoyuan.ops.kernels import NATIVE, TILED, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs
 from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
@@ -52,22 +52,23 @@ def _computed(operator: Operator, gate_up: Tensor, *settings: Any) -> Tensor:
     return operator.reference(gate_up, *settings)
 
 
-def _pairs(gate_up: Tensor) -> tuple[Tensor, ...]:
+def pairs(gate_up: Tensor) -> tuple[Tensor, ...]:
+    """Return gate and up, which alternate in the last dimension."""
     return gate_up.unflatten(-1, (-1, 2)).unbind(-1)
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
-    gate, up = _pairs(gate_up)
+    gate, up = pairs(gate_up)
     return F.silu(gate) * up
 
 
 def _geglu(gate_up: Tensor, approximate: bool) -> Tensor:
-    gate, up = _pairs(gate_up)
+    gate, up = pairs(gate_up)
     return F.gelu(gate, approximate="tanh" if approximate else "none") * up
 
 
 def _clamped_swiglu(gate_up: Tensor, limit: float, alpha: float) -> Tensor:
-    gate, up = _pairs(gate_up)
+    gate, up = pairs(gate_up)
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
@@ -92,7 +93,7 @@ def _operator(
 
     return Operator(
         name=name,
-        kernels=(NATIVE, triton("gated")),
+        kernels=(NATIVE, triton("gated"), TILED),
         schema=f"(Tensor gate_up{settings}) -> Tensor",
         reference=reference,
         fake=lambda gate_up, *_: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
-from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs
+from liaoyuan.ops.kernels import ASCEND, NATIVE, TILED, triton
+from liaoyuan.ops.operator import Gradient, Operator, Product, pull_back, register, save_inputs, saved_inputs
 from liaoyuan.ops.shapes import takes_shapes
 
 
@@ -33,12 +33,14 @@ def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, bias: Tensor | None
     return _grouped_linear(x, weight, sizes, bias)
 
 
-def _grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, bias: Tensor | None) -> Tensor:
+def _grouped_linear(
+    x: Tensor, weight: Tensor, sizes: Tensor, bias: Tensor | None, product: Product = F.linear
+) -> Tensor:
     # Unbound, not indexed one by one: the gradient of each index would be a tensor as large as all experts.
     biases = [None] * len(weight) if bias is None else bias.unbind()
     groups = zip(x.split(sizes.tolist()), weight.unbind(), biases, strict=True)
-    used = [F.linear(*group) for group in groups if len(group[0])]
-    return torch.cat(used) if used else F.linear(x, weight[0], biases[0])  # no rows: still part of the graph
+    used = [product(*group) for group in groups if len(group[0])]
+    return torch.cat(used) if used else product(x, weight[0], biases[0])  # no rows: still part of the graph
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, sizes: Tensor, with_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +84,7 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 GROUPED_LINEAR = register(
     Operator(
         name="grouped_linear",
-        kernels=(NATIVE, ASCEND, triton("grouped_linear")),
+        kernels=(NATIVE, ASCEND, triton("grouped_linear"), TILED),
         schema="(Tensor x, Tensor weight, Tensor sizes, Tensor? bias) -> Tensor",
         reference=_grouped_linear,
         fake=lambda x, weight, sizes, bias: x.new_empty(x.shape[0], weight.shape[1]),

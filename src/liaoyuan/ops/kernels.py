@@ -1,4 +1,4 @@
-"""Where kernels come from: the C++ library for CPUs, Triton for CUDA and Ascend, Ascend's own operators."""
+"""Where kernels come from: the C++ library for CPUs, Triton for CUDA and Ascend, Ascend's own operators, PyTorch's."""
 
 import functools
 import importlib
@@ -64,6 +64,15 @@ def _ascend(name: str, device: str) -> Callable[[bool], None]:
 
 # torch_npu's fused operators; of the bits of their rows nothing is documented
 ASCEND = Kernel("npu", ("npu",), _ascend, ACCELERATOR_DTYPES, exact=False)
+
+
+def _tiled(name: str, device: str) -> Callable[[bool], None]:
+    module = importlib.import_module("liaoyuan.ops.tiled")
+    module.check()
+    return functools.partial(_put_behind, module, name, device)
+
+
+TILED = Kernel("tiled", ("cpu",), _tiled, fallback=True)  # PyTorch's operators, on tiles of one shape
 
 _behind: dict[tuple[str, str], torch.library.Library] = {}
 

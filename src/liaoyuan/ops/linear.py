@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE, triton
-from liaoyuan.ops.operator import HALF_DTYPES, Gradient, Operator, pull_back, register, wide
+from liaoyuan.ops.kernels import NATIVE, TILED, triton
+from liaoyuan.ops.operator import HALF_DTYPES, Gradient, Operator, Product, register, wide
 from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
 
@@ -44,15 +44,16 @@ def exact_rows() -> int:
     return sys.maxsize if takes(LINEAR, torch.empty(0)) else 0
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, product: Product = F.linear
+) -> Tensor:
     if residual is None:
-        return F.linear(x, weight, bias)
-    return (wide(F.linear(x, weight, bias)) + wide(residual)).to(x.dtype)
+        return product(x, weight, bias)
+    return (wide(product(x, weight, bias)) + wide(residual)).to(x.dtype)
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, with_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, grad_weight = pull_back(F.linear, (x, weight), (0, 1), (grad,))
-    return grad_x, grad_weight, grad.sum(0) if with_bias else grad.new_empty(0)
+    return grad @ weight, grad.t() @ x, grad.sum(0) if with_bias else grad.new_empty(0)
 
 
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, with_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +91,8 @@ def _traffic(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | 
 LINEAR = register(
     Operator(
         name="linear",
-        kernels=(NATIVE, replace(triton("linear"), dtypes=HALF_DTYPES)),  # cards' matrix units multiply no fp32
+        # cards' matrix units multiply no fp32
+        kernels=(NATIVE, replace(triton("linear"), dtypes=HALF_DTYPES), TILED),
         schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor",
         reference=_linear,
         fake=lambda x, weight, bias, residual: x.new_empty(x.shape[0], weight.shape[0]),

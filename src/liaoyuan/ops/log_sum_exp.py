@@ -4,16 +4,19 @@ A log-probability is `log_probability` of a token's logit and this: in the loss 
 sums in the same order, so that the native kernels give a token the same bits wherever it is asked for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE, triton
+from liaoyuan.ops.kernels import NATIVE, TILED, triton
 from liaoyuan.ops.operator import Operator, register, wide
 from liaoyuan.ops.shapes import takes_shapes
+
+BLOCK = 1024  # columns that are summed together
+RowSum = Callable[[Tensor], Tensor]  # [R, V] -> [R]
 
 
 @takes_shapes(logits="float [R, V]")
@@ -29,8 +32,19 @@ def log_probability(scores: Tensor, log_sum_exp: Tensor) -> Tensor:
     return (scores.to(log_sum_exp.dtype) - log_sum_exp).clamp_max(0.0)
 
 
+def row_sum(x: Tensor) -> Tensor:
+    """Return the sum of each row of [R, V], in blocks: PyTorch cuts a long row that is alone between threads."""
+    whole = x.shape[-1] // BLOCK * BLOCK
+    return x[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1).sum(-1) + x[:, whole:].sum(-1)
+
+
+def plain_log_sum_exp(scores: Tensor) -> Tensor:
+    """Return log(sum(exp(scores))) of each row of [R, V], in PyTorch's own way."""
+    return scores.logsumexp(-1)
+
+
 def _log_sum_exp(logits: Tensor) -> Tensor:
-    return wide(logits).logsumexp(-1)
+    return plain_log_sum_exp(wide(logits))
 
 
 def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -42,7 +56,7 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 LOG_SUM_EXP = register(
     Operator(
         name="log_sum_exp",
-        kernels=(NATIVE, triton("sampling")),
+        kernels=(NATIVE, triton("sampling"), TILED),
         schema="(Tensor logits) -> Tensor",
         reference=_log_sum_exp,
         fake=lambda logits: logits.new_empty(len(logits), dtype=torch.float32),

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from liaoyuan.ops.kernels import NATIVE, triton
-from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, wide
+from liaoyuan.ops.kernels import NATIVE, TILED, triton
+from liaoyuan.ops.log_sum_exp import RowSum, plain_log_sum_exp, row_sum
+from liaoyuan.ops.operator import Gradient, Operator, Product, pull_back, register, wide
 
 KEPT_LOGITS = 2**26  # elements of logits that are kept for the backward pass: 128 MiB in bf16
 
@@ -36,25 +38,44 @@ def reference(
         The target's logit (0 if its row is not here), the log of the softmax's denominator, the entropy of the softmax
         in nats, and the sum of the logits over `vocabulary`.
     """
-    logits = wide(hidden @ weight.t())
+    return _statistics(hidden @ weight.t(), targets, first, vocabulary, moments)
+
+
+def _statistics(
+    logits: Tensor,
+    targets: Tensor,
+    first: int,
+    vocabulary: int,
+    moments: bool,
+    log_sum_exp: RowSum = plain_log_sum_exp,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = wide(logits)
     local = targets - first
-    here = (local >= 0) & (local < weight.shape[0])
+    here = (local >= 0) & (local < logits.shape[1])
     wrong = (targets < 0) | (targets >= vocabulary)  # left to `gather`, which refuses it
     chosen = logits.gather(-1, local.where(here | wrong, 0)[:, None]).squeeze(-1).where(here, 0.0)
-    log_sum_exp = logits.logsumexp(-1)
+    height = log_sum_exp(logits)
     if not moments:
-        return chosen, log_sum_exp, logits.new_empty(0), logits.new_empty(0)
-    log_probs = logits - log_sum_exp[:, None]
-    return chosen, log_sum_exp, -(log_probs.exp() * log_probs).sum(-1), logits.sum(-1) / vocabulary
+        return chosen, height, logits.new_empty(0), logits.new_empty(0)
+    log_probs = logits - height[:, None]
+    return chosen, height, -row_sum(log_probs.exp() * log_probs), row_sum(logits) / vocabulary
 
 
 def _reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, first: int, vocabulary: int, moments: bool, keep: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    first: int,
+    vocabulary: int,
+    moments: bool,
+    keep: bool,
+    product: Product = F.linear,
+    log_sum_exp: RowSum = plain_log_sum_exp,
 ) -> tuple[Tensor, ...]:
     """Return what `reference` does, and the logits if they are kept."""
-    logits = hidden.detach() @ weight.detach().t()
-    kept = logits if keep else logits.new_empty(0, weight.shape[0])
-    return *reference(hidden, weight, targets, first, vocabulary, moments), kept
+    logits = product(hidden, weight, None)
+    kept = logits.detach() if keep else logits.new_empty(0, weight.shape[0])
+    return *_statistics(logits, targets, first, vocabulary, moments, log_sum_exp), kept
 
 
 def _backward(
@@ -127,7 +148,7 @@ def _traffic(hidden: Tensor, weight: Tensor, *_: Any) -> int:
 LOSS_HEAD = register(
     Operator(
         name="loss_head",
-        kernels=(NATIVE, triton("loss_head")),
+        kernels=(NATIVE, triton("loss_head"), TILED),
         schema="(Tensor hidden, Tensor weight, Tensor targets, int first, int vocabulary, bool moments, bool keep) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=_reference,

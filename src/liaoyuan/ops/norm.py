@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
+from liaoyuan.ops.kernels import ASCEND, NATIVE, TILED, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs, wide
 from liaoyuan.ops.shapes import takes_shapes
 
@@ -92,7 +92,7 @@ def _samples_add(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 RMS_NORM = register(
     Operator(
         name="rms_norm",
-        kernels=(NATIVE, ASCEND, triton("norm")),
+        kernels=(NATIVE, ASCEND, triton("norm"), TILED),
         schema="(Tensor x, Tensor weight, float eps) -> Tensor",
         reference=_rms_norm,
         fake=_like,
@@ -114,7 +114,7 @@ RMS_NORM = register(
 ADD_RMS_NORM = register(
     Operator(
         name="add_rms_norm",
-        kernels=(NATIVE, ASCEND, triton("norm")),
+        kernels=(NATIVE, ASCEND, triton("norm"), TILED),
         schema="(Tensor residual, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
         reference=_add_rms_norm,
         fake=_like_two,

@@ -34,6 +34,8 @@ class Kernel:
         registered operator, forward and backward, or takes it away. Raises LiaoyuanError with the reason if it cannot.
     dtypes: those it takes; all tensors of floats have one, as a rule.
     exact: whether a row's bits are independent of the other rows that it computes with it.
+    fallback: whether exactness is all that it has to give: it is used only where that was asked for, and no other
+        kernel has it.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Kernel:
     load: Callable[[str, str], Callable[[bool], None]]
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
     exact: bool = True
+    fallback: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class Operator:
         _count_flops(self.name, self.flops)
         object.__setattr__(self, "call", getattr(torch.ops.liaoyuan, self.name).default)
 
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of `torch.nn.functional.linear`
 
 OPERATORS: dict[str, Operator] = {}
 

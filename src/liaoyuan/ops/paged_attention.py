@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE, triton
+from liaoyuan.ops.kernels import NATIVE, TILED, triton
 from liaoyuan.ops.operator import Operator, register
 from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
@@ -219,7 +219,7 @@ def _traffic(
 PAGED_ATTENTION = register(
     Operator(
         name="paged_attention",
-        kernels=(NATIVE, triton("paged_attention")),
+        kernels=(NATIVE, triton("paged_attention"), TILED),
         schema="(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor query_starts, "
         "Tensor lengths, float scale, int? window=None, Tensor? sinks=None) -> Tensor",
         reference=_paged_attention,
@@ -234,7 +234,7 @@ PAGED_ATTENTION = register(
 WRITE_CACHE = register(
     Operator(
         name="write_cache",
-        kernels=(NATIVE, triton("paged_attention")),
+        kernels=(NATIVE, triton("paged_attention"), TILED),
         schema="(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> ()",
         reference=_write_cache,
         fake=lambda *_: None,

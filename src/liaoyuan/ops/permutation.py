@@ -4,6 +4,7 @@ The gather and scatter of a dropless mixture of experts (Gale et al. 2022, arXiv
 up its own results in the order of its choice, so a row's bits depend on no other row.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
+from liaoyuan.ops.kernels import ASCEND, NATIVE, TILED, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs, wide
 from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
@@ -67,7 +68,8 @@ def _permute_rows(x: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor
 
 
 def _combine_rows(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    return (_by_token(rows, order, weights.shape[1]) * wide(weights)[..., None]).sum(1).to(rows.dtype)
+    weighted = _by_token(rows, order, weights.shape[1]) * wide(weights)[..., None]
+    return functools.reduce(torch.add, weighted.unbind(1)).to(rows.dtype)
 
 
 def _by_token(rows: Tensor, order: Tensor, per_token: int) -> Tensor:
@@ -136,7 +138,7 @@ def _bytes(x: Tensor, rows: int) -> int:
 PERMUTE_ROWS = register(
     Operator(
         name="permute_rows",
-        kernels=(NATIVE, ASCEND, triton("permutation")),
+        kernels=(NATIVE, ASCEND, triton("permutation"), TILED),
         schema="(Tensor x, Tensor chosen, int count) -> (Tensor, Tensor, Tensor)",
         reference=_permute_rows,
         fake=lambda x, chosen, count: (
@@ -162,7 +164,7 @@ PERMUTE_ROWS = register(
 COMBINE_ROWS = register(
     Operator(
         name="combine_rows",
-        kernels=(NATIVE, triton("permutation")),
+        kernels=(NATIVE, triton("permutation"), TILED),
         schema="(Tensor rows, Tensor order, Tensor weights) -> Tensor",
         reference=_combine_rows,
         fake=lambda rows, order, weights: rows.new_empty(weights.shape[0], rows.shape[1]),

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
-from liaoyuan.ops.operator import Operator, register, wide
+from liaoyuan.ops.kernels import ASCEND, NATIVE, TILED, triton
+from liaoyuan.ops.operator import Operator, Product, register, wide
 from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
 Kind = Literal["int8", "int4", "fp8"]
@@ -110,11 +110,18 @@ def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = N
 
 
 def _quantised_linear(
-    x: Tensor, data: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, kind: str, group: int
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    group: int,
+    product: Product = F.linear,
 ) -> Tensor:
     weight = _dequantise(data, scales, zeros, kind, group, x.shape[1])
     y = wide(x)
-    return F.linear(y, weight.to(y.dtype), None if bias is None else bias.to(y.dtype)).to(x.dtype)
+    return product(y, weight.to(y.dtype), None if bias is None else bias.to(y.dtype)).to(x.dtype)
 
 
 def _dequantise(data: Tensor, scales: Tensor, zeros: Tensor | None, kind: str, group: int, depth: int) -> Tensor:
@@ -188,7 +195,7 @@ def _traffic(x: Tensor, data: Tensor, scales: Tensor, zeros: Tensor | None, *_: 
 QUANTISED_LINEAR = register(
     Operator(
         name="quantised_linear",
-        kernels=(NATIVE, triton("quantised_linear"), replace(ASCEND, dtypes=(torch.bfloat16,))),
+        kernels=(NATIVE, triton("quantised_linear"), replace(ASCEND, dtypes=(torch.bfloat16,)), TILED),
         schema="(Tensor x, Tensor data, Tensor scales, Tensor? zeros, Tensor? bias, str kind, int group) -> Tensor",
         reference=_quantised_linear,
         fake=lambda x, data, *_: x.new_empty(x.shape[0], data.shape[0]),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
+from liaoyuan.ops.kernels import ASCEND, NATIVE, TILED, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, save_inputs, saved_inputs, wide
 from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
@@ -186,7 +186,7 @@ def _workload(dtype: torch.dtype) -> tuple[Any, ...]:
 SPLIT_ROTARY = register(
     Operator(
         name="split_rotary",
-        kernels=(NATIVE, triton("rotary"), ASCEND),
+        kernels=(NATIVE, triton("rotary"), ASCEND, TILED),
         schema="(Tensor qkv, Tensor cosine, Tensor sine, int heads, int dim, Tensor? query_norm, Tensor? key_norm, "
         "float eps) -> (Tensor, Tensor, Tensor)",
         reference=_split_rotary,
@@ -269,7 +269,7 @@ def _latent_traffic(query: Tensor, expanded: Tensor, shared: Tensor, cosine: Ten
 LATENT_ROTARY = register(
     Operator(
         name="latent_rotary",
-        kernels=(NATIVE, triton("rotary")),
+        kernels=(NATIVE, triton("rotary"), TILED),
         schema="(Tensor query, Tensor expanded, Tensor shared, Tensor cosine, Tensor sine, int heads) "
         "-> (Tensor, Tensor, Tensor)",
         reference=_latent_rotary,

@@ -5,7 +5,7 @@ that takes part in the choice alone and a choice limited to groups (arXiv 2412.1
 2405.04434, sec. 2.2.2).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import ASCEND, NATIVE, triton
+from liaoyuan.ops.kernels import ASCEND, NATIVE, TILED, triton
 from liaoyuan.ops.operator import Gradient, Operator, pull_back, register, wide
 from liaoyuan.ops.shapes import takes_shapes
 
@@ -77,8 +77,9 @@ def _route(
     group_best: int,
     normalise: bool,
     scale: float,
+    sigmoid: Callable[[Tensor], Tensor] = torch.sigmoid,
 ) -> tuple[Tensor, Tensor]:
-    scores = _scores(logits, scoring)
+    scores = _scores(logits, scoring, sigmoid)
     values = scores.detach() if bias is None else scores.detach() + bias
     if groups > 1:
         values = _within_best_groups(values.unflatten(1, (groups, -1)), kept_groups, group_best).flatten(1)
@@ -86,8 +87,8 @@ def _route(
     return _weights(scores, chosen, normalise, scale), chosen
 
 
-def _scores(logits: Tensor, scoring: str) -> Tensor:
-    return wide(logits).softmax(-1) if scoring == "softmax" else wide(logits).sigmoid()
+def _scores(logits: Tensor, scoring: str, sigmoid: Callable[[Tensor], Tensor] = torch.sigmoid) -> Tensor:
+    return wide(logits).softmax(-1) if scoring == "softmax" else sigmoid(wide(logits))
 
 
 def _within_best_groups(values: Tensor, kept_groups: int, group_best: int) -> Tensor:
@@ -151,7 +152,7 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 ROUTE = register(
     Operator(
         name="route",
-        kernels=tuple(replace(kernel, dtypes=(torch.float32,)) for kernel in (NATIVE, ASCEND, triton("route"))),
+        kernels=tuple(replace(kernel, dtypes=(torch.float32,)) for kernel in (NATIVE, ASCEND, triton("route"), TILED)),
         schema="(Tensor logits, Tensor? bias, int kept, str scoring, int groups, int kept_groups, int group_best, "
         "bool normalise, float scale) -> (Tensor, Tensor)",
         reference=_route,

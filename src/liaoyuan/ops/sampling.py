@@ -13,8 +13,8 @@ from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
-from liaoyuan.ops.kernels import NATIVE, triton
-from liaoyuan.ops.log_sum_exp import log_probability
+from liaoyuan.ops.kernels import NATIVE, TILED, triton
+from liaoyuan.ops.log_sum_exp import RowSum, log_probability, plain_log_sum_exp
 from liaoyuan.ops.operator import Operator, register, wide
 from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
@@ -108,7 +108,12 @@ def packed_mask(mask: Tensor) -> Tensor:
 
 
 def _sample_tokens(
-    logits: Tensor, settings: Tensor, history: Tensor | None, prompt_lengths: Tensor | None, mask: Tensor | None
+    logits: Tensor,
+    settings: Tensor,
+    history: Tensor | None,
+    prompt_lengths: Tensor | None,
+    mask: Tensor | None,
+    log_sum_exp: RowSum = plain_log_sum_exp,
 ) -> tuple[Tensor, Tensor, Tensor]:
     raw = wide(logits)
     temperature, top_k, top_p, min_p, *penalties, uniform = settings.double()[:, :, None].unbind(1)
@@ -125,7 +130,7 @@ def _sample_tokens(
     sums = shares.cumsum(-1)
     place = (sums <= uniform * sums[:, -1:]).sum(-1, keepdim=True).clamp_max(scores.shape[1] - 1)
     tokens = torch.where(is_filtered, order.gather(-1, place), place)
-    log_probs = log_probability(raw.gather(-1, tokens), raw.logsumexp(-1, keepdim=True))
+    log_probs = log_probability(raw.gather(-1, tokens), log_sum_exp(raw)[:, None])
     filtered = (shares.gather(-1, place) / sums[:, -1:]).log().to(log_probs.dtype)
     usable = peak.isfinite() & log_probs.isfinite()
     found = (tokens.where(usable, -1), *(x.where(usable, torch.nan).float() for x in (log_probs, filtered)))
@@ -152,9 +157,9 @@ def _filtered(weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> t
     ranked, order = weights.double().sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ranked.shape[1], device=ranked.device)
     left = ranked.masked_fill((rank >= top_k) & (top_k > 0), 0.0)
-    before = left.cumsum(-1) - left
+    sums = left.cumsum(-1)
     # With top_p at 1, rounding must not drop the tail.
-    left = left.masked_fill((before >= top_p * left.sum(-1, keepdim=True)) & (rank > 0) & (top_p < 1), 0.0)
+    left = left.masked_fill((sums - left >= top_p * sums[:, -1:]) & (rank > 0) & (top_p < 1), 0.0)
     return left.masked_fill(ranked < min_p * ranked[:, :1], 0.0), order
 
 
@@ -193,7 +198,7 @@ def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 SAMPLE_TOKENS = register(
     Operator(
         name="sample_tokens",
-        kernels=(NATIVE, triton("sampling")),
+        kernels=(NATIVE, triton("sampling"), TILED),
         schema="(Tensor logits, Tensor settings, Tensor? history, Tensor? prompt_lengths, Tensor? mask)"
         " -> (Tensor, Tensor, Tensor)",
         reference=_sample_tokens,
