@@ -50,6 +50,7 @@ def native_kernels():
     if any(row.kernel != "native" for row in ops.status()):
         pytest.skip("not all native kernels are in use here, and the references are not exact")
     yield
+    ops.seek_exactness(False)
     ops.configure({})
 
 
@@ -97,7 +98,10 @@ def test_tokens_that_experts_tie_for_go_to_the_same_experts_on_every_path() -> N
 
 @contextlib.contextmanager
 def planted(name: str, is_wrong: Callable[[tuple[Any, ...]], bool]) -> Iterator[None]:
-    """Put a kernel behind an operator that gives the neighbouring floats in some batches, and claims to be exact."""
+    """Put a kernel behind an operator that gives the neighbouring floats in some batches, and claims to be exact.
+
+    Until kernels are chosen anew, as they are when exactness is first asked for.
+    """
     operator = OPERATORS[name]
 
     def compute(*inputs: Any) -> Any:
@@ -157,8 +161,9 @@ def test_a_path_that_was_not_gone_is_no_proof(monkeypatch: pytest.MonkeyPatch) -
 def test_an_engine_that_must_be_exact_is_refused_where_it_cannot_be(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = model_of("dense")
-    ops.configure({"rms_norm": "reference"})
-    with pytest.raises(LiaoyuanError, match=r"Exact mode was asked for and cannot be had. Not proven: .*rms_norm"):
+    ops.seek_exactness()
+    refused = r"Exact mode was asked for and cannot be had. Not exact: .*swiglu"
+    with planted("swiglu", lambda inputs: len(inputs[0]) < 4), pytest.raises(LiaoyuanError, match=refused):
         Engine(model, EngineConfig(exact=True))
     for exact, said in ((None, "not proven"), (False, False)):
         assert Engine(model, EngineConfig(exact=exact)).statistics()["exact"] == said
@@ -184,11 +189,11 @@ def test_doctor_shows_the_proof_and_its_status_says_the_verdict(tmp_path, monkey
     monkeypatch.setattr("liaoyuan.inference.exactness.proof.prove.__defaults__", (QUICK, silent, None))
     told = CliRunner().invoke(app, ["doctor", "--exact", str(tmp_path / "model")])
     assert told.exit_code == 0 and "Exact: all" in told.stdout and "speculation" in told.stdout
-    ops.configure({"attention": "reference"})
-    told = CliRunner().invoke(app, ["doctor", "--exact", str(tmp_path / "model"), "--json"])
+    with planted("swiglu", lambda inputs: len(inputs[0]) < 4):
+        told = CliRunner().invoke(app, ["doctor", "--exact", str(tmp_path / "model"), "--json"])
     found = json.loads(told.stdout)
     assert told.exit_code == 1 and found["exact"] is False
-    assert found["operator"] == "attention of layers.0.self_attn"
+    assert found["operator"] == "swiglu of layers.0.mlp"
 
 
 # ---- whatever is asked of an engine, in whatever company

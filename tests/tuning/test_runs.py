@@ -13,8 +13,13 @@ from liaoyuan.cli.eval import evaluate
 from liaoyuan.cli.tune import app
 from liaoyuan.data import Tokenizer, write_records
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.inference import Proof
+from liaoyuan.ops import configure, seek_exactness
+from liaoyuan.ops.operator import OPERATORS
 from liaoyuan.rundir import read_metrics
 from liaoyuan.tasks import TASKS, to_record
+from liaoyuan.tuning.reinforce import ReinforceConfig
+from liaoyuan.tuning.runs import RlConfig, run_rl
 
 RUNNER = CliRunner()
 SETTINGS = ["train.steps=12", "train.batch_tokens=128", "sequence_length=32", "device=cpu"]
@@ -98,3 +103,23 @@ def test_eval_prints_intervals(model_folder: Path, capsys: pytest.CaptureFixture
         evaluate(
             model=model_folder, task="addition", levels="4-2", problems=6, samples=2, fast=False, seed=0, json=True
         )
+
+
+def test_rl_that_must_be_exact_is_so_without_compiled_kernels_or_does_not_begin(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    few = ReinforceConfig(levels=(1,), steps=1, problems=2, group=2, max_tokens=6)
+    config = RlConfig(
+        model=model_folder, rl=few, validation_problems=2, device="cpu", ops=dict.fromkeys(OPERATORS, "reference")
+    )
+    try:
+        assert run_rl(config, tmp_path / "stock")["exact"] is False
+        assert run_rl(config.model_copy(update={"exact": True}), tmp_path / "exact")["exact"] is True
+        monkeypatch.setattr(Proof, "exact", False)
+        with pytest.raises(LiaoyuanError, match="Exact mode was asked for and cannot be had"):
+            run_rl(config.model_copy(update={"exact": True}), tmp_path / "refused")
+        assert not (tmp_path / "refused" / "model").exists()
+    finally:
+        seek_exactness(False)
+        configure({})

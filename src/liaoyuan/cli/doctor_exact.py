@@ -15,7 +15,9 @@ def show_proof(folder: Path, dtype: str | None, device: str, json: bool, tp: int
     it is.
     """
     from liaoyuan.cli.progress import bar
+    from liaoyuan.ops import seek_exactness
 
+    seek_exactness()
     with bar("exact", quiet=json) as report:
         if tp * ep == 1:
             proof = _proof(folder, dtype, device, report)

@@ -12,6 +12,7 @@ from liaoyuan.checkpoint import load_model, load_weights, save_program
 from liaoyuan.config import Config, to_toml
 from liaoyuan.data import Tokenizer, read_records, tokenise
 from liaoyuan.device import select_device
+from liaoyuan.inference import require_exact
 from liaoyuan.models import Decoder, read_config
 from liaoyuan.ops import configure
 from liaoyuan.parallel import Layout, Shape, World, lay_out, resolve
@@ -44,6 +45,7 @@ class RlConfig(Config):
     validation_problems: int = Field(200, gt=0)
     device: str = "auto"
     ops: dict[str, str] = Field(default_factory=dict)  # as in SftConfig
+    exact: bool = False  # no run unless rollouts have training's bits; where no compiler is, that takes slower kernels
 
 
 def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: World | None = None) -> dict[str, Any]:
@@ -76,7 +78,8 @@ def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str,
     """Reinforce and export the best checkpoint as `folder/model`; goes on from what is in `folder`.
 
     Raises:
-        LiaoyuanError: the model is missing or wrong, or the task is unknown or lacks a level.
+        LiaoyuanError: the model is missing or wrong, the task is unknown or lacks a level, or the model is not exact
+            and must be.
     """
     configure(config.ops)
     task, tokenizer = find_task(config.task), Tokenizer.load(config.model)
@@ -85,6 +88,8 @@ def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str,
     problems = spread(task, 7, config.rl.levels, config.validation_problems, "validation")
     best = Best(tokenizer, config.model, problems, folder, config.rl.max_tokens)
     model = load_model(config.model, device=select_device(config.device).torch)
+    if config.exact:
+        require_exact(model.eval())
     done = reinforce(model, tokenizer, task, config.rl, folder, report, best)
     with atomic_folder(folder / "model") as part:
         shutil.copytree(best.model_folder, part, dirs_exist_ok=True)

@@ -36,7 +36,7 @@ from liaoyuan.inference.exactness.trace import first_difference, operators_of
 from liaoyuan.inference.spread.memory import Memory
 from liaoyuan.inference.spread.mirror import Leader
 from liaoyuan.models import Decoder
-from liaoyuan.ops.build import cache_folder, library_path
+from liaoyuan.ops.build import cache_folder, library_path, processor
 from liaoyuan.rundir import Progress, Report, silent, write_atomic
 
 TRAINING = "training"
@@ -175,7 +175,8 @@ def _against(subject: Subject) -> str:
 
 
 def require_exact(model: Decoder, memory: Memory | None = None) -> None:
-    """Raise LiaoyuanError if it cannot be proven quickly that this model is exact here."""
+    """Have exact kernels chosen; raise LiaoyuanError if it cannot be proven quickly that this model is exact here."""
+    ops.seek_exactness()
     if not (proof := find_proof(model, memory=memory)).exact:
         raise LiaoyuanError(
             f"Exact mode was asked for and cannot be had. {proof.verdict} See liaoyuan doctor --exact, or do without "
@@ -204,7 +205,7 @@ def _key(subject: Subject, extent: Extent) -> str:
     """
     model, device = subject.model, subject.device.type
     kernels = [f"{row.operator} {row.kernel}" for row in ops.status(device)]
-    parts = [repr(model.config), repr(extent), device, str(torch.get_num_threads()), library_path().name, *kernels]
+    parts = [repr(model.config), repr(extent), device, str(torch.get_num_threads()), _machine(), *kernels]
     if subject.leader:
         return _digest([*parts, repr(subject.leader.layout), subject.leader.checksum()])
     parts += [f"{name} {tensor.dtype} {ops.checksum(tensor)}" for name, tensor in model.state_dict().items()]
@@ -213,6 +214,14 @@ def _key(subject: Subject, extent: Extent) -> str:
 
 def _digest(parts: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def _machine() -> str:
+    """Return a name of compiled kernels and what they depend on; without a compiler, of torch and the processor."""
+    try:
+        return library_path().name
+    except LiaoyuanError:
+        return f"{torch.__version__} {processor()}"
 
 
 def _compare(

@@ -31,6 +31,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.further_draft import check_further
 from liaoyuan.inference.spread.mirror import Leader
 from liaoyuan.models import Decoder, Quantisation, read_config
+from liaoyuan.ops import seek_exactness
 from liaoyuan.parallel import Layout, Program, World, check_inference, lay_out_inference
 
 HOST = "127.0.0.1"
@@ -122,6 +123,8 @@ def join(task: Task, bound: socket.socket | None = None) -> tuple[Program, Proce
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # processes of one machine need no network
     device, layout = select_device(task.device), Layout(tp=task.tp, ep=task.ep, fsdp=1, exact=task.exact)
+    if layout.exact:
+        seek_exactness()
     if device.is_cpu:  # the processes share its cores
         torch.set_num_threads(task.threads)
     listening: dict[str, Any] = {} if bound is None else {"is_master": True, "master_listen_fd": bound.detach()}
