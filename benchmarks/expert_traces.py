@@ -3,7 +3,8 @@
 Trains a decoder of 4 layers with 64 experts, 4 a token, on a few MB each of Chinese, English, code and maths, then
 counts its routers' choices on other text of each domain, window by window. Two routers: `softmax`, which nothing keeps
 even, and `sigmoid` with DeepSeek's balancing bias. Writes `counts` int32 [domain, window, layer, expert] as NumPy
-arrays in the folder; a killed run goes on.
+arrays in the folder, and beside them the model and the text of each domain, on which `live_experts.py` runs; a killed
+run goes on.
 
     python benchmarks/expert_traces.py --router sigmoid --steps 400 --out runs/traces
 """
@@ -19,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
+from liaoyuan.checkpoint import save_model
 from liaoyuan.cli.progress import bar
 from liaoyuan.data import Corpus, TokenBatches
 from liaoyuan.data.corpus import CorpusConfig, prepare_corpus
@@ -52,6 +54,8 @@ def main() -> None:
     with bar("Train") as report:
         result = train(model, batches, settings, options.out / options.router, report)
     print(f"{model.config.num_parameters():,} weights, {result.tokens:,} tokens, last loss {result.loss:.3f}")
+    save_model(model, options.out / f"{options.router}-model", options.out / "corpus" / "tokenizer")
+    (options.out / "kept.json").write_text(json.dumps(texts), encoding="utf-8")
     counts = np.stack([trace(model, corpus, text, options.windows) for text in texts.values()])
     np.save(options.out / f"{options.router}.npy", counts)
     for name, rows in zip(texts, counts, strict=True):

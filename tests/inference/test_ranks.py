@@ -13,6 +13,7 @@ from liaoyuan.checkpoint import load_model, load_weights, save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Completion, Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.inference.cache import KeyValueCache, PagedContext
+from liaoyuan.inference.spread.balance import Balancing
 from liaoyuan.inference.spread.message import FIRST, decode, encode
 from liaoyuan.inference.spread.mirror import Leader, follow
 from liaoyuan.models import Decoder, Quantisation, config_from_dict, read_config
@@ -53,9 +54,10 @@ def on_ranks(
     *arguments: Any,
     few_bits: Quantisation | None = None,
     further: bool = False,
+    balancing: Balancing = Balancing(),
 ) -> Any:
     """Return what `job(leader, *arguments)` gives in the first of `size` processes, which the others follow."""
-    return run(size, work_together, folder, layout, job, arguments, few_bits, further)[0]
+    return run(size, work_together, folder, layout, job, arguments, few_bits, further, balancing)[0]
 
 
 def work_together(
@@ -66,18 +68,19 @@ def work_together(
     arguments: tuple[Any, ...],
     few_bits: Quantisation | None = None,
     further: bool = False,
+    balancing: Balancing = Balancing(),
 ) -> Any:
     """Return what `job(leader, *arguments)` gives in the first process, which this one follows otherwise."""
     config = read_config(folder, further)
-    world = world.arrange(check_inference(layout, config, few_bits))
+    world = world.arrange(check_inference(layout, config, few_bits, balancing.copies))
     with torch.device("meta"):
         model = Decoder(config).eval()
-    program = lay_out_inference(model, layout, world, few_bits)
+    program = lay_out_inference(model, layout, world, few_bits, balancing.copies)
     load_weights(program, folder)
     control = dist.new_group(backend="gloo")
     if world.rank:
         return follow(program, control)
-    leader = Leader(program, control, print)
+    leader = Leader(program, control, print, balancing.seconds)
     try:
         return job(leader, *arguments)
     finally:

@@ -2,10 +2,14 @@
 
 import json as json_text
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from liaoyuan.inference.spread.balance import Balancing
+
+REBALANCE_SECONDS = 60  # between two looks at where experts should lie, where there is room for copies
 ENGINE, DOOR, MANY = "The engine's sizes", "Who may ask, and how much", "Many processes"
 
 
@@ -74,8 +78,14 @@ def serve(
     ] = None,
     tp: Annotated[int, typer.Option(min=1, metavar="N", help="Processes per replica.", rich_help_panel=MANY)] = 1,
     ep: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Of these, how many share the experts.", rich_help_panel=MANY)
+        int, typer.Option(min=1, metavar="N", help="How many of them share the experts.", rich_help_panel=MANY)
     ] = 1,
+    expert_copies: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Slots of each for busy experts.", rich_help_panel=MANY)
+    ] = 0,
+    rebalance_every: Annotated[
+        str, typer.Option(metavar="S", help="Seconds between two moves of experts, or off.", rich_help_panel=MANY)
+    ] = "",
     replicas: Annotated[
         int, typer.Option(min=1, metavar="N", help="Servers behind this address.", rich_help_panel=MANY)
     ] = 1,
@@ -110,10 +120,10 @@ def serve(
 
     if bool(prefill) != bool(decode):
         raise LiaoyuanError("--prefill and --decode go together: say how many processes each side has, say 1 and 1.")
-    if prefill and (tp > 1 or ep > 1 or replicas > 1):
+    if prefill and (tp > 1 or ep > 1 or replicas > 1 or expert_copies or rebalance_every):
         raise LiaoyuanError(
-            "--prefill and --decode have one process for each worker, and one address: leave out --tp, --ep and "
-            "--replicas, or have more of each side."
+            "--prefill and --decode have one process for each worker, and one address: leave out --tp, --ep, "
+            "--expert-copies, --rebalance-every and --replicas, or have more of each side."
         )
     keys = read_keys(api_key or (), api_key_file)
     access = Access(
@@ -138,9 +148,11 @@ def serve(
     settings = configuration.load(Settings, None, set_ or [])
     few_bits, adapters = quantisation_named(quantise), _adapters(lora or [])
     layout = Layout(tp=tp, ep=ep, fsdp=1, exact=exact)
+    balancing = read_balancing(expert_copies, rebalance_every)
     if replicas > 1:
         threads = threads_of_each(replicas)
-        server = open_front(model, replica_command(), replicas, layout, threads, host, port, access.max_body_bytes)
+        most = access.max_body_bytes
+        server = open_front(model, replica_command(), replicas, layout, threads, host, port, most, balancing)
     else:
         server = open_server(
             model,
@@ -162,6 +174,7 @@ def serve(
             call_format=call_format,
             sides=Sides(prefill, decode, threads_of_each(prefill + decode)) if prefill else None,
             settings=settings,
+            balancing=balancing,
         )
     if json:
         print(json_text.dumps({"url": server.url, "api": server.url + "/v1"}), flush=True)
@@ -171,6 +184,23 @@ def serve(
         page = f"Chat page  {server.url}\n" if settings.page else ""
         print(f"{page}API        {server.url}/v1\nCtrl-C ends it.", flush=True)
     run_replica(server) if replica else server.run()
+
+
+def read_balancing(copies: int, every: str) -> "Balancing":
+    """Return how experts are spread; by default they are moved where they have room for copies."""
+    from liaoyuan.errors import LiaoyuanError
+    from liaoyuan.inference.spread.balance import Balancing
+
+    every = every or (str(REBALANCE_SECONDS) if copies else "off")
+    if every == "off":
+        return Balancing(copies)
+    try:
+        seconds = float(every)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise LiaoyuanError(f"--rebalance-every is a number of seconds, or off (it is '{every}').")
+    return Balancing(copies, seconds)
 
 
 def _adapters(given: list[str]) -> dict[str, Path]:

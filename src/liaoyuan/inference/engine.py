@@ -360,6 +360,7 @@ class Engine:
             "guesses": self._speculation.rounds if self._speculation else 0,
             "exact": "not proven" if self.config.exact is None else self.config.exact,
             "layout": self._memory.describe(),
+            **self._memory.statistics(),
         }
 
     def _run(self, total: int, report: Report) -> dict[RequestId, Completion]:
@@ -383,7 +384,10 @@ class Engine:
     def _plan(self) -> Plan | None:
         for sequence in self._scheduler.overdue():
             self._end(sequence, "timeout")
-        return self._scheduler.plan() if self.state in ("ready", "draining") else None
+        if self.state not in ("ready", "draining"):
+            return None
+        self._memory.before_step()
+        return self._scheduler.plan()
 
     def _begin(self, sequence: Sequence) -> None:
         """A sequence has got a slot."""

@@ -117,16 +117,23 @@ def rebalance(placement: np.ndarray, load: np.ndarray, price: float, nodes: int 
     Raises:
         LiaoyuanError: in the given placement an expert has no copy.
     """
+    return [step for steps in rebalance_slowly(placement, load, price, nodes) for step in steps]
+
+
+def rebalance_slowly(placement: np.ndarray, load: np.ndarray, price: float, nodes: int = 1) -> Iterator[list[Step]]:
+    """Yield what `rebalance` returns in parts, most of them empty, so that something else can be done between them.
+
+    The steps hold together: they are for the placement from before the first of them.
+    """
     load = _domains(load)
     missing = np.argwhere(_held(placement, load.shape[-1]).sum(-1) == 0)
     if len(missing):
         layer, expert = missing[0].tolist()
         raise LiaoyuanError(f"The placement has no copy of expert {expert} in layer {layer}: begin with `place`.")
-    steps = []
     for index, layer in enumerate(placement):
         row = _normal(load[:, index])
-        steps += _worthwhile(_path(index, layer, row, nodes), price, float(imbalance(layer[None], row[:, None]).max()))
-    return steps
+        busiest = float(imbalance(layer[None], row[:, None]).max())
+        yield from _worthwhile(_path(index, layer, row, nodes), price, busiest)
 
 
 def move_price(expert_bytes: float, bytes_per_second: float, layer_seconds: float, steps: float) -> float:
@@ -245,10 +252,11 @@ def _make_room(filled: list[list[int]], expert: int, slots: int) -> int:
     return full
 
 
-def _worthwhile(path: Iterator[Step], price: float, busiest: float) -> list[Step]:
-    """The part of a path from imbalance `busiest` after which imbalance + price * moves is least.
+def _worthwhile(path: Iterator[Step], price: float, busiest: float) -> Iterator[list[Step]]:
+    """The part of a path from imbalance `busiest` after which imbalance + price * moves is least, last of all; nothing
+    while it is looked for.
 
-    It is not followed further than where even one more move to perfect evenness would not pay.
+    The path is not followed further than where even one more move to perfect evenness would not pay.
     """
     steps: list[Step] = []
     moves, best, kept = 0, busiest - SMALLEST_GAIN, 0
@@ -260,7 +268,8 @@ def _worthwhile(path: Iterator[Step], price: float, busiest: float) -> list[Step
             best, kept = busiest + price * moves, len(steps)
         if 1 + price * (moves + 1) >= best:
             break
-    return steps[:kept]
+        yield []
+    yield steps[:kept]
 
 
 def _path(index: int, layer: np.ndarray, load: np.ndarray, nodes: int) -> Iterator[Step]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, ModelConfig, Quantisation
@@ -27,6 +27,7 @@ from liaoyuan.parallel.collectives import add_in_order
 from liaoyuan.parallel.expert import expert_weights
 from liaoyuan.parallel.layout import Layout, Shape, resolve
 from liaoyuan.parallel.mesh import Mesh
+from liaoyuan.parallel.placed_experts import EXPERT_TABLE, PlacedExperts
 from liaoyuan.parallel.program import Program, compute_each_locally, give_memory
 from liaoyuan.parallel.quantised import check_groups, quantise_parts
 from liaoyuan.parallel.tensor import COLUMNS, ROWS, Table, cut_vocabulary, cut_weights, placement, with_local_parts
@@ -37,17 +38,12 @@ SHARED_TABLE: Table = (  # training leaves an expert that all tokens pass whole
     (r"shared_experts\.gate_up_proj\.weight$", ROWS),
     (r"shared_experts\.down_proj\.weight$", COLUMNS),
 )
-# Of the weights of all experts, [experts, ...]: over the processes that hold the same experts, and over ep.
-EXPERT_TABLE: dict[str, tuple[Placement, Placement]] = {
-    "gate_up_proj": (Shard(1), Shard(0)),
-    "gate_up_proj_bias": (Shard(1), Shard(0)),
-    "down_proj": (Shard(2), Shard(0)),
-    "down_proj_bias": (Replicate(), Shard(0)),
-}
 
 
-def check_inference(layout: Layout, config: ModelConfig, few_bits: Quantisation | None = None) -> Layout:
-    """Return the layout of a replica, resolved.
+def check_inference(
+    layout: Layout, config: ModelConfig, few_bits: Quantisation | None = None, expert_copies: int = 0
+) -> Layout:
+    """Return the layout of a replica, resolved; expert_copies: as in `lay_out_inference`.
 
     few_bits: how its weights are quantised.
 
@@ -76,6 +72,8 @@ def check_inference(layout: Layout, config: ModelConfig, few_bits: Quantisation 
             raise LiaoyuanError(f"The layout {layout.describe()} does not fit: {parts} does not divide {name} {width}.")
     if few_bits is not None:
         check_groups(_cut_inputs(resolved, config, few_bits), few_bits)
+    if expert_copies:
+        _check_copies(expert_copies, layout, config)
     return resolved
 
 
@@ -94,12 +92,31 @@ def _cut_inputs(layout: Layout, config: ModelConfig, few_bits: Quantisation) -> 
                 yield name, weight.shape[-1], layout.tp // layout.ep if experts else layout.tp
 
 
-def lay_out_inference(model: Decoder, layout: Layout, world: World, few_bits: Quantisation | None = None) -> Program:
+def _check_copies(copies: int, layout: Layout, config: ModelConfig) -> None:
+    if config.experts is None:
+        raise LiaoyuanError("There are no copies of experts in a model that has none: leave out --expert-copies.")
+    if layout.ep == 1:
+        raise LiaoyuanError("Copies of experts are for experts that are spread over processes: give --ep too.")
+    count = config.experts.num_experts
+    most = count - count // layout.ep
+    if not 0 < copies <= most:
+        raise LiaoyuanError(
+            f"{copies} copies are more than the {most} experts of a layer that a process has not: of {count} experts "
+            f"over {layout.ep} processes each has {count // layout.ep}."
+            if copies > 0
+            else f"The number of copies of experts must not be negative (it is {copies})."
+        )
+
+
+def lay_out_inference(
+    model: Decoder, layout: Layout, world: World, few_bits: Quantisation | None = None, expert_copies: int = 0
+) -> Program:
     """Lay out `model`, on the meta device, over the processes of `world` (which must know the layout): each gets memory
     for its part, to be filled by `checkpoint.load_weights`. `models[0]` of the program is then called as the whole
     model would be, in all processes with the same inputs, and gives all of them the same output.
 
     few_bits: keep its weights so.
+    expert_copies: further slots for experts in each process and layer, empty at first; see `placed_experts`.
     """
     mesh = world.mesh
     assert mesh, "a model of one process needs no layout"
@@ -107,22 +124,26 @@ def lay_out_inference(model: Decoder, layout: Layout, world: World, few_bits: Qu
     exact = mesh.layout.exact
     cut_weights(model, mesh, () if exact else SHARED_TABLE)
     model.key_value_heads = model.config.num_key_value_heads // layout.tp
+    placed = _place_experts(model, mesh, expert_copies)
     further = [one.layer for one in model.further] if model.config.further_layers else []
     for layer in (*model.layers, *further):
         _add_up(layer.self_attn, group)
-        if exact and isinstance(layer.mlp, MixtureOfExperts):
+        if not isinstance(layer.mlp, MixtureOfExperts):
+            _add_up(layer.mlp, group)
+        elif exact:
             _spread_experts(layer.mlp, mesh.dense["tp"])
-            continue
-        _add_up(layer.mlp, group)
-        if isinstance(layer.mlp, MixtureOfExperts):
+        elif placed is None:
             _cut_experts(layer.mlp, mesh)
+            _add_up(layer.mlp, group)
+        elif layer.mlp.shared_experts is not None:  # the others' rows come whole
+            _add_up(layer.mlp.shared_experts, group)
     forms = {} if few_bits is None else quantise_parts(model, few_bits)
     cut_vocabulary(model.embed_tokens, group, ordered_sum)
     # As sampling reads them, so that scoring a token gives the same bits.
     model.read_logits = read_with(lambda rows: gather_columns(model.logits(rows), group))
     _join_logits(model, group)
     program = Program([model], mesh)
-    program.few_bits = forms
+    program.few_bits, program.placed = forms, placed
     compute_each_locally(model, model)
     if further:
         _guess_locally(model, group)
@@ -182,26 +203,74 @@ def _guess_locally(model: Decoder, group: ProcessGroup) -> None:
 
 
 def _cut_experts(layer: MixtureOfExperts, mesh: Mesh) -> None:
-    """Spread the experts over ep, and cut each over the processes that hold the same ones."""
-    over = mesh.experts["expert_shard", "ep"]
+    """Cut each expert over all processes."""
     for key, weight in list(layer.experts.named_parameters(recurse=False)):
-        cut = distribute_tensor(weight.detach(), over, EXPERT_TABLE[key], src_data_rank=None)
+        cut = distribute_tensor(weight.detach(), mesh.dense["tp"], [EXPERT_TABLE[key][0]], src_data_rank=None)
         layer.experts._parameters[key] = nn.Parameter(cut, requires_grad=weight.requires_grad)
-    layer.dispatch = _own_experts(mesh.place("ep"), mesh.layout.ep)
 
 
-def _own_experts(place: int, size: int) -> Dispatch:
-    """Return a dispatch that computes for all tokens what this process's experts add to them."""
+def _place_experts(model: Decoder, mesh: Mesh, copies: int) -> PlacedExperts | None:
+    """Give the experts of all layers their slots, where they are spread over processes and need not lie as training
+    has them.
+    """
+    if mesh.layout.ep == 1 or mesh.layout.exact:
+        return None
+    placed = PlacedExperts(model, mesh, copies)
+    for number, layer in enumerate(placed.layers):
+        layer.dispatch = _to_slots(placed, number, mesh)
+    return placed
+
+
+def _to_slots(placed: PlacedExperts, number: int, mesh: Mesh) -> Dispatch:
+    """Return a dispatch that computes the rows of this process's slots, and adds up the results of all choices in the
+    order of the choices: where an expert lies does not change a bit.
+    """
+    group = mesh.group("tp")
 
     def dispatch(x: Tensor, chosen: Tensor, weights: Tensor, experts: GroupedExperts, count: int) -> Tensor:
-        rows, order, sizes = permute_rows(x, chosen, count)
-        own = slice(count // size * place, count // size * (place + 1))
-        before, here = int(sizes[: own.start].sum()), int(sizes[own].sum())
-        out = torch.zeros_like(rows)
-        out[before : before + here] = experts(rows[before : before + here], sizes[own])
-        return combine_rows(out, order, weights)
+        rows, order, sizes = permute_rows(x, placed.slots_of(number, x, chosen), placed.ranks * placed.slots)
+        counts = placed.count(number, sizes)
+        own = rows.split(counts)[placed.place]
+        out = experts(own, sizes.view(placed.ranks, -1)[placed.place])
+        if rows.nbytes >= SPREAD_BYTES:
+            return _combine_at_owners(out, counts, order, weights, placed.place, group)
+        return combine_rows(_join_rows(out, counts, group), order, weights)
 
     return dispatch
+
+
+def _join_rows(own: Tensor, counts: list[int], group: ProcessGroup) -> Tensor:
+    """Return the rows of all ranks of ep, `counts` of each, one after another; own: this process's part of its rank's.
+
+    The parts that several processes have of the same rows are added in their order.
+    """
+    most = max(counts)
+    padded = nn.functional.pad(own, (0, 0, 0, most - len(own)))
+    parts = _gather(padded, group).unflatten(0, (-1, len(counts), most))
+    whole = add_in_order(parts) if len(parts) > 1 else parts[0]
+    return torch.cat([rows[:count] for rows, count in zip(whole, counts, strict=True)])
+
+
+def _combine_at_owners(
+    own: Tensor, counts: list[int], order: Tensor, weights: Tensor, place: int, group: ProcessGroup
+) -> Tensor:
+    """Return what `combine_rows` makes of the rows of all: each process gets those of some tokens, adds them up, and
+    hands the sums to all. Less is sent than if all got all rows.
+
+    own, counts: as in `_join_rows`, of the rank `place` of ep.
+    """
+    size, me, (tokens, choices) = group.size(), group.rank(), weights.shape
+    share = -(-tokens // size)
+    owners = order // choices // share  # of each row
+    of_ranks = owners.split(counts)
+    going = torch.bincount(of_ranks[place], minlength=size).tolist()
+    coming = torch.stack([(rows == me).sum() for rows in of_ranks]).tolist() * (size // len(counts))
+    arrived = own.new_empty(sum(coming), own.shape[1])
+    dist.all_to_all_single(arrived, own[of_ranks[place].argsort(stable=True)], coming, going, group=group)
+    parts = arrived.unflatten(0, (size // len(counts), -1))
+    rows = add_in_order(parts) if len(parts) > 1 else parts[0]
+    mine = combine_rows(rows, order[owners == me] - me * share * choices, weights[me * share : (me + 1) * share])
+    return _gather(nn.functional.pad(mine, (0, 0, 0, share - len(mine))), group)[:tokens]
 
 
 def _spread_experts(layer: MixtureOfExperts, over: DeviceMesh) -> None:

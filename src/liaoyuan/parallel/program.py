@@ -31,6 +31,7 @@ from liaoyuan.parallel.pipeline import (
     stage_of,
     stage_with,
 )
+from liaoyuan.parallel.placed_experts import PlacedExperts
 from liaoyuan.parallel.quantised import Forms
 from liaoyuan.parallel.recompute import apply_recompute
 from liaoyuan.parallel.reduction import Reduction
@@ -48,6 +49,7 @@ class Program:
     def __init__(self, models: Sequence[Decoder], mesh: Mesh | None = None, pipeline: Pipeline | None = None) -> None:
         self.models, self.mesh, self.pipeline = list(models), mesh, pipeline
         self.reductions: list[Reduction] = []  # one for each stage, on devices that need them
+        self.placed: PlacedExperts | None = None  # for inference, where experts lie in slots
         self.few_bits: Forms = {}  # for inference: the projections whose weights are quantised
 
     @property
@@ -64,9 +66,13 @@ class Program:
             yield from self._known(model.named_parameters())
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield weights and persistent buffers: all that a model folder holds."""
+        """Yield weights and persistent buffers: all that a model folder holds.
+
+        Of experts in slots that have moved they hold others than those they stand for; see `PlacedExperts.in_order`.
+        """
         for model in self.models:
-            yield from self._known(model.state_dict().items())
+            for name, tensor in self._known(model.state_dict().items()):
+                yield name, self.placed.in_order(name, tensor) if self.placed else tensor
 
     def _known(self, named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         """Leave out the copy of a tied embedding that the last stage of a pipeline computes with."""

@@ -41,6 +41,8 @@ GAUGES = (
     Reading("free_blocks", "liaoyuan_cache_free_blocks", "Blocks that no running request holds."),
     Reading("cached_blocks", "liaoyuan_cache_prefix_blocks", "Free blocks whose content may be found again."),
     Reading("version", "liaoyuan_weights_version", "Version of the weights."),
+    Reading("expert_imbalance", "liaoyuan_expert_imbalance_ratio", "Rows of the busiest process over the mean's."),
+    Reading("expert_copies_bytes", "liaoyuan_expert_copies_bytes", "Memory for copies of experts in each process."),
 )
 COUNTERS = (
     Reading("steps", "liaoyuan_steps", "Batches computed; tokens by steps are the size of a batch."),
@@ -50,6 +52,9 @@ COUNTERS = (
     Reading("prefix_asked_tokens", "liaoyuan_prefix_cache_asked_tokens", "Tokens looked for in the prefix cache."),
     Reading("prefix_hit_tokens", "liaoyuan_prefix_cache_hit_tokens", "Tokens found in the prefix cache."),
     Reading("preemptions", "liaoyuan_preemptions", "Requests that gave up their blocks for others for a while."),
+    Reading("expert_looks", "liaoyuan_expert_looks", "How often it was asked where experts should lie."),
+    Reading("expert_moves", "liaoyuan_expert_moves", "Experts that were sent to another process."),
+    Reading("expert_refusals", "liaoyuan_expert_refusals", "Moves of experts that a process refused."),
     Reading("failures", "liaoyuan_engine_failures", "Steps that failed."),
     Reading("moved", "liaoyuan_requests_moved", "Requests that went on in another worker when theirs had died."),
     Reading("given_up", "liaoyuan_requests_given_up", "Requests whose workers died again and again."),

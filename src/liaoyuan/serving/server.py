@@ -21,6 +21,7 @@ from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, EngineThread, Pooling, read_pooling
 from liaoyuan.inference.disaggregation.process import Task
+from liaoyuan.inference.spread.balance import Balancing, check_balancing
 from liaoyuan.inference.spread.ranks import open_ranks
 from liaoyuan.models import Quantisation, read_config
 from liaoyuan.parallel import Layout, check_inference
@@ -175,6 +176,7 @@ def open_server(
     thinking: bool = True,
     sides: Sides | None = None,
     settings: Settings = Settings(),
+    balancing: Balancing = Balancing(),
 ) -> Server:
     """Load the model of a Hugging Face folder and return a server that holds the port (0: any free one).
 
@@ -194,6 +196,7 @@ def open_server(
         adapter_folder: whoever may ask may load adapters from inside it; None: from nowhere.
         sides: so many other processes compute prompts, and so many decode; None: this one does both.
         settings: what it does where requests leave it open.
+        balancing: how the experts of a model over several processes are spread.
 
     Raises:
         LiaoyuanError: the port is in use, the folder is missing or torn, or tokenizer and model disagree.
@@ -203,6 +206,7 @@ def open_server(
         with answering_unready(bound):
             tokenizer, failure, config = _load_tokenizer(model_dir), Failure(), read_config(model_dir)
             few = (draft, quantisation, adapters)
+            check_balancing(balancing, layout)
             if sides is not None:
                 _refuse_sleep(settings)
                 apart = opened.enter_context(
@@ -210,7 +214,7 @@ def open_server(
                 )
                 behind = _Behind(apart, apart, apart.room)
             else:
-                running = _open_engine(model_dir, device, engine, layout, failure, opened, *few)
+                running = _open_engine(model_dir, device, engine, layout, failure, opened, *few, balancing)
                 runner = opened.enter_context(EngineThread(running, max_queued, settings.sleep_after, model_dir))
                 behind = _Behind(runner, running.adapters, running.room)
             eos = config.eos_token_id
@@ -243,6 +247,7 @@ def open_front(
     host: str = "127.0.0.1",
     port: int = 8000,
     max_body_bytes: int = MOST_BODY_BYTES,
+    balancing: Balancing = Balancing(),
 ) -> Server:
     """Start replicas of a server, each its own process or `layout.tp` of them, and return a server that hands each
     request to one of them.
@@ -250,11 +255,13 @@ def open_front(
     Args:
         command: that starts one replica, which says where it listens as a line of JSON.
         threads: of each replica.
+        balancing: of the experts of each replica.
 
     Raises:
         LiaoyuanError: the port is in use, the layout does not fit the model, or a replica could not start.
     """
-    check_inference(layout, read_config(model_dir))
+    check_balancing(balancing, layout)
+    check_inference(layout, read_config(model_dir), expert_copies=balancing.copies)
     with contextlib.ExitStack() as port_kept, contextlib.ExitStack() as opened:
         bound, *further = _bind_all(host, port, port_kept)
         environments = [replica_environment(number, layout.tp, threads) for number in range(replicas)]
@@ -309,6 +316,7 @@ def _open_engine(
     draft: Path | None,
     quantisation: Quantisation | None,
     adapters: Mapping[str, Path],
+    balancing: Balancing,
 ) -> Engine:
     place = select_device(device).torch
     small = None if draft is None else load_model(draft, device=place)
@@ -317,7 +325,9 @@ def _open_engine(
         model = load_model(model_dir, device=place, quantisation=quantisation, further=further)
         engine = Engine(model, config, small)
     else:
-        ranks = open_ranks(model_dir, layout, device, failure, quantisation=quantisation, further=further)
+        ranks = open_ranks(
+            model_dir, layout, device, failure, quantisation=quantisation, further=further, balancing=balancing
+        )
         leader = opened.enter_context(ranks)
         engine = Engine(leader.model, config, small, leader)
     for name, folder in adapters.items():

@@ -10,7 +10,9 @@ Sums = dict[str, float]
 
 
 def total_health(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the sum of all counts; `version` is the lowest, and `exact` what all say alike."""
+    """Return the sum of all counts; `version` is the lowest, `expert_imbalance` the worst, and `exact` what all say
+    alike.
+    """
     total: dict[str, Any] = {}
     for state in states:
         for name, value in state.items():
@@ -19,8 +21,10 @@ def total_health(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     said = {str(state["exact"]): state["exact"] for state in states if "exact" in state}
     if said:
         total["exact"] = next(iter(said.values())) if len(said) == 1 else False
-    versions = [state["version"] for state in states if "version" in state]
-    return {**total, "version": min(versions)} if versions else total
+    for name, of_all in (("version", min), ("expert_imbalance", max)):
+        if name in total:
+            total[name] = of_all(state[name] for state in states if name in state)
+    return total
 
 
 def total_slots(replies: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Where a model's weights and its cache lie: in this process, or, through `mirror.Leader`, in several."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +59,14 @@ class Memory(Protocol):
         """Take the memory of dropped weights again; what is in it is not known."""
         ...
 
+    def before_step(self) -> None:
+        """Do what is to be done between two steps."""
+        ...
+
+    def statistics(self) -> dict[str, Any]:
+        """Return what the engine's statistics should say of it."""
+        ...
+
 
 class OwnMemory:
     """The memory of one process."""
@@ -95,3 +103,9 @@ class OwnMemory:
     def take_memory(self) -> None:
         take_weights(self._model, self._dropped)
         self._dropped = {}
+
+    def before_step(self) -> None:
+        pass
+
+    def statistics(self) -> dict[str, Any]:
+        return {}

@@ -40,11 +40,12 @@ class Call(IntEnum):
     RECORD = 15  # what follows, for who looks for a difference: [whether of training's model], text
     DIFFER = 16  # where two passes that were recorded part
     PROMISE = 17  # which operators have a kernel that promises exactness
-    STREAMS = 18  # a further layer's streams: [how many slots]
-    OBSERVE = 19  # rows of a further layer: [number of the cache], `FurtherStreams.observe` but the stream, context
-    BEGIN = 20  # see `FurtherStreams`: slots
-    GUESS = 21  # their logits: slots
-    ADVANCE = 22  # [number of the cache], slots, tokens, positions, context
+    MOVE = 18  # experts: their new placement
+    STREAMS = 19  # a further layer's streams: [how many slots]
+    OBSERVE = 20  # rows of a further layer: [number of the cache], `FurtherStreams.observe` but the stream, context
+    BEGIN = 21  # see `FurtherStreams`: slots
+    GUESS = 22  # their logits: slots
+    ADVANCE = 23  # [number of the cache], slots, tokens, positions, context
 
 
 def send(kind: int, tensors: Sequence[Tensor | None], group: ProcessGroup) -> None:

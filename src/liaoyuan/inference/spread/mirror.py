@@ -6,35 +6,38 @@ broadcast of one flat tensor, and a second one if it does not fit into the first
 """
 
 import contextlib
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from liaoyuan import ops
-from liaoyuan.checkpoint import read_parts
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.adapter_stacks import Stacks
 from liaoyuan.inference.cache import KeyValueCache, PagedContext
-from liaoyuan.inference.exactness.recorder import Recordings
 from liaoyuan.inference.spread.adapters import SharedStacks, adapter_bytes, choose_as_told, unpack_adapter
+from liaoyuan.inference.spread.balance import Balance
 from liaoyuan.inference.spread.further import FollowedStreams, SharedStreams
 from liaoyuan.inference.spread.message import Call, as_text, receive, send, text_tensor
-from liaoyuan.inference.spread.trained import Trained
+from liaoyuan.inference.spread.part import Evidence, Part
 from liaoyuan.inference.weights import Weights
-from liaoyuan.models import AttentionContext, Decoder, PackedContext, read_config
-from liaoyuan.ops import LogitStatistics, checksum
-from liaoyuan.parallel import Layout, Program, full_weights, local, whole_part
+from liaoyuan.models import AttentionContext, Decoder, PackedContext
+from liaoyuan.ops import LogitStatistics
+from liaoyuan.parallel import Layout, PlacedExperts, Program
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+END_SECONDS = 5.0  # within which all hear of the end
 
 
 class Leader:
@@ -46,10 +49,17 @@ class Leader:
     recordings: of this process, see `record`.
     """
 
-    def __init__(self, program: Program, control: ProcessGroup, failed: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        control: ProcessGroup,
+        failed: Callable[[str], None],
+        rebalance_seconds: float | None = None,
+    ) -> None:
         """control: a group of all processes on the CPU, which waits as long as the engine has nothing to do.
 
-        failed: is told of a failure.
+        failed: is told of a failure. rebalance_seconds: between two looks at whether experts should lie elsewhere;
+            None: they stay.
         """
         (self.model,) = program.models
         self._failed = failed
@@ -72,6 +82,12 @@ class Leader:
             return read(*inputs, **options)
 
         self.model.read_logits = read_together
+        self._balance = Balance(program.placed, self.move_experts, rebalance_seconds) if program.placed else None
+
+    @property
+    def placed(self) -> PlacedExperts | None:
+        """The experts of the model, where they lie in slots."""
+        return self._program.placed
 
     def describe(self) -> str:
         return self.layout.describe()
@@ -171,12 +187,35 @@ class Leader:
         """Return the operators whose kernels promise in every process that a row's bits are its own."""
         return self._everywhere(Call.PROMISE, self._evidence.promised)
 
+    def move_experts(self, placement: np.ndarray) -> int:
+        """Bring the experts of all processes to a placement, int [layers, ranks, slots]; return how many were sent.
+
+        Raises:
+            LiaoyuanError: it does not fit, or a process cannot take its part: nothing has changed. Or a process failed.
+        """
+        tensor = torch.from_numpy(placement.astype(np.int32))
+        return self._everywhere(Call.MOVE, lambda: self._part.move(tensor), [tensor])
+
+    def before_step(self) -> None:
+        if self._balance is None:
+            return
+        try:
+            self._balance.before_step()
+        except LiaoyuanError as refusal:
+            if self.failure:
+                raise
+            logger.warning("experts were not moved: %s", refusal)
+
+    def statistics(self) -> dict[str, Any]:
+        return {} if self._balance is None else self._balance.statistics()
+
     def close(self) -> None:
         """Let the followers end."""
         with self._turn:
             if not self.failure:
                 self._announce(Call.END, [])
                 self.failure = "they have ended"
+                _part_from(self._control)
 
     def _call(
         self,
@@ -207,9 +246,9 @@ class Leader:
         if self._inside != threading.get_ident():
             raise LiaoyuanError("A model that is spread over several processes can only be called as a whole.")
 
-    def _everywhere(self, kind: Call, work: Callable[[], Result]) -> Result:
+    def _everywhere(self, kind: Call, work: Callable[[], Result], tensors: Sequence[Tensor] = ()) -> Result:
         with self._turn:
-            self._announce(kind, [])
+            self._announce(kind, tensors)
             return self._together(work)
 
     def _announce(self, kind: Call, tensors: Sequence[Tensor | None]) -> None:
@@ -242,92 +281,6 @@ class SharedCache(KeyValueCache):
         super().copy(source, target)
 
 
-class Part:
-    """This process's part of the weights."""
-
-    def __init__(self, program: Program, control: ProcessGroup) -> None:
-        self._program, self._control = program, control
-        self._new: dict[str, Tensor] = {}
-        self._dropped: dict[torch.UntypedStorage, int] = {}
-
-    def read(self, folder: Path) -> Mapping[str, Tensor]:
-        """Read this process's part of the weights of a folder beside its own.
-
-        Raises:
-            LiaoyuanError: some process cannot read its part, or may not take it.
-        """
-        new: dict[str, Tensor] = {}
-        refusal = _refusal(new, self._program, folder)
-        failed = torch.tensor(int(bool(refusal)))
-        dist.all_reduce(failed, group=self._control)
-        if failed:
-            raise LiaoyuanError(refusal or f"Another process of this model cannot read its part of {folder}.")
-        self._new = new
-        return new
-
-    @torch.no_grad()
-    def take(self) -> None:
-        """Copy what was read into the model."""
-        own = self._own()
-        for name, tensor in self._new.items():
-            own[name].copy_(tensor)
-        self._new = {}
-
-    def checksum(self) -> str:
-        """Return what `weights.weights_checksum` returns of the whole model; all processes must ask."""
-        total, few_bits = 0, self._program.few_bits
-        for name, tensor in sorted(self._program.named_tensors()):
-            path, _, leaf = name.rpartition(".")
-            if path in few_bits and leaf != "bias":
-                whole = whole_part(self._program.models[0].get_submodule(path), few_bits[path], leaf)
-            else:
-                ((_, whole),) = full_weights([(name, tensor)])
-            total = checksum(whole, before=total)
-        return f"{total:016x}"
-
-    def drop_weights(self) -> None:
-        pieces = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in self._own().values()}
-        self._dropped = {piece: piece.nbytes() for piece in pieces.values()}
-        for piece in self._dropped:
-            piece.resize_(0)
-
-    def take_memory(self) -> None:
-        for piece, size in self._dropped.items():
-            piece.resize_(size)
-        self._dropped = {}
-
-    def _own(self) -> dict[str, Tensor]:
-        return {name: local(tensor.detach()) for name, tensor in self._program.named_tensors()}
-
-
-class Evidence:
-    """What this process has to say in a proof of exactness."""
-
-    def __init__(self, program: Program, control: ProcessGroup) -> None:
-        (self._model,) = program.models
-        self._control, self._device = control, program.device
-        self.trained, self.recordings = Trained(program), Recordings(control.rank(), control.size())
-
-    def record(self, learns: bool, text: Tensor) -> None:
-        """Record from now on what the model, or that of training, gives for a text."""
-        self.recordings.begin(self.trained.model if learns else self._model, text, learns)
-
-    def first_differences(self) -> list[int]:
-        """Return where the recordings of each process part."""
-        return self._of_all(torch.tensor([self.recordings.end()])).flatten().tolist()
-
-    def promised(self) -> set[str]:
-        """Return the operators whose kernels are exact in all processes."""
-        rows = ops.status(self._device.type)
-        everywhere = self._of_all(torch.tensor([bool(row.exact) for row in rows]).long()).all(0)
-        return {row.operator for row, is_exact in zip(rows, everywhere.tolist(), strict=True) if is_exact}
-
-    def _of_all(self, values: Tensor) -> Tensor:
-        found = values.new_empty(self._control.size(), len(values))
-        dist.all_gather_single(found.flatten(), values, group=self._control)
-        return found
-
-
 def follow(program: Program, control: ProcessGroup) -> None:
     """Make the leader's calls until it ends them."""
     (model,) = program.models
@@ -345,6 +298,7 @@ def follow(program: Program, control: ProcessGroup) -> None:
     while True:
         kind, found = receive(control)
         if kind == Call.END:
+            _part_from(control)
             return
         head = [] if not found or found[0] is None else found[0].tolist()
         if kind == Call.CACHE:
@@ -355,6 +309,11 @@ def follow(program: Program, control: ProcessGroup) -> None:
         elif kind == Call.READ:
             with contextlib.suppress(LiaoyuanError):  # the leader raises it
                 part.read(Path(as_text(head)))
+        elif kind == Call.MOVE:
+            (placement,) = found
+            assert placement is not None
+            with contextlib.suppress(LiaoyuanError):
+                part.move(placement)
         elif kind in silent:
             silent[Call(kind)]()
         elif kind == Call.ADAPTER:
@@ -398,6 +357,12 @@ def _repeat(
     model(tokens, positions, context, targets, rows, hidden=bool(head[0]))
 
 
+def _part_from(control: ProcessGroup) -> None:
+    """Wait a moment until all know that it ends: who goes before breaks the connection of one that still reads."""
+    with contextlib.suppress(RuntimeError):  # then some of them are gone already, or busy
+        dist.monitored_barrier(control, timeout=timedelta(seconds=END_SECONDS))
+
+
 def _places(context: AttentionContext) -> tuple[Call, list[int], list[Tensor]]:
     if isinstance(context, PagedContext) and isinstance(context.cache, SharedCache):
         places = [context.slots, context.block_tables, context.query_starts, context.lengths]
@@ -405,19 +370,3 @@ def _places(context: AttentionContext) -> tuple[Call, list[int], list[Tensor]]:
     if isinstance(context, PackedContext):
         return Call.PACKED, [], [context.boundaries]
     raise LiaoyuanError("A model that is spread over several processes needs a cache that all of them know.")
-
-
-def _refusal(new: dict[str, Tensor], program: Program, folder: Path) -> str:
-    """Read new weights into `new`; return why they cannot be taken, or nothing."""
-    try:
-        config = program.config
-        found = read_config(folder, bool(config.further_layers))
-        if config.further_layers and not found.further_layers:  # as training writes: they only guess, and stay
-            config = replace(config, further_layers=0)
-        if found != config:
-            return f"The config.json of {folder} is that of another model than the one that is served."
-        new.update(read_parts(program, folder, config))
-    except LiaoyuanError as error:
-        return str(error)
-    wrong = [name for name, tensor in new.items() if not bool(tensor.isfinite().all())]
-    return f"The new weight '{wrong[0]}' of {folder} has values that are not numbers." if wrong else ""

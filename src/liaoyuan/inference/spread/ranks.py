@@ -29,6 +29,7 @@ from liaoyuan.checkpoint import load_weights, quantisation_for
 from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.further_draft import check_further
+from liaoyuan.inference.spread.balance import Balancing, check_balancing
 from liaoyuan.inference.spread.mirror import Leader
 from liaoyuan.models import Decoder, Quantisation, read_config
 from liaoyuan.ops import seek_exactness
@@ -61,6 +62,7 @@ class Task:
     exact: bool = False
     dtype: str | None = None
     rank: int = 0
+    expert_copies: int = 0
 
     @property
     def few_bits(self) -> Quantisation | None:
@@ -78,12 +80,14 @@ def open_ranks(
     quantisation: Quantisation | None = None,
     further: bool = False,
     dtype: str | None = None,
+    balancing: Balancing = Balancing(),
 ) -> Iterator[Leader]:
     """Start the followers of this process, load the model of `folder` in all, and end them when the block ends.
 
     Args:
         layout: its axes tp and ep count, and whether it is exact.
         device: its kind; each process takes the one of its own number.
+        balancing: how experts are spread over the processes.
         failed: called once, from another thread, with a sentence, when a process fails before the block ends. If the
             block has not ended END_SECONDS later, this process does.
         quantisation: quantise the weights while they are read.
@@ -94,23 +98,40 @@ def open_ranks(
         LiaoyuanError: the layout does not fit the model, or that has no such layers, or a process could not start or
             read its weights.
     """
+    check_balancing(balancing, layout)
     few_bits = quantisation_for(folder, quantisation)
+    if few_bits is not None and balancing != Balancing():
+        raise LiaoyuanError(
+            "Experts of few bits have no copies and do not move: leave out --expert-copies and --rebalance-every, or "
+            "take the weights whole."
+        )
     config = read_config(folder, further)
     if further:
         check_further(config)
-    layout = check_inference(layout, config, few_bits)
+    layout = check_inference(layout, config, few_bits, balancing.copies)
     with contextlib.ExitStack() as opened:
         bound = opened.enter_context(socket.create_server((HOST, 0)))  # it is there when the followers come
         threads, seconds = max(1, torch.get_num_threads() // layout.tp), step_timeout.total_seconds()
         how = None if quantisation is None else asdict(quantisation)
         port = bound.getsockname()[1]
         task = Task(
-            str(folder), layout.tp, layout.ep, device, port, threads, seconds, how, further, layout.exact, dtype
+            str(folder),
+            layout.tp,
+            layout.ep,
+            device,
+            port,
+            threads,
+            seconds,
+            how,
+            further,
+            layout.exact,
+            dtype,
+            expert_copies=balancing.copies,
         )
         followers = opened.enter_context(_Followers(task, failed))
         program, control = followers.while_alive(lambda: join(task, bound))
         opened.callback(dist.destroy_process_group)
-        leader = Leader(program, control, followers.fail)
+        leader = Leader(program, control, followers.fail, balancing.seconds)
         opened.callback(followers.end, leader)
         followers.watch()
         yield leader
@@ -142,10 +163,23 @@ def join(task: Task, bound: socket.socket | None = None) -> tuple[Program, Proce
     config = read_config(Path(task.folder), task.further)
     with torch.device("meta"):
         model = Decoder(replace(config, dtype=task.dtype) if task.dtype else config).eval()
-    program = lay_out_inference(model, layout, world, task.few_bits)
+    with _telling_of_memory(task.expert_copies):
+        program = lay_out_inference(model, layout, world, task.few_bits, task.expert_copies)
     load_weights(program, Path(task.folder))
     dist.barrier(control)
     return program, control
+
+
+@contextmanager
+def _telling_of_memory(expert_copies: int) -> Iterator[None]:
+    """Raise LiaoyuanError where there is not enough of it."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's own word for it is one too
+        if "memory" not in str(error):
+            raise
+        fewer = " Give less to copies of experts (--expert-copies)." if expert_copies else ""
+        raise LiaoyuanError(f"There is not enough memory for this process's part of the model.{fewer}") from error
 
 
 class _Followers:
