@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from liaoyuan.checkpoint import load_model, save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import ModelConfig, Quantisation, packed_context, quantise_model
-from liaoyuan.models.quantised import QuantisedLinear
+from liaoyuan.models.quantised_linear import QuantisedLinear
 from liaoyuan.ops import dequantise
 from tests.conftest import randomised
 from tests.models.test_quantised import WAYS, configs

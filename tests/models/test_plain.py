@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from liaoyuan.models import Decoder, ModelConfig, initialise
+from liaoyuan.models import Decoder, ModelConfig, Quantisation, initialise, quantise_model
 from liaoyuan.models.config import Experts, Latent
 from liaoyuan.models.decoder import Layer
 from liaoyuan.models.layers import Linear
+from liaoyuan.models.plain import Plain
+from liaoyuan.models.quantised_linear import QuantisedLinear
 from liaoyuan.models.rotary import TABLE, Rotary, _angles, rotary_angles
+from liaoyuan.ops import FewBits, LayerWeights
 
 
 def layer(**features: object) -> Layer:
@@ -25,14 +28,22 @@ def plain(one: Layer) -> object:
     return one.plain.of(one)
 
 
+def weights(found: Plain) -> LayerWeights:
+    return LayerWeights(*found.arguments[:13])
+
+
+def bits(found: Plain) -> FewBits:
+    return FewBits(*found.arguments[13:-3])
+
+
 def test_its_weights_are_the_layers_own() -> None:
     one = layer(qk_norm=True, qkv_bias=True)
     found = one.plain.of(one)
     assert found is not None and found is plain(one)
-    assert found.weights.qkv is one.self_attn.qkv_proj.weight and found.weights.down is one.mlp.down_proj.weight
-    assert found.weights.qkv_bias is one.self_attn.qkv_proj.bias and found.weights.down_bias is None
-    assert {id(x) for x in found.weights if x is not None} == {id(x) for x in one.parameters()}
-    assert found.settings == (one.self_attn.scale, None, 1e-6)
+    assert weights(found).qkv is one.self_attn.qkv_proj.weight and weights(found).down is one.mlp.down_proj.weight
+    assert weights(found).qkv_bias is one.self_attn.qkv_proj.bias and weights(found).down_bias is None
+    assert {id(x) for x in weights(found) if x is not None} == {id(x) for x in one.parameters()}
+    assert found.arguments[13:] == (one.self_attn.scale, None, 1e-6)
 
 
 class Other(Linear):
@@ -71,10 +82,70 @@ def test_new_weights_are_taken() -> None:
     assert plain(one)
     one.mlp.down_proj.weight = nn.Parameter(torch.zeros(32, 48))
     found = one.plain.of(one)
-    assert found and found.weights.down is one.mlp.down_proj.weight
+    assert found and weights(found).down is one.mlp.down_proj.weight
     one.self_attn.o_proj = Linear(64, 32, bias=False)
     found = one.plain.of(one)
-    assert found and found.weights.output is one.self_attn.o_proj.weight
+    assert found and weights(found).output is one.self_attn.o_proj.weight
+
+
+INT4 = Quantisation("int4", symmetric=False)
+
+
+def of_few_bits(how: Quantisation = INT4, **features: object) -> Layer:
+    config = ModelConfig("qwen3", 64, 32, 48, 1, 4, 2, 16, **features)  # type: ignore[arg-type]
+    return quantise_model(initialise(Decoder(config), 0), how).layers[0]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("how", [INT4, Quantisation("int4"), Quantisation("int8"), Quantisation("fp8")], ids=str)
+def test_of_few_bits_its_weights_are_the_layers_own_too(how: Quantisation) -> None:
+    one = of_few_bits(how, qk_norm=True, qkv_bias=True)
+    found = one.plain.of(one)
+    assert found is not None and found is plain(one) and found.has_few_bits
+    kept = [*weights(found), *bits(found).scales, *bits(found).zeros]
+    assert {id(x) for x in kept if x is not None} == {id(x) for x in (*one.parameters(), *one.buffers())}
+    assert weights(found).down is one.mlp.down_proj.data and bits(found).scales[3] is one.mlp.down_proj.scales
+    assert (bits(found).kind, bits(found).group) == (how.kind, how.group_size or 0)
+
+
+FEW_BITS_CHANGES: dict[str, Callable[[Layer], object]] = {
+    "an adapter": lambda one: setattr(one.mlp.down_proj, "adapter", print),
+    "an adapter that is a module": lambda one: setattr(one.mlp.down_proj, "adapter", nn.Identity()),
+    "a whole projection": lambda one: setattr(one.self_attn, "o_proj", Linear(64, 32, bias=False)),
+    "a projection of another kind": lambda one: setattr(
+        one.mlp, "down_proj", of_few_bits(Quantisation("int8")).mlp.down_proj
+    ),
+    "a projection of other groups": lambda one: setattr(
+        one.mlp, "down_proj", of_few_bits(Quantisation("int4", 64, False)).mlp.down_proj
+    ),
+    "a projection without zeros": lambda one: setattr(one.mlp.down_proj, "zeros", None),
+    "weights that are away": lambda one: setattr(one.mlp.down_proj, "data", None),
+    "weights that lie apart": lambda one: setattr(one.mlp.down_proj, "data", one.mlp.down_proj.data.mT.contiguous().mT),
+    "a bias of another dtype": lambda one: setattr(
+        one.mlp.down_proj, "bias", nn.Parameter(torch.zeros(32, dtype=torch.float64))
+    ),
+}
+
+
+@pytest.mark.parametrize("change", FEW_BITS_CHANGES)
+def test_so_is_one_of_few_bits(change: str) -> None:
+    one = of_few_bits(qk_norm=True)
+    assert plain(one)
+    FEW_BITS_CHANGES[change](one)
+    assert plain(one) is None and plain(one) is None
+
+
+@pytest.mark.parametrize("name", ["data", "scales", "zeros"])
+def test_new_weights_of_few_bits_are_taken(name: str) -> None:
+    one = of_few_bits()
+    before = one.plain.of(one)
+    projection = one.mlp.gate_up_proj
+    assert before and isinstance(projection, QuantisedLinear)
+    new = getattr(projection, name).clone()
+    setattr(projection, name, new)
+    found = one.plain.of(one)
+    assert found and found is not before
+    taken = {"data": weights(found).gate_up, "scales": bits(found).scales[2], "zeros": bits(found).zeros[2]}
+    assert taken[name] is new
 
 
 def test_a_copy_has_its_own_weights_and_a_layer_is_freed_when_nobody_holds_it() -> None:
@@ -82,7 +153,7 @@ def test_a_copy_has_its_own_weights_and_a_layer_is_freed_when_nobody_holds_it() 
     assert plain(one)
     other = copy.deepcopy(one)
     found = other.plain.of(other)
-    assert found and found.weights.qkv is other.self_attn.qkv_proj.weight is not one.self_attn.qkv_proj.weight
+    assert found and weights(found).qkv is other.self_attn.qkv_proj.weight is not one.self_attn.qkv_proj.weight
     gc.disable()
     try:
         gone = weakref.ref(one.mlp.down_proj)

@@ -12,7 +12,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.models import Decoder, ModelConfig, Quantisation, packed_context, quantise_model
 from liaoyuan.models.config import Experts
-from liaoyuan.models.quantised import QuantisedLinear
+from liaoyuan.models.quantised_linear import QuantisedLinear
 from liaoyuan.ops import dequantise
 from tests.conftest import randomised
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from liaoyuan import ops
-from liaoyuan.ops.decoder_layer import layer_sample
+from liaoyuan.ops.decoder_layer import few_bits_sample, layer_sample
+from liaoyuan.ops.quantised_linear import Kind
 
 Sample = tuple[Any, ...]
 
@@ -152,10 +153,13 @@ def linear(d: Draw) -> Sample:
     return d.normal(d.rows, d.width), d.normal(out, d.width), d.normal(out) if d.width % 2 else None, residual
 
 
+BITS: tuple[tuple[Kind, int | None, bool], ...] = (
+    ("int8", None, True), ("int8", 32, True), ("int4", 32, False), ("int4", 64, True), ("fp8", None, True),
+)  # fmt: skip
+
+
 def quantised_linear(d: Draw) -> Sample:
-    kind, group, symmetric = (
-        ("int8", None, True), ("int8", 32, True), ("int4", 32, False), ("int4", 64, True), ("fp8", None, True),
-    )[d.width % 5]  # fmt: skip
+    kind, group, symmetric = BITS[d.width % len(BITS)]
     weight = ops.quantise(torch.randn(11, 8 * d.width, generator=d.generator), kind, group, symmetric)
     bias = d.normal(11) if d.width % 2 else None
     return d.normal(d.rows, 8 * d.width), weight.data, weight.scales, weight.zeros, bias, kind, group or 0
@@ -328,6 +332,16 @@ def decoder_layer(d: Draw, ones: bool = False) -> Sample:
     return layer_sample(queries, lengths, sizes, d.width % 3 > 0, d.dtype, d.generator)
 
 
+def quantised_decoder_layer(d: Draw, ones: bool = False) -> Sample:
+    return few_bits_sample(decoder_layer(d, ones), *BITS[d.width % len(BITS)])
+
+
+def quantised_layer_arguments(sample: Sample) -> dict[str, Any]:
+    names = list(inspect.signature(ops.quantised_decoder_layer).parameters)
+    grouped = (*sample[:10], ops.LayerWeights(*sample[10:23]), ops.FewBits(*sample[23:27]), *sample[27:])
+    return dict(zip(names, grouped, strict=True))
+
+
 def some_sequences_of_a_layer(sample: Sample, units: Sequence[int]) -> tuple[Sample, Tensor]:
     residual, x, cosine, sine, keys, values, slots, tables, starts, lengths, *rest = sample
     ranges = [torch.arange(int(starts[u]), int(starts[u + 1])) for u in units]
@@ -404,6 +418,11 @@ DRAWINGS: dict[str, Drawing] = {
     "decoder_layer": Drawing(
         decoder_layer, ops.decoder_layer, part=some_sequences_of_a_layer, units=lambda sample: len(sample[9]),
         output_rows=(0, 1), huge=257, contiguous=("key_cache", "value_cache", *ops.LayerWeights._fields),
+    ),
+    "quantised_decoder_layer": Drawing(
+        quantised_decoder_layer, ops.quantised_decoder_layer, quantised_layer_arguments,
+        part=some_sequences_of_a_layer, units=lambda sample: len(sample[9]), output_rows=(0, 1), huge=257,
+        contiguous=("key_cache", "value_cache", *ops.LayerWeights._fields),
     ),
     "adamw_step": Drawing(
         adamw_step, ops.adamw_step, adamw_arguments, contiguous=("weight", "first", "second")

@@ -122,7 +122,7 @@ def assert_right(name: str, sample: Sample, dtype: torch.dtype) -> None:
 
 
 ROWS = st.one_of(st.sampled_from([0, 1, 2, 31, 97]), st.integers(0, 140))
-PAGED = ("paged_attention", "decoder_layer")
+PAGED = ("paged_attention", "decoder_layer", "quantised_decoder_layer")
 DOCUMENTS = ("attention", *PAGED)
 
 

@@ -22,7 +22,7 @@ from tests.ops.test_promises import sample_of, tuple_of
 
 TILED = [name for name, operator in OPERATORS.items() if any(kernel.fallback for kernel in operator.kernels)]
 NEEDLESS = {  # by training or by the engine, or of no rows
-    "decoder_layer", "block_attention", "adamw_step", "square_sum", "checksum",
+    "decoder_layer", "quantised_decoder_layer", "block_attention", "adamw_step", "square_sum", "checksum",
 }  # fmt: skip
 
 

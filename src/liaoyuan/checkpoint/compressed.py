@@ -19,7 +19,8 @@ from liaoyuan.checkpoint.weight_files import StoredTensor, WeightFiles
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, Quantisation
 from liaoyuan.models.families import FAMILIES
-from liaoyuan.models.quantised import HEAD, QuantisedLinear
+from liaoyuan.models.quantised import HEAD
+from liaoyuan.models.quantised_linear import QuantisedLinear
 from liaoyuan.models.stored import Part
 from liaoyuan.ops.quantised_linear import GROUPS, Kind, pack_nibbles, unpack_nibbles
 

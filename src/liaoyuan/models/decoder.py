@@ -178,11 +178,14 @@ class Decoder(nn.Module):
         """Pass the layers of this stage: residual stream [N, H] -> the stream and the last addend to it."""
         angles, x = self.angles(positions), None
         pages = getattr(context, "pages", None)  # of contexts over a paged cache: a whole layer is one operator there
-        kernel = layer_kernel(residual, self.config.head_dim) if pages else None
+        kernel, has_few_bits = None, None
         for layer in self.layers:
-            plain = layer.plain.of(layer) if kernel and isinstance(layer, Layer) else None
-            if kernel and pages and plain:
-                residual, x = kernel(residual, x, *angles, *pages(plain.layer), *plain.weights, *plain.settings)
+            plain = layer.plain.of(layer) if pages and isinstance(layer, Layer) else None
+            if plain and plain.has_few_bits is not has_few_bits:  # as a rule once: layers are alike
+                has_few_bits = plain.has_few_bits
+                kernel = layer_kernel(residual, self.config.head_dim, has_few_bits)
+            if kernel and plain and pages:
+                residual, x = kernel(residual, x, *angles, *pages(plain.layer), *plain.arguments)
             else:
                 residual, x = layer(residual, x, *angles, context)
         assert x is not None

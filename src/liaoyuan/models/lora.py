@@ -17,7 +17,8 @@ from liaoyuan.models.config import ModelConfig
 from liaoyuan.models.decoder import Decoder
 from liaoyuan.models.families import FAMILIES
 from liaoyuan.models.layers import Linear
-from liaoyuan.models.quantised import HEAD, QuantisedLinear
+from liaoyuan.models.quantised import HEAD
+from liaoyuan.models.quantised_linear import QuantisedLinear
 from liaoyuan.ops import grouped_linear, linear
 
 Projection = Linear | QuantisedLinear

@@ -6,7 +6,6 @@ with whole weights is exact with these.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -15,14 +14,13 @@ from torch import Tensor, nn
 from liaoyuan.errors import LiaoyuanError, nearest
 from liaoyuan.models.decoder import Decoder
 from liaoyuan.models.experts import ExpertWeights
-from liaoyuan.models.layers import Adapter, Linear
+from liaoyuan.models.layers import Linear
+from liaoyuan.models.quantised_linear import Quantisation, QuantisedLinear
 from liaoyuan.ops import (
     LogitStatistics,
-    QuantisedWeight,
     ReadLogits,
     clamped_swiglu,
     log_sum_exp,
-    quantise,
     quantised_linear,
     swiglu,
     wide,
@@ -30,31 +28,7 @@ from liaoyuan.ops import (
 from liaoyuan.ops.quantised_linear import GROUPS, Kind
 
 HEAD, EMBEDDING = "lm_head", "embed_tokens.weight"
-CUT_ROWS = 8192  # of a weight that are quantised at once: the work needs several fp32 copies of them
 SCORED_ROWS = 512  # whose logits are in memory at once when given tokens are scored
-
-
-@dataclass(frozen=True)
-class Quantisation:
-    """How the weights of a model are quantised; see `ops.quantise`.
-
-    group: weights that share a scale; None: 32 for int4, a whole output for int8 and fp8.
-    head: the kind of the output head, with a scale for each token; None: it stays as it is.
-    """
-
-    kind: Kind
-    group: int | None = None
-    symmetric: bool = True
-    head: Kind | None = "int8"
-
-    @property
-    def group_size(self) -> int | None:
-        """How many weights share a scale; None: a whole output."""
-        return 32 if self.group is None and self.kind == "int4" else self.group
-
-    @property
-    def of_head(self) -> "Quantisation | None":
-        return None if self.head is None else replace(self, kind=self.head, group=None, symmetric=True)
 
 
 def quantisation_named(word: str | None) -> Quantisation | None:
@@ -76,51 +50,6 @@ Held = Callable[[Tensor], Sequence[int]]  # the shape of what is held here of a 
 
 def _all_of_it(weight: Tensor) -> Sequence[int]:
     return weight.shape
-
-
-class QuantisedLinear(nn.Module):
-    """A projection whose weight has few bits; its parts are buffers, so that it moves and is stored like any other."""
-
-    data: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-
-    def __init__(self, out: int, depth: int, how: Quantisation, bias: nn.Parameter | None = None) -> None:
-        """A shell: `fill` gives it a weight [out, depth]."""
-        super().__init__()
-        self.kind, self.symmetric, self.shape, self.bias = how.kind, how.symmetric, (out, depth), bias
-        self.group = how.group_size
-        for name in ("data", "scales", "zeros"):
-            self.register_buffer(name, None)
-        self.adapter: Adapter | None = None
-
-    def fill(self, whole: Tensor) -> None:
-        """Quantise `whole` [..., depth], whose other dimensions are the outputs."""
-        for name, part in self.quantised(whole).items():
-            setattr(self, name, part)
-
-    def quantised(self, whole: Tensor) -> dict[str, Tensor]:
-        """Return the parts that `fill` makes of `whole`, by name."""
-        rows = whole.detach().reshape(-1, whole.shape[-1]).split(CUT_ROWS)
-        parts = [quantise(cut, self.kind, self.group, self.symmetric) for cut in rows]
-        names = ("data", "scales") if self.symmetric else ("data", "scales", "zeros")
-        return {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-
-    @property
-    def weight(self) -> QuantisedWeight:
-        return self.rows(0, self.shape[0])
-
-    def rows(self, first: int, count: int) -> QuantisedWeight:
-        """Return the weight of so many outputs."""
-        data, scales, zeros = (
-            None if part is None else part[first : first + count] for part in (self.data, self.scales, self.zeros)
-        )
-        assert data is not None and scales is not None
-        return QuantisedWeight(data, scales, zeros, self.kind, self.group, (count, self.shape[1]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = quantised_linear(x, self.weight, self.bias)
-        return y if self.adapter is None else self.adapter(x, y)
 
 
 class QuantisedExperts(nn.Module):

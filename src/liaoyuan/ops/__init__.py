@@ -20,7 +20,14 @@ from liaoyuan.ops.cross_entropy import (
     merge_statistics,
     token_log_prob,
 )
-from liaoyuan.ops.decoder_layer import LayerWeights, Pages, decoder_layer, layer_kernel
+from liaoyuan.ops.decoder_layer import (
+    FewBits,
+    LayerWeights,
+    Pages,
+    decoder_layer,
+    layer_kernel,
+    quantised_decoder_layer,
+)
 from liaoyuan.ops.gated import clamped_swiglu, geglu, swiglu
 from liaoyuan.ops.grouped_linear import grouped_linear
 from liaoyuan.ops.linear import exact_rows, linear
@@ -37,6 +44,7 @@ from liaoyuan.ops.sampling import Sampled, packed_mask, sample_tokens, sampling_
 
 __all__ = [
     "CrossEntropy",
+    "FewBits",
     "LayerWeights",
     "LogitStatistics",
     "OperatorStatus",
@@ -78,6 +86,7 @@ __all__ = [
     "paged_attention",
     "permute_rows",
     "quantise",
+    "quantised_decoder_layer",
     "quantised_linear",
     "rms_norm",
     "route",

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, Quantisation
-from liaoyuan.models.quantised import HEAD, QuantisedLinear, quantised_shell, to_quantise
+from liaoyuan.models.quantised import HEAD, quantised_shell, to_quantise
+from liaoyuan.models.quantised_linear import QuantisedLinear
 from liaoyuan.ops.quantised_linear import pack_nibbles, unpack_nibbles
 from liaoyuan.parallel.fsdp import own_block
 

@@ -18,7 +18,6 @@ from liaoyuan.ops.watch import Call, Watch
 
 HEAD = "the softmax of the head (loss_head, sample_tokens or log_sum_exp): the logits are equal"
 UNSEEN = ", or one of the experts before it: of whose tokens their rows are, training tells nobody"
-LAYER = "decoder_layer: its parts alone give the same bits"
 
 
 def operators_of(subject: Subject, probes: Sequence[Probe], paths: Sequence[Path]) -> set[str]:
@@ -53,17 +52,20 @@ def first_difference(subject: Subject, probes: Sequence[Probe], path: Path, wron
             process = f", in process {found.index(min(found))}" if len(found) > 1 else ""
             unseen = UNSEEN if subject.can_learn and (learns or path.learns) and subject.model.config.experts else ""
             return f"{subject.recordings.operators[min(found)]}{process}{unseen}"
-    if _has_whole_layers(subject.model):
-        return LAYER
+    layer = _whole_layer(subject.model)
+    if layer is not None:
+        return f"{layer}: its parts alone give the same bits"
     return HEAD if position in subject.recordings.last else ""
 
 
-def _has_whole_layers(model: Decoder) -> bool:
-    """Return whether decoding computes layers in one call, which a recording takes apart."""
-    with torch.no_grad():
-        kernel = layer_kernel(model.embed_tokens.weight, model.config.head_dim)
-    layers = (layer for layer in model.layers if isinstance(layer, Layer))
-    return kernel is not None and any(layer.plain.of(layer) for layer in layers)
+def _whole_layer(model: Decoder) -> str | None:
+    """Return the operator by which decoding computes a layer in one call, which a recording takes apart, or None."""
+    for layer in model.layers:
+        plain = layer.plain.of(layer) if isinstance(layer, Layer) else None
+        with torch.no_grad():
+            if plain and layer_kernel(model.embed_tokens.weight, model.config.head_dim, plain.has_few_bits):
+                return "quantised_decoder_layer" if plain.has_few_bits else "decoder_layer"
+    return None
 
 
 def _unshared(probes: Sequence[Probe], number: int) -> Tensor:

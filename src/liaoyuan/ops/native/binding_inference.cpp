@@ -1,6 +1,7 @@
 // The kernels that serve inference alone, as operators of torch's dispatcher; see binding.cpp.
 #include <ATen/ops/empty.h>
 
+#include "few_bits.h"
 #include "tensors.h"
 
 namespace liaoyuan {
@@ -14,28 +15,15 @@ QuantisedBits bits_of(const std::string& kind, bool with_zeros) {
   return with_zeros ? QuantisedBits::int4_zeros : QuantisedBits::int4;
 }
 
-void check_quantised(const Tensor& x, const Tensor& data, const Tensor& scales, const OptionalTensor& zeros,
-                     const OptionalTensor& bias, int64_t group, bool is_int4) {
-  TORCH_CHECK(x.dim() == 2 && data.dim() == 2 && scales.dim() == 2, "x, data and scales must be matrices");
-  int64_t depth = x.size(1), bytes = is_int4 ? (depth + 127) / 128 * 64 : depth;
-  TORCH_CHECK(group == 32 || group == 64 || group == 128 || (group == 0 && !is_int4), "no groups of ", group);
-  int64_t groups = group ? (depth + group - 1) / group : 1;
-  TORCH_CHECK(data.element_size() == 1 && data.size(1) == bytes && data.device().is_cpu(), "x ", x.sizes(),
-              " does not fit weights of ", data.sizes(), " bytes");
-  TORCH_CHECK(scales.scalar_type() == at::kBFloat16 && scales.size(0) == data.size(0) && scales.size(1) == groups &&
-                  (!zeros || (zeros->sizes() == scales.sizes() && zeros->scalar_type() == at::kByte)),
-              "scales ", scales.sizes(), " or zeros do not fit weights of ", data.sizes(), " bytes");
-  if (bias) same_type(x, *bias);
-  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == data.size(0)), "the bias does not fit the outputs");
-}
-
 Tensor quantised_linear_cpu(const Tensor& x_, const Tensor& data_, const Tensor& scales_, const OptionalTensor& zeros_,
                             const OptionalTensor& bias_, std::string kind, int64_t group) {
-  check_quantised(x_, data_, scales_, zeros_, bias_, group, kind == "int4");
+  TORCH_CHECK(x_.dim() == 2, "x must be a matrix");
+  if (bias_) same_type(x_, *bias_);
   Tensor x = dense(x_), data = dense(data_), scales = dense(scales_);
   OptionalTensor zeros = dense(zeros_), bias = dense(bias_);
+  QuantisedWeights weights = quantised_weights(data, scales, zeros, kind, group, x.size(1));
+  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == data.size(0)), "the bias does not fit the outputs");
   Tensor result = at::empty({x.size(0), data.size(0)}, x.options());
-  QuantisedWeights weights{bits_of(kind, bool(zeros)), in<uint8_t>(data), in<BFloat16>(scales), in<uint8_t>(zeros)};
   // What lies beyond the depth is read as zero; the groups there have a scale, and x is zero.
   QuantisedShape shape{x.size(0), data.size(0), x.size(1), group, scales.size(1)};
   by_type(x, [&](auto* type) {
@@ -87,6 +75,23 @@ Tensor log_sum_exp_cpu(const Tensor& logits_) {
 }
 
 }  // namespace
+
+QuantisedWeights quantised_weights(const Tensor& data, const Tensor& scales, const OptionalTensor& zeros,
+                                   const std::string& kind, int64_t group, int64_t depth) {
+  TORCH_CHECK(data.dim() == 2 && scales.dim() == 2, "data and scales must be matrices");
+  bool is_int4 = kind == "int4";
+  int64_t bytes = is_int4 ? (depth + 127) / 128 * 64 : depth;
+  TORCH_CHECK(group == 32 || group == 64 || group == 128 || (group == 0 && !is_int4), "no groups of ", group);
+  int64_t groups = group ? (depth + group - 1) / group : 1;
+  TORCH_CHECK(data.element_size() == 1 && data.size(1) == bytes && data.device().is_cpu(), "a depth of ", depth,
+              " does not fit weights of ", data.sizes(), " bytes");
+  TORCH_CHECK(scales.scalar_type() == at::kBFloat16 && scales.size(0) == data.size(0) && scales.size(1) == groups &&
+                  (!zeros || (zeros->sizes() == scales.sizes() && zeros->scalar_type() == at::kByte)),
+              "scales ", scales.sizes(), " or zeros do not fit weights of ", data.sizes(), " bytes");
+  TORCH_CHECK(data.is_contiguous() && scales.is_contiguous() && (!zeros || zeros->is_contiguous()),
+              "the parts of a weight must be contiguous");
+  return {bits_of(kind, bool(zeros)), in<uint8_t>(data), in<BFloat16>(scales), in<uint8_t>(zeros)};
+}
 
 bool register_inference(torch::Library& library, const std::string& name) {
   if (name == "quantised_linear")

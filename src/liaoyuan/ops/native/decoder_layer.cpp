@@ -35,6 +35,8 @@ struct Buffers {
 
 template <class T>
 void project(const T* x, const Projection<T>& to, T* result, int64_t rows, int64_t depth, int64_t columns) {
+  if (!to.weight)
+    return quantised_linear<T>(to.few, x, to.bias, result, {rows, columns, depth, to.group, to.groups});
   MatrixShape shape{rows, columns, depth, false, true, depth, depth, columns};
   multiply<T>({x, to.weight, result, shape, to.bias, nullptr});
 }

@@ -8,7 +8,9 @@ namespace liaoyuan {
 
 template <class T>
 struct Projection {
-  const T *weight, *bias;  // [columns, depth]; [columns] or null
+  const T *weight, *bias;     // [columns, depth], null if it has few bits; [columns] or null
+  QuantisedWeights few = {};  // those bits
+  int64_t group = 0, groups = 0;
 };
 template <class T>
 struct LayerWeights {

@@ -28,7 +28,7 @@ bool register_loss(torch::Library& library, const std::string& name);
 bool register_rows(torch::Library& library, const std::string& name);
 // Register a kernel of attention (binding_attention.cpp); false: there is none of this name.
 bool register_attention(torch::Library& library, const std::string& name);
-// Register the kernel of the decoder layer (binding_layer.cpp); false: there is none of this name.
+// Register a kernel of the decoder layer (binding_layer.cpp); false: there is none of this name.
 bool register_layer(torch::Library& library, const std::string& name);
 
 // Register the differentiable side of the operator `name`; does nothing for operators without one.
