@@ -127,3 +127,15 @@ def test_a_request_that_kills_every_worker_is_given_up_and_nobody_waits_beyond_h
         assert await answer(nobody, replace(request(), timeout=0.2)) == ([], [], "timeout")
 
     together(tiny_model, test)
+
+
+def test_who_waits_for_a_worker_is_told_when_none_will_come() -> None:
+    async def test() -> None:
+        front = Dispatch([Path("nobody")], patience=60.0)
+        asked = asyncio.ensure_future(answer(front, request()))
+        await asyncio.sleep(0)
+        front.close()
+        with pytest.raises(Unavailable, match="The engine is shutting down"):
+            await asyncio.wait_for(asked, 10)
+
+    asyncio.run(test())

@@ -116,6 +116,10 @@ class Apart:
             result["max_sequences"] *= self._sides.decode
         return result
 
+    def close(self) -> None:
+        """Let answers that are open end when their workers do."""
+        self._dispatch.close()
+
     def rouse(self) -> None:
         """Do nothing: workers do not sleep by themselves."""
 
@@ -214,7 +218,9 @@ def open_apart(task: Task, sides: Sides) -> Iterator[Apart]:
         for socket in sockets:
             line.is_well(socket)
         said = asyncio.run(operate(Path(sockets[-1]), State()))
-        yield Apart(workers, line, sides, task, said)
+        apart = Apart(workers, line, sides, task, said)
+        opened.callback(apart.close)  # before the workers end: who has an answer open is told, and waits for no other
+        yield apart
 
 
 def _outcome(operation: Operation, worker: Replica) -> Outcome | None:

@@ -61,7 +61,12 @@ class Dispatch:
         self._open: Counter[Path] = Counter()
         self._failed: dict[Path, float] = {}  # when it did, by time.monotonic()
         self._seeds = itertools.count()
+        self._closed = False
         self.counts = {"moved": 0, "given_up": 0}  # requests that went on elsewhere, and that could not
+
+    def close(self) -> None:
+        """Let no request wait for a worker any more: none will come. May be called by any thread."""
+        self._closed = True
 
     def stream(self, request: Request) -> AsyncIterator[Event]:
         """Yield the events of a request; leaving the iterator early aborts it.
@@ -114,6 +119,8 @@ class Dispatch:
         """
         patient = time.monotonic() + self._patience
         while True:
+            if self._closed:
+                raise Unavailable("The engine is shutting down.")
             if (found := self._free(request, tried)) is not None:
                 return found
             now = time.monotonic()
