@@ -84,6 +84,11 @@ def test_who_guesses_with_the_same_weights_is_always_right(tiny_model: Decoder) 
     assert said(found) == said(Engine(tiny_model).generate(wanted))
 
 
+def test_two_ways_to_guess_are_refused(tiny_model: Decoder) -> None:
+    with pytest.raises(LiaoyuanError, match="A draft model and speculate='ngram' both guess"):
+        Engine(tiny_model, EngineConfig(speculate="ngram"), draft=tiny_model)
+
+
 def test_events_carry_several_tokens(tiny_model: Decoder) -> None:
     engine = Engine(tiny_model, EngineConfig(speculate_tokens=4), tiny_model)
     wanted = [dataclasses.replace(one, id=f"r{one.id}") for one in asked()]

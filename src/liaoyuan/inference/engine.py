@@ -424,8 +424,8 @@ class Engine:
 
     def _new_drafter(self, draft: Decoder | Drafter | None) -> Drafter | None:
         config, table = self.config, self._scheduler.table
-        if draft is not None and config.speculate == "mtp":
-            raise LiaoyuanError("A draft model and speculate='mtp' both guess: leave out one of them.")
+        if draft is not None and config.speculate:
+            raise LiaoyuanError(f"A draft model and speculate='{config.speculate}' both guess: leave out one of them.")
         if draft is not None and not isinstance(draft, Decoder):
             return draft
         if draft is not None:
