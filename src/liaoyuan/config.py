@@ -60,7 +60,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise LiaoyuanError(f"'--set {override}' must look like section.key=value.")
+        raise LiaoyuanError(f"'--set {override}' must look like section.key=value, or key=value.")
     *sections, last = key.strip().split(".")
     for section in sections:
         values = values.setdefault(section, {})
@@ -87,6 +87,8 @@ def _sentence(schema: type[BaseModel], error: ValidationError, where: str) -> st
         return f"Unknown key '{key}' in {where}{nearest(location[-1], _keys(schema, location[:-1])) or '.'}"
     if first["type"] == "missing":
         return f"The key '{key}' is missing in {where}."
+    if first["type"] in ("tuple_type", "list_type"):
+        return f'The key \'{key}\' in {where} is wrong: write a list, as ["a", "b"] (it is {first["input"]!r}).'
     return f"The key '{key}' in {where} is wrong: {first['msg']} (it is {first['input']!r})."
 
 

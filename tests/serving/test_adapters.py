@@ -134,6 +134,11 @@ def test_clients_change_nothing_unless_the_server_lets_them(model_folder: Path, 
             assert post(server.url, f"/v1/{path}_lora_adapter", **body).status_code == 403
 
 
+def test_a_folder_for_adapters_that_is_not_there_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LiaoyuanError, match="--lora-folder does not exist"):
+        open_server(model_folder, port=0, device="cpu", adapter_folder=tmp_path / "nothing")
+
+
 def test_a_bad_adapter_is_known_before_the_server_opens(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(LiaoyuanError, match="does not exist"):
         open_server(model_folder, port=0, device="cpu", adapters={"a": tmp_path / "nothing"})

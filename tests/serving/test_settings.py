@@ -120,6 +120,17 @@ def test_one_server_listens_at_several_addresses(model_folder: Path) -> None:
         assert reply.status_code == 200 and client.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize("host", ["", "127.0.0.1,", ",::1"])
+def test_an_empty_address_is_refused(model_folder: Path, host: str) -> None:
+    with pytest.raises(LiaoyuanError, match="names an empty address"):
+        open_server(model_folder, host, port=0)
+
+
+def test_a_list_that_is_written_as_a_word_is_told_its_form() -> None:
+    with pytest.raises(LiaoyuanError, match="'aliases' in the command line is wrong: write a list"):
+        load(Settings, None, ["aliases=gpt-4"])
+
+
 def test_a_server_that_nobody_asks_sleeps_and_wakes_for_a_request(model_folder: Path) -> None:
     with started(model_folder, "sleep_after=0.05", "sampling.seed=1") as client:
 

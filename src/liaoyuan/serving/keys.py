@@ -64,7 +64,8 @@ def _lines(file: Path) -> list[str]:
     try:
         return file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise LiaoyuanError(f"The file of API keys {file} cannot be read: {error}.") from error
+        why = getattr(error, "strerror", None) or error
+        raise LiaoyuanError(f"The file of API keys {file} cannot be read: {why}.") from error
 
 
 def _digest(secret: str) -> bytes:

@@ -199,8 +199,10 @@ def open_server(
         balancing: how the experts of a model over several processes are spread.
 
     Raises:
-        LiaoyuanError: the port is in use, the folder is missing or torn, or tokenizer and model disagree.
+        LiaoyuanError: the port is in use, a folder is missing or torn, or tokenizer and model disagree.
     """
+    if adapter_folder is not None and not adapter_folder.is_dir():
+        raise LiaoyuanError(f"The folder {adapter_folder} of --lora-folder does not exist; make it first.")
     with contextlib.ExitStack() as port_kept, contextlib.ExitStack() as opened:
         bound, *further = _bind_all(host, port, port_kept)
         with answering_unready(bound):
@@ -371,6 +373,8 @@ def is_loopback(host: str) -> bool:
 def _bind_all(hosts: str, port: int, kept: contextlib.ExitStack) -> list[socket.socket]:
     """Return listening sockets, all of one port."""
     bound: list[socket.socket] = []
+    if not all(host.strip() for host in hosts.split(",")):
+        raise LiaoyuanError(f"--host '{hosts}' names an empty address: write 127.0.0.1, or several as 127.0.0.1,::1.")
     for host in hosts.split(","):
         bound.append(kept.enter_context(_bind(host.strip(), bound[0].getsockname()[1] if bound else port)))
     return bound
