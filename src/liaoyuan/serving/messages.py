@@ -210,11 +210,3 @@ class _Reply:
             "output_tokens": piece.completion_tokens,
             "output_tokens_details": {"thinking_tokens": piece.reasoning_tokens},
         }
-
-
-def _stop_reason(piece: Piece, max_tokens: int) -> str:
-    if piece.stop is not None:
-        return "stop_sequence"
-    if piece.finish_reason == "length" and piece.completion_tokens < max_tokens:
-        return "model_context_window_exceeded"
-    return STOP_REASONS.get(piece.finish_reason or "", "end_turn")

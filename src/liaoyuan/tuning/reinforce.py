@@ -3,7 +3,7 @@
 GRPO (Shao et al. 2024, arXiv 2402.03300): a few minibatch updates per batch of rollouts with the clipped ratio, no KL
 term, groups without signal dropped, of the others the most different rollouts learned from, and levels of difficulty
 drawn by what they teach (see `curriculum`). Rollouts come from the inference engine on the weights that are trained;
-whether its log-probabilities have the very bits of those of training is proven at the start (`inference.exact`), and
+whether its log-probabilities have the very bits of those of training is proven at the start (`inference.prove`), and
 how far they are apart is measured at every step. What happens in a step is a
 function of the seed, the step and the state, so a killed run ends with the same weights bit for bit.
 """
