@@ -18,6 +18,7 @@ from liaoyuan.compute.subject import random_stream, some_batches
 from liaoyuan.device import Device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import config_from_dict
+from liaoyuan.ops import configure, seek_exactness
 from liaoyuan.ops.cost import Cost, cost_of, group_of
 from liaoyuan.ops.operator import OPERATORS
 from liaoyuan.ops.watch import Watch
@@ -158,14 +159,13 @@ def test_a_run_s_own_settings_hold(folder, tmp_path):
         'corpus = "gone"\nsequence_length = 16\n[train]\nsteps = 3\nbatch_tokens = 64\nmicrobatches = 2\n'
         '[ops]\nswiglu = "reference"\n'
     )
+    seek_exactness(False)  # whoever asked for it in this process would get the exact form of the reference
     try:
         found = profile(open_subject(run, "train", CPU, None, Size(), []), 1)
         assert (found.facts["tokens"], found.facts["sequence_length"], found.facts["microbatches"]) == (64, 16, 2)
         assert "swiglu" not in {row.operator for row in found.operators}
         assert sum(row.calls for row in found.operators if row.operator == "attention") == 2 * 2
     finally:
-        from liaoyuan.ops import configure
-
         configure({})
 
 
