@@ -176,7 +176,9 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any], soak: Soak, chanc
             if "model" in body and (reply.status_code == 404 or (reply.status_code == 400 and "adapter" in reply.text)):
                 soak.counts["refused: the adapter is not here now"] += 1
                 return
-            reply.raise_for_status()
+            if reply.is_error:
+                soak.wrong.append(f"{reply.status_code} to {body}: {reply.text}")
+                return
             reply_json = reply.json()["choices"][0]
     except TimeoutError:
         soak.counts["clients that hung up"] += 1
@@ -195,9 +197,11 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any], soak: Soak, chanc
 async def streamed(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
     whole: dict[str, Any] = {"token_ids": [], "logprobs": [], "versions": [], "finish_reason": None}
     async with client.stream("POST", "/inference/v1/generate", json=body | {"stream": True}) as reply:
-        if reply.status_code == 404 and "model" in body:
-            return whole | {"finish_reason": "no adapter"}
-        reply.raise_for_status()
+        if reply.is_error:
+            refusal = (await reply.aread()).decode()
+            if "model" in body and (reply.status_code == 404 or (reply.status_code == 400 and "adapter" in refusal)):
+                return whole | {"finish_reason": "no adapter"}
+            raise httpx.HTTPError(f"{reply.status_code}: {refusal}")
         async for line in reply.aiter_lines():
             if line.startswith("data: {"):
                 told = json.loads(line[6:])
