@@ -1,6 +1,7 @@
 """What all tests share: one thread, and tiny models."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,20 @@ if not torch.accelerator.is_available():  # Triton, which torch imports with muc
     os.environ["TRITON_INTERPRET"] = "1"
 
 from liaoyuan.models import Decoder, ModelConfig, initialise
+from liaoyuan.ops import seek_exactness
 
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None)  # a busy machine is no failure
 settings.load_profile("suite")
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def who_asks_for_exactness_asks_for_itself() -> Iterator[None]:
+    """It holds for the whole process, which the tests of other files share."""
+    yield
+    seek_exactness(False)
 
 
 @pytest.fixture

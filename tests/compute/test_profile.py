@@ -159,13 +159,23 @@ def test_a_run_s_own_settings_hold(folder, tmp_path):
         'corpus = "gone"\nsequence_length = 16\n[train]\nsteps = 3\nbatch_tokens = 64\nmicrobatches = 2\n'
         '[ops]\nswiglu = "reference"\n'
     )
-    seek_exactness(False)  # whoever asked for it in this process would get the exact form of the reference
     try:
         found = profile(open_subject(run, "train", CPU, None, Size(), []), 1)
         assert (found.facts["tokens"], found.facts["sequence_length"], found.facts["microbatches"]) == (64, 16, 2)
         assert "swiglu" not in {row.operator for row in found.operators}
         assert sum(row.calls for row in found.operators if row.operator == "attention") == 2 * 2
     finally:
+        configure({})
+
+
+def test_exact_training_without_kernels_is_profiled(folder):
+    configure({"swiglu": "reference"})
+    seek_exactness()
+    try:
+        found = profile(open_subject(folder, "train", CPU, None, Size(), []), 1)
+        assert {"swiglu", "swiglu_backward"} <= {row.operator for row in found.operators}
+    finally:
+        seek_exactness(False)
         configure({})
 
 

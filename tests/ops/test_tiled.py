@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from liaoyuan import ops
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops import choice, tiled
 from liaoyuan.ops.log_sum_exp import row_sum
-from liaoyuan.ops.operator import OPERATORS, cast
+from liaoyuan.ops.operator import OPERATORS, cast, outputs_and_gradients
 from tests.ops.cases import difference, torch_threads
 from tests.ops.drawing import DRAWINGS
 from tests.ops.test_promises import sample_of, tuple_of
@@ -172,6 +173,16 @@ def test_gradients_are_those_of_the_references() -> None:
         operator = OPERATORS[name]
         assert operator.gradient
         assert choice.self_test(operator, next(k for k in operator.kernels if k.fallback), "cpu") is None
+
+
+@pytest.mark.parametrize("name", [name for name in TILED if OPERATORS[name].gradient])
+def test_whoever_watches_every_call_changes_no_gradient(name: str) -> None:
+    """Below a mode like this PyTorch switches autograd off, of which the gradients of references are made."""
+    operator, sample = OPERATORS[name], next(iter(OPERATORS[name].samples(torch.float32)))
+    alone = outputs_and_gradients(operator, operator.call, sample)
+    with FlopCounterMode(display=False):
+        watched = outputs_and_gradients(operator, operator.call, sample)
+    assert all(map(torch.equal, alone, watched)) and len(alone) == len(watched)
 
 
 def rows_in_one_piece(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

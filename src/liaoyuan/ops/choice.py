@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.ops.operator import OPERATORS, Kernel, Operator, cast, outputs_and_gradients
+from liaoyuan.ops.operator import OPERATORS, Kernel, Operator, cast, in_clean_thread, outputs_and_gradients
 
 LONG = 0.2  # seconds of measuring an operator, after which no further call is timed
 REFERENCE, AUTO = "reference", "auto"
@@ -84,7 +84,7 @@ def compute_with(kernel: str, name: str, function: Callable[..., Any], inputs: t
     if name == operator.name:
         return operator.reference(*inputs)
     assert operator.gradient
-    return _in_clean_thread(functools.partial(operator.gradient.reference, *inputs))  # it needs autograd itself
+    return operator.gradient.reference(*inputs)
 
 
 def configure(kernels: Mapping[str, str]) -> None:
@@ -165,7 +165,7 @@ def measure(device: str, dtype: torch.dtype, matrix_rate: float, memory_rate: fl
         matrix_rate: the best rate of matrix products of this dtype here, FLOP/s; memory_rate: of copying, bytes/s.
     """
     return [
-        _in_clean_thread(functools.partial(_measure, _choose(name, device), dtype, matrix_rate, memory_rate))
+        in_clean_thread(functools.partial(_measure, _choose(name, device), dtype, matrix_rate, memory_rate))
         for name in OPERATORS
     ]
 
@@ -214,7 +214,7 @@ _has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _choose(name: str, device: str) -> OperatorStatus:
     with _lock:
-        return _in_clean_thread(lambda: _first_that_passes(OPERATORS[name], device))
+        return in_clean_thread(lambda: _first_that_passes(OPERATORS[name], device))
 
 
 def _first_that_passes(operator: Operator, device: str) -> OperatorStatus:
@@ -300,22 +300,3 @@ def _seconds(function: Callable[..., Any], sample: tuple[Any, ...], repeats: int
                 torch.accelerator.synchronize()
             times.append(time.perf_counter() - start)
     return min(times)
-
-
-def _in_clean_thread(work: Callable[[], Any]) -> Any:
-    """Run `work` where no mode of the caller (inference, fake tensors, tracing) is in force: modes are of a thread."""
-    result: list[Any] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(work())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=run, name="liaoyuan-ops")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return result[0]

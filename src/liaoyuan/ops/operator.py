@@ -6,6 +6,7 @@ Which kernel computes it on a device is decided in `choice.py`.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,6 +147,9 @@ def pull_back(
     function: Callable[..., Any], inputs: Sequence[Any], wanted: Sequence[int], grads: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """Return the gradients of `inputs[i] for i in wanted`, given those of the outputs, by PyTorch's autograd."""
+    # Below who watches every call, autograd is switched off for this thread.
+    if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality):
+        return in_clean_thread(functools.partial(pull_back, function, inputs, wanted, grads))
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_(i in wanted) if isinstance(x, Tensor) else x for i, x in enumerate(inputs)]
         outputs = function(*leaves)
@@ -154,6 +158,25 @@ def pull_back(
         sources = [leaves[i] for i in wanted]
         found = torch.autograd.grad([out for out, _ in pairs], sources, [grad for _, grad in pairs], allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(sources, found, strict=True)]
+
+
+def in_clean_thread(work: Callable[[], Any]) -> Any:
+    """Run `work` where no mode of the caller (inference, fake tensors, tracing) is in force: modes are of a thread."""
+    result: list[Any] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(work())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="liaoyuan-ops")
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return result[0]
 
 
 def _apply_if_any(apply: Callable[..., Any], count: int, ctx: Any, *grads: Tensor | None) -> Any:
