@@ -211,6 +211,32 @@ def test_hidden_states_are_whole_and_no_part_of_a_model_waits_for_the_others(fol
     assert "a cache that all of them know" in refusals[3]
 
 
+def lose_the_last_exchange(leader: Leader) -> tuple[str, str]:
+    """Let the leader's connection break in the last exchange of a call, that of logits; return what is said of it."""
+    gather = inference.gather_columns
+
+    def lose(x: torch.Tensor, group: Any) -> torch.Tensor:
+        gather(x, group)
+        raise RuntimeError("Connection reset by peer. GLHF!")
+
+    inference.gather_columns = lose
+    try:
+        with torch.inference_mode():
+            leader.model(torch.arange(1, 6), *packed_context([5]))
+        return "nothing", ""
+    except LiaoyuanError as error:
+        return str(error), leader.failure
+    finally:
+        inference.gather_columns = gather
+        leader.failure = ""  # they still hear each other: let them end
+
+
+def test_a_connection_that_breaks_in_the_last_exchange_is_a_sentence(folder_of: Callable[[str], Path]) -> None:
+    said, failure = on_ranks(2, folder_of("dense"), Layout(tp=2), lose_the_last_exchange)
+    assert said.startswith("A process of this model failed, and the others with it: start it again")
+    assert failure and "GLHF" not in said
+
+
 def drop_in_between(leader: Leader) -> tuple[list[Completion], list[Completion]]:
     """Return answers before and after the last reference to a cache goes in the middle of a call."""
     kept = [leader.new_cache(4, 4)]

@@ -182,7 +182,8 @@ class EngineThread:
             except Exception as error:  # no request may kill the loop: fail those that are open, and go on
                 logger.exception("the engine failed; all open requests are given up")
                 self._failures, self._error = self._failures + 1, repr(error)
-                self._give_up(LiaoyuanError(f"The engine failed: {error!r}."))
+                own = str(error) if isinstance(error, LiaoyuanError) else f"The engine failed: {error!r}."
+                self._give_up(LiaoyuanError(own))
         for command in self._commands:
             command()
         self._give_up(LiaoyuanError("The engine is shutting down."))

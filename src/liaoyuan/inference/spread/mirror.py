@@ -265,9 +265,11 @@ class Leader:
         except LiaoyuanError:
             raise  # refused in all processes alike
         except BaseException as error:
-            self.failure = f"{type(error).__name__}: {error}".partition("\n")[0]
-            self._failed(self.failure)
-            raise LiaoyuanError(f"A process of this model failed, and the others with it: {self.failure}.") from error
+            self.failure = "one of them failed"
+            self._failed(f"{type(error).__name__}: {error}".partition("\n")[0])
+            raise LiaoyuanError(
+                "A process of this model failed, and the others with it: start it again; its log says why."
+            ) from error
 
 
 class SharedCache(KeyValueCache):
