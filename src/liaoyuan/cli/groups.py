@@ -1,4 +1,4 @@
-"""A command with many options shows them in groups."""
+"""A command with many options shows them in groups, all on one screen."""
 
 from typing import Any
 
@@ -7,6 +7,10 @@ from typer.core import TyperCommand
 
 class GroupedCommand(TyperCommand):
     """Shows options under the titles that their `rich_help_panel` names, in the order in which those first come."""
+
+    def get_help(self, ctx: Any) -> str:
+        """Return the help without empty lines, in place of which there is room for options."""
+        return "\n".join(line for line in super().get_help(ctx).splitlines() if line)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
