@@ -182,14 +182,9 @@ class _Engine:
     def collect(self) -> Iterator[Metric]:
         state = self._health()
         yield GaugeMetricFamily("liaoyuan_alive", "Whether the engine runs.", float(bool(state.get("alive"))))
-        for reading in GAUGES:
-            if reading.source in state:
-                yield GaugeMetricFamily(reading.name, reading.meaning, state[reading.source])
-        for reading in COUNTERS:
-            if reading.source in state:
-                yield CounterMetricFamily(reading.name, reading.meaning, state[reading.source])
-        if "workers" in state:
-            yield from _of_workers(state["workers"])
+        yield from _families(GAUGES, COUNTERS, [((), state)])
+        workers = [((worker["side"], str(worker["number"])), worker) for worker in state.get("workers", ())]
+        yield from _families(WORKER_GAUGES, WORKER_COUNTERS, workers, ("side", "worker"))
         if state.get("blocks"):
             used = 1 - state["free_blocks"] / state["blocks"]
             yield GaugeMetricFamily("liaoyuan_cache_use_ratio", "Part of the cache that running requests hold.", used)
@@ -198,12 +193,18 @@ class _Engine:
             yield GaugeMetricFamily("liaoyuan_prefix_cache_hit_ratio", "Part of the tokens looked for found.", hits)
 
 
-def _of_workers(workers: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
-    labels = ("side", "worker")
-    for kind, readings in ((GaugeMetricFamily, WORKER_GAUGES), (CounterMetricFamily, WORKER_COUNTERS)):
+def _families(
+    gauges: Sequence[Reading],
+    counters: Sequence[Reading],
+    states: Sequence[tuple[Sequence[str], Mapping[str, Any]]],
+    labels: Sequence[str] = (),
+) -> Iterator[Metric]:
+    """Yield what states say, each with its values of `labels`; what none says is left out."""
+    for kind, readings in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
         for reading in readings:
             family = kind(reading.name, reading.meaning, labels=labels)
-            for worker in workers:
-                if reading.source in worker:
-                    family.add_metric([worker["side"], str(worker["number"])], float(worker[reading.source]))
-            yield family
+            for values, state in states:
+                if reading.source in state:
+                    family.add_metric(values, float(state[reading.source]))
+            if family.samples:
+                yield family
