@@ -64,3 +64,10 @@ def test_a_beam_that_ends_competes_with_those_that_go_on(client: httpx.Client, t
 def test_what_beams_cannot_have_is_refused(client: httpx.Client, field: dict[str, Any]) -> None:
     reply = client.post("/v1/completions", json={"prompt": PROMPT, "use_beam_search": True, "n": 2, **field})
     assert reply.status_code == 400 and reply.json()["error"]["param"] == next(iter(field))
+
+
+def test_a_penalty_without_beams_is_refused_unless_it_changes_nothing(client: httpx.Client) -> None:
+    asked = {"prompt": PROMPT, "max_tokens": 1}
+    assert client.post("/v1/completions", json={**asked, "length_penalty": 1}).status_code == 200
+    reply = client.post("/v1/completions", json={**asked, "length_penalty": 0.5})
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "length_penalty"

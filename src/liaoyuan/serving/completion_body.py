@@ -14,6 +14,8 @@ from liaoyuan.serving.protocol import (
     TruncationSide,
 )
 
+USUAL_PENALTY = 1.0  # a beam's log-probability per token
+
 
 class CompletionRequest(Sampling):
     """Body of `/v1/completions`. suffix: what comes after the answer, for models that fill in the middle.
@@ -50,4 +52,10 @@ class CompletionRequest(Sampling):
             raise invalid(f"'best_of' ({self.best_of}) must be at least 'n' ({self.choices}).", "best_of")
         if self.candidates > self.choices and self.stream:
             raise invalid("'best_of' cannot be streamed: the best is known at the end.", "best_of")
+        return self
+
+    @model_validator(mode="after")
+    def _length_penalty_of_beams(self) -> "CompletionRequest":
+        if self.length_penalty not in (None, USUAL_PENALTY) and not self.use_beam_search:
+            raise invalid("'length_penalty' compares beams: it needs 'use_beam_search'.", "length_penalty")
         return self

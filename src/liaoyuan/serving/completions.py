@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from liaoyuan.inference import PromptLogprobs
 from liaoyuan.serving.beams import beam_search, check_beams
-from liaoyuan.serving.completion_body import CompletionRequest
+from liaoyuan.serving.completion_body import USUAL_PENALTY, CompletionRequest
 from liaoyuan.serving.completion_reply import CompletionReply
 from liaoyuan.serving.errors import ApiError, invalid
 from liaoyuan.serving.generation import (
@@ -57,7 +57,7 @@ def completion_routes(served: Served) -> APIRouter:
 
 async def _beams(served: Served, body: CompletionRequest, jobs: list[Job]) -> list[list[Piece]]:
     """Return the most probable answers to each prompt."""
-    penalty = 1.0 if body.length_penalty is None else body.length_penalty
+    penalty = USUAL_PENALTY if body.length_penalty is None else body.length_penalty
     found = [await beam_search(served, job, body.choices, penalty) for job in jobs[:: body.choices]]
     return [pieces for answers in found for pieces in answers]
 
