@@ -60,7 +60,17 @@ def test_a_beam_that_ends_competes_with_those_that_go_on(client: httpx.Client, t
     assert len(told["token_logprobs"]) == 6 and all(len(row) >= 2 for row in told["top_logprobs"])
 
 
-@pytest.mark.parametrize("field", [{"stream": True}, {"logit_bias": {"5": 1}}, {"best_of": 3}, {"presence_penalty": 1}])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"stream": True},
+        {"logit_bias": {"5": 1}},
+        {"best_of": 3},
+        {"presence_penalty": 1},
+        {"guided_regex": "[a-f]{3}"},
+        {"response_format": {"type": "json_object"}},
+    ],
+)
 def test_what_beams_cannot_have_is_refused(client: httpx.Client, field: dict[str, Any]) -> None:
     reply = client.post("/v1/completions", json={"prompt": PROMPT, "use_beam_search": True, "n": 2, **field})
     assert reply.status_code == 400 and reply.json()["error"]["param"] == next(iter(field))

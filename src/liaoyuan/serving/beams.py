@@ -14,6 +14,7 @@ from liaoyuan.inference.request import TopLogprobs
 from liaoyuan.serving.completion_body import CompletionRequest
 from liaoyuan.serving.errors import ApiError, invalid
 from liaoyuan.serving.generation import Job, Served, engine_events
+from liaoyuan.serving.structure import asked_grammar
 from liaoyuan.serving.text import AnswerReader, Piece
 
 # What would change which continuation is the most probable, and is not asked of the engine here.
@@ -47,7 +48,8 @@ class Beam:
 
 def check_beams(body: CompletionRequest) -> None:
     """Raise ApiError if a request asks for beams and for what they cannot have."""
-    wrong = next((name for name in OTHERWISE if getattr(body, name)), None)
+    form = asked_grammar(body)
+    wrong = form[0] if form else next((name for name in OTHERWISE if getattr(body, name)), None)
     if wrong:
         raise invalid(f"Beam search goes by the model's own probabilities, at once: it cannot have '{wrong}'.", wrong)
 
