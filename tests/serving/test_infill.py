@@ -92,6 +92,14 @@ def test_files_without_a_text_are_refused(client: httpx.Client, extra: object) -
     assert client.post("/infill", json=asked).status_code == 400
 
 
+def test_all_texts_that_are_missing_are_named_at_once(client: httpx.Client) -> None:
+    error = client.post("/infill", json={"n_predict": 1}).json()["error"]
+    assert error["message"] == "The fields 'input_prefix' and 'input_suffix' are missing."
+    assert error["param"] == "input_prefix" and error["code"] == "missing_required_parameter"
+    error = client.post("/infill", json={"input_prefix": "a"}).json()["error"]
+    assert error["message"] == "The field 'input_suffix' is missing."
+
+
 def test_a_model_without_these_tokens_says_so(model_folder: Path) -> None:
     with open_server(model_folder, port=0, engine=EngineConfig(max_sequences=2)) as server:
         for path, asked in (

@@ -203,7 +203,7 @@ def from_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "missing" and not path:
         return invalid("The request has no body; send a JSON object.")
     if first["type"] == "missing":
-        return invalid(f"The field '{param}' is missing.", param, "missing_required_parameter")
+        return invalid(f"{_missing(error)} missing.", param, "missing_required_parameter")
     if first["type"] == "extra_forbidden":
         hint = nearest(path[-1], first.get("ctx", {}).get("known", ())) or "."
         return invalid(f"Unknown field '{param}'{hint}", param, "unknown_parameter")
@@ -212,3 +212,11 @@ def from_validation(error: RequestValidationError) -> ApiError:
     given = first["input"] if isinstance(first["input"], str | int | float) else ""
     found = f" ({first['type']}; it is {str(given)[:MOST_SHOWN]!r})" if given != "" else ""
     return invalid(f"The field '{param}' is wrong: {first['msg']}{found}.", param, "invalid_value")
+
+
+def _missing(error: RequestValidationError) -> str:
+    """Return which fields a body lacks, as the beginning of a sentence: all of the object in which the first lacks."""
+    places = [each["loc"] for each in error.errors() if each["type"] == "missing"]
+    names = [".".join(str(part) for part in place if part != "body") for place in places if place[:-1] == places[0][:-1]]
+    named = " and ".join(f"'{name}'" for name in names)
+    return f"The field {named} is" if len(names) == 1 else f"The fields {named} are"
