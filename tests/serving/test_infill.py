@@ -71,6 +71,12 @@ def test_what_is_far_from_the_gap_goes_away_first(client: httpx.Client) -> None:
     assert "What is <|fim_suffix|>The answer is 42." in told["prompt"] and "other" in told["prompt"]
 
 
+def test_where_no_room_is_left_for_the_answer_both_are_counted(client: httpx.Client) -> None:
+    asked = {"input_prefix": "a", "input_suffix": "b", "n_predict": CONTEXT}
+    error = client.post("/infill", json=asked).json()["error"]
+    assert error["n_prompt_tokens"] < 10 and f"{CONTEXT} more are asked for" in error["message"]
+
+
 def test_a_filling_ends_where_the_model_begins_another_part(client: httpx.Client, folder: Path) -> None:
     ends = infill(client)["generation_settings"]
     end = Tokenizer.load(folder).token_id("<|file_sep|>")

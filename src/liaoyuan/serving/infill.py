@@ -83,9 +83,11 @@ def fill_prompt(
     tokenizer, context = served.tokenizer, served.context_length
     lead, started = tokenizer.encode("", add_special_tokens=True), tokenizer.encode(begun)
     own = [tokens.file, *tokenizer.encode("file\n")] if tokens.file is not None and extras else []
-    room = context - (most or context // ANSWER_PART) - len(lead) - len(own) - len(started) - 3
+    answer = most or context // ANSWER_PART
+    least = len(lead) + len(own) + len(started) + 3  # tokens of the prompt that cannot be cut off
+    room = context - answer - least
     if room < 0:
-        raise too_long(context - room, 0, context, "prompt")
+        raise too_long(least, answer, context, "prompt")
     left, right = tokenizer.encode(before), tokenizer.encode(after)
     rightmost = max(room // 4, room - len(left))
     right = right[:rightmost]
