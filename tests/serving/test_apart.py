@@ -264,6 +264,21 @@ def test_sigterm_takes_nobody_in_and_waits_for_the_answers(model_folder: Path) -
         assert server.wait(PATIENCE) == -signal.SIGTERM
 
 
+def test_who_waits_for_an_answer_is_told_that_ctrl_c_ends_the_server(model_folder: Path) -> None:
+    with (
+        serve(model_folder, "--prefill", "1", "--decode", "1", *OPTIONS) as (server, api),
+        httpx.Client(base_url=api.removesuffix("/v1"), trust_env=False, timeout=PATIENCE) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        client.post("/pause")
+        waiting = pool.submit(client.post, "/v1/completions", json={"prompt": LONG, "stream": True})
+        wait_until(lambda: client.get("/load").json()["server_load"] == 1, PATIENCE)
+        server.send_signal(signal.SIGINT)
+        told = waiting.result()
+        assert (told.status_code, told.json()["error"]["code"]) == (503, "shutting_down")
+        assert server.wait(PATIENCE) == 0
+
+
 def refuses(url: str) -> bool:
     try:
         httpx.get(url + "/health", trust_env=False)

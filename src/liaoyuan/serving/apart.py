@@ -23,6 +23,7 @@ from liaoyuan.inference.disaggregation.frames import Closed
 from liaoyuan.inference.disaggregation.process import Task, worker_command
 from liaoyuan.inference.operations import LoadAdapter, State, UnloadAdapter, UpdateWeights, adapters_from_json
 from liaoyuan.inference.runner import Operation, Unavailable
+from liaoyuan.serving.errors import ApiError
 from liaoyuan.serving.everywhere import all_or_none
 from liaoyuan.serving.replicas import PATIENCE_SECONDS, Replica, Replicas, replica_environment
 from liaoyuan.serving.routing import Routes, token_pieces
@@ -83,10 +84,11 @@ class Apart:
         workers.renewed = self._routes.forget
         self._capacity, self._open, self._born_with = task.max_queued, 0, task.adapters
         self._loaded = adapters_from_json(said["adapters"])
+        self._ending = False
         self.room: int = said["room"]
 
     def stream(self, request: Request) -> AsyncIterator[Event]:
-        """See `EngineThread.stream`; Unavailable is raised while the stream is read."""
+        """See `EngineThread.stream`; Unavailable is raised while the stream is read, ApiError if the server ends."""
         self._refuse()
         return self._stream(request)
 
@@ -97,6 +99,11 @@ class Apart:
             async with contextlib.aclosing(self._dispatch.stream(request)) as events:  # type: ignore[type-var]
                 async for event in events:
                     yield event
+        except LiaoyuanError as error:
+            if self._ending:  # no worker has failed: they end with the server
+                message = "The server is shutting down. Try again in a moment."
+                raise ApiError(503, message, code="shutting_down") from error
+            raise
         finally:
             self._open -= 1
 
@@ -117,7 +124,8 @@ class Apart:
         return result
 
     def close(self) -> None:
-        """Let answers that are open end when their workers do."""
+        """Let answers that are open end when their workers do. May be called by any thread."""
+        self._ending = True
         self._dispatch.close()
 
     def rouse(self) -> None:
