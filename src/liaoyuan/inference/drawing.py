@@ -52,9 +52,8 @@ class Drawing:
         self._penalties, self._bias, self._forbids, self._processed, self._masks = np.zeros(
             (5, max_sequences), dtype=bool
         )
-        # Whether it has any of the first three, and whether it is told more than its token; whether anybody is such, as
-        # seldom somebody is, and then steps need not look.
-        self._is_special, self._is_told = np.zeros((2, max_sequences), dtype=bool)
+        # Whether anybody has any of the first three, and whether anybody is told more than tokens: seldom somebody does
+        # or is, and then steps need not look.
         self._are_special = self._are_told = False
 
     def start(self, sequence: Sequence) -> None:
@@ -75,11 +74,10 @@ class Drawing:
         self._table[slot] = (*numbers, *penalties, 0.0)
         self._penalties[slot] = penalties != (1.0, 0.0, 0.0)
         self._bias[slot], self._forbids[slot] = bool(sampling.logit_bias), may_forbid(sequence)
-        self._is_special[slot] = self._penalties[slot] | self._bias[slot] | self._forbids[slot]
         self._top[slot] = max(sampling.top_logprobs, bool(sampling.scored_tokens))
         self._processed[slot], self._masks[slot] = sampling.processed_logprobs, sampling.return_masks
-        self._is_told[slot] = self._top[slot] > 0 or self._processed[slot] or self._masks[slot]
-        self._are_special, self._are_told = bool(self._is_special.any()), bool(self._is_told.any())
+        self._are_special = bool((self._penalties | self._bias | self._forbids).any())
+        self._are_told = bool(((self._top > 0) | self._processed | self._masks).any())
 
     def draw(self, logits: Tensor, plan: Plan, tokens: np.ndarray, limit: np.ndarray) -> Draws:
         """Draw the plan's R tokens from logits [R, V].
@@ -122,7 +120,7 @@ class Drawing:
         table = self._table[slots]
         if table[:, TEMPERATURE].any():  # else nothing is left to chance
             table[:, UNIFORM] = uniform(self._seed[slots], places)
-        if not self._are_special or not self._is_special[slots].any():
+        if not self._are_special:
             return Settings(table), {}
         history = lengths = biased = None
         if (penalised := self._penalties[slots]).any():
