@@ -114,9 +114,6 @@ class Adapters:
 
         Outside, the model is the base.
         """
-        if not any(numbers):
-            yield
-            return
         self._stacks.choose(np.array(numbers, dtype=np.int64), counts)
         try:
             yield
