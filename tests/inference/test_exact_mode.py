@@ -19,6 +19,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import QUICK, Completion, Engine, EngineConfig, Request, SamplingParams, prove
 from liaoyuan.inference.exactness import paths as exact_paths
 from liaoyuan.inference.exactness.proof import find_proof
+from liaoyuan.inference.scoring import prompt_logprobs
 from liaoyuan.models import Decoder, ModelConfig, packed_context
 from liaoyuan.models.config import Experts, Latent
 from liaoyuan.ops.operator import OPERATORS
@@ -194,6 +195,15 @@ def test_doctor_shows_the_proof_and_its_status_says_the_verdict(tmp_path, monkey
     found = json.loads(told.stdout)
     assert told.exit_code == 1 and found["exact"] is False
     assert found["operator"] == "swiglu of layers.0.mlp"
+
+
+@pytest.mark.parametrize("feature", ["dense", "experts"])
+def test_a_prompt_that_is_scored_in_one_pass_has_the_scores_and_rivals_of_a_request(feature: str) -> None:
+    engine, prompt = Engine(model_of(feature)), tuple((7 * n * n + 3 * n) % 1100 for n in range(60))
+    found = prompt_logprobs(engine, "", prompt, 2000)  # all tokens are rivals, the prompt's own among them
+    assert [dict(row)[token] for token, row in zip(prompt[1:], found.top, strict=True)] == found.logprobs
+    asked = Request(0, prompt, SamplingParams(max_tokens=1, prompt_logprobs=2000))
+    assert engine.generate([asked])[0].prompt == found
 
 
 # ---- whatever is asked of an engine, in whatever company

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from liaoyuan.inference.engine import Engine
 from liaoyuan.inference.request import PromptLogprobs
+from liaoyuan.inference.sampling import top_logprobs
 from liaoyuan.inference.spread.memory import OwnMemory
 from liaoyuan.models import Decoder, packed_context
 
@@ -34,7 +35,7 @@ def prompt_logprobs(engine: Engine, adapter: str, prompt: Sequence[int], top: in
 
 def _rivals(model: Decoder, hidden: Tensor, top: int) -> Iterator[list[tuple[int, float]]]:
     for rows in hidden.split(ROWS):
-        scores = model.logits(rows).float().log_softmax(-1)
-        values, tokens = scores.topk(min(top, scores.shape[1]), dim=-1)
+        logits = model.logits(rows)
+        tokens, values = top_logprobs(logits, min(top, logits.shape[1]))
         for row in zip(tokens.tolist(), values.tolist(), strict=True):
             yield list(zip(*row, strict=True))
