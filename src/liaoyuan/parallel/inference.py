@@ -246,7 +246,8 @@ def _to_slots(placed: PlacedExperts, number: int, mesh: Mesh) -> Dispatch:
 
 
 def _join_rows(own: Tensor, counts: list[int], group: ProcessGroup) -> Tensor:
-    """Return the rows of all ranks of ep, `counts` of each, one after another; own: this process's part of its rank's.
+    """Return the rows of all ranks that share the experts, `counts` of each, one after another; own: this process's
+    part of its rank's.
 
     The parts that several processes have of the same rows are added in their order.
     """
@@ -295,11 +296,7 @@ def _whole_experts(group: ProcessGroup) -> Dispatch:
         rows, order, sizes = permute_rows(x, chosen, count)
         of_each = sizes.view(size, -1)
         counts = of_each.sum(1).tolist()
-        before = sum(counts[:place])
-        own = rows.new_zeros(max(counts), rows.shape[1])
-        own[: counts[place]] = experts(rows[before : before + counts[place]], of_each[place])
-        parts = _gather(own, group).unflatten(0, (size, -1))
-        whole = torch.cat([part[:number] for part, number in zip(parts, counts, strict=True)])
-        return combine_rows(whole, order, weights)
+        out = experts(rows.split(counts)[place], of_each[place])
+        return combine_rows(_join_rows(out, counts, group), order, weights)
 
     return dispatch
