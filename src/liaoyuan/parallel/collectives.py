@@ -153,7 +153,7 @@ class _ScatterSum(torch.autograd.Function):
         return _all_gather(grads[0], ctx.group), None
 
 
-class _OrderedScatterSum(torch.autograd.Function):
+class _OrderedScatterSum(_ScatterSum):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
@@ -161,17 +161,8 @@ class _OrderedScatterSum(torch.autograd.Function):
         dist.all_to_all_single(parts, x.contiguous(), group=group)
         return add_in_order(parts.unflatten(0, (group.size(), -1)))
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(grads[0], ctx.group), None
 
-
-class _ReplicatedRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _all_gather(x, group)
-
+class _ReplicatedRows(_GatherRows):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].unflatten(0, (ctx.group.size(), -1))[ctx.group.rank()], None
