@@ -23,7 +23,7 @@ from liaoyuan.models import Decoder, ModelConfig, Quantisation
 from liaoyuan.models.experts import Dispatch, GroupedExperts, MixtureOfExperts
 from liaoyuan.models.quantised import read_with, to_quantise
 from liaoyuan.ops import combine_rows, permute_rows
-from liaoyuan.parallel.collectives import add_in_order
+from liaoyuan.parallel.collectives import add_in_order, ordered_scatter_sum
 from liaoyuan.parallel.expert import expert_weights
 from liaoyuan.parallel.layout import Layout, Shape, resolve
 from liaoyuan.parallel.mesh import Mesh
@@ -162,9 +162,7 @@ def ordered_sum(x: Tensor, group: ProcessGroup) -> Tensor:
         return add_in_order(_gather(x, group).unflatten(0, (size, -1)))
     missing = -len(x) % size
     padded = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
-    parts = torch.empty_like(padded, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(parts, padded.contiguous(), group=group)
-    return _gather(add_in_order(parts.unflatten(0, (size, -1))), group)[: len(x)]
+    return _gather(ordered_scatter_sum(padded, group), group)[: len(x)]
 
 
 def _gather(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -253,7 +251,7 @@ def _join_rows(own: Tensor, counts: list[int], group: ProcessGroup) -> Tensor:
     """
     most = max(counts)
     padded = nn.functional.pad(own, (0, 0, 0, most - len(own)))
-    parts = _gather(padded, group).unflatten(0, (-1, len(counts), most))
+    parts = _gather(padded, group).unflatten(0, (group.size() // len(counts), len(counts), most))
     whole = add_in_order(parts) if len(parts) > 1 else parts[0]
     return torch.cat([rows[:count] for rows, count in zip(whole, counts, strict=True)])
 
