@@ -169,7 +169,7 @@ def products(shape: str, options: argparse.Namespace) -> list[dict]:
 
 
 def few_bits(weight: torch.Tensor, how: Quantisation) -> QuantisedWeight:
-    return quantise(weight, how.kind, 32 if how.group is None and how.kind == "int4" else how.group)
+    return quantise(weight, how.kind, how.group_size)
 
 
 def held(model: Decoder) -> int:
