@@ -13,7 +13,7 @@ from liaoyuan.models import Decoder, ModelConfig, Quantisation, initialise, quan
 from liaoyuan.models.config import Experts, Latent
 from liaoyuan.models.decoder import Layer
 from liaoyuan.models.layers import Linear
-from liaoyuan.models.plain import Plain
+from liaoyuan.models.plain import Plain, PlainLayer
 from liaoyuan.models.quantised_linear import QuantisedLinear
 from liaoyuan.models.rotary import TABLE, Rotary, _angles, rotary_angles
 from liaoyuan.ops import FewBits, LayerWeights
@@ -186,3 +186,20 @@ def test_angles_from_the_table_have_the_bits_of_those_computed(kind: str) -> Non
             found = rotary_angles(place, rotary, 48)
         for a, b in zip(found, _angles(place, rotary, 48), strict=True):
             assert torch.equal(a, b), positions
+
+
+def test_where_no_kernel_can_be_a_step_looks_for_no_plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Paged:
+        pages = print
+
+        def attend(self, layer: int, query: torch.Tensor, *_: object) -> torch.Tensor:
+            return query
+
+    looked: list[object] = []
+    monkeypatch.setattr(PlainLayer, "of", lambda _, layer: looked.append(layer))
+    config = ModelConfig("qwen3", 64, 32, 48, 2, 4, 2, 16)
+    for device in ("cpu", "meta"):
+        looked.clear()
+        model = Decoder(config).to(device)
+        model.run_layers(torch.zeros(3, 32, device=device), torch.arange(3, device=device), Paged())  # type: ignore[arg-type]
+        assert len(looked) == (2 if device == "cpu" else 0)

@@ -177,7 +177,8 @@ class Decoder(nn.Module):
     def run_layers(self, residual: Tensor, positions: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """Pass the layers of this stage: residual stream [N, H] -> the stream and the last addend to it."""
         angles, x = self.angles(positions), None
-        pages = getattr(context, "pages", None)  # of contexts over a paged cache: a whole layer is one operator there
+        # Of contexts over a paged cache: a whole layer is one operator there, on a CPU.
+        pages = getattr(context, "pages", None) if residual.is_cpu else None
         kernel, has_few_bits = None, None
         for layer in self.layers:
             plain = layer.plain.of(layer) if pages and isinstance(layer, Layer) else None
