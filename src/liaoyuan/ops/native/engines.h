@@ -25,6 +25,39 @@ struct Items {
 
 constexpr int REGISTERS = sizeof(Vec) / sizeof(Register), WIDTH = LANES / REGISTERS;
 
+// sums, in registers, += one step along the depth: a word of each item times a row of a panel.
+template <class E, int COUNT, int PARTS, class Word>
+[[gnu::always_inline]] inline void add_step(Register (&sum)[COUNT][PARTS], Items<Word> items, const Word* row) {
+  Register lanes[PARTS];
+#pragma GCC unroll 8
+  for (int n = 0; n < PARTS; ++n) {
+    std::memcpy(&lanes[n], row + n * WIDTH, sizeof(Register));
+    hold(lanes[n]);
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < COUNT; ++i) {
+    Word word;
+    std::memcpy(&word, items.words + i * items.stride, sizeof word);
+#pragma GCC unroll 8
+    for (int n = 0; n < PARTS; ++n) E::add_product(sum[i][n], word, lanes[n]);
+  }
+}
+// The sums of items that lie PANEL floats apart.
+template <int PANEL, int COUNT, int PARTS>
+[[gnu::always_inline]] inline void load_sums(Register (&sum)[COUNT][PARTS], const float* from) {
+#pragma GCC unroll 12
+  for (int i = 0; i < COUNT; ++i)
+#pragma GCC unroll 8
+    for (int n = 0; n < PARTS; ++n) std::memcpy(&sum[i][n], from + i * PANEL + n * WIDTH, sizeof(Register));
+}
+template <int PANEL, int COUNT, int PARTS>
+[[gnu::always_inline]] inline void store_sums(const Register (&sum)[COUNT][PARTS], float* to) {
+#pragma GCC unroll 12
+  for (int i = 0; i < COUNT; ++i)
+#pragma GCC unroll 8
+    for (int n = 0; n < PARTS; ++n) std::memcpy(to + i * PANEL + n * WIDTH, &sum[i][n], sizeof(Register));
+}
+
 // sums [items, E::PANEL] (+)= items times a panel, held in vector registers. E::add_product multiplies words.
 template <class E, class Word>
 struct VectorProducts {
@@ -64,36 +97,14 @@ struct VectorProducts {
   template <int COUNT, int V>
   [[gnu::noinline]] static void tile(Items<Word> items, const Word* panel, int64_t steps, bool add, float* sums) {
     constexpr int PARTS = V * REGISTERS;
-    Register sum[COUNT][PARTS];
-#pragma GCC unroll 24
-    for (int i = 0; i < COUNT; ++i)
-#pragma GCC unroll 4
-      for (int n = 0; n < PARTS; ++n)
-        if (add)
-          std::memcpy(&sum[i][n], sums + i * PANEL + n * WIDTH, sizeof(Register));
-        else
-          sum[i][n] = Register{};
+    Register sum[COUNT][PARTS] = {};
+    if (add) load_sums<PANEL>(sum, sums);
     for (int64_t step = 0; step < steps; ++step) {
       if (step % LANES == 0)
         for (int i = 0; i < COUNT; ++i) __builtin_prefetch(items.words + (COUNT + i) * items.stride + step, 0, 2);
-      Register lanes[PARTS];
-#pragma GCC unroll 4
-      for (int n = 0; n < PARTS; ++n) {
-        std::memcpy(&lanes[n], panel + step * V * LANES + n * WIDTH, sizeof(Register));
-        hold(lanes[n]);
-      }
-#pragma GCC unroll 24
-      for (int i = 0; i < COUNT; ++i) {
-        Word word;
-        std::memcpy(&word, items.words + i * items.stride + step, sizeof word);
-#pragma GCC unroll 4
-        for (int n = 0; n < PARTS; ++n) E::add_product(sum[i][n], word, lanes[n]);
-      }
+      add_step<E>(sum, {items.words + step, items.stride}, panel + step * V * LANES);
     }
-#pragma GCC unroll 24
-    for (int i = 0; i < COUNT; ++i)
-#pragma GCC unroll 4
-      for (int n = 0; n < PARTS; ++n) std::memcpy(sums + i * PANEL + n * WIDTH, &sum[i][n], sizeof(Register));
+    store_sums<PANEL>(sum, sums);
   }
 };
 

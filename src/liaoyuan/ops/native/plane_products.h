@@ -36,38 +36,9 @@ constexpr int CHAINS = SCALED || E::WHOLE_STRIPS ? 1 : PLANES;
 // sums of one chain += steps of one plane, in registers.
 template <class E, int COUNT, int PARTS>
 ALWAYS_INLINE void add_plane(Register (&sum)[COUNT][PARTS], Items<typename E::Word> x, const typename E::Word* panel) {
-  using Word = typename E::Word;
 #pragma GCC unroll 4
-  for (int64_t step = 0; step < PLANE_STEPS<E>; ++step) {
-    Register lanes[PARTS];
-#pragma GCC unroll 8
-    for (int n = 0; n < PARTS; ++n) {
-      std::memcpy(&lanes[n], panel + step * PARTS * WIDTH + n * WIDTH, sizeof(Register));
-      hold(lanes[n]);
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < COUNT; ++r) {
-      Word word;
-      std::memcpy(&word, x.words + r * x.stride + step, sizeof word);
-#pragma GCC unroll 8
-      for (int n = 0; n < PARTS; ++n) E::add_product(sum[r][n], word, lanes[n]);
-    }
-  }
-}
-
-template <int COUNT, int PARTS>
-ALWAYS_INLINE void load_sums(Register (&sum)[COUNT][PARTS], const float* from) {
-#pragma GCC unroll 12
-  for (int r = 0; r < COUNT; ++r)
-#pragma GCC unroll 8
-    for (int n = 0; n < PARTS; ++n) std::memcpy(&sum[r][n], from + r * PANEL + n * WIDTH, sizeof(Register));
-}
-template <int COUNT, int PARTS>
-ALWAYS_INLINE void store_sums(const Register (&sum)[COUNT][PARTS], float* to) {
-#pragma GCC unroll 12
-  for (int r = 0; r < COUNT; ++r)
-#pragma GCC unroll 8
-    for (int n = 0; n < PARTS; ++n) std::memcpy(to + r * PANEL + n * WIDTH, &sum[r][n], sizeof(Register));
+  for (int64_t step = 0; step < PLANE_STEPS<E>; ++step)
+    add_step<E>(sum, {x.words + step, x.stride}, panel + step * PARTS * WIDTH);
 }
 
 // sums [chains, rows, PANEL] += COUNT rows times a panel of V vectors; chains lie `apart` floats apart. Not inlined, as
@@ -79,7 +50,7 @@ template <class E, bool SCALED, int V, int COUNT>
   constexpr int64_t STEPS = PLANE_STEPS<E>, WORDS = STEPS * V * LANES;  // of a plane
   Register sum[COUNT][PARTS];
   if constexpr (SCALED) {
-    load_sums(sum, sums);
+    load_sums<PANEL>(sum, sums);
     int64_t p = 0;
     do {
       cut.ahead->ask();
@@ -93,16 +64,16 @@ template <class E, bool SCALED, int V, int COUNT>
         for (int r = 0; r < COUNT; ++r) sum[r][n] += part[r][n] * scale;
       }
     } while (++p < cut.blocks * PLANES);
-    store_sums(sum, sums);
+    store_sums<PANEL>(sum, sums);
   } else {
     for (int64_t chain = 0; chain < PLANES; ++chain) {
-      load_sums(sum, sums + chain * apart);
+      load_sums<PANEL>(sum, sums + chain * apart);
       int64_t p = chain;
       do {
         cut.ahead->ask();
         add_plane<E>(sum, {x.words + p * STEPS, x.stride}, panel + p * WORDS);
       } while ((p += PLANES) < cut.blocks * PLANES);
-      store_sums(sum, sums + chain * apart);
+      store_sums<PANEL>(sum, sums + chain * apart);
     }
   }
 }
