@@ -16,6 +16,8 @@
 
 namespace liaoyuan {
 
+inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 template <class Word>
 struct Items {
   const Word* words;

@@ -23,8 +23,6 @@ constexpr int64_t TASK_ITEMS = 128;     // at least
 // Few rows: vectors of lanes that a task takes. A weight then goes by once, at the speed of memory.
 constexpr int64_t STREAM_VECTORS = 6;
 
-int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
 void put(float* to, Vec value) { store(to, value); }
 void put(BFloat16* to, Vec value) {
 #ifdef __AVX512BF16__

@@ -94,10 +94,10 @@ void add_all_rows(int64_t count, Items<typename E::Word> x, const typename E::Wo
   if constexpr (V > 1)
     if (width < V * LANES) return add_all_rows<E, SCALED, V - 1>(count, x, panel, width, cut, sums);
   constexpr int64_t MOST = std::min(12, MOST_ROWS<E, SCALED, V>);
-  int64_t parts = (count + MOST - 1) / MOST;
-  cut.ahead->lines = 1 + cut.ahead->lines / (parts * cut.blocks * PLANES);
-  for (int64_t i = 0; i < parts; ++i) {
-    int64_t first = count * i / parts, end = count * (i + 1) / parts;
+  int64_t times = parts(count, MOST);
+  cut.ahead->lines = 1 + cut.ahead->lines / (times * cut.blocks * PLANES);
+  for (int64_t i = 0; i < times; ++i) {
+    int64_t first = count * i / times, end = count * (i + 1) / times;
     add_part<E, SCALED, V, int(MOST)>(end - first, x.from(first), panel, cut, sums + first * PANEL, count * PANEL);
   }
 }

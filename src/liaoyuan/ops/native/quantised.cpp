@@ -15,8 +15,6 @@ constexpr int64_t ROWS_PER_TASK = 256, OUTPUTS_PER_TASK = 64;
 template <Bits B>
 using Kind = std::integral_constant<Bits, B>;
 
-int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
 // SCALED: planes have scales, one for `of_scale` of them; else a whole output has one.
 template <class E, class T, Bits B, bool SCALED>
 class Plan {
