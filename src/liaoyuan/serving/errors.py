@@ -217,6 +217,6 @@ def from_validation(error: RequestValidationError) -> ApiError:
 def _missing(error: RequestValidationError) -> str:
     """Return which fields a body lacks, as the beginning of a sentence: all of the object in which the first lacks."""
     places = [each["loc"] for each in error.errors() if each["type"] == "missing"]
-    names = [".".join(str(part) for part in place if part != "body") for place in places if place[:-1] == places[0][:-1]]
-    named = " and ".join(f"'{name}'" for name in names)
-    return f"The field {named} is" if len(names) == 1 else f"The fields {named} are"
+    together = [place for place in places if place[:-1] == places[0][:-1]]
+    named = " and ".join(f"'{'.'.join(str(part) for part in place if part != 'body')}'" for place in together)
+    return f"The field {named} is" if len(together) == 1 else f"The fields {named} are"
