@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from liaoyuan.data import Tokenizer, train_tokenizer
-from liaoyuan.evaluation import completions_of, judge, measure_accuracy
-from liaoyuan.inference import Engine
+from liaoyuan.evaluation import completions_of, measure_accuracy, read_rollout
+from liaoyuan.inference import Completion, Engine
 from liaoyuan.models import Decoder, ModelConfig, initialise
-from liaoyuan.tasks import Problem
+from liaoyuan.tasks import Problem, Right, Rollout, find_task
 
 PROBLEM = Problem("addition", "3+4=?", "7", "3407,", 1, "addition:3+4=?")
 
@@ -20,13 +20,20 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
+RIGHT = Right(find_task("addition"))
+
+
+def rollout_of(tokenizer: Tokenizer, tokens: list[int], thinking: bool = True) -> Rollout:
+    return read_rollout(tokenizer, PROBLEM, Completion(0, tokens, [0.0] * len(tokens), "stop"), thinking)
+
+
 def test_what_counts_as_right(tokenizer: Tokenizer) -> None:
     assert tokenizer.think_ids is not None
     close, end = tokenizer.think_ids[1], tokenizer.eos_ids[0]
     thought, seven = tokenizer.encode("3407,"), tokenizer.encode("7")
-    assert judge(tokenizer, PROBLEM, [*thought, close, *seven, end])
-    assert judge(tokenizer, PROBLEM, [close, *seven, end])
-    assert judge(tokenizer, PROBLEM, [*seven, end], thinking=False)
+    assert RIGHT(rollout_of(tokenizer, [*thought, close, *seven, end])).is_right
+    assert RIGHT(rollout_of(tokenizer, [close, *seven, end])).is_right
+    assert RIGHT(rollout_of(tokenizer, [*seven, end], thinking=False)).is_right
     wrong = [
         [],
         [*thought, close, *seven],  # cut off
@@ -37,7 +44,7 @@ def test_what_counts_as_right(tokenizer: Tokenizer) -> None:
         [*thought, close, end],
         [*thought, close, *tokenizer.encode("8"), end],
     ]
-    assert not any(judge(tokenizer, PROBLEM, tokens) for tokens in wrong)
+    assert [RIGHT(rollout_of(tokenizer, tokens)).value for tokens in wrong] == [0.0] * len(wrong)
 
 
 def test_measures_are_a_function_of_the_seed(tokenizer: Tokenizer) -> None:
@@ -47,6 +54,6 @@ def test_measures_are_a_function_of_the_seed(tokenizer: Tokenizer) -> None:
     first, again = (completions_of(engine, tokenizer, problems, 3, 1.0, seed=5, max_tokens=9) for _ in range(2))
     assert [one.tokens for one in first] == [one.tokens for one in again]
     assert len({tuple(one.tokens) for one in first}) > 1
-    answers = measure_accuracy(engine, tokenizer, problems, samples=3, max_tokens=9)
+    answers = measure_accuracy(engine, tokenizer, RIGHT, problems, samples=3, max_tokens=9)
     assert answers.sampled.shape == (2, 3) and answers.greedy.shape == (2,)
     assert answers.levels.tolist() == [1, 2] and answers.pass_at_k.shape == (2,)

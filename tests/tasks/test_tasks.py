@@ -56,17 +56,17 @@ class TestEveryTask:
     def test_the_worked_answer_is_right_and_hostile_text_is_wrong(self, task: Task) -> None:
         for level in task.levels[:4]:
             problem = task.problem(0, level, level)
-            assert task.check(problem, problem.answer)
-            assert task.check(problem, f" {problem.answer}\n")
+            assert task.check(problem, problem.answer).is_right
+            assert task.check(problem, f" {problem.answer}\n").is_right
             for text in [*HOSTILE, f"{problem.answer} {problem.answer}", f"it is {problem.answer}", problem.question]:
-                assert not task.check(problem, text), text
+                assert task.check(problem, text).value == 0.0, text
 
     def test_a_second_checker_agrees(self, task: Task) -> None:
         chance = random.Random(0)
         for index in range(60):
             problem = task.problem(2, index, task.levels[index % 3])
             for text in (problem.answer, str(chance.randrange(200)), f"{problem.answer}0", _mutated(problem, chance)):
-                assert task.check(problem, text) == CHECKERS[problem.task](problem, text), (problem, text)
+                assert task.check(problem, text).is_right == CHECKERS[problem.task](problem, text), (problem, text)
 
 
 def test_the_held_out_problems_differ_and_cover_the_levels() -> None:

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from liaoyuan.evaluation import completions_of
 from liaoyuan.inference import QUICK, Completion, Engine, prove
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Progress, read_metrics
-from liaoyuan.tasks import Problem, Split, find_task
+from liaoyuan.tasks import Problem, Right, Rollout, Score, Split, find_task
 from liaoyuan.tuning import ReinforceConfig, reinforce
 from liaoyuan.tuning.controls import own_samples
 from liaoyuan.tuning.reinforce import _minibatches, result_of
 from liaoyuan.tuning.rollout import pack, roll_out
 from liaoyuan.tuning.validation import tuning_engine
+from tests.conftest import ROOT
 
 CONFIG = ReinforceConfig(
     levels=(1,), steps=6, problems=4, group=8, max_tokens=6, learning_rate=1e-3, warmup_steps=0, checkpoint_every=2
@@ -30,7 +31,7 @@ CONFIG = ReinforceConfig(
 
 
 class EndSoon:
-    """Right is whatever is short: a reward that a random model meets now and then."""
+    """A task with one answer, which `rewarding_even` lets a random model give now and then."""
 
     name = "addition"
     levels = range(1, 2)
@@ -38,23 +39,27 @@ class EndSoon:
     def problem(self, seed: int, index: int, level: int, split: Split = "train") -> Problem:
         return Problem("addition", f"{index % 7}+{level}=?", "x", "", level, f"{index}")
 
-    def check(self, problem: Problem, text: str) -> bool:
-        return False
+    def check(self, problem: Problem, text: str) -> Score:
+        return Score(float(text == problem.answer), text)
 
 
 def weights(model: Decoder) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def rewarding_short(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
-    """Reward completions whose first token is even: half of them at first, all of them after learning."""
-    monkeypatch.setattr("liaoyuan.tuning.rollout.judge", lambda _, problem, tokens: tokens[0] % 2 == 0)
+def even_is_right(_: Tokenizer, problem: Problem, answer: Completion) -> Rollout:
+    """Read completions whose first token is even as the right answer: half of them at first, all after learning."""
+    return Rollout(problem, "", "-" if answer.tokens[0] % 2 else problem.answer)
+
+
+def rewarding_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("liaoyuan.tuning.rollout.read_rollout", even_is_right)
 
 
 def test_learns_what_is_rewarded(
     small_model: Decoder, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rewarding_short(monkeypatch, tokenizer)
+    rewarding_even(monkeypatch)
     config = CONFIG.model_copy(update={"steps": 60, "learning_rate": 1e-2, "max_tokens": 1})
     reinforce(small_model, tokenizer, EndSoon(), config, tmp_path)
     rewards = [row["reward"] for row in read_metrics(tmp_path / "metrics.jsonl")]
@@ -64,7 +69,7 @@ def test_learns_what_is_rewarded(
 
 def test_rollout_and_training_log_probabilities_agree(small_model: Decoder, tokenizer: Tokenizer) -> None:
     problems = [EndSoon().problem(0, place, 1) for place in range(5)]
-    rollouts = roll_out(tuning_engine(small_model, 8), tokenizer, problems, 4, 3, 8)
+    rollouts = roll_out(tuning_engine(small_model, 8), tokenizer, Right(EndSoon()), problems, 4, 3, 8)
     kept = torch.ones(5, 4, dtype=torch.bool)
     kept[1], kept[3, 2] = False, False
     advantages = torch.arange(20.0).view(5, 4)
@@ -86,7 +91,7 @@ def test_rollout_and_training_log_probabilities_agree(small_model: Decoder, toke
 def test_a_run_proves_its_rollouts_exact_and_the_first_update_of_each_step_finds_no_gap(
     small_model: Decoder, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rewarding_short(monkeypatch, tokenizer)
+    rewarding_even(monkeypatch)
     done = reinforce(small_model, tokenizer, EndSoon(), CONFIG, tmp_path)
     gaps = [row["log_prob_gap"] for row in read_metrics(tmp_path / "metrics.jsonl") if "log_prob_gap" in row]
     assert gaps and done.exact == prove(small_model, QUICK).exact
@@ -96,9 +101,12 @@ def test_a_run_proves_its_rollouts_exact_and_the_first_update_of_each_step_finds
 def test_a_killed_run_ends_bit_for_bit_as_one_never_interrupted(
     model_folder: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(  # the third level is never right, so it teaches nothing and is drawn less and less
-        "liaoyuan.tuning.rollout.judge", lambda _, problem, tokens: tokens[0] % 2 == 0 and problem.level < 3
-    )
+    def never_the_third(reader: Tokenizer, problem: Problem, answer: Completion) -> Rollout:
+        """Its third level is never right, so it teaches nothing and is drawn less and less."""
+        read = even_is_right(reader, problem, answer)
+        return read if problem.level < 3 else replace(read, text="-")
+
+    monkeypatch.setattr("liaoyuan.tuning.rollout.read_rollout", never_the_third)
     whole, config = load_model(model_folder), CONFIG.model_copy(update={"levels": (1, 2, 3)})
     done = reinforce(whole, tokenizer, EndSoon(), config, tmp_path / "whole")
     assert done.signal[2] < done.signal[0] == 1.0
@@ -128,18 +136,18 @@ def test_kill_minus_nine(model_folder: Path, tokenizer: Tokenizer, tmp_path: Pat
         "import os, signal, sys, torch; from pathlib import Path; torch.set_num_threads(1)\n"
         "from liaoyuan.checkpoint import load_model; from liaoyuan.data import Tokenizer\n"
         "from liaoyuan.tasks import find_task; from liaoyuan.tuning import ReinforceConfig, reinforce\n"
-        "import liaoyuan.tuning.rollout as rollout\n"
-        "rollout.judge = lambda _, problem, tokens: tokens[0] % 2 == 0\n"
+        "import liaoyuan.tuning.rollout as rollout; from tests.tuning.test_reinforce import even_is_right\n"
+        "rollout.read_rollout = even_is_right\n"
         "start, folder, config = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]\n"
         "def report(p):\n    if p.done == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "reinforce(load_model(start), Tokenizer.load(start), find_task('addition'),"
         " ReinforceConfig.model_validate_json(config), folder, report)\n"
     )
     arguments = [str(model_folder), str(tmp_path / "killed"), CONFIG.model_dump_json()]
-    assert subprocess.run([sys.executable, "-c", program, *arguments], timeout=300).returncode == -9
+    assert subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, timeout=300).returncode == -9
     models = {}
     with pytest.MonkeyPatch.context() as patch:
-        rewarding_short(patch, tokenizer)
+        rewarding_even(patch)
         for name in ("killed", "whole"):
             models[name] = load_model(model_folder)
             reinforce(models[name], tokenizer, find_task("addition"), CONFIG, tmp_path / name)
@@ -149,7 +157,7 @@ def test_kill_minus_nine(model_folder: Path, tokenizer: Tokenizer, tmp_path: Pat
 def test_a_step_without_signal_changes_nothing(
     small_model: Decoder, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("liaoyuan.tuning.rollout.judge", lambda _, problem, tokens: False)
+    monkeypatch.setattr(Right, "__call__", lambda *_: Score(0.0))
     before = weights(small_model).clone()
     done = reinforce(small_model, tokenizer, EndSoon(), CONFIG, tmp_path)
     assert torch.equal(weights(small_model), before)
@@ -175,7 +183,7 @@ def test_control_b_samples_the_very_problems_that_rl_drew(
         asked.append([problem.key for problem in problems])
         return completions_of(engine, tokenizer, problems, *rest)
 
-    rewarding_short(monkeypatch, tokenizer)
+    rewarding_even(monkeypatch)
     monkeypatch.setattr("liaoyuan.tuning.rollout.completions_of", spy)
     config = CONFIG.model_copy(update={"levels": (2, 3, 4)})
     done = reinforce(small_model, tokenizer, find_task("addition"), config, tmp_path)

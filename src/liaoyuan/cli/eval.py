@@ -28,7 +28,7 @@ def evaluate(
     from liaoyuan.evaluation import bootstrap, measure_accuracy
     from liaoyuan.inference import Engine
     from liaoyuan.models import quantisation_named
-    from liaoyuan.tasks import check_levels, find_task, held_out_problems
+    from liaoyuan.tasks import Right, check_levels, find_task, held_out_problems
 
     chosen, wanted = find_task(task), _levels(levels)
     check_levels(chosen, wanted, f"--levels {levels}")
@@ -37,7 +37,7 @@ def evaluate(
     engine = Engine(load_model(model, device=select_device().torch, quantisation=few_bits))
     with bar("Answering") as report, torch.inference_mode():
         answers = measure_accuracy(
-            engine, Tokenizer.load(model), asked, samples, thinking=not fast, seed=seed, report=report
+            engine, Tokenizer.load(model), Right(chosen), asked, samples, thinking=not fast, seed=seed, report=report
         )
     measures = {"greedy": answers.greedy, "sampled": answers.sampled_mean, f"pass_at_{samples}": answers.pass_at_k}
     result = {name: bootstrap(values).to_dict() for name, values in measures.items()}

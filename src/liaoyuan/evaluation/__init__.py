@@ -3,7 +3,7 @@
 Every figure comes with what it must be compared with, measured on the same problems or the same bytes.
 """
 
-from liaoyuan.evaluation.accuracy import Answers, completions_of, judge, measure_accuracy, prompt_of
+from liaoyuan.evaluation.accuracy import Answers, completions_of, measure_accuracy, prompt_of, read_rollout
 from liaoyuan.evaluation.agreement import Agreement, agreement
 from liaoyuan.evaluation.compression import bits_per_byte, gzip_bits_per_byte, xz_bits_per_byte
 from liaoyuan.evaluation.intervals import Interval, bootstrap, difference_to_best
@@ -19,9 +19,9 @@ __all__ = [
     "completions_of",
     "difference_to_best",
     "gzip_bits_per_byte",
-    "judge",
     "measure_accuracy",
     "prompt_of",
+    "read_rollout",
     "score",
     "xz_bits_per_byte",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 from liaoyuan.data import Tokenizer
 from liaoyuan.inference import Completion, Engine, Request, SamplingParams
 from liaoyuan.rundir import Report, silent
-from liaoyuan.tasks import Problem, find_task
+from liaoyuan.tasks import Problem, Reward, Rollout
 
 MAX_TOKENS = 128  # of one answer, its thought included
 
@@ -42,6 +42,7 @@ class Answers:
 def measure_accuracy(
     engine: Engine,
     tokenizer: Tokenizer,
+    reward: Reward,
     problems: Sequence[Problem],
     samples: int = 8,
     thinking: bool = True,
@@ -49,13 +50,18 @@ def measure_accuracy(
     max_tokens: int = MAX_TOKENS,
     report: Report = silent,
 ) -> Answers:
-    """Answer each problem once greedily and `samples` times at temperature 1 (nothing filtered), and judge."""
+    """Answer each problem once greedily and `samples` times at temperature 1 (nothing filtered), and judge.
+
+    reward: says what is right, see `tasks.Right`.
+    """
     greedy = completions_of(engine, tokenizer, problems, 1, 0.0, thinking, seed, max_tokens, report)
     sampled = completions_of(engine, tokenizer, problems, samples, 1.0, thinking, seed, max_tokens, report)
     parts = [split_thought(tokenizer, completion.tokens, thinking) for completion in greedy]
-    right = [judge(tokenizer, problem, one.tokens, thinking) for problem, one in zip(problems, greedy, strict=True)]
     repeated = [problem for problem in problems for _ in range(samples)]
-    verdicts = [judge(tokenizer, problem, one.tokens, thinking) for problem, one in zip(repeated, sampled, strict=True)]
+    right, verdicts = (
+        [reward(read_rollout(tokenizer, *pair, thinking)).is_right for pair in zip(asked, answers, strict=True)]
+        for asked, answers in ((problems, greedy), (repeated, sampled))
+    )
     return Answers(
         greedy=np.array(right, dtype=bool),
         sampled=np.array(verdicts, dtype=bool).reshape(len(problems), samples),
@@ -97,15 +103,19 @@ def prompt_of(tokenizer: Tokenizer, problem: Problem, thinking: bool = True) -> 
     return tuple(tokenizer.render([{"role": "user", "content": problem.question}], thinking))
 
 
-def judge(tokenizer: Tokenizer, problem: Problem, tokens: Sequence[int], thinking: bool = True) -> bool:
-    """Return whether a completion is right: it ends its turn, closes its thought once, and the answer checks."""
+def read_rollout(tokenizer: Tokenizer, problem: Problem, answer: Completion, thinking: bool = True) -> Rollout:
+    """Return a completion as rewards read it; a whole one ends its turn and closes its thought once."""
+    tokens, flaw = list(answer.tokens), ""
+    thought, text = split_thought(tokenizer, tokens, thinking)
     if not tokens or tokens[-1] not in tokenizer.eos_ids:
-        return False
-    if thinking and tokenizer.think_ids and list(tokens).count(tokenizer.think_ids[1]) != 1:
-        return False
-    _, answer = split_thought(tokenizer, tokens, thinking)
-    text = tokenizer.decode(answer[:-1], skip_special=False)  # a special token inside the answer is not passed over
-    return find_task(problem.task).check(problem, text)
+        flaw = "cut off"
+    elif thinking and tokenizer.think_ids and tokens.count(tokenizer.think_ids[1]) != 1:
+        flaw = "its thought does not end once"
+    else:
+        text = text[:-1]
+    # A special token inside the answer is not passed over.
+    thought_text, answer_text = (tokenizer.decode(part, skip_special=False) for part in (thought, text))
+    return Rollout(problem, thought_text, answer_text, flaw, len(tokens))
 
 
 def split_thought(tokenizer: Tokenizer, tokens: Sequence[int], thinking: bool = True) -> tuple[list[int], list[int]]:

@@ -9,13 +9,18 @@ from liaoyuan.errors import LiaoyuanError, nearest
 from liaoyuan.tasks.addition import Addition
 from liaoyuan.tasks.countdown import Countdown
 from liaoyuan.tasks.modular import Modular
-from liaoyuan.tasks.problem import Problem, Split, Task, held_out_problems, split_of, spread, to_record
+from liaoyuan.tasks.problem import Problem, Score, Split, Task, held_out_problems, split_of, spread, to_record
+from liaoyuan.tasks.reward import Reward, Right, Rollout
 
 TASKS: dict[str, Task] = {task.name: task for task in (Addition(), Modular(), Countdown())}
 
 __all__ = [
     "TASKS",
     "Problem",
+    "Reward",
+    "Right",
+    "Rollout",
+    "Score",
     "Split",
     "Task",
     "check_levels",

@@ -3,7 +3,7 @@
 import random
 import re
 
-from liaoyuan.tasks.problem import Problem, Split, draw
+from liaoyuan.tasks.problem import Problem, Score, Split, draw, matches
 
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # ASCII digits only, no sign, no leading zero, no unbounded length
 IN_THE_HEAD = 0.75  # share of worked solutions that leave columns to the head, as people do
@@ -23,8 +23,8 @@ class Addition:
     def problem(self, seed: int, index: int, level: int, split: Split = "train") -> Problem:
         return draw(self.name, seed, index, level, split, lambda chance: _make(chance, level))
 
-    def check(self, problem: Problem, text: str) -> bool:
-        return NUMBER.fullmatch(text.strip()) is not None and text.strip() == problem.answer
+    def check(self, problem: Problem, text: str) -> Score:
+        return matches(problem, text, NUMBER)
 
 
 def _make(chance: random.Random, level: int) -> Problem:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from liaoyuan.tasks.problem import Problem, Split, draw
+from liaoyuan.tasks.problem import Problem, Score, Split, draw
 
 LARGEST = 12  # of the given numbers
 TARGETS = range(1, 100)
@@ -28,13 +28,15 @@ class Countdown:
     def problem(self, seed: int, index: int, level: int, split: Split = "train") -> Problem:
         return draw(self.name, seed, index, level, split, lambda chance: _make(chance, level))
 
-    def check(self, problem: Problem, text: str) -> bool:
+    def check(self, problem: Problem, text: str) -> Score:
         numbers, target = problem.question.split(" > ")
         found = evaluate(text.strip())
         if found is None:
-            return False
+            return Score(0.0, None, "no expression")
         used, value = found
-        return value == int(target) and sorted(used) == sorted(int(number) for number in numbers.split())
+        if sorted(used) != sorted(int(number) for number in numbers.split()):
+            return Score(0.0, text.strip(), "other numbers than the given ones")
+        return Score(float(value == int(target)), text.strip(), "" if value == int(target) else f"it is {value}")
 
 
 def evaluate(text: str) -> tuple[list[int], int] | None:

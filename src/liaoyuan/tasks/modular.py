@@ -3,7 +3,7 @@
 import random
 import re
 
-from liaoyuan.tasks.problem import Problem, Split, draw
+from liaoyuan.tasks.problem import Problem, Score, Split, draw, matches
 
 MODULUS = 10
 DIGIT = re.compile(r"[0-9]")
@@ -18,8 +18,8 @@ class Modular:
     def problem(self, seed: int, index: int, level: int, split: Split = "train") -> Problem:
         return draw(self.name, seed, index, level, split, lambda chance: _make(chance, level))
 
-    def check(self, problem: Problem, text: str) -> bool:
-        return DIGIT.fullmatch(text.strip()) is not None and text.strip() == problem.answer
+    def check(self, problem: Problem, text: str) -> Score:
+        return matches(problem, text, DIGIT)
 
 
 def _make(chance: random.Random, level: int) -> Problem:

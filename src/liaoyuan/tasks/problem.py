@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -26,6 +27,23 @@ class Problem:
     key: str
 
 
+@dataclass(frozen=True)
+class Score:
+    """What an answer is worth.
+
+    value: 1 is right and 0 wrong, rewards may give more, less, or anything between; None: it cannot be judged, which
+        is counted and never taken for wrong. parsed: what was read as the answer, if anything. reason: for people.
+    """
+
+    value: float | None
+    parsed: str | None = None
+    reason: str = ""
+
+    @property
+    def is_right(self) -> bool:
+        return self.value is not None and self.value >= 1.0
+
+
 class Task(Protocol):
     """A kind of problem. `levels` are its levels of difficulty, easiest first."""
 
@@ -39,9 +57,17 @@ class Task(Protocol):
         """Return problem `index` of the stream `seed`; the same arguments give the same problem for ever."""
         ...
 
-    def check(self, problem: Problem, text: str) -> bool:
-        """Return whether `text`, what was written after the thought, is a right answer and nothing else."""
+    def check(self, problem: Problem, text: str) -> Score:
+        """Judge `text`, what was written after the thought: 1 if it is a right answer and nothing else."""
         ...
+
+
+def matches(problem: Problem, text: str, shape: re.Pattern[str]) -> Score:
+    """Return the score of a text that is to be the problem's answer itself, which has this shape."""
+    parsed = text.strip()
+    if not shape.fullmatch(parsed):
+        return Score(0.0, None, "no answer of the wanted shape")
+    return Score(float(parsed == problem.answer), parsed, "" if parsed == problem.answer else f"not {problem.answer}")
 
 
 def split_of(key: str) -> Split:

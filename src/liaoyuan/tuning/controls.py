@@ -15,7 +15,7 @@ from liaoyuan.config import Config
 from liaoyuan.data import TokenisedRecord, Tokenizer
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Progress, Report, silent
-from liaoyuan.tasks import Task
+from liaoyuan.tasks import Right, Task
 from liaoyuan.tuning.reinforce import ReinforceConfig, ReinforceResult, problems_of, sample_seed
 from liaoyuan.tuning.rollout import Rollouts, roll_out
 from liaoyuan.tuning.validation import tuning_engine
@@ -72,7 +72,9 @@ def own_samples(
     start, records, solved, generated, prompts = time.process_time(), list[TokenisedRecord](), 0, 0, 0
     for step, levels in enumerate(drawn):
         problems = problems_of(task, config, step, levels)
-        rollouts = roll_out(engine, tokenizer, problems, config.group, sample_seed(config, step), config.max_tokens)
+        rollouts = roll_out(
+            engine, tokenizer, Right(task), problems, config.group, sample_seed(config, step), config.max_tokens
+        )
         records += right_answers(rollouts)
         solved += int((rollouts.rewards.sum(1) > 0).sum())
         generated += rollouts.generated_tokens

@@ -25,7 +25,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import QUICK, prove
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Lock, Metrics, Progress, Report, silent
-from liaoyuan.tasks import Problem, Task
+from liaoyuan.tasks import Problem, Right, Task
 from liaoyuan.training import TrainConfig, make_optimiser
 from liaoyuan.training.optimiser import Optimiser
 from liaoyuan.tuning.curriculum import draw_levels, follow
@@ -114,7 +114,9 @@ def reinforce(
         step, start = done.steps, time.process_time()
         levels = draw_levels(done.signal, config.levels, config.problems, f"levels/{config.seed}/{step}")
         problems = problems_of(task, config, step, levels)
-        rollouts = roll_out(engine, tokenizer, problems, config.group, sample_seed(config, step), config.max_tokens)
+        rollouts = roll_out(
+            engine, tokenizer, Right(task), problems, config.group, sample_seed(config, step), config.max_tokens
+        )
         rolled = time.process_time()
         trained, values = _update(model, optimiser, rollouts, config, step)
         signal = follow(done.signal, config.levels, levels, has_signal(rollouts.rewards).tolist())

@@ -7,21 +7,26 @@ import torch
 from torch import Tensor
 
 from liaoyuan.data import Tokenizer
-from liaoyuan.evaluation import completions_of, judge, prompt_of
+from liaoyuan.evaluation import completions_of, prompt_of, read_rollout
 from liaoyuan.inference import Completion, Engine
 from liaoyuan.models import PackedContext, packed_context
-from liaoyuan.tasks import Problem
+from liaoyuan.tasks import Problem, Reward, Rollout, Score
 
 MICROBATCH_TOKENS = 4096  # rollouts are packed up to so many tokens a forward pass
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """P problems with G completions each (problem-major), and their rewards fp32 [P, G]: 1 right, 0 wrong."""
+    """P problems with G completions each (problem-major), and their rewards fp32 [P, G].
+
+    answers and scores: of each completion, as it was read and what it was worth.
+    """
 
     problems: list[Problem]
     prompts: list[tuple[int, ...]]
     completions: list[Completion]
+    answers: list[Rollout]
+    scores: list[Score]
     rewards: Tensor
 
     @property
@@ -54,16 +59,24 @@ class PackedRollouts:
 
 
 def roll_out(
-    engine: Engine, tokenizer: Tokenizer, problems: list[Problem], group: int, seed: int, max_tokens: int
+    engine: Engine,
+    tokenizer: Tokenizer,
+    reward: Reward,
+    problems: list[Problem],
+    group: int,
+    seed: int,
+    max_tokens: int,
 ) -> Rollouts:
-    """Answer every problem `group` times at temperature 1 with nothing filtered, and check the answers.
+    """Answer every problem `group` times at temperature 1 with nothing filtered, and reward the answers.
 
     No top-p or top-k: the training log-probabilities are those of the whole vocabulary.
     """
     completions = completions_of(engine, tokenizer, problems, group, 1.0, True, seed, max_tokens)
-    right = [judge(tokenizer, problems[place // group], one.tokens) for place, one in enumerate(completions)]
-    rewards = torch.tensor(right, dtype=torch.float32).view(len(problems), group)
-    return Rollouts(problems, [prompt_of(tokenizer, problem) for problem in problems], completions, rewards)
+    answers = [read_rollout(tokenizer, problems[place // group], one) for place, one in enumerate(completions)]
+    scores = [reward(answer) for answer in answers]
+    rewards = torch.tensor([score.value or 0.0 for score in scores]).view(len(problems), group)
+    prompts = [prompt_of(tokenizer, problem) for problem in problems]
+    return Rollouts(problems, prompts, completions, answers, scores, rewards)
 
 
 def pack(rollouts: Rollouts, advantages: Tensor, kept: Tensor, device: torch.device) -> Iterator[PackedRollouts]:

@@ -17,7 +17,7 @@ from liaoyuan.models import Decoder, read_config
 from liaoyuan.ops import configure
 from liaoyuan.parallel import Layout, Shape, World, lay_out, resolve
 from liaoyuan.rundir import Report, atomic_folder, silent, write_atomic
-from liaoyuan.tasks import check_levels, find_task, spread
+from liaoyuan.tasks import Right, check_levels, find_task, spread
 from liaoyuan.training import TrainConfig
 from liaoyuan.tuning.finetune import finetune
 from liaoyuan.tuning.reinforce import ReinforceConfig, reinforce
@@ -86,7 +86,7 @@ def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str,
     check_levels(task, config.rl.levels, "rl.levels")
     write_atomic(folder / "config.toml", to_toml(config))
     problems = spread(task, 7, config.rl.levels, config.validation_problems, "validation")
-    best = Best(tokenizer, config.model, problems, folder, config.rl.max_tokens)
+    best = Best(tokenizer, config.model, Right(task), problems, folder, config.rl.max_tokens)
     model = load_model(config.model, device=select_device(config.device).torch)
     if config.exact:
         require_exact(model.eval())

@@ -14,7 +14,7 @@ from liaoyuan.data import TokenisedRecord, Tokenizer
 from liaoyuan.evaluation import measure_accuracy
 from liaoyuan.models import Decoder, initialise, read_config, with_dtype
 from liaoyuan.rundir import Report, read_json, write_atomic
-from liaoyuan.tasks import Problem, Task, find_task, held_out_problems, spread
+from liaoyuan.tasks import Problem, Right, Task, find_task, held_out_problems, spread
 from liaoyuan.training import TrainConfig
 from liaoyuan.tuning.controls import own_samples
 from liaoyuan.tuning.finetune import finetune, worked_solutions
@@ -64,7 +64,7 @@ def tune_supervised(
     tokenizer = Tokenizer.load(Path(start))
     model = _fresh(Path(start), lesson.seed) if fresh else load_model(Path(start), FP32)
     records = read_samples(Path(samples)) if samples else lesson.worked_solutions(tokenizer)
-    best = Best(tokenizer, Path(start), lesson.validation(), folder, lesson.max_tokens)
+    best = Best(tokenizer, Path(start), Right(lesson.chosen_task), lesson.validation(), folder, lesson.max_tokens)
     best.begin_with(Path(start))
     done = finetune(model, records, train, folder, report, best)
     return {"value": best.value, "model": str(best.model_folder), **asdict(done), "rate": train.learning_rate}
@@ -75,7 +75,7 @@ def tune_reinforced(
 ) -> dict[str, Any]:
     """Reinforce the model in `start`, in the run folder `run`; its best checkpoint on validation is `run/best`."""
     tokenizer, place = Tokenizer.load(Path(start)), Path(run)
-    best = Best(tokenizer, Path(start), lesson.validation(), place, lesson.max_tokens)
+    best = Best(tokenizer, Path(start), Right(lesson.chosen_task), lesson.validation(), place, lesson.max_tokens)
     best.begin_with(Path(start))
     done = reinforce(load_model(Path(start), FP32), tokenizer, lesson.chosen_task, rl, place, report, best, until)
     return {"value": best.value, "model": str(best.model_folder), **asdict(done), "rate": rl.learning_rate}
@@ -109,6 +109,7 @@ def measure(folder: Path, report: Report, lesson: Lesson, model: str, thinking: 
     answers = measure_accuracy(
         engine,
         Tokenizer.load(Path(model)),
+        Right(lesson.chosen_task),
         problems,
         lesson.samples,
         thinking,

@@ -12,7 +12,7 @@ from liaoyuan.evaluation import measure_accuracy
 from liaoyuan.inference import Engine, EngineConfig
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import atomic_folder, read_json, write_json
-from liaoyuan.tasks import Problem
+from liaoyuan.tasks import Problem, Reward
 
 SEQUENCES = 256  # that are answered at once
 SAMPLES = 2  # of each validation problem, beside the greedy answer
@@ -26,9 +26,20 @@ class Best:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, tokenizer_folder: Path, problems: Sequence[Problem], folder: Path, max_tokens: int
+        self,
+        tokenizer: Tokenizer,
+        tokenizer_folder: Path,
+        reward: Reward,
+        problems: Sequence[Problem],
+        folder: Path,
+        max_tokens: int,
     ) -> None:
-        self.tokenizer, self.tokenizer_folder, self.problems = tokenizer, tokenizer_folder, problems
+        self.tokenizer, self.tokenizer_folder, self.reward, self.problems = (
+            tokenizer,
+            tokenizer_folder,
+            reward,
+            problems,
+        )
         self.folder, self.max_tokens = folder, max_tokens
 
     def begin_with(self, start: Path) -> None:
@@ -53,6 +64,7 @@ class Best:
         answers = measure_accuracy(
             tuning_engine(model, self.max_tokens),
             self.tokenizer,
+            self.reward,
             self.problems,
             SAMPLES,
             seed=1,
