@@ -19,7 +19,7 @@ from liaoyuan.ops.operator import OPERATORS
 from liaoyuan.rundir import read_metrics
 from liaoyuan.tasks import TASKS, to_record
 from liaoyuan.tuning.reinforce import ReinforceConfig
-from liaoyuan.tuning.runs import RlConfig, run_rl
+from liaoyuan.tuning.rl_run import RlConfig, run_rl
 
 RUNNER = CliRunner()
 SETTINGS = ["train.steps=12", "train.batch_tokens=128", "sequence_length=32", "device=cpu"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from liaoyuan.tuning.runs import SftConfig
+    from liaoyuan.tuning.sft_run import SftConfig
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Teach a model: sft (examples), rl (checked answers)."
@@ -33,7 +33,7 @@ def sft(
     from liaoyuan.cli.progress import bar
     from liaoyuan.device import select_device
     from liaoyuan.parallel import start
-    from liaoyuan.tuning.runs import run_sft
+    from liaoyuan.tuning.sft_run import run_sft
 
     config = sft_config(run_file, set_, model, data)
     world = start(select_device(config.device))
@@ -57,7 +57,7 @@ def rl(
 ) -> None:
     """Reinforce on fresh problems, rewarded by the checked answer alone; the best checkpoint is kept."""
     from liaoyuan.cli.progress import bar
-    from liaoyuan.tuning.runs import RlConfig, run_rl
+    from liaoyuan.tuning.rl_run import RlConfig, run_rl
 
     config = _config(RlConfig, run_file, set_, {"model": model, "task": task})
     with bar("RL") as report:
@@ -67,7 +67,7 @@ def rl(
 
 def sft_config(run_file: Path | None, set_: list[str] | None, model: Path | None, data: Path | None) -> "SftConfig":
     """Return the resolved config of the verb's arguments."""
-    from liaoyuan.tuning.runs import SftConfig
+    from liaoyuan.tuning.sft_run import SftConfig
 
     config: SftConfig = _config(SftConfig, run_file, set_, {"model": model, "data": data})
     return config
