@@ -5,18 +5,27 @@ A `Decoder` is described by a Hugging Face `config.json` and takes flat batches 
 """
 
 from liaoyuan.models.config import ModelConfig, config_from_dict, read_config, with_dtype
-from liaoyuan.models.context import AttentionContext, PackedContext, Pattern, packed_context
+from liaoyuan.models.context import (
+    AttentionContext,
+    BranchedContext,
+    PackedContext,
+    Pattern,
+    branched_context,
+    packed_context,
+)
 from liaoyuan.models.decoder import Decoder, initial_weights, initialise
 from liaoyuan.models.quantised import quantisation_named, quantise_model
 from liaoyuan.models.quantised_linear import Quantisation
 
 __all__ = [
     "AttentionContext",
+    "BranchedContext",
     "Decoder",
     "ModelConfig",
     "PackedContext",
     "Pattern",
     "Quantisation",
+    "branched_context",
     "config_from_dict",
     "initial_weights",
     "initialise",

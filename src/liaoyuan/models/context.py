@@ -51,8 +51,53 @@ class PackedContext:
         return attention(query, key, value, self.boundaries, pattern.scale, pattern.window, pattern.sinks)
 
 
+@dataclass(frozen=True)
+class BranchedContext:
+    """Documents whose common beginnings are computed once: N rows stand for M places of documents, M >= N.
+
+    All but attention is done once for a row that several documents share; attention sees whole documents, so every
+    row has the bits that it has in a `PackedContext` of them.
+
+    documents: of M places. row_of: int64 [M], the row that stands at each place. place_of: int64 [N], the first place
+        at which each row stands.
+    """
+
+    documents: PackedContext
+    row_of: Tensor
+    place_of: Tensor
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
+        query, key, value = (x.index_select(0, self.row_of) for x in (query, key, value))
+        return self.documents.attend(layer, query, key, value, pattern).index_select(0, self.place_of)
+
+
 def packed_context(lengths: Sequence[int], device: torch.device | None = None) -> tuple[Tensor, PackedContext]:
     """Return positions int64 [N] and the context of documents of these lengths, packed in this order."""
     positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
     boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
     return positions, PackedContext(boundaries)
+
+
+def branched_context(
+    groups: Sequence[tuple[int, Sequence[int]]], device: torch.device | None = None
+) -> tuple[Tensor, BranchedContext]:
+    """Return positions int64 [N] and the context of documents in groups of one beginning.
+
+    groups: (length of the beginning, lengths of what follows it in each document). The rows of a group are those of
+        its beginning, then those of its documents one after another.
+    """
+    positions, row_of, place_of, lengths, row, place = [], [], [], list[int](), 0, 0
+    for begin, ends in groups:
+        shared = torch.arange(begin)
+        positions += [shared, *(begin + torch.arange(end) for end in ends)]
+        place_of.append(place + shared)
+        own = row + begin
+        for end in ends:
+            row_of += [row + shared, own + torch.arange(end)]
+            place_of.append(place + begin + torch.arange(end))
+            lengths.append(begin + end)
+            own, place = own + end, place + begin + end
+        row = own
+    _, documents = packed_context(lengths, device)
+    wholes = [torch.cat(parts).to(device) for parts in (positions, row_of, place_of)]
+    return wholes[0], BranchedContext(documents, wholes[1], wholes[2])

@@ -125,14 +125,15 @@ class Decoder(nn.Module):
         Args:
             tokens: int64 [N]; positions: int64 [N], each token's place in its own document.
             context: says which tokens see which.
-            targets: int64 [N], the token to score after each token; gives fp32 [N].
-            rows: int64 [R], the rows whose logits are wanted (all if None); gives [R, V] in the model's dtype.
-            penalties: what a loss adds for each token; with targets gives fp32 [2, N], log-probabilities and these.
+            targets: int64 [R], the token to score after each row; gives fp32 [R].
+            rows: int64 [R], the rows that are asked for, N of them if None; without targets gives their logits [R, V]
+                in the model's dtype.
+            penalties: what a loss adds for each token; with targets gives fp32 [2, R], log-probabilities and these.
             hidden: give what the head would read instead of logits, [R, H].
         """
         residual, x = self.run_layers(self.embed_tokens(tokens), positions, context)
-        if targets is None and rows is not None:
-            residual, x = residual[rows], x[rows]
+        if rows is not None:
+            residual, x = residual.index_select(0, rows), x.index_select(0, rows)
         _, read = self.norm.add(residual, x)
         if targets is not None:
             return self.score(read, targets, penalties)
