@@ -22,6 +22,7 @@ def evaluate(
     import torch
 
     from liaoyuan.checkpoint import load_model
+    from liaoyuan.cli.levels import read_levels
     from liaoyuan.cli.progress import bar
     from liaoyuan.data import Tokenizer
     from liaoyuan.device import select_device
@@ -30,7 +31,7 @@ def evaluate(
     from liaoyuan.models import quantisation_named
     from liaoyuan.tasks import Right, check_levels, find_task, held_out_problems
 
-    chosen, wanted = find_task(task), _levels(levels)
+    chosen, wanted = find_task(task), read_levels(levels)
     check_levels(chosen, wanted, f"--levels {levels}")
     asked = held_out_problems(chosen, wanted, problems)
     few_bits = quantisation_named(quantise)
@@ -46,12 +47,3 @@ def evaluate(
         return
     for name, value in result.items():
         print(f"{name:>10}  {100 * value['mean']:5.1f}%  ({100 * value['low']:.1f} to {100 * value['high']:.1f})")
-
-
-def _levels(text: str) -> list[int]:
-    from liaoyuan.errors import LiaoyuanError
-
-    first, dash, last = text.partition("-")
-    if not first.isdigit() or (dash and not last.isdigit()):
-        raise LiaoyuanError(f"--levels {text} must look like 2-4 or 3.")
-    return list(range(int(first), int(last or first) + 1))

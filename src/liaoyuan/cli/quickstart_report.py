@@ -31,8 +31,14 @@ from liaoyuan.report import Cell, Part, Text, Words
 from liaoyuan.rundir import read_json, read_metrics, write_atomic
 from liaoyuan.tuning.summary import CONTROLS
 
+QUICKSTART = Text(
+    "One run of the Liaoyuan quickstart: a tokenizer and a language model from raw text, taught to reason,"
+    " measured against controls that were given the same compute.",
+    "燎原快速上手的一次完整运行：从原始文本得到分词器和语言模型，再学会推理，并与获得同等算力的对照组比较。",
+)
 
-def write_report(run_folder: Path) -> Path:
+
+def write_report(run_folder: Path, subtitle: Words = QUICKSTART) -> Path:
     """Write `run_folder/report.html` from `run_folder/summary.json` and return its path.
 
     Raises:
@@ -40,11 +46,11 @@ def write_report(run_folder: Path) -> Path:
     """
     summary = read_json(run_folder / "summary.json")
     path = run_folder / "report.html"
-    write_atomic(path, page(summary, run_folder).html())
+    write_atomic(path, page(summary, run_folder, subtitle).html())
     return path
 
 
-def page(summary: Summary, run_folder: Path) -> report.Page:
+def page(summary: Summary, run_folder: Path, subtitle: Words = QUICKSTART) -> report.Page:
     """Return the report as a page; `run_folder` is where metrics files and `config.toml` are read."""
     sections = [
         report.Section("", [report.KeyFigures(_key_figures(summary))]),
@@ -55,11 +61,7 @@ def page(summary: Summary, run_folder: Path) -> report.Page:
     ]
     return report.Page(
         title=Text("From text to a model that thinks", "从文本到会思考的模型"),
-        subtitle=Text(
-            "One run of the Liaoyuan quickstart: a tokenizer and a language model from raw text, taught to reason,"
-            " measured against controls that were given the same compute.",
-            "燎原快速上手的一次完整运行：从原始文本得到分词器和语言模型，再学会推理，并与获得同等算力的对照组比较。",
-        ),
+        subtitle=subtitle,
         sections=[section for section in sections if section.parts],
     )
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from liaoyuan import __version__
 from liaoyuan.checkpoint import load_model, save_model
@@ -24,7 +23,7 @@ from liaoyuan.cli.process import tune_allocator
 from liaoyuan.cli.progress import bar, clock_time
 from liaoyuan.cli.quickstart_plan import QuickstartConfig, corpus_config, resolve
 from liaoyuan.cli.quickstart_report import write_report
-from liaoyuan.cli.summary import MEASURES, STAGES
+from liaoyuan.cli.summary_table import accuracy_table
 from liaoyuan.data import Corpus, prepare_corpus
 from liaoyuan.device import cpu_name, select_device
 from liaoyuan.evaluation import bits_per_byte, gzip_bits_per_byte, xz_bits_per_byte
@@ -88,15 +87,7 @@ def show(folder: Path, as_json: bool) -> None:
         print(json.dumps(summary, ensure_ascii=False))
         return
     out = Console()
-    table = Table(title=f"Accuracy on {summary['problems']:,} held-out problems, %", title_justify="left")
-    for heading in ("", *MEASURES):
-        table.add_column(heading.replace("_at_", "@"), justify="right" if heading else "left")
-    for stage in (*STAGES, "difference"):
-        found = summary["accuracy"].get(stage)
-        if found:
-            name = "RL minus the better control" if stage == "difference" else STAGES[stage].en
-            table.add_row(name, *[_cell(found.get(measure)) for measure in MEASURES], end_section=stage == "fast")
-    out.print(table)
+    out.print(accuracy_table(summary))
     bits, speed = summary["bits_per_byte"], summary["tokens_per_second"]
     out.print(
         f"bits per byte of unseen text: model {bits['model']:.3f}, xz -9 {bits['xz']:.3f}, gzip -9 {bits['gzip']:.3f}"
@@ -106,12 +97,6 @@ def show(folder: Path, as_json: bool) -> None:
         f"on one thread: SFT {speed['sft']:,.0f}, rollouts {speed['rollout']:,.0f}"
     )
     out.print(f"{clock_time(summary['seconds'])} in all. Report: {folder / 'report.html'}")
-
-
-def _cell(value: dict[str, float] | None) -> str:
-    if value is None:
-        return ""
-    return f"{100 * value['mean']:.1f} ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
 
 
 @contextmanager

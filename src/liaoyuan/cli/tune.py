@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from liaoyuan.cli.tune_study import study
+
 if TYPE_CHECKING:
     from liaoyuan.tuning.sft_run import SftConfig
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Teach a model: sft (examples), rl (checked answers)."
 )
+
+app.command()(study)
 
 RunFile = Annotated[Path | None, typer.Argument(help="TOML file with the settings (none: defaults).")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run file.")]

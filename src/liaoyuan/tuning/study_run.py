@@ -1,0 +1,54 @@
+"""A user's own study: does reinforcement learning bring more than the same compute spent otherwise, seed by seed?"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from liaoyuan.config import Config, to_toml
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.rundir import Progress, Report, silent, write_atomic, write_json
+from liaoyuan.tuning.study import StudyConfig, study
+from liaoyuan.tuning.summary import summarise
+
+
+class StudyRunConfig(Config):
+    """`model` to begin with, what a study does, and with how many seeds."""
+
+    model: Path
+    study: StudyConfig = StudyConfig()
+    seeds: int = Field(3, gt=0)
+
+
+def run_study(
+    config: StudyRunConfig, folder: Path, report: Report = silent, prepare: Callable[[], object] | None = None
+) -> dict[str, Any]:
+    """Run the study of each seed in `folder/seed-N`, going on from what is there; return and write `summary.json`.
+
+    Raises:
+        LiaoyuanError: the folder holds a study with other settings.
+    """
+    path, text = folder / "config.toml", to_toml(_what_counts(config))
+    if path.exists() and path.read_text() != text:
+        raise LiaoyuanError(f"{folder} holds a study with other settings: give them again, or choose another --out.")
+    write_atomic(path, text)
+    studies = []
+    for seed in range(config.seeds):
+
+        def tell(progress: Progress, seed: int = seed) -> None:
+            done = 1000 * seed + progress.done
+            report(Progress(done, 1000 * config.seeds, progress.unit, f"seed {seed}, {progress.text}"))
+
+        studies.append(study(config.study.with_seed(seed), config.model, folder / f"seed-{seed}", tell, prepare))
+    rl = [Path(result["stages"]["rl"]["model"]).parent for result in studies]
+    curves = {"rl": [str(run.resolve().relative_to(folder.resolve()) / "metrics.jsonl") for run in rl]}
+    summary = summarise(studies) | {"metrics": curves}
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def _what_counts(config: StudyRunConfig) -> StudyRunConfig:
+    """Return the settings on which the result of a seed depends: more seeds may follow, on more processes."""
+    plain = config.study.model_copy(update={"workers": StudyConfig().workers})
+    return config.model_copy(update={"seeds": 1, "study": plain})

@@ -1,0 +1,28 @@
+"""A study of several seeds: more can follow, other settings are refused, and each seed is a study of its own."""
+
+from pathlib import Path
+
+import pytest
+
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.rundir import Progress, read_json
+from liaoyuan.tuning.study_run import StudyRunConfig, run_study
+from tests.tuning.test_study import CONFIG
+
+QUICK = CONFIG.model_copy(update={"scratch": False, "sft_steps": 4})
+
+
+def test_seeds_can_be_added_and_settings_cannot_change(model_folder: Path, tmp_path: Path) -> None:
+    told: list[Progress] = []
+    config = StudyRunConfig(model=model_folder, study=QUICK, seeds=1)
+    first = run_study(config, tmp_path / "run", told.append)
+    assert told[-1].done == told[-1].total == 1000
+    second = run_study(config.model_copy(update={"seeds": 2}), tmp_path / "run")
+    assert second["seeds"] == 2 and len(second["difference_by_seed"]["greedy"]) == 2
+    assert second["difference_by_seed"]["greedy"][0] == first["difference_by_seed"]["greedy"][0]
+    assert read_json(tmp_path / "run" / "summary.json") == second
+    assert all((tmp_path / "run" / path).exists() for path in second["metrics"]["rl"])
+    more_processes = QUICK.model_copy(update={"workers": 1})
+    assert run_study(config.model_copy(update={"study": more_processes}), tmp_path / "run")["seeds"] == 1
+    with pytest.raises(LiaoyuanError, match="other settings"):
+        run_study(config.model_copy(update={"study": QUICK.model_copy(update={"sft_steps": 5})}), tmp_path / "run")
