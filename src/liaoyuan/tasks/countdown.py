@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from liaoyuan.tasks.problem import Problem, Score, Split, draw
+from liaoyuan.tasks.generated import Wording, Written, content_of, phrase
+from liaoyuan.tasks.problem import Problem, Score
 
 LARGEST = 12  # of the given numbers
 TARGETS = range(1, 100)
@@ -17,6 +18,19 @@ LONGEST = 64  # characters of an answer
 DEEPEST = 8  # nested brackets
 SHAPE = re.compile(r"[0-9+\-*() ]+")
 TOKEN = re.compile(r"[0-9]{1,4}|[-+*()]")
+PHRASES = {
+    "compact": ("{content}",),
+    "en": (
+        "Use each of the numbers {numbers} once, with +, - and * and brackets, to make {target}. Write the expression.",
+        "Make {target} out of {numbers}: each number exactly once, joined by +, - or *. Answer with an expression.",
+        "Which expression has the value {target} and uses {numbers}, each once, with +, - and * only?",
+    ),
+    "zh": (
+        "用{numbers}这几个数各一次，通过+、-、*和括号得到{target}。请写出算式。",
+        "请用+、-、*把{numbers}连成一个等于{target}的算式，每个数恰好用一次。",
+        "哪个算式等于{target}？只能用{numbers}各一次，以及+、-、*和括号。",
+    ),
+}
 
 
 class Countdown:
@@ -25,11 +39,22 @@ class Countdown:
     name = "countdown"
     levels = range(2, 6)
 
-    def problem(self, seed: int, index: int, level: int, split: Split = "train") -> Problem:
-        return draw(self.name, seed, index, level, split, lambda chance: _make(chance, level))
+    def make(self, chance: random.Random, level: int) -> "Target":
+        """Draw numbers, join two of the terms at a time until one is left, and take its value for the target."""
+        while True:
+            numbers = [chance.randint(1, LARGEST) for _ in range(level)]
+            terms, steps = [_Term(str(number), number) for number in numbers], []
+            while len(terms) > 1:
+                chance.shuffle(terms)
+                left, right = terms.pop(), terms.pop()
+                operator, joined = chance.choice(list(_joins(left, right)))
+                steps.append(f"{left.value}{operator}{right.value}={joined.value}")
+                terms.append(joined)
+            if terms[0].value in TARGETS:
+                return Target(tuple(sorted(numbers)), terms[0], tuple(steps))
 
     def check(self, problem: Problem, text: str) -> Score:
-        numbers, target = problem.question.split(" > ")
+        numbers, target = content_of(problem).split(" > ")
         found = evaluate(text.strip())
         if found is None:
             return Score(0.0, None, "no expression")
@@ -112,21 +137,23 @@ class _Term:
         return f"({self.text})" if self.is_sum else self.text
 
 
-def _make(chance: random.Random, level: int) -> Problem:
-    """Draw numbers, join two of the terms at a time until one is left, and take its value for the target."""
-    while True:
-        numbers = [chance.randint(1, LARGEST) for _ in range(level)]
-        terms, steps = [_Term(str(number), number) for number in numbers], []
-        while len(terms) > 1:
-            chance.shuffle(terms)
-            left, right = terms.pop(), terms.pop()
-            operator, joined = chance.choice(list(_joins(left, right)))
-            steps.append(f"{left.value}{operator}{right.value}={joined.value}")
-            terms.append(joined)
-        if terms[0].value in TARGETS:
-            question = f"{' '.join(map(str, sorted(numbers)))} > {terms[0].value}"
-            thought = " ".join(steps)
-            return Problem("countdown", question, terms[0].text, thought, level, f"countdown:{question}")
+@dataclass(frozen=True)
+class Target:
+    """The given numbers, sorted, an expression of them, and the steps to it."""
+
+    numbers: tuple[int, ...]
+    found: _Term
+    steps: tuple[str, ...]
+
+    @property
+    def content(self) -> str:
+        return f"{' '.join(map(str, self.numbers))} > {self.found.value}"
+
+    def written(self, wording: Wording, chance: random.Random) -> Written:
+        numbers = ("、" if wording == "zh" else ", ").join(map(str, self.numbers))
+        question = phrase(PHRASES, wording, chance, content=self.content, numbers=numbers, target=self.found.value)
+        spaced = (f" {step}" if place else step for place, step in enumerate(self.steps))
+        return Written(question, self.found.text, tuple(spaced))
 
 
 def _joins(left: _Term, right: _Term) -> Iterator[tuple[str, _Term]]:

@@ -2,11 +2,30 @@
 
 import random
 import re
+from dataclasses import dataclass
 
-from liaoyuan.tasks.problem import Problem, Score, Split, draw, matches
+from liaoyuan.tasks.generated import Wording, Written, phrase
+from liaoyuan.tasks.problem import Problem, Score, matches
 
 MODULUS = 10
 DIGIT = re.compile(r"[0-9]")
+PHRASES = {
+    "compact": ("{content}",),
+    "en": (
+        "Start with {first}. {operations}. After each step keep only the last digit. Which digit is left?",
+        "Begin at {first} and keep only the last digit of each result. {operations}. What is the final digit?",
+        "Work modulo 10 from left to right, starting with {first}. {operations}. What comes out?",
+    ),
+    "zh": (
+        "从{first}开始，{operations}。每一步只保留个位数，最后得到几？",
+        "先有一个数{first}，依次{operations}，每次都只取结果的个位。结果是几？",
+        "从左到右按模10计算：从{first}开始，{operations}。最后是几？",
+    ),
+}
+SAID = {
+    "en": {"+": "add {0}", "-": "subtract {0}", "*": "multiply by {0}"},
+    "zh": {"+": "加{0}", "-": "减{0}", "*": "乘{0}"},
+}
 
 
 class Modular:
@@ -15,20 +34,36 @@ class Modular:
     name = "modular"
     levels = range(2, 9)
 
-    def problem(self, seed: int, index: int, level: int, split: Split = "train") -> Problem:
-        return draw(self.name, seed, index, level, split, lambda chance: _make(chance, level))
+    def make(self, chance: random.Random, level: int) -> "Chain":
+        first, value, operations = chance.randrange(MODULUS), 0, []
+        value = first
+        for _ in range(level):
+            operator, operand = chance.choice("+-*"), chance.randrange(1, MODULUS)
+            value = {"+": value + operand, "-": value - operand, "*": value * operand}[operator] % MODULUS
+            operations.append((operator, operand, value))
+        return Chain(first, tuple(operations))
 
     def check(self, problem: Problem, text: str) -> Score:
         return matches(problem, text, DIGIT)
 
 
-def _make(chance: random.Random, level: int) -> Problem:
-    value = chance.randrange(MODULUS)
-    chain = thought = str(value)
-    for _ in range(level):
-        operator, operand = chance.choice("+-*"), chance.randrange(1, MODULUS)
-        value = {"+": value + operand, "-": value - operand, "*": value * operand}[operator] % MODULUS
-        chain += f"{operator}{operand}"
-        thought += f"{operator}{operand}={value}"
-    question = f"{chain} mod {MODULUS}=?"
-    return Problem("modular", question, str(value), thought, level, f"modular:{question}")
+@dataclass(frozen=True)
+class Chain:
+    """The first digit, and (operator, operand, result) of each step."""
+
+    first: int
+    operations: tuple[tuple[str, int, int], ...]
+
+    @property
+    def content(self) -> str:
+        chain = "".join(f"{operator}{operand}" for operator, operand, _ in self.operations)
+        return f"{self.first}{chain} mod {MODULUS}=?"
+
+    def written(self, wording: Wording, chance: random.Random) -> Written:
+        said = ""
+        if wording != "compact":
+            each = [SAID[wording][operator].format(operand) for operator, operand, _ in self.operations]
+            said = "，".join(each) if wording == "zh" else ", then ".join(each).capitalize()
+        question = phrase(PHRASES, wording, chance, content=self.content, first=self.first, operations=said)
+        steps = (f"{operator}{operand}={value}" for operator, operand, value in self.operations)
+        return Written(question, str(self.operations[-1][2]), (str(self.first), *steps))

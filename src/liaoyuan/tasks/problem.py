@@ -1,9 +1,8 @@
 """What a task is: it makes problems, each a function of (seed, index, level, split), and judges answers."""
 
 import hashlib
-import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -11,13 +10,16 @@ from liaoyuan.data import Message, Record
 
 Split = Literal["train", "validation", "test"]
 SHARES: dict[int, Split] = {0: "test", 1: "validation"}  # of ten hash values; the other eight are training
-ATTEMPTS = 10_000  # draws until a problem falls in the wanted split; one in ten does
+HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 TEST_SEED = 0  # of the test problems, the same in every run and for every model
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its right answer and one worked solution (`thought`); `key` identifies its content."""
+    """A question, its right answer and one worked solution (`thought`); `key` identifies its content.
+
+    steps: the pieces of which the thought is made, where its maker says so.
+    """
 
     task: str
     question: str
@@ -25,6 +27,7 @@ class Problem:
     thought: str
     level: int
     key: str
+    steps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,29 +73,31 @@ def matches(problem: Problem, text: str, shape: re.Pattern[str]) -> Score:
     return Score(float(parsed == problem.answer), parsed, "" if parsed == problem.answer else f"not {problem.answer}")
 
 
+def half_width(text: str) -> str:
+    """Return the text with the forms of full width, U+FF01 to U+FF5E and the wide space, as ASCII."""
+    return text.translate(HALF_WIDTH)
+
+
 def split_of(key: str) -> Split:
     """Return the split to which a problem belongs, decided by its content alone."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return SHARES.get(int.from_bytes(digest, "big") % 10, "train")
 
 
-def draw(
-    name: str, seed: int, index: int, level: int, split: Split, make: Callable[[random.Random], Problem]
-) -> Problem:
-    """Draw with `make` until the problem falls in `split`."""
-    chance = random.Random(f"{name}/{seed}/{index}/{level}/{split}")  # a text seed is hashed with SHA-512
-    for _ in range(ATTEMPTS):
-        problem = make(chance)
-        if split_of(problem.key) == split:
-            return problem
-    raise ValueError(f"{name} has no {split} problem of level {level}")
+def to_record(problem: Problem, thinking: bool = True, left_out: int = 0) -> Record:
+    """Return the worked solution as a conversation to learn: with its thought, or with the answer at once.
 
+    The record's `id` is the problem's key, a slash, and how it is told: "slow", "fast", "slow-zh".
 
-def to_record(problem: Problem, thinking: bool = True) -> Record:
-    """Return the worked solution as a conversation to learn: with its thought, or with the answer at once."""
-    answer = Message(role="assistant", content=problem.answer, think=problem.thought if thinking else "")
+    left_out: so many of the last steps are left out of the thought, if it has more.
+    """
+    whole = not left_out or len(problem.steps) <= left_out
+    thought = problem.thought if whole else "".join(problem.steps[:-left_out])
+    answer = Message(role="assistant", content=problem.answer, think=thought if thinking else "")
+    name, colon, _ = problem.key.partition(":")
+    wording = problem.task.removeprefix(name) if colon and problem.task.startswith(name) else ""
     return Record(
-        id=f"{problem.key}/{'slow' if thinking else 'fast'}",
+        id=f"{problem.key}/{'slow' if thinking else 'fast'}{wording}",
         messages=(Message(role="user", content=problem.question), answer),
         task=problem.task,
         answer=problem.answer,

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from liaoyuan.data import Record, RecordBatches, TokenisedRecord, Tokenizer, tokenise
+from liaoyuan.data import RecordBatches, TokenisedRecord, Tokenizer, tokenise
 from liaoyuan.models import Decoder
 from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import Report, silent
-from liaoyuan.tasks import Task, to_record
+from liaoyuan.tasks import Task, solution_records
 from liaoyuan.training import TrainConfig, TrainResult, train
 
 
@@ -48,17 +48,3 @@ def worked_solutions(
     Every `fast_every`-th problem (none if 0) is there a second time with its answer given at once, without a thought.
     """
     return tokenise(tokenizer, solution_records(task, levels, count, seed, fast_every))
-
-
-def solution_records(task: Task, levels: Sequence[int], count: int, seed: int, fast_every: int) -> list[Record]:
-    """Return the records of `worked_solutions` before they are tokenised."""
-    records = []
-    for place in range(count):
-        problem = task.problem(SOLUTIONS + seed, place, levels[place % len(levels)], "train")
-        records.append(to_record(problem))
-        if fast_every and place % fast_every == 0:
-            records.append(to_record(problem, thinking=False))
-    return records
-
-
-SOLUTIONS = 1_000_000  # streams of worked solutions begin here, so that they are not those of rollouts
