@@ -146,8 +146,7 @@ def _true(words: str, kinds: dict[str, str]) -> bool:
 
 
 def ordering(problem: Problem, text: str) -> bool:
-    clues = problem.question.split(",")
-    names = "ABCDEF"[: len(problem.answer)]
+    names, clues = problem.question.split(": ")[0], problem.question.split(": ")[1].split(",")
     found = ["".join(row) for row in itertools.permutations(names) if all(_fits(clue, row) for clue in clues)]
     assert len(found) == 1, "exactly one order"
     return text == found[0]

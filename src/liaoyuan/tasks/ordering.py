@@ -16,7 +16,7 @@ NAMES = {"en": ("Ann", "Bob", "Cid", "Dora", "Eve", "Finn"), "zh": tuple("甲乙
 ANSWER = re.compile(r"[A-F甲乙丙丁戊己](?:[ ,、]{0,2}[A-F甲乙丙丁戊己]){2,5}")
 PLAIN = str.maketrans("甲乙丙丁戊己", MARKS, " ,、")
 PHRASES = {
-    "compact": ("{clues}",),
+    "compact": ("{row}: {clues}",),
     "en": (
         "{names} stand in a row. {clues} In which order do they stand, from left to right? "
         "Answer with their first letters, such as {form}.",
@@ -64,7 +64,7 @@ Clue = tuple[str, int, int]  # a key of TRUE, a person, and another person or a 
 
 
 class Ordering:
-    """ "B<A,A!C,C=2"; the answer is "BCA", from left to right.
+    """ "ABCD: B<A,A!C,C=2,B|D"; the answer is the order, from left to right.
 
     B<A: somewhere to the left; B|A: directly; A&C: neighbours; A!C: no neighbours; C=2, C^2: second or not.
     The thought puts one after another in the row, as far as no clue is against it: "A,A!" means nobody may follow A.
@@ -152,7 +152,9 @@ class Row:
             SAID[wording][kind].format(names[one], names[other] if kind in PAIRS else "", other + 1)
             for kind, one, other in self.clues
         )
-        question = phrase(PHRASES, wording, chance, names=listed, clues=clues, form="".join(initials))
+        question = phrase(
+            PHRASES, wording, chance, names=listed, clues=clues, row="".join(initials), form="".join(initials)
+        )
         answer = "".join(initials[person] for person in _orders(self.count)[self.order])
         return Written(question, answer, tuple(self._steps(initials)))
 
