@@ -19,6 +19,7 @@ from liaoyuan.cli.process import tune_process
 from liaoyuan.cli.quickstart import quickstart
 from liaoyuan.cli.score import score
 from liaoyuan.cli.serve import serve
+from liaoyuan.cli.tasks import app as tasks
 from liaoyuan.cli.train import train
 from liaoyuan.cli.tune import app as tune
 from liaoyuan.errors import LiaoyuanError
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.command()(quickstart)
 app.command()(data)
 app.command()(train)
+app.add_typer(tasks, name="tasks")
 app.add_typer(tune, name="tune")
 app.command("eval")(evaluate)
 app.command()(score)
