@@ -16,6 +16,7 @@ def evaluate(
     fast: Annotated[bool, typer.Option("--fast", help="Answer at once, without a thought.")] = False,
     quantise: Annotated[str | None, typer.Option(help="Quantise the weights first: int8, int4 or fp8.")] = None,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    seen: Annotated[bool, typer.Option("--seen", help="Also problems that the model was trained on.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure accuracy on test problems that no training has seen: greedy, sampled and pass@k, with intervals."""
@@ -30,10 +31,12 @@ def evaluate(
     from liaoyuan.inference import Engine
     from liaoyuan.models import quantisation_named
     from liaoyuan.tasks import Right, check_levels, find_task, held_out_problems
+    from liaoyuan.tasks.seen import refuse_seen
 
     chosen, wanted = find_task(task), read_levels(levels)
     check_levels(chosen, wanted, f"--levels {levels}")
     asked = held_out_problems(chosen, wanted, problems)
+    known = refuse_seen(model, asked, allow=seen)
     few_bits = quantisation_named(quantise)
     engine = Engine(load_model(model, device=select_device().torch, quantisation=few_bits))
     with bar("Answering") as report, torch.inference_mode():
@@ -43,7 +46,10 @@ def evaluate(
     measures = {"greedy": answers.greedy, "sampled": answers.sampled_mean, f"pass_at_{samples}": answers.pass_at_k}
     result = {name: bootstrap(values).to_dict() for name, values in measures.items()}
     if json:
-        print(json_format.dumps({"task": task, "problems": problems, "samples": samples, "accuracy": result}))
+        figures = {"task": task, "problems": problems, "seen": known, "samples": samples, "accuracy": result}
+        print(json_format.dumps(figures))
         return
+    if known:
+        print(f"NOT A TEST: the model was trained on {known:,} of these {len(asked):,} problems.")
     for name, value in result.items():
         print(f"{name:>10}  {100 * value['mean']:5.1f}%  ({100 * value['low']:.1f} to {100 * value['high']:.1f})")

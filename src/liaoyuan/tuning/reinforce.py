@@ -26,6 +26,7 @@ from liaoyuan.inference import QUICK, prove
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Lock, Metrics, Progress, Report, silent
 from liaoyuan.tasks import Problem, Right, Task
+from liaoyuan.tasks.seen import Seen
 from liaoyuan.training import TrainConfig, make_optimiser
 from liaoyuan.training.optimiser import Optimiser
 from liaoyuan.tuning.curriculum import draw_levels, follow
@@ -109,11 +110,12 @@ def reinforce(
     metrics = Metrics(folder / METRICS, resume_from=done.steps)
     done = replace(done, exact=prove(model.eval(), QUICK).exact)
     engine = tuning_engine(model, config.max_tokens)
-    end = min(config.steps, until or config.steps)
+    end, seen = min(config.steps, until or config.steps), Seen(folder)
     while done.steps < end:
         step, start = done.steps, time.process_time()
         levels = draw_levels(done.signal, config.levels, config.problems, f"levels/{config.seed}/{step}")
         problems = problems_of(task, config, step, levels)
+        seen.add(problems)
         rollouts = roll_out(
             engine, tokenizer, Right(task), problems, config.group, sample_seed(config, step), config.max_tokens
         )

@@ -15,6 +15,7 @@ from liaoyuan.inference import require_exact
 from liaoyuan.ops import configure
 from liaoyuan.rundir import Report, atomic_folder, silent, write_atomic
 from liaoyuan.tasks import Right, check_levels, find_task, spread
+from liaoyuan.tasks.seen import Seen, read_seen, write_seen
 from liaoyuan.tuning.reinforce import ReinforceConfig, reinforce
 from liaoyuan.tuning.validation import Best
 
@@ -47,8 +48,10 @@ def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str,
     model = load_model(config.model, device=select_device(config.device).torch)
     if config.exact:
         require_exact(model.eval())
+    Seen(folder, config.model)
     done = reinforce(model, tokenizer, task, config.rl, folder, report, best)
     with atomic_folder(folder / "model") as part:
         shutil.copytree(best.model_folder, part, dirs_exist_ok=True)
+        write_seen(part, read_seen(folder))
     figures = {name: value for name, value in asdict(done).items() if isinstance(value, int | float)}
     return figures | {"validation": best.value}

@@ -15,6 +15,7 @@ from liaoyuan.models import Decoder, read_config
 from liaoyuan.ops import configure
 from liaoyuan.parallel import Layout, Shape, World, lay_out, resolve
 from liaoyuan.rundir import Report, silent, write_atomic
+from liaoyuan.tasks.seen import Seen, read_seen, write_seen
 from liaoyuan.training import TrainConfig
 from liaoyuan.tuning.finetune import finetune
 
@@ -41,7 +42,8 @@ def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: Wor
     """
     configure(config.ops)
     world = world or World(device=select_device(config.device))
-    records = tokenise(Tokenizer.load(config.model), read_records(config.data))
+    examples = read_records(config.data)
+    records = tokenise(Tokenizer.load(config.model), examples)
     with torch.device("meta"):
         model = Decoder(read_config(config.model))
     rows = config.train.batch_tokens // config.sequence_length
@@ -52,6 +54,9 @@ def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: Wor
     load_weights(program, config.model)
     if world.is_first:
         write_atomic(folder / "config.toml", to_toml(config))
+        Seen(folder, config.model).add_records(examples)
     done = finetune(program, records, config.train, folder, report, None, world, config.sequence_length)
     save_program(program, folder / "model", config.model, world)
+    if world.is_first:
+        write_seen(folder / "model", read_seen(folder))
     return asdict(done)

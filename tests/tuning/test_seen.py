@@ -1,0 +1,71 @@
+"""What a run learned from goes with its model, and `eval` refuses to call it a test."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from liaoyuan.checkpoint import load_model
+from liaoyuan.checkpoint.convert import FURTHER_FILES
+from liaoyuan.cli.eval import evaluate
+from liaoyuan.cli.tune import app
+from liaoyuan.data import Tokenizer, write_records
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.tasks import find_task, held_out_problems, to_record
+from liaoyuan.tasks.seen import NAME, marks_of, read_seen
+from liaoyuan.tuning.reinforce import ReinforceConfig, problems_of, reinforce
+
+ADDITION = find_task("addition")
+RL = ReinforceConfig(levels=(1, 2), steps=3, problems=3, group=2, max_tokens=6)
+
+
+def sft(model: Path, data: Path, out: Path) -> Path:
+    settings = ("train.steps=2", "train.batch_tokens=128", "sequence_length=128", "device=cpu")
+    given = [part for setting in settings for part in ("--set", setting)]
+    told = ["sft", "--model", str(model), "--data", str(data), "--out", str(out), *given]
+    assert CliRunner().invoke(app, told, catch_exceptions=False).exit_code == 0
+    return out / "model"
+
+
+def test_eval_refuses_what_was_trained_on_and_says_so_where_it_is_asked_to_go_on(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = [to_record(problem) for problem in held_out_problems(find_task("addition-zh"), (1,), 3)]
+    write_records(tmp_path / "data.jsonl", wrong)
+    model = sft(model_folder, tmp_path / "data.jsonl", tmp_path / "sft")
+    asked = {"task": "addition", "levels": "1", "problems": 6, "samples": 1, "fast": False, "seed": 0}
+    with pytest.raises(LiaoyuanError, match="was trained on 3 of these 6 problems"):
+        evaluate(model=model, json=True, **asked)  # type: ignore[arg-type]
+    evaluate(model=model, json=False, seen=True, **asked)  # type: ignore[arg-type]
+    assert "NOT A TEST: the model was trained on 3 of these 6 problems" in capsys.readouterr().out
+    evaluate(model=model, json=True, seen=True, **asked)  # type: ignore[arg-type]
+    assert '"seen": 3' in capsys.readouterr().out
+
+
+def test_rl_keeps_what_every_step_and_the_start_model_learned(model_folder: Path, tmp_path: Path) -> None:
+    write_records(tmp_path / "data.jsonl", [to_record(ADDITION.problem(9, 0, 1))])
+    start = sft(model_folder, tmp_path / "data.jsonl", tmp_path / "sft")
+    sizes = ["levels=[1,2]", "steps=2", "problems=2", "group=2", "max_tokens=6"]
+    given = [part for size in sizes for part in ("--set", f"rl.{size}")]
+    told = ["rl", "--model", str(start), "--out", str(tmp_path / "rl"), "--set", "validation_problems=2", *given]
+    assert CliRunner().invoke(app, [*told, "--set", "device=cpu"], catch_exceptions=False).exit_code == 0
+    found = read_seen(tmp_path / "rl" / "model")
+    assert read_seen(start) < found == read_seen(tmp_path / "rl")
+
+
+def test_a_resumed_run_has_learned_from_the_same_problems(model_folder: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(model_folder)
+    for name, parts in (("whole", (3,)), ("stopped", (1, 3))):
+        for until in parts:
+            done = reinforce(load_model(model_folder), tokenizer, ADDITION, RL, tmp_path / name, until=until)
+    wanted = {
+        one
+        for step, levels in enumerate(done.drawn)
+        for problem in problems_of(ADDITION, RL, step, levels)
+        for one in marks_of(problem)
+    }
+    assert read_seen(tmp_path / "stopped") == read_seen(tmp_path / "whole") == wanted
+
+
+def test_the_list_goes_wherever_the_weights_go() -> None:
+    assert NAME in FURTHER_FILES
