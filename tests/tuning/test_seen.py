@@ -19,6 +19,10 @@ ADDITION = find_task("addition")
 RL = ReinforceConfig(levels=(1, 2), steps=3, problems=3, group=2, max_tokens=6)
 
 
+def learned(folder: Path) -> set[int]:
+    return set(read_seen(folder).tolist())
+
+
 def sft(model: Path, data: Path, out: Path) -> Path:
     settings = ("train.steps=2", "train.batch_tokens=128", "sequence_length=128", "device=cpu")
     given = [part for setting in settings for part in ("--set", setting)]
@@ -49,8 +53,7 @@ def test_rl_keeps_what_every_step_and_the_start_model_learned(model_folder: Path
     given = [part for size in sizes for part in ("--set", f"rl.{size}")]
     told = ["rl", "--model", str(start), "--out", str(tmp_path / "rl"), "--set", "validation_problems=2", *given]
     assert CliRunner().invoke(app, [*told, "--set", "device=cpu"], catch_exceptions=False).exit_code == 0
-    found = read_seen(tmp_path / "rl" / "model")
-    assert read_seen(start) < found == read_seen(tmp_path / "rl")
+    assert learned(start) < learned(tmp_path / "rl" / "model") == learned(tmp_path / "rl")
 
 
 def test_a_resumed_run_has_learned_from_the_same_problems(model_folder: Path, tmp_path: Path) -> None:
@@ -64,7 +67,7 @@ def test_a_resumed_run_has_learned_from_the_same_problems(model_folder: Path, tm
         for problem in problems_of(ADDITION, RL, step, levels)
         for one in marks_of(problem)
     }
-    assert read_seen(tmp_path / "stopped") == read_seen(tmp_path / "whole") == wanted
+    assert learned(tmp_path / "stopped") == learned(tmp_path / "whole") == wanted
 
 
 def test_the_list_goes_wherever_the_weights_go() -> None:

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from liaoyuan.data import Record
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import disk_errors, write_atomic
@@ -21,9 +23,9 @@ HEADER = b"seen-v1\n"  # as long as a hash, so that the file is a row of eights
 SIZE = 8  # bytes of a hash: among a million problems two of one hash are met in 1 of 37 million sets
 SPACES = re.compile(r"\s+")
 # A space counts only between two letters or digits of a script that has spaces: "3 + 4" is "3+4", "3 5" is not "35".
-IDLE_SPACE = re.compile(r"(?<![^\W_]) | (?![^\W_])|(?<=[\u3000-\u9fff]) | (?=[\u3000-\u9fff])")
+IDLE_SPACE = re.compile(r" (?:(?<=[\W_] )|(?![^\W_])|(?<=[\u3000-\u9fff] )|(?=[\u3000-\u9fff]))")
 
-Marks = frozenset[bytes]
+Marks = np.ndarray  # uint64, sorted, each once
 
 
 def normalised(text: str) -> str:
@@ -31,21 +33,25 @@ def normalised(text: str) -> str:
     return IDLE_SPACE.sub("", SPACES.sub(" ", half_width(text).casefold()).strip())
 
 
-def mark(text: str) -> bytes:
+def mark(text: str) -> int:
     """Return the hash of a text's content."""
-    return hashlib.blake2b(normalised(text).encode("utf-8", "surrogatepass"), digest_size=SIZE).digest()
+    digest = hashlib.blake2b(normalised(text).encode("utf-8", "surrogatepass"), digest_size=SIZE).digest()
+    return int.from_bytes(digest, "little")
 
 
-def marks_of(problem: Problem) -> tuple[bytes, bytes]:
+def marks_of(problem: Problem) -> tuple[int, int]:
     """Return the hashes by which a problem is known again: of its content, whatever the wording, and of its words."""
     return mark(problem.key), mark(problem.question)
 
 
-def marks_of_record(record: Record) -> tuple[bytes, ...]:
-    """Return the hashes of what a record teaches answers to: of each of the user's turns, and of a task's problem."""
+def marks_of_record(record: Record) -> tuple[int, ...]:
+    """Return the hashes of what a record teaches answers to: of each of the user's turns, and of a task's problem.
+
+    The `id` of a task's record is the key of its problem, perhaps with how it is told behind a slash (`to_record`).
+    """
     said = tuple(mark(message.content) for message in record.messages if message.role == "user")
-    key = record.id.rpartition("/")[0] if record.task else ""
-    return (*said, mark(key)) if key else said
+    key, _, told = record.id.rpartition("/")
+    return (*said, mark(key if told.startswith(("slow", "fast")) else record.id)) if record.task else said
 
 
 def read_seen(folder: Path) -> Marks:
@@ -55,17 +61,15 @@ def read_seen(folder: Path) -> Marks:
         LiaoyuanError: the file is something else.
     """
     path = folder / NAME
-    if not path.exists():
-        return frozenset()
-    data = path.read_bytes()
+    data = path.read_bytes() if path.exists() else HEADER
     if data and not data.startswith(HEADER):
         raise LiaoyuanError(f"{path} is no list of what a model was trained on: delete it, or copy it again.")
-    return frozenset(data[place : place + SIZE] for place in range(SIZE, len(data) - SIZE + 1, SIZE))
+    return np.unique(np.frombuffer(data[: len(data) // SIZE * SIZE], "<u8")[1:])
 
 
-def write_seen(folder: Path, marks: Iterable[bytes]) -> None:
-    """Write the whole set, sorted; the file is whole or absent."""
-    write_atomic(folder / NAME, HEADER + b"".join(sorted(set(marks))))
+def write_seen(folder: Path, marks: Marks) -> None:
+    """Write the whole set; the file is whole or absent."""
+    write_atomic(folder / NAME, HEADER + marks.astype("<u8").tobytes())
 
 
 class Seen:
@@ -75,9 +79,9 @@ class Seen:
     """
 
     def __init__(self, folder: Path, start: Path | None = None) -> None:
-        """Go on with the file in `folder`, where a torn end is cut off, or begin with what `start` has learned."""
-        inherited = read_seen(start) if start else frozenset[bytes]()
-        self.marks = set(read_seen(folder) | inherited)
+        """Go on with the file in `folder`, where a torn end is cut off, and with what the model `start` has learned."""
+        found = read_seen(folder)
+        self.marks = np.union1d(found, read_seen(start)) if start else found
         write_seen(folder, self.marks)
         self._path = folder / NAME
 
@@ -89,20 +93,22 @@ class Seen:
         """Append what records teach answers to."""
         self._append(one for record in records for one in marks_of_record(record))
 
-    def _append(self, marks: Iterable[bytes]) -> None:
-        new = set(marks) - self.marks
-        if not new:
+    def _append(self, marks: Iterable[int]) -> None:
+        new = np.setdiff1d(np.fromiter(marks, np.uint64), self.marks)
+        if not len(new):
             return
         with disk_errors(self._path), self._path.open("ab") as file:
-            file.write(b"".join(sorted(new)))
+            file.write(new.astype("<u8").tobytes())
             file.flush()
             os.fsync(file.fileno())
-        self.marks |= new
+        self.marks = np.union1d(self.marks, new)
 
 
 def seen_among(problems: Sequence[Problem], marks: Marks) -> list[Problem]:
     """Return the problems of which the content or the words are among `marks`."""
-    return [problem for problem in problems if not marks.isdisjoint(marks_of(problem))]
+    asked = np.array([marks_of(problem) for problem in problems], np.uint64).reshape(-1, 2)
+    known = np.isin(asked, marks).any(axis=1).tolist()
+    return [problem for problem, is_known in zip(problems, known, strict=True) if is_known]
 
 
 def refuse_seen(folder: Path, problems: Sequence[Problem], allow: bool = False) -> int:
