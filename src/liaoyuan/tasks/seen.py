@@ -107,8 +107,8 @@ class Seen:
 def seen_among(problems: Sequence[Problem], marks: Marks) -> list[Problem]:
     """Return the problems of which the content or the words are among `marks`."""
     asked = np.array([marks_of(problem) for problem in problems], np.uint64).reshape(-1, 2)
-    known = np.isin(asked, marks).any(axis=1).tolist()
-    return [problem for problem, is_known in zip(problems, known, strict=True) if is_known]
+    known: np.ndarray = np.isin(asked, marks)
+    return [problem for problem, row in zip(problems, known.tolist(), strict=True) if any(row)]
 
 
 def refuse_seen(folder: Path, problems: Sequence[Problem], allow: bool = False) -> int:
