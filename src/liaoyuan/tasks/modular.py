@@ -9,6 +9,8 @@ from liaoyuan.tasks.problem import Problem, Score, matches
 
 MODULUS = 10
 DIGIT = re.compile(r"[0-9]")
+IN_THE_HEAD = 0.75  # share of worked solutions that leave steps to the head, as people do
+LEFT = 2  # so many, the last ones; where there are no more, all are written
 PHRASES = {
     "compact": ("{content}",),
     "en": (
@@ -29,7 +31,10 @@ SAID = {
 
 
 class Modular:
-    """ "7*3+8-5 mod 10=?", worked from left to right; the thought carries the result along: "7*3=1+8=9-5=4"."""
+    """ "7*3+8-5 mod 10=?", worked from left to right; the thought carries the result along: "7*3=1+8=9-5=4".
+
+    As in `addition`, many worked solutions go straight to the answer when two steps are left.
+    """
 
     name = "modular"
     levels = range(2, 9)
@@ -65,5 +70,7 @@ class Chain:
             each = [SAID[wording][operator].format(operand) for operator, operand, _ in self.operations]
             said = "，".join(each) if wording == "zh" else ", then ".join(each).capitalize()
         question = phrase(PHRASES, wording, chance, content=self.content, first=self.first, operations=said)
-        steps = (f"{operator}{operand}={value}" for operator, operand, value in self.operations)
+        steps = [f"{operator}{operand}={value}" for operator, operand, value in self.operations]
+        if len(steps) > LEFT and chance.random() < IN_THE_HEAD:
+            steps = steps[:-LEFT]
         return Written(question, str(self.operations[-1][2]), (str(self.first), *steps))
