@@ -41,10 +41,13 @@ def finetune(
 
 
 def worked_solutions(
-    task: Task, levels: Sequence[int], count: int, seed: int, fast_every: int, tokenizer: Tokenizer
+    task: Task,
+    levels: Sequence[int],
+    count: int,
+    seed: int,
+    fast_every: int,
+    tokenizer: Tokenizer,
+    hurried: float = 0.0,
 ) -> list[TokenisedRecord]:
-    """Return `count` worked solutions of training problems, evenly over the levels, ready to be learned.
-
-    Every `fast_every`-th problem (none if 0) is there a second time with its answer given at once, without a thought.
-    """
-    return tokenise(tokenizer, solution_records(task, levels, count, seed, fast_every))
+    """Return worked solutions of training problems, ready to be learned; see `tasks.solution_records`."""
+    return tokenise(tokenizer, solution_records(task, levels, count, seed, fast_every, hurried))

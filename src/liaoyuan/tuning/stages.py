@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from liaoyuan.checkpoint import load_model
 from liaoyuan.config import Config
@@ -34,6 +35,7 @@ class Lesson(Config):
     levels: tuple[int, ...] = (2, 3, 4)
     solutions: int = 900
     fast_every: int = 4  # so many worked solutions to one that is also shown as an answer without a thought
+    hurried: float = Field(0.0, ge=0, le=1)  # share of the solutions that leave the last steps to the head
     validation_problems: int = 200
     problems: int = 2000
     samples: int = 8
@@ -51,7 +53,8 @@ class Lesson(Config):
         return held_out_problems(self.chosen_task, self.levels, self.problems)
 
     def worked_solutions(self, tokenizer: Tokenizer) -> list[TokenisedRecord]:
-        return worked_solutions(self.chosen_task, self.levels, self.solutions, self.seed, self.fast_every, tokenizer)
+        given = (self.chosen_task, self.levels, self.solutions, self.seed, self.fast_every)
+        return worked_solutions(*given, tokenizer, self.hurried)
 
 
 def tune_supervised(
