@@ -94,6 +94,16 @@ def test_dates_are_written_as_people_write_them() -> None:
         assert sorted(iso) == sorted(re.findall(r"\d{4}-\d\d-\d\d", plain.question))
 
 
+@pytest.mark.parametrize(
+    ("name", "form"), [("modular-en", r"(Add|Subtract|Multiply by) (\d)"), ("modular-zh", r"(加|减|乘)(\d)")]
+)
+def test_chains_are_told_step_by_step(name: str, form: str) -> None:
+    signs = dict(zip(("add", "subtract", "multiply by", *"加减乘"), "+-*+-*", strict=True))
+    for plain, worded in problems(name):
+        told = re.findall(form, worded.question, re.IGNORECASE)
+        assert "".join(signs[verb.lower()] + digit for verb, digit in told) == plain.question.split(" ")[0][1:]
+
+
 def test_mazes_are_drawn_line_by_line() -> None:
     for wording in ("en", "zh"):
         for plain, worded in problems(f"maze-{wording}"):

@@ -21,7 +21,7 @@ PHRASES = {
     "zh": (
         "{left}加{right}等于多少？",
         "求{left}与{right}的和。",
-        "两个数分别是{left}和{right}，它们一共是多少？",
+        "两个数分别是{left}和{right}，它们加起来是多少？",
         "计数器显示{left}，又增加了{right}，现在显示多少？",
     ),
 }

@@ -14,14 +14,14 @@ LEFT = 2  # so many, the last ones; where there are no more, all are written
 PHRASES = {
     "compact": ("{content}",),
     "en": (
-        "Start with {first}. {operations}. After each step keep only the last digit. Which digit is left?",
-        "Begin at {first} and keep only the last digit of each result. {operations}. What is the final digit?",
+        "Start with {first}. {operations}. Take every result modulo 10, so that 2 - 5 is 7. What is the last result?",
         "Work modulo 10 from left to right, starting with {first}. {operations}. What comes out?",
+        "There are only the digits 0 to 9, and after 9 comes 0 again. Begin at {first}. {operations}. What do you get?",
     ),
     "zh": (
-        "从{first}开始，{operations}。每一步只保留个位数，最后得到几？",
-        "先有一个数{first}，依次{operations}，每次都只取结果的个位。结果是几？",
-        "从左到右按模10计算：从{first}开始，{operations}。最后是几？",
+        "从{first}开始，{operations}。每一步的结果都对10取余（例如2-5得7），最后得到几？",
+        "按模10从左到右计算：从{first}开始，{operations}。最后是几？",
+        "只有0到9这十个数，9的后面又回到0。从{first}开始，{operations}，最后得到几？",
     ),
 }
 SAID = {
@@ -40,8 +40,8 @@ class Modular:
     levels = range(2, 9)
 
     def make(self, chance: random.Random, level: int) -> "Chain":
-        first, value, operations = chance.randrange(MODULUS), 0, []
-        value = first
+        value = first = chance.randrange(MODULUS)
+        operations = []
         for _ in range(level):
             operator, operand = chance.choice("+-*"), chance.randrange(1, MODULUS)
             value = {"+": value + operand, "-": value - operand, "*": value * operand}[operator] % MODULUS
