@@ -9,7 +9,7 @@ import typer
 
 def evaluate(
     model: Annotated[Path, typer.Option(help="Folder of a model with its tokenizer.")],
-    task: Annotated[str, typer.Option(help="addition, modular or countdown.")] = "addition",
+    task: Annotated[str, typer.Option(help="Name of a task, or a task file (.toml).")] = "addition",
     levels: Annotated[str, typer.Option(help="Levels of difficulty: '2-4', or '3'.")] = "2-4",
     problems: Annotated[int, typer.Option(min=1, help="Test problems, spread over the levels.")] = 2000,
     samples: Annotated[int, typer.Option(min=1, help="Samples of each problem, for pass@k.")] = 8,
@@ -30,10 +30,11 @@ def evaluate(
     from liaoyuan.evaluation import bootstrap, measure_accuracy
     from liaoyuan.inference import Engine
     from liaoyuan.models import quantisation_named
-    from liaoyuan.tasks import Right, check_levels, find_task, held_out_problems
+    from liaoyuan.tasks import check_levels, held_out_problems, open_task
     from liaoyuan.tasks.seen import refuse_seen
 
-    chosen, wanted = find_task(task), read_levels(levels)
+    assignment, wanted = open_task(task), read_levels(levels)
+    chosen = assignment.task
     check_levels(chosen, wanted, f"--levels {levels}")
     asked = held_out_problems(chosen, wanted, problems)
     known = refuse_seen(model, asked, allow=seen)
@@ -41,7 +42,7 @@ def evaluate(
     engine = Engine(load_model(model, device=select_device().torch, quantisation=few_bits))
     with bar("Answering") as report, torch.inference_mode():
         answers = measure_accuracy(
-            engine, Tokenizer.load(model), Right(chosen), asked, samples, thinking=not fast, seed=seed, report=report
+            engine, Tokenizer.load(model), assignment.right, asked, samples, thinking=not fast, seed=seed, report=report
         )
     measures = {"greedy": answers.greedy, "sampled": answers.sampled_mean, f"pass_at_{samples}": answers.pass_at_k}
     result = {name: bootstrap(values).to_dict() for name, values in measures.items()}

@@ -115,7 +115,7 @@ def read_rollout(tokenizer: Tokenizer, problem: Problem, answer: Completion, thi
         text = text[:-1]
     # A special token inside the answer is not passed over.
     thought_text, answer_text = (tokenizer.decode(part, skip_special=False) for part in (thought, text))
-    return Rollout(problem, thought_text, answer_text, flaw, len(tokens))
+    return Rollout(problem, thought_text, answer_text, flaw, len(tokens), len(thought))
 
 
 def split_thought(tokenizer: Tokenizer, tokens: Sequence[int], thinking: bool = True) -> tuple[list[int], list[int]]:

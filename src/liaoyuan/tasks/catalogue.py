@@ -58,5 +58,12 @@ def check_levels(task: Task, levels: Sequence[int], where: str) -> None:
     """Raise LiaoyuanError, naming the setting `where`, if there are no levels or one that the task does not have."""
     wrong = [level for level in levels if level not in task.levels]
     if wrong or not levels:
-        known = f"{task.levels[0]} to {task.levels[-1]}"
-        raise LiaoyuanError(f"{where}: {task.name} has the levels {known}, not {wrong[0] if wrong else 'none'}.")
+        raise LiaoyuanError(
+            f"{where}: {task.name} has the levels {_words(task.levels)}, not {wrong[0] if wrong else 'none'}."
+        )
+
+
+def _words(levels: Sequence[int]) -> str:
+    """Return "2 to 5" where no level between is missing, else all of them."""
+    whole = list(levels) == list(range(levels[0], levels[-1] + 1))
+    return f"{levels[0]} to {levels[-1]}" if whole and len(levels) > 1 else ", ".join(map(str, levels))

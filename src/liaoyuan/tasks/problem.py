@@ -48,13 +48,13 @@ class Score:
 
 
 class Task(Protocol):
-    """A kind of problem. `levels` are its levels of difficulty, easiest first."""
+    """A kind of problem. `levels` are its levels of difficulty, easiest first; one between may be missing."""
 
     @property
     def name(self) -> str: ...
 
     @property
-    def levels(self) -> range: ...
+    def levels(self) -> Sequence[int]: ...
 
     def problem(self, seed: int, index: int, level: int, split: Split = "train") -> Problem:
         """Return problem `index` of the stream `seed`; the same arguments give the same problem for ever."""
