@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.tasks.data_task import DataTask
 from liaoyuan.tasks.problem import Problem, Score, Split, Task
+from liaoyuan.tasks.reward import check_all
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,10 @@ class Part:
     task: Task
     levels: tuple[int, ...]
     weight: float = 1.0
+
+    def has(self, level: int, split: Split) -> bool:
+        """Whether there are problems; a generator never ends."""
+        return not isinstance(self.task, DataTask) or self.task.count(level, split) > 0
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,9 @@ class PartsTask:
         object.__setattr__(self, "levels", tuple(sorted(levels)))
 
     def problem(self, seed: int, index: int, level: int, split: Split = "train") -> Problem:
-        parts = [part for part in self.parts if level in part.levels]
+        parts = [part for part in self.parts if level in part.levels and part.has(level, split)]
+        if not parts and level in self.levels:
+            raise LiaoyuanError(f"{self.name} has no {split} problem of level {level}.")
         if not parts:
             raise LiaoyuanError(f"{self.name} has no level {level}.")
         chance = random.Random(f"part/{self.name}/{seed}/{index}/{level}/{split}")
@@ -38,7 +46,13 @@ class PartsTask:
         return part.task.problem(seed, index, level, split)
 
     def check(self, problem: Problem, text: str) -> Score:
-        for part in self.parts:
-            if part.task.name == problem.task:
-                return part.task.check(problem, text)
-        return Score(None, None, f"{self.name} has no part '{problem.task}'")
+        return self.check_all([(problem, text)])[0]
+
+    def check_all(self, pairs: Sequence[tuple[Problem, str]]) -> list[Score]:
+        """Judge many texts, those of each part together."""
+        scores = [Score(None, None, f"{self.name} has no such part")] * len(pairs)
+        for part in {part.task.name: part for part in self.parts}.values():
+            places = [place for place, (problem, _) in enumerate(pairs) if problem.task == part.task.name]
+            for place, score in zip(places, check_all(part.task, [pairs[place] for place in places]), strict=True):
+                scores[place] = score
+        return scores

@@ -56,6 +56,20 @@ def score_all(rewards: Sequence[Reward], rollouts: Sequence[Rollout]) -> list[li
     ]
 
 
+@runtime_checkable
+class BatchedTask(Protocol):
+    """A task that judges many texts faster together than one by one."""
+
+    def check_all(self, pairs: Sequence[tuple[Problem, str]]) -> list[Score]: ...
+
+
+def check_all(task: Task, pairs: Sequence[tuple[Problem, str]]) -> list[Score]:
+    """Return what the task says of each text."""
+    if isinstance(task, BatchedTask):
+        return task.check_all(pairs)
+    return [task.check(problem, text) for problem, text in pairs]
+
+
 @dataclass(frozen=True)
 class Right:
     """1 for a whole answer that the task calls right, else 0; no value where the task cannot tell."""
@@ -67,6 +81,9 @@ class Right:
         return "right"
 
     def __call__(self, rollout: Rollout) -> Score:
-        if rollout.flaw:
-            return Score(0.0, None, rollout.flaw)
-        return self.task.check(rollout.problem, rollout.text)
+        return self.score_all([rollout])[0]
+
+    def score_all(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        whole = [rollout for rollout in rollouts if not rollout.flaw]
+        scores = iter(check_all(self.task, [(rollout.problem, rollout.text) for rollout in whole]))
+        return [Score(0.0, None, rollout.flaw) if rollout.flaw else next(scores) for rollout in rollouts]

@@ -1,0 +1,67 @@
+"""Whether the final answer is the right one of several choices: a letter, or a word such as yes, no, unknown."""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+from liaoyuan.tasks.problem import Score
+from liaoyuan.tasks.reward import Rollout
+from liaoyuan.tasks.rewards.marks import final_answers
+
+WORDS = {  # other ways to say the same
+    "yes": ("true", "correct", "是", "是的", "对", "正确"),
+    "no": ("false", "incorrect", "否", "不是", "不对", "错", "错误"),
+    "unknown": ("uncertain", "undetermined", "cannot be determined", "无法确定", "不确定", "未知"),
+}
+_SAME = {other: word for word, others in WORDS.items() for other in (word, *others)}
+_DRESSING = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|rm)\b|[${}*_`\"'“”]|\\[()\[\]]")
+_LETTER = re.compile(
+    r"(?:option|choice|选项|选)?\s*(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Z])(?![A-Za-z0-9]))\s*(?:项)?\s*[.:：、),]?\s*",
+    re.IGNORECASE,
+)
+_OTHERS = re.compile(
+    r"\b(?:or|and|nor|not|either|both|neither)\b|[或和、不]|(?<![A-Za-z])[A-H](?![A-Za-z'])", re.IGNORECASE
+)
+_HEDGED = re.compile(r"\([A-Za-z]\)|(?<![A-Za-z])[B-H](?![A-Za-z'])|\b(?:or|both|either)\b|或", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ChoiceReward:
+    """1 if the final answer is the right letter (its option's text may follow) or word, and no other, else 0.
+
+    No value where the right answer is neither a letter nor a word.
+    """
+
+    name: str = "choice"
+
+    def __call__(self, rollout: Rollout) -> Score:
+        if rollout.flaw:
+            return Score(0.0, None, rollout.flaw)
+        gold = read_choice(rollout.problem.answer)
+        if gold is None:
+            return Score(None, None, f"the right answer '{rollout.problem.answer[:60]}' is no choice")
+        mark, contents = final_answers(rollout.text)
+        found = [read_choice(content) for content in contents]
+        if not found or found[-1] is None:
+            what = "no marked answer, and the text is no choice" if mark == "whole" else "what is marked is no choice"
+            return Score(0.0, None, what)
+        if len(set(found)) > 1:
+            return Score(0.0, None, "several answers")
+        return Score(float(found[0] == gold), found[0], "" if found[0] == gold else f"not {gold}")
+
+
+def read_choice(text: str) -> str | None:
+    """Return the letter (upper case) or the word (as in `WORDS`) that a text chooses; None if none or several."""
+    text = unicodedata.normalize("NFKC", _DRESSING.sub(" ", text)).strip().rstrip(".。!").strip()
+    word = _SAME.get(" ".join(text.casefold().split()))
+    if word:
+        return word
+    match = _LETTER.match(text)
+    if not match:
+        return None
+    rest = text[match.end() :]
+    # Behind a letter may stand its option's text, which is a sentence of its own if the letter was closed by a mark.
+    closed = match[0].rstrip()[-1:] in ".:：、),]项"
+    if rest and (not closed or _HEDGED.search(rest)):
+        return None
+    return next(filter(None, match.groups())).upper()
