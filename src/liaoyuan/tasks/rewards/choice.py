@@ -19,10 +19,8 @@ _LETTER = re.compile(
     r"(?:option|choice|选项|选)?\s*(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Z])(?![A-Za-z0-9]))\s*(?:项)?\s*[.:：、),]?\s*",
     re.IGNORECASE,
 )
-_OTHERS = re.compile(
-    r"\b(?:or|and|nor|not|either|both|neither)\b|[或和、不]|(?<![A-Za-z])[A-H](?![A-Za-z'])", re.IGNORECASE
-)
-_HEDGED = re.compile(r"\([A-Za-z]\)|(?<![A-Za-z])[B-H](?![A-Za-z'])|\b(?:or|both|either)\b|或", re.IGNORECASE)
+_HEDGED = re.compile(r"\([A-Za-z]\)|(?<![A-Za-z])[B-H](?![A-Za-z'])|\b(?:or|OR|Or|both|either)\b|或")
+FORMULA = re.compile(r"\$+[^$]+\$+|\\\(.*?\\\)")
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,9 @@ class ChoiceReward:
 
 def read_choice(text: str) -> str | None:
     """Return the letter (upper case) or the word (as in `WORDS`) that a text chooses; None if none or several."""
+    text = text.strip()
+    if not text.startswith(("$", "\\")):
+        text = FORMULA.sub(" ", text)  # of the option's text, in which letters are names of quantities
     text = unicodedata.normalize("NFKC", _DRESSING.sub(" ", text)).strip().rstrip(".。!").strip()
     word = _SAME.get(" ".join(text.casefold().split()))
     if word:

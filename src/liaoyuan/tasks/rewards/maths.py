@@ -26,11 +26,14 @@ from liaoyuan.tasks.rewards.latex import (
     bare,
     contents_of,
     formulas_of,
+    named,
+    sides,
+    strange_words,
     tidy,
     words_of,
 )
 from liaoyuan.tasks.rewards.number import same
-from liaoyuan.tasks.rewards.numbers import read_number
+from liaoyuan.tasks.rewards.numbers import plain, read_number
 from liaoyuan.tasks.rewards.workers import Reply, Workers
 
 GRACE_SECONDS = 2.0  # after its own limit a worker that does not answer is ended
@@ -101,20 +104,37 @@ def _compare(gold: str, answer: str, question: str) -> Score | _Question:
     bases = [BASED.fullmatch(bare(text)) for text in (gold, answer)]
     if any(bases):
         return _verdict(_same_in_base(bases[0], bases[1], bare(answer)), gold, answer)
-    numbers = [read_number(text) for text in (gold, answer)]
-    if numbers[0] and numbers[1]:
-        return _verdict(same(numbers[1], numbers[0]), gold, answer)
+    return _compare_values(gold, answer, formulas_of(question))
+
+
+def _compare_values(gold: str, answer: str, formulas: list[str]) -> Score | _Question:
+    """Compare numbers exactly; of equations that name a value, the value; leave the rest to math-verify."""
+    (gold_name, wanted), (name, found) = named(gold), named(answer)
+    if gold_name and name and bare(gold_name) != bare(name):
+        return Score(0.0, answer, f"it says what {name} is, not {gold_name}")
+    relations = sides(wanted), sides(found)
+    numbers = read_number(wanted), read_number(found)
+    if numbers[0] and numbers[1] and not any(relations):
+        right = same(numbers[1], numbers[0])
+        if right and plain(wanted) != plain(found) and any(plain(one) == plain(found) for one in formulas):
+            return Score(0.0, answer, "it is what the question says")
+        return _verdict(right, gold, answer)
     why = _refused(gold, answer)
     if why:
         return Score(0.0, answer, why)
-    words = {"gold": _list(gold), "answer": _list(answer), "question": formulas_of(question)}
-    return _Question(gold, answer, words)
+    if bool(relations[0]) != bool(relations[1]):
+        return Score(0.0, answer, "an equation is wanted" if relations[0] else "no equation is wanted")
+    if relations[0]:
+        return _Question(gold, answer, {"gold": relations[0], "answer": relations[1], "question": []})
+    return _Question(gold, answer, {"gold": _list(wanted), "answer": _list(found), "question": formulas})
 
 
 def _refused(gold: str, answer: str) -> str:
     """Return why an answer is none that may be compared, or nothing."""
-    if ALTERNATIVE.search(answer) and not (ALTERNATIVE.search(gold) or "," in gold):
+    if ALTERNATIVE.search(answer) and not (ALTERNATIVE.search(gold) or "," in bare(gold)):
         return "it names more than one thing"
+    if strange_words(_list(answer), gold):
+        return "words stand beside its formula"
     if UNDONE.search(answer) and not UNDONE.search(gold):
         return "it leaves the work undone"
     if HUGE.search(answer) and not HUGE.search(gold):
@@ -123,7 +143,8 @@ def _refused(gold: str, answer: str) -> str:
 
 
 def _list(text: str) -> str:
-    return ALTERNATIVE.sub(",", text)
+    """Return "1, 2 and 3" as "1,2,3"."""
+    return re.sub(r",\s*,", ",", ALTERNATIVE.sub(",", text))
 
 
 def _alike(one: str, other: str) -> bool:

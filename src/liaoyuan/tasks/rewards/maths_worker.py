@@ -1,9 +1,9 @@
 """The program that compares two mathematical expressions with math-verify, in a process of its own.
 
 sympy can take minutes or gigabytes over an expression that a model wrote; then this process is what ends. It is run
-as a file and imports nothing of this package. Lines of JSON: {"gold", "answer", "question": formulas in it} in,
-{"equal": true, false or null, "why"} out; null is for a right answer that cannot be read. Only the LaTeX grammar is
-used: the reader of plain expressions would hand text to Python's `eval`.
+as a file and imports nothing of this package. Lines of JSON: {"gold", "answer", "question": formulas in it} in (an
+equation as a pair of its sides), {"equal": true, false or null, "why"} out; null is for a right answer that cannot be
+read. Only the LaTeX grammar is used: the reader of plain expressions would hand text to Python's `eval`.
 """
 
 import functools
@@ -46,9 +46,11 @@ def _answer(question: dict[str, Any], seconds: float) -> dict[str, Any]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _compare(gold: str, answer: str, formulas: list[str]) -> dict[str, Any]:
+def _compare(gold: Any, answer: Any, formulas: list[str]) -> dict[str, Any]:
     from math_verify import verify
 
+    if isinstance(gold, list):
+        return _compare_equations(gold, answer)
     wanted = _read(gold)
     if not wanted:
         return {"equal": None, "why": "the right answer cannot be read"}
@@ -62,6 +64,22 @@ def _compare(gold: str, answer: str, formulas: list[str]) -> dict[str, Any]:
     except Exception as error:
         return {"equal": False, "why": f"it cannot be compared ({type(error).__name__})"}
     return {"equal": equal, "why": ""}
+
+
+def _compare_equations(gold: list[str], answer: list[str]) -> dict[str, Any]:
+    """Two equations say the same if the difference of one's sides is a constant, but not 0, times the other's."""
+    from sympy import simplify
+
+    (left, right), (left_found, right_found) = ([_read(side) for side in sides] for sides in (gold, answer))
+    if not (left and right):
+        return {"equal": None, "why": "the right equation cannot be read"}
+    if not (left_found and right_found):
+        return {"equal": False, "why": "the equation cannot be read"}
+    try:
+        ratio = simplify((left[0] - right[0]) / (left_found[0] - right_found[0]))
+    except Exception as error:
+        return {"equal": False, "why": f"it cannot be compared ({type(error).__name__})"}
+    return {"equal": bool(ratio.is_number and ratio.is_finite and not ratio.is_zero), "why": ""}
 
 
 def _is_copy(found: tuple[Any, ...], wanted: tuple[Any, ...], formula: tuple[Any, ...]) -> bool:

@@ -40,7 +40,7 @@ _PERCENT = re.compile(r"\s*(?:%|percent\b|per ?cent\b)", re.IGNORECASE)
 _UNIT = re.compile(r"[A-Za-z°'\"·]+\^?[23]?|[\u4e00-\u9fff]+[23]?|[/\-]")
 _CURRENCY = re.compile(r"(?:US|HK|A|C)?\$|[€£¥₹]|\b(?:Rs\.?|USD|EUR|RMB|CNY)\s*")
 _OTHERWISE = re.compile(
-    r"\b(?:or|and|not|nor|to|than|but|either|maybe|perhaps|between|plus|minus)\b|[或和与到至不非、;~]|[,，](?![0-9]{3})",
+    r"\b(?:or|and|not|nor|to|than|but|either|maybe|perhaps|between|plus|minus)\b|[或和与到至不非、;~?几]|多少|什么|[,，](?![0-9]{3})",
     re.IGNORECASE,
 )
 
