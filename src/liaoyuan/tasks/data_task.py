@@ -57,6 +57,10 @@ class DataTask:
                 scores[place] = score
         return scores
 
+    def all(self, level: int, split: Split) -> tuple[Problem, ...]:
+        """Return every problem once, in the order of the file."""
+        return tuple(self.problems.get((level, split), ()))
+
     def count(self, level: int, split: Split) -> int:
         """Return how many problems there are."""
         return len(self.problems.get((level, split), ()))
