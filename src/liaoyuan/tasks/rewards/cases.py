@@ -7,7 +7,7 @@ They are made without the readers that rewards use, lest a mistake of theirs be 
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -77,12 +77,16 @@ def read_labelled(path: Path) -> list[Case]:
     return cases
 
 
-def cases_of(problems: Sequence[Problem], seed: int = 0) -> Iterator[Case]:
-    """Yield right and wrong answers to each problem; a function of the seed."""
+def cases_of(problems: Sequence[Problem], marked: Callable[[Problem], bool], seed: int = 0) -> Iterator[Case]:
+    """Yield right and wrong answers to each problem; a function of the seed.
+
+    marked: whether the final answer may be marked in a text; else the text must be the answer and nothing more.
+    """
     for place, problem in enumerate(problems):
         chance = random.Random(f"cases/{seed}/{place}")
         others = [one.answer for one in chance.sample(problems, min(len(problems), OTHERS + 1)) if one is not problem]
-        for way, text in _right_texts(problem, chance):
+        alone = (("alone", problem.answer), ("with spaces around", f" {problem.answer}\n"))
+        for way, text in _right_texts(problem, chance) if marked(problem) else alone:
             yield Case(Rollout(problem, "", text), True, way)
         for way, text in _wrong_texts(problem, others, chance):
             yield Case(Rollout(problem, "", text), False, way)
