@@ -174,7 +174,8 @@ def _wrong_texts(problem: Problem, others: Sequence[str], chance: random.Random)
             yield "two #### lines", f"#### {other}\n#### {gold}"
             yield "right in passing", f"It may be {gold}.\n#### {other}"
     yield "denied", f"答案不是{gold}。" if chinese else f"The answer is not {gold}."
-    yield "list of guesses", "#### " + ", ".join([*others, gold])
+    if others := [other for other in others if _differ(other, gold)]:
+        yield "list of guesses", "#### " + ", ".join([*others, gold])
     for number in _numbers_of(problem.question):
         if _differ(number, gold):
             yield "a number of the question", f"#### {number}"

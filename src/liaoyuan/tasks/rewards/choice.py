@@ -16,7 +16,7 @@ WORDS = {  # other ways to say the same
 _SAME = {other: word for word, others in WORDS.items() for other in (word, *others)}
 _DRESSING = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|rm)\b|[${}*_`\"'“”]|\\[()\[\]]")
 _LETTER = re.compile(
-    r"(?:option|choice|选项|选)?\s*(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Z])(?![A-Za-z0-9]))\s*(?:项)?\s*[.:：、),]?\s*",
+    r"(?:option|choice|选项|选)?\s*(?:\(\s*([A-J])\s*\)|\[\s*([A-J])\s*\]|([A-J])(?![A-Za-z0-9]))\s*(?:选?项)?\s*[.:：、),]?\s*",
     re.IGNORECASE,
 )
 _HEDGED = re.compile(r"\([A-Za-z]\)|(?<![A-Za-z])[B-H](?![A-Za-z'])|\b(?:or|OR|Or|both|either)\b|或")
@@ -40,6 +40,8 @@ class ChoiceReward:
             return Score(None, None, f"the right answer '{rollout.problem.answer[:60]}' is no choice")
         mark, contents = final_answers(rollout.text)
         found = [read_choice(content) for content in contents]
+        if mark == "phrase":  # "the answer is 79, so the answer is C": what is no choice is a step on the way
+            found = [choice for choice in found if choice] or found
         if not found or found[-1] is None:
             what = "no marked answer, and the text is no choice" if mark == "whole" else "what is marked is no choice"
             return Score(0.0, None, what)
@@ -57,6 +59,7 @@ def read_choice(text: str) -> str | None:
     word = _SAME.get(" ".join(text.casefold().split()))
     if word:
         return word
+    text = re.sub(r"^\(((?:option|choice) [^()]*)\)$", r"\1", text, flags=re.IGNORECASE)
     match = _LETTER.match(text)
     if not match:
         return None

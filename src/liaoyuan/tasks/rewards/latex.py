@@ -11,7 +11,9 @@ DEEPEST = 12  # nested braces
 WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*[A-Za-z]")
 BASED = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")
 MATHS = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-ALTERNATIVE = re.compile(r"\\(?:text|mathrm|mbox)\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b|[或和、;]", re.IGNORECASE)
+ALTERNATIVE = re.compile(
+    r"(?<=[0-9])\s+(?=[0-9])|\\(?:text|mathrm|mbox)\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b|[或和、;]", re.IGNORECASE
+)
 UNDONE = re.compile(r"\\(?:int|i+nt|oint|sum|prod|lim|frac\s*\{\s*d)(?![a-z])")  # work that the question wants done
 HUGE = re.compile(r"\*\*|\^\s*\{[^{}]*\^|\^\s*\{?\s*-?[0-9]{4}|\^\s*[^{}\s]\s*\^|[0-9)}]{3}\s*!|!\s*!|\)\s*!")
 EQUALS = re.compile(r"(?<![<>!\\])=(?!=)")

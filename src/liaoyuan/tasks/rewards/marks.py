@@ -18,12 +18,15 @@ LONGEST = 20_000  # characters; what is longer is no answer to a question with o
 HASHES = re.compile(r"^[ \t]*####[ \t]*(.*)$", re.MULTILINE)
 BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 PHRASE = re.compile(
-    r"(?:\bthe (?:final |correct |right )?answer (?:is|equals|would be)\b|^\W*(?:final |correct )?answer\s*(?=[:：=*])"
-    r"|(?:最终|最后的?|正确)?答案(?:应该|应当)?(?:是|为|选|(?=\s*[:：]))|^\W*答(?=\s*[:：])|故(?:答案)?选|(?:应|所以|因此)选)"
-    r"[\s*_]*[:：=]?[\s*_]*",
+    r"(?:\bthe (?:final |correct |right )?answer (?:is|equals|would be)\b"
+    r"|^\W*(?:the )?(?:final |correct )?(?:answer|option|ans)(?: choice)?\s*"
+    r"(?:is\b|\.(?! )|(?=[:：=*-]|\(?[A-H]\b|\$?[0-9]))"
+    r"|(?:最终|最后的?|正确)?答案(?:应该|应当)?(?:是|为|选|(?=\s*[:：∶]))|^\W*答(?=\s*[:：∶])"
+    r"|(?:故(?:答案)?|应|所以|因此)选择?)"
+    r"[\s*_]*[:：∶=]?(?:-\s)?[\s*_]*",
     re.IGNORECASE | re.MULTILINE,
 )
-END = re.compile(r"\n|。|\.(?=[\s*_\"')]|$)")  # of the sentence that a phrase begins
+END = re.compile(r"\n|。|(?<!\d)．|．(?!\d)|\.(?=[\s*_\"')]|$)")  # of the sentence that a phrase begins
 
 
 def final_answers(text: str) -> tuple[str, list[str]]:

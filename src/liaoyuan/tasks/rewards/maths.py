@@ -36,14 +36,14 @@ from liaoyuan.tasks.rewards.number import same
 from liaoyuan.tasks.rewards.numbers import plain, read_number
 from liaoyuan.tasks.rewards.workers import Reply, Workers
 
-GRACE_SECONDS = 2.0  # after its own limit a worker that does not answer is ended
+PATIENCE = 10.0  # times its limit, by the clock: a worker on a busy machine is not ended for that
 WORKERS = 4
 
 
 class MathsConfig(Config):
     """read: "marked" (a marked answer, or a text that is nothing else), or "last": else the last formula written.
 
-    seconds: that one comparison may take; workers: processes that compare at the same time, at most.
+    seconds: of processor time that one comparison may take; workers: processes that compare at the same time, at most.
     """
 
     read: Literal["marked", "last"] = "marked"
@@ -61,7 +61,7 @@ class MathsReward:
 
     def __post_init__(self) -> None:
         program, seconds = Path(str(maths_worker.__spec__.origin)), self.config.seconds
-        workers = Workers(program, [str(seconds)], seconds + GRACE_SECONDS, self.config.workers)
+        workers = Workers(program, [str(seconds)], PATIENCE * seconds, self.config.workers)
         object.__setattr__(self, "workers", workers)
 
     def __call__(self, rollout: Rollout) -> Score:

@@ -91,7 +91,8 @@ _DASHES = str.maketrans({"−": "-", "–": "-", "—": "-", "⁄": "/", "∕": 
 _DRESSING = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
-        (r"\\(?:left|right|displaystyle|,|!|;|:| )", ""),
+        (r"\\(?:left|right|displaystyle|,|!)", ""),
+        (r"\\[;: ]", " "),
         (r"\\(?:text|mathrm|textbf|mathbf|mbox|textit|operatorname)\s*\{([^{}]*)\}", r"\1"),
         (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"(\1/\2)"),
         (r"\\[dt]?frac\s*([0-9])\s*([0-9])", r"(\1/\2)"),
@@ -101,7 +102,8 @@ _DRESSING = tuple(
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degree", "°"),
         (r"\\(?:times|cdot)", "*"),
         (r"\\div", "/"),
-        (r"\*\*|__|`|\\[()\[\]]|(?<![A-Z])\$", ""),
+        (r"(?<![0-9)])\*\*|\*\*(?![0-9(])|(?<!\w)__|__(?!\w)", ""),
+        (r"`|\\[()\[\]]|(?<![A-Z])\$", " "),
         (r"^~+|^\(([^()]*)\)$", r"\1"),
         (r"\s+", " "),
     )
