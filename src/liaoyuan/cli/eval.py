@@ -47,12 +47,12 @@ def evaluate(
     from liaoyuan.evaluation import breakdown, measure_accuracy
     from liaoyuan.inference import Engine
     from liaoyuan.models import quantisation_named
-    from liaoyuan.tasks import open_task, test_problems
+    from liaoyuan.tasks import measured_problems, open_task
     from liaoyuan.tasks.seen import refuse_seen
 
     ks = _ks(pass_at, samples)
     assignment = open_task(task, data)
-    asked = test_problems(assignment.task, _levels(assignment.task, levels), problems)
+    asked = measured_problems(assignment.task, _levels(assignment.task, levels), problems)
     known = refuse_seen(model, asked, allow=seen)
     few_bits, tokenizer = quantisation_named(quantise), Tokenizer.load(model)
     loaded = load_model(model, device=select_device().torch, quantisation=few_bits)

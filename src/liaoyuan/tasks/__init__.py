@@ -5,7 +5,7 @@ Training, validation and test problems are disjoint by construction: a hash of t
 
 from liaoyuan.tasks.catalogue import TASKS, check_levels, find_task
 from liaoyuan.tasks.generated import WORDINGS, Wording
-from liaoyuan.tasks.held_out import test_problems
+from liaoyuan.tasks.held_out import measured_problems
 from liaoyuan.tasks.problem import Problem, Score, Split, Task, held_out_problems, split_of, spread, to_record
 from liaoyuan.tasks.reward import BatchedReward, Reward, Right, Rollout, score_all
 from liaoyuan.tasks.solutions import solution_records
@@ -27,11 +27,11 @@ __all__ = [
     "check_levels",
     "find_task",
     "held_out_problems",
+    "measured_problems",
     "open_task",
     "score_all",
     "solution_records",
     "split_of",
     "spread",
-    "test_problems",
     "to_record",
 ]

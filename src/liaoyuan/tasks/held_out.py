@@ -8,7 +8,7 @@ from liaoyuan.tasks.parts import Part, PartsTask
 from liaoyuan.tasks.problem import Problem, Task, held_out_problems
 
 
-def test_problems(task: Task, levels: Sequence[int], count: int) -> list[Problem]:
+def measured_problems(task: Task, levels: Sequence[int], count: int) -> list[Problem]:
     """Return at most `count` different test problems, evenly over the levels, the same for every model.
 
     Of problems that come from files there are all, if they are no more than `count`.
