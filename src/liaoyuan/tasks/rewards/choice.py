@@ -19,7 +19,9 @@ _LETTER = re.compile(
     r"(?:option|choice|选项|选)?\s*(?:\(\s*([A-J])\s*\)|\[\s*([A-J])\s*\]|([A-J])(?![A-Za-z0-9]))\s*(?:选?项)?\s*[.:：、),]?\s*",
     re.IGNORECASE,
 )
-_HEDGED = re.compile(r"\([A-Za-z]\)|(?<![A-Za-z])[B-H](?![A-Za-z'])|\b(?:or|OR|Or|both|either)\b|或")
+_HEDGED = re.compile(  # another letter, but for the article of "A red one"
+    r"\([A-Za-z]\)|(?<![A-Za-z])(?:[B-J](?![A-Za-z'])|A(?!\s+[a-z]|[A-Za-z']))|\b(?:or|OR|Or|both|either)\b|或"
+)
 FORMULA = re.compile(r"\$+[^$]+\$+|\\\(.*?\\\)")
 
 
