@@ -157,6 +157,7 @@ def write_answers(path: Path, answers: "Answers") -> None:
         row = {"problem": problem.key, "task": problem.task, "level": problem.level, "question": problem.question}
         row |= {"gold": problem.answer, "sample": "greedy" if place < len(answers.rollouts) else sample}
         row |= {"thought": rollout.thought, "text": rollout.text, "flaw": rollout.flaw, "tokens": rollout.length}
+        row |= {"thought_tokens": rollout.thought_length}
         row |= {"reward": score.value, "parsed": score.parsed, "reason": score.reason}
         rows.append(json_format.dumps(row, ensure_ascii=False) + "\n")
     data = "".join(rows).encode("utf-8", "replace")
