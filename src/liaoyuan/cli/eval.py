@@ -1,55 +1,164 @@
 """`liaoyuan eval`: accuracy of a model on problems with checkable answers."""
 
 import json as json_format
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from liaoyuan.errors import LiaoyuanError
+
+if TYPE_CHECKING:
+    from liaoyuan.data import Tokenizer
+    from liaoyuan.evaluation import Answers, Interval, Line
+    from liaoyuan.inference import SamplingParams
+    from liaoyuan.models import Decoder
+    from liaoyuan.tasks import Task
+
+USUAL_LEVELS = range(2, 5)  # of a task that makes its problems itself, where none are asked for
 
 
 def evaluate(
     model: Annotated[Path, typer.Option(help="Folder of a model with its tokenizer.")],
-    task: Annotated[str, typer.Option(help="addition, modular or countdown.")] = "addition",
-    levels: Annotated[str, typer.Option(help="Levels of difficulty: '2-4', or '3'.")] = "2-4",
-    problems: Annotated[int, typer.Option(min=1, help="Test problems, spread over the levels.")] = 2000,
-    samples: Annotated[int, typer.Option(min=1, help="Samples of each problem, for pass@k.")] = 8,
+    task: Annotated[str, typer.Option(help="Name of a task, or a task file (.toml).")] = "addition",
+    data: Annotated[Path | None, typer.Option(help="Stands for the `data` of the task file.")] = None,
+    levels: Annotated[str | None, typer.Option(help="Levels of difficulty: '2-4', or '3'.")] = None,
+    problems: Annotated[int, typer.Option(min=1, help="Test problems at most, spread over the levels.")] = 2000,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each problem.")] = 8,
+    pass_at: Annotated[str, typer.Option(help="k of pass@k: '1,4'; none: the number of samples.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of one answer, its thought included.")] = 128,
     fast: Annotated[bool, typer.Option("--fast", help="Answer at once, without a thought.")] = False,
+    thinking_budget: Annotated[int | None, typer.Option(min=0, help="Tokens of a thought; it is closed then.")] = None,
     quantise: Annotated[str | None, typer.Option(help="Quantise the weights first: int8, int4 or fp8.")] = None,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     seen: Annotated[bool, typer.Option("--seen", help="Also problems that the model was trained on.")] = False,
+    answers: Annotated[Path | None, typer.Option(help="Write every answer with its score here (.jsonl, .zst).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure accuracy on test problems that no training has seen: greedy, sampled and pass@k, with intervals."""
     import torch
 
     from liaoyuan.checkpoint import load_model
-    from liaoyuan.cli.levels import read_levels
     from liaoyuan.cli.progress import bar
     from liaoyuan.data import Tokenizer
     from liaoyuan.device import select_device
-    from liaoyuan.evaluation import bootstrap, measure_accuracy
+    from liaoyuan.evaluation import breakdown, measure_accuracy
     from liaoyuan.inference import Engine
     from liaoyuan.models import quantisation_named
-    from liaoyuan.tasks import Right, check_levels, find_task, held_out_problems
+    from liaoyuan.tasks import measured_problems, open_task
     from liaoyuan.tasks.seen import refuse_seen
 
-    chosen, wanted = find_task(task), read_levels(levels)
-    check_levels(chosen, wanted, f"--levels {levels}")
-    asked = held_out_problems(chosen, wanted, problems)
+    ks = _ks(pass_at, samples)
+    assignment = open_task(task, data)
+    asked = measured_problems(assignment.task, _levels(assignment.task, levels), problems)
     known = refuse_seen(model, asked, allow=seen)
-    few_bits = quantisation_named(quantise)
-    engine = Engine(load_model(model, device=select_device().torch, quantisation=few_bits))
+    few_bits, tokenizer = quantisation_named(quantise), Tokenizer.load(model)
+    loaded = load_model(model, device=select_device().torch, quantisation=few_bits)
+    sampling = _sampling(tokenizer, loaded, thinking_budget, fast, max_tokens)
+    judge, engine = assignment.right, Engine(loaded)
     with bar("Answering") as report, torch.inference_mode():
-        answers = measure_accuracy(
-            engine, Tokenizer.load(model), Right(chosen), asked, samples, thinking=not fast, seed=seed, report=report
-        )
-    measures = {"greedy": answers.greedy, "sampled": answers.sampled_mean, f"pass_at_{samples}": answers.pass_at_k}
-    result = {name: bootstrap(values).to_dict() for name, values in measures.items()}
-    if json:
-        figures = {"task": task, "problems": problems, "seen": known, "samples": samples, "accuracy": result}
-        print(json_format.dumps(figures))
-        return
-    if known:
+        found = measure_accuracy(engine, tokenizer, judge, asked, samples, not fast, seed, max_tokens, report, sampling)
+    if answers:
+        write_answers(answers, found)
+    lines = breakdown(found, ks)
+    if known and not json:
         print(f"NOT A TEST: the model was trained on {known:,} of these {len(asked):,} problems.")
-    for name, value in result.items():
-        print(f"{name:>10}  {100 * value['mean']:5.1f}%  ({100 * value['low']:.1f} to {100 * value['high']:.1f})")
+    figures = {"task": task, "samples": samples, "seen": known}
+    print(json_format.dumps(figures | _figures(lines)) if json else "\n".join(table(lines, ks)))
+
+
+def _levels(task: "Task", text: str | None) -> list[int]:
+    """Return the levels that are asked for, or those that are usual."""
+    from liaoyuan.cli.levels import read_levels
+    from liaoyuan.tasks import TASKS, check_levels
+
+    if text is None:
+        usual = [level for level in task.levels if level in USUAL_LEVELS]
+        return usual if task.name in TASKS and usual else list(task.levels)
+    wanted = read_levels(text)
+    check_levels(task, wanted, f"--levels {text}")
+    return wanted
+
+
+def _ks(text: str, samples: int) -> list[int]:
+    words = [word.strip() for word in text.split(",")] if text else [str(samples)]
+    if not all(word.isdigit() and 1 <= int(word) <= samples for word in words):
+        raise LiaoyuanError(
+            f"--pass-at {text} must be numbers from 1 to {samples}, the --samples, such as '1,{samples}'."
+        )
+    return sorted({int(word) for word in words})
+
+
+def _sampling(
+    tokenizer: "Tokenizer", model: "Decoder", budget: int | None, fast: bool, max_tokens: int
+) -> "SamplingParams | None":
+    """Return how thoughts are held to their budget, if they have one."""
+    from liaoyuan.inference import AfterThinking, Grammars, SamplingParams, ThinkMarks
+
+    if budget is None:
+        return None
+    if fast or tokenizer.think_ids is None:
+        why = "--fast asks for none" if fast else "this model's tokenizer has no marks of thoughts"
+        raise LiaoyuanError(f"--thinking-budget is for a thought, but {why}.")
+    if budget + 1 >= max_tokens:
+        raise LiaoyuanError(
+            f"--thinking-budget {budget} leaves no room for the answer: give --max-tokens more than {budget + 1}."
+        )
+    vocabulary = Grammars(tokenizer, model.config.vocab_size, tokenizer.eos_ids).vocabulary
+    return SamplingParams(constraint=AfterThinking(None, ThinkMarks(*tokenizer.think_ids), vocabulary, budget))
+
+
+def table(lines: "list[Line]", ks: list[int]) -> Iterator[str]:
+    """Yield the lines of the table as text."""
+    width = max(len(line.name) for line in lines)
+    heads = "".join(f"{f'pass@{k}':>24}" for k in ks)
+    yield f"{'':{width}} {'problems':>9}{'greedy':>24}{'sampled':>24}{heads}{'tokens':>9}"
+    for line in lines:
+        cells = "".join(f"{_cell(value):>24}" for value in (line.greedy, line.sampled, *line.passes.values()))
+        yield f"{line.name:{width}} {line.problems:>9,}{cells}{line.length:>9.1f}"
+    whole = lines[0]
+    unread, left_out = f"{whole.unparsed:,} could not be read (wrong)", f"{whole.unjudged:,} not be judged (left out)"
+    yield f"Of {whole.answers:,} answers {unread}, {left_out}."
+
+
+def _cell(value: "Interval | None") -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value.mean:.1f}% ({100 * value.low:.1f} to {100 * value.high:.1f})"
+
+
+def _figures(lines: "list[Line]") -> dict[str, Any]:
+    def accuracy(line: "Line") -> dict[str, Any]:
+        named = {"greedy": line.greedy, "sampled": line.sampled}
+        named |= {f"pass_at_{k}": value for k, value in line.passes.items()}
+        return {name: value.to_dict() if value else None for name, value in named.items()}
+
+    rows = [{**asdict(line), "accuracy": accuracy(line)} for line in lines]
+    for row in rows:
+        for name in ("greedy", "sampled", "passes"):
+            del row[name]
+    whole, *rest = rows
+    return {**whole, "breakdown": rest}
+
+
+def write_answers(path: Path, answers: "Answers") -> None:
+    """Write a line for each answer: the question, thought and text, its score and why."""
+    import zstandard
+
+    from liaoyuan.rundir import write_atomic
+
+    pairs = [*zip(answers.rollouts, answers.scores, strict=True)]
+    pairs += zip(answers.sampled_rollouts, answers.sampled_scores, strict=True)
+    samples, rows = answers.sampled.shape[1], []
+    for place, (rollout, score) in enumerate(pairs):
+        problem, sample = rollout.problem, (place - len(answers.rollouts)) % max(1, samples)
+        row = {"problem": problem.key, "task": problem.task, "level": problem.level, "question": problem.question}
+        row |= {"gold": problem.answer, "sample": "greedy" if place < len(answers.rollouts) else sample}
+        row |= {"thought": rollout.thought, "text": rollout.text, "flaw": rollout.flaw, "tokens": rollout.length}
+        row |= {"thought_tokens": rollout.thought_length}
+        row |= {"reward": score.value, "parsed": score.parsed, "reason": score.reason}
+        rows.append(json_format.dumps(row, ensure_ascii=False) + "\n")
+    data = "".join(rows).encode("utf-8", "replace")
+    write_atomic(path, zstandard.compress(data) if path.suffix == ".zst" else data)

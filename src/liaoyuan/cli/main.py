@@ -17,6 +17,7 @@ from liaoyuan.cli.launch import launch
 from liaoyuan.cli.ops import app as ops
 from liaoyuan.cli.process import tune_process
 from liaoyuan.cli.quickstart import quickstart
+from liaoyuan.cli.rewards import app as rewards
 from liaoyuan.cli.score import score
 from liaoyuan.cli.serve import serve
 from liaoyuan.cli.tasks import app as tasks
@@ -38,6 +39,7 @@ app.command()(train)
 app.add_typer(tasks, name="tasks")
 app.add_typer(tune, name="tune")
 app.command("eval")(evaluate)
+app.add_typer(rewards, name="rewards")
 app.command()(score)
 app.command(cls=GroupedCommand)(serve)
 app.command()(chat)

@@ -1,24 +1,26 @@
 """Accuracy on problems with checkable answers: greedy, sampled, and right in at least one of k samples (pass@k)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from liaoyuan.data import Tokenizer
 from liaoyuan.inference import Completion, Engine, Request, SamplingParams
 from liaoyuan.rundir import Report, silent
-from liaoyuan.tasks import Problem, Reward, Rollout
+from liaoyuan.tasks import Problem, Reward, Rollout, Score, score_all
 
 MAX_TOKENS = 128  # of one answer, its thought included
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model answered to P problems.
+    """What a model answered to P problems, K times each beside the greedy answer, and what that was worth.
 
-    greedy: bool [P]; sampled: bool [P, K], K answers at temperature 1; levels: int [P].
-    thought_lengths: int [P], tokens of the greedy thought; thoughts and texts: the greedy thoughts and answers.
+    greedy, greedy_judged: bool [P], whether it is right, and whether that could be said; sampled, sampled_judged: the
+        same of the samples at temperature 1, [P, K]. What could not be judged is not right.
+    levels: int [P]. thought_lengths: int [P], tokens of the greedy thought; thoughts and texts: the greedy thoughts
+        and answers. rollouts and scores: of the greedy answers; sampled_rollouts and sampled_scores: P * K.
     """
 
     greedy: np.ndarray
@@ -27,6 +29,12 @@ class Answers:
     thought_lengths: np.ndarray
     thoughts: list[str]
     texts: list[str]
+    greedy_judged: np.ndarray
+    sampled_judged: np.ndarray
+    rollouts: list[Rollout]
+    scores: list[Score]
+    sampled_rollouts: list[Rollout]
+    sampled_scores: list[Score]
 
     @property
     def sampled_mean(self) -> np.ndarray:
@@ -49,26 +57,37 @@ def measure_accuracy(
     seed: int = 0,
     max_tokens: int = MAX_TOKENS,
     report: Report = silent,
+    sampling: SamplingParams | None = None,
 ) -> Answers:
     """Answer each problem once greedily and `samples` times at temperature 1 (nothing filtered), and judge.
 
-    reward: says what is right, see `tasks.Right`.
+    reward: says what is right, see `tasks.Right`. sampling: further settings, see `completions_of`.
     """
-    greedy = completions_of(engine, tokenizer, problems, 1, 0.0, thinking, seed, max_tokens, report)
-    sampled = completions_of(engine, tokenizer, problems, samples, 1.0, thinking, seed, max_tokens, report)
-    parts = [split_thought(tokenizer, completion.tokens, thinking) for completion in greedy]
-    repeated = [problem for problem in problems for _ in range(samples)]
-    right, verdicts = (
-        [reward(read_rollout(tokenizer, *pair, thinking)).is_right for pair in zip(asked, answers, strict=True)]
-        for asked, answers in ((problems, greedy), (repeated, sampled))
+    settings = (thinking, seed, max_tokens, report, sampling)
+    rollouts, sampled_rollouts = (
+        [
+            read_rollout(tokenizer, problems[place // count], completion, thinking)
+            for place, completion in enumerate(
+                completions_of(engine, tokenizer, problems, count, temperature, *settings)
+            )
+        ]
+        for count, temperature in ((1, 0.0), (samples, 1.0))
     )
+    scores, sampled_scores = (score_all([reward], some)[0] for some in (rollouts, sampled_rollouts))
+    shape = (len(problems), samples)
     return Answers(
-        greedy=np.array(right, dtype=bool),
-        sampled=np.array(verdicts, dtype=bool).reshape(len(problems), samples),
+        greedy=np.array([score.is_right for score in scores], dtype=bool),
+        sampled=np.array([score.is_right for score in sampled_scores], dtype=bool).reshape(shape),
         levels=np.array([problem.level for problem in problems]),
-        thought_lengths=np.array([len(thought) for thought, _ in parts]),
-        thoughts=[tokenizer.decode(thought) for thought, _ in parts],
-        texts=[tokenizer.decode(answer) for _, answer in parts],
+        thought_lengths=np.array([rollout.thought_length for rollout in rollouts]),
+        thoughts=[rollout.thought for rollout in rollouts],
+        texts=[rollout.text for rollout in rollouts],
+        greedy_judged=np.array([score.value is not None for score in scores], dtype=bool),
+        sampled_judged=np.array([score.value is not None for score in sampled_scores], dtype=bool).reshape(shape),
+        rollouts=rollouts,
+        scores=scores,
+        sampled_rollouts=sampled_rollouts,
+        sampled_scores=sampled_scores,
     )
 
 
@@ -82,19 +101,25 @@ def completions_of(
     seed: int = 0,
     max_tokens: int = MAX_TOKENS,
     report: Report = silent,
+    sampling: SamplingParams | None = None,
 ) -> list[Completion]:
-    """Return `samples` completions of each problem, one problem's after another's; a function of the seed."""
+    """Return `samples` completions of each problem, one problem's after another's; a function of the seed.
+
+    sampling: further settings of how tokens are drawn; none are filtered if None.
+    """
+    further = sampling or SamplingParams()
     requests = []
     for place, problem in enumerate(problems):
         prompt = prompt_of(tokenizer, problem, thinking)
         for sample in range(samples):
-            sampling = SamplingParams(
+            own = replace(
+                further,
                 max_tokens=max_tokens,
                 temperature=temperature,
                 seed=(seed * 1_000_003 + place) * 4096 + sample,
                 stop_token_ids=tokenizer.eos_ids,
             )
-            requests.append(Request(place * samples + sample, prompt, sampling))
+            requests.append(Request(place * samples + sample, prompt, own))
     return engine.generate(requests, report)
 
 
@@ -115,7 +140,7 @@ def read_rollout(tokenizer: Tokenizer, problem: Problem, answer: Completion, thi
         text = text[:-1]
     # A special token inside the answer is not passed over.
     thought_text, answer_text = (tokenizer.decode(part, skip_special=False) for part in (thought, text))
-    return Rollout(problem, thought_text, answer_text, flaw, len(tokens))
+    return Rollout(problem, thought_text, answer_text, flaw, len(tokens), len(thought))
 
 
 def split_thought(tokenizer: Tokenizer, tokens: Sequence[int], thinking: bool = True) -> tuple[list[int], list[int]]:

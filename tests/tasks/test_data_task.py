@@ -1,0 +1,227 @@
+"""Tasks from files: each layout is read, splits do not share a question, the order is a shuffle, nothing is silent."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from liaoyuan.data import Message, Record, write_records
+from liaoyuan.errors import LiaoyuanError
+from liaoyuan.tasks import Problem, Split, Task, held_out_problems, measured_problems, open_task, split_of, to_record
+from liaoyuan.tasks.data_task import DataTask, content_key
+from liaoyuan.tasks.layouts import LAYOUTS, read_examples
+from liaoyuan.tasks.parts import PartsTask
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SHARED = Path(os.environ.get("LIAOYUAN_DATA", Path(__file__).parents[3] / "shared" / "data"))
+REAL = {  # file: layout, problems that can be used, levels
+    "gsm8k_train": ("gsm8k", 7471, (0,)),
+    "math_train4500": ("math", 4456, (1, 2, 3, 4, 5)),
+    "ape210k_valid_zh": ("ape210k", 4994, (0,)),
+    "tal_scq_en_train": ("tal_scq", 2710, (0, 1, 2, 3, 4)),
+    "tal_scq_zh_train": ("tal_scq", 2611, (0, 1, 2, 3, 4)),
+    "strategyqa_train": ("strategyqa", 2060, (0,)),
+    "folio_train": ("folio", 1003, (0,)),
+}
+ROWS = {
+    "answers": ({"question": "What is 6*7?", "answer": 42, "level": 2, "thought": "6*7=42"}, "42"),
+    "gsm8k": ({"question": "How many?", "answer": "6*7 = <<6*7=42>>42\n#### 42"}, "42"),
+    "math": (
+        {"problem": "$1+1$?", "solution": "\\boxed{1}, so \\boxed{\\frac{4}{2}}.", "level": "Level 3"},
+        "\\frac{4}{2}",
+    ),
+    "ape210k": ({"original_text": "多少？", "ans": "(1/2)", "equation": "x=1/2", "id": "1"}, "(1/2)"),
+    "tal_scq": (
+        {
+            "problem": "Which?",
+            "answer_option_list": [[{"aoVal": "A", "content": "1"}], [{"aoVal": "B", "content": "2"}]],
+            "answer_value": "B",
+            "answer_analysis": ["so"],
+            "difficulty": "1",
+        },
+        "B",
+    ),
+    "strategyqa": ({"qid": "1", "question": "Is it?", "answer": False, "facts": ["It is not."]}, "no"),
+    "folio": ({"premises": ["All is."], "conclusion": "It is.", "label": "Unknown"}, "unknown"),
+    "svamp": ({"Body": "He has 2.", "Question": "How many?", "Answer": 2.0, "Equation": "2"}, "2"),
+    "records": (
+        {"id": "1", "kind": "prompt", "messages": [{"role": "user", "content": "6*7?"}], "answer": "42"},
+        "42",
+    ),
+}
+
+
+def write_lines(path: Path, rows: list[object]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def own(tmp_path: Path, rows: list[object], **keys: object) -> Task:
+    write_lines(tmp_path / "own.jsonl", rows)
+    lines = ["[[parts]]", 'data = "own.jsonl"', *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
+    (tmp_path / "own.toml").write_text("\n".join(lines), encoding="utf-8")
+    return open_task(tmp_path / "own.toml").task
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_layout_is_read_and_recognised(name: str, tmp_path: Path) -> None:
+    row, answer = ROWS[name]
+    path = write_lines(tmp_path / "rows.jsonl", [row])
+    (found,) = [example for _, example in read_examples(path, name)]
+    assert not isinstance(found, str) and found.answer == answer and found.question
+    (recognised,) = [example for _, example in read_examples(path)]
+    assert recognised == found or name == "gsm8k"  # which has the fields of any question with an answer
+    assert not isinstance(recognised, str) and recognised.answer == answer
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_real_sets_are_read_whole(name: str, tmp_path: Path) -> None:
+    path = SHARED / "reason" / f"{name}.jsonl.zst"
+    if not path.exists():
+        pytest.skip(f"the real data are not at {SHARED}")
+    kind, count, levels = REAL[name]
+    (tmp_path / "t.toml").write_text(f'[[parts]]\ndata = "{path}"\nkind = "{kind}"\n', encoding="utf-8")
+    parts = open_task(tmp_path / "t.toml").task
+    assert isinstance(parts, PartsTask)
+    task = parts.parts[0].task
+    assert isinstance(task, DataTask) and task.levels == levels
+    everything = [problem for level in levels for split in SPLITS for problem in task.all(level, split)]
+    assert len(everything) == count and len({problem.key for problem in everything}) == count
+    shares = [sum(task.count(level, split) for level in levels) / count for split in SPLITS]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
+    for split in SPLITS:
+        assert all(split_of(problem.key) == split for level in levels for problem in task.all(level, split))
+    gold = [(problem, problem.answer) for problem in everything[::97]]
+    assert all(score.is_right for score in task.check_all(gold))
+
+
+def test_a_split_is_shuffled_whole_and_then_anew(tmp_path: Path) -> None:
+    rows: list[object] = [{"question": f"What is {number}+1?", "answer": number + 1} for number in range(200)]
+    task = own(tmp_path, rows)
+    part = task.parts[0].task  # type: ignore[attr-defined]
+    size = part.count(0, "train")
+    first = [task.problem(5, index, 0).key for index in range(size)]
+    second = [task.problem(5, index, 0).key for index in range(size, 2 * size)]
+    assert len(set(first)) == size and set(first) == set(second) and first != second
+    assert first == [task.problem(5, index, 0).key for index in range(size)]
+    assert first != [task.problem(6, index, 0).key for index in range(size)]
+
+
+def test_near_copies_fall_together_and_are_asked_once(tmp_path: Path) -> None:
+    texts = ["How many is 3 + 4?", "how many  is 3+4 ?", "ＨＯＷ many is ３＋４？", "How many is\n3 + 4"]
+    assert len({content_key(text) for text in texts}) == 1
+    task = own(tmp_path, [{"question": text, "answer": "7"} for text in texts])
+    assert task.parts[0].task.left_out == {"copy": 3}  # type: ignore[attr-defined]
+
+
+@given(st.text(max_size=40), st.sampled_from([" ", "\n", "\u3000"]), st.integers(0, 40))
+def test_spaces_never_change_the_key(text: str, space: str, place: int) -> None:
+    assert content_key(text) == content_key(text[:place] + space + text[place:])
+    assert content_key(text) == content_key(text.casefold())
+
+
+def test_copies_that_contradict_each_other_are_both_left_out(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Which?", "answer": "7"},
+        {"question": "which?", "answer": "8"},
+        {"question": "b", "answer": "1"},
+    ]
+    task = own(tmp_path, list(rows))
+    part = task.parts[0].task  # type: ignore[attr-defined]
+    assert part.left_out == {"a copy has another answer": 2} and sum(part.count(0, split) for split in SPLITS) == 1
+
+
+def test_a_test_file_is_for_the_test_alone_and_its_copies_are_not_trained_on(tmp_path: Path) -> None:
+    rows: list[object] = [{"question": f"What is {number}+1?", "answer": number + 1} for number in range(60)]
+    write_lines(
+        tmp_path / "test.jsonl", [{"question": "What  is 7+1?", "answer": 8}, {"question": "New?", "answer": 1}]
+    )
+    task = own(tmp_path, rows, test="test.jsonl")
+    part = task.parts[0].task  # type: ignore[attr-defined]
+    test = {problem.question for problem in part.all(0, "test")}
+    assert {"What  is 7+1?", "New?"} <= test
+    trained = {problem.key for split in ("train", "validation") for problem in part.all(0, split)}
+    assert content_key("What is 7+1?") not in trained
+
+
+def test_an_instruction_is_asked_but_is_no_part_of_the_content(tmp_path: Path) -> None:
+    rows: list[object] = [{"question": f"What is {number}+1?", "answer": number + 1} for number in range(30)]
+    plain = {problem.key for problem in measured_problems(own(tmp_path, rows), [0], 100)}
+    asked = measured_problems(own(tmp_path, rows, instruction="Use ####."), [0], 100)
+    assert {problem.key for problem in asked} == plain
+    assert all(problem.question.endswith("?\nUse ####.") for problem in asked)
+
+
+def test_test_problems_are_all_there_are_and_no_more_than_asked_for(tmp_path: Path) -> None:
+    rows: list[object] = [
+        {"question": f"What is {number}+1?", "answer": number + 1, "level": number % 2 + 1} for number in range(300)
+    ]
+    task = own(tmp_path, rows)
+    part = task.parts[0].task  # type: ignore[attr-defined]
+    whole = part.count(1, "test") + part.count(2, "test")
+    found = measured_problems(task, [1, 2], 10_000)
+    assert len({problem.key for problem in found}) == len(found) == whole
+    few = measured_problems(task, [1, 2], 10)
+    assert len({problem.key for problem in few}) == len(few) == 10
+    assert held_out_problems(task, [1], 3) == held_out_problems(task, [1], 3)
+
+
+def test_records_of_a_task_are_read_back_and_checked_by_it(tmp_path: Path) -> None:
+    addition = open_task("addition").task
+    problems = [addition.problem(0, index, 3) for index in range(40)]
+    write_records(tmp_path / "r.jsonl.zst", [to_record(problem) for problem in problems])
+    (tmp_path / "r.toml").write_text('[[parts]]\ndata = "r.jsonl.zst"\n', encoding="utf-8")
+    task = open_task(tmp_path / "r.toml").task
+    found = task.problem(0, 0, 3)
+    assert found.thought and task.check(found, found.answer).is_right
+    assert task.check(found, f"#### {found.answer}").value == 0.0  # as the task has it: the answer and nothing else
+
+
+def test_conversations_are_no_problems_and_are_counted(tmp_path: Path) -> None:
+    user, system = Message(role="user", content="6*7?"), Message(role="system", content="Be brief.")
+    records = [
+        Record(id="1", kind="prompt", messages=(user,), answer="42"),
+        Record(id="2", kind="prompt", messages=(system, user), answer="42"),
+        Record(id="3", kind="prompt", messages=(user,)),
+    ]
+    write_records(tmp_path / "own.jsonl", records)
+    (tmp_path / "own.toml").write_text('[[parts]]\ndata = "own.jsonl"\n', encoding="utf-8")
+    part = open_task(tmp_path / "own.toml").task.parts[0].task  # type: ignore[attr-defined]
+    assert part.left_out == {"no single question of the user's with an answer": 2}
+
+
+def test_an_answer_of_no_known_problem_is_not_judged(tmp_path: Path) -> None:
+    task = own(tmp_path, [{"question": "a", "answer": "1"}])
+    stranger = Problem("own", "b", "1", "", 0, "elsewhere")
+    assert task.check(stranger, "1").value is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "keys", "message"),
+    [
+        (["{}"], {}, "line 1: no known layout has the fields"),
+        (["[1]"], {}, "line 1: a JSON object is expected, not list"),
+        (["{"], {}, "line 1: this is no JSON"),
+        (['{"question": "a", "answer": "1"}', '{"question": 3, "answer": "1"}'], {}, "line 2: this is no row"),
+        ([], {}, "no problem that can be used"),
+        (['{"question": "", "answer": "1"}'], {}, "no problem that can be used; 1 left out: no question"),
+        (['{"question": "a", "answer": "1"}'], {"kind": "gsm"}, "did you mean 'gsm8k'"),
+        (['{"question": "a", "answer": "1"}'], {"check": "numbr"}, "did you mean 'number'"),
+        (['{"question": "a", "answer": "1"}'], {"levels": [3]}, r"has the levels 0, not 3"),
+        (['{"question": "a", "answer": "1"}'], {"check": "number", "options": {"red": 1}}, "did you mean 'read'"),
+    ],
+)
+def test_bad_files_are_refused_in_a_sentence(
+    tmp_path: Path, lines: list[str], keys: dict[str, object], message: str
+) -> None:
+    (tmp_path / "own.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    text = ["[[parts]]", 'data = "own.jsonl"']
+    for key, value in keys.items():
+        shown = "{ red = 1 }" if isinstance(value, dict) else json.dumps(value)
+        text.append(f"{key} = {shown}")
+    (tmp_path / "own.toml").write_text("\n".join(text), encoding="utf-8")
+    with pytest.raises(LiaoyuanError, match=message):
+        open_task(tmp_path / "own.toml")
