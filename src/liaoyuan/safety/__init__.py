@@ -12,6 +12,7 @@ Not held off: holes in the kernel itself, and what can be learned from how long 
 
 from liaoyuan.safety.jail import Job, Limits, Outcome, RefusedError, last_line, printable, run, run_all
 from liaoyuan.safety.mechanisms import Mechanism, lacking, mechanisms, require
+from liaoyuan.safety.trial import Tests, Verdict, try_code
 
 __all__ = [
     "Job",
@@ -19,6 +20,8 @@ __all__ = [
     "Mechanism",
     "Outcome",
     "RefusedError",
+    "Tests",
+    "Verdict",
     "lacking",
     "last_line",
     "mechanisms",
@@ -26,4 +29,5 @@ __all__ = [
     "require",
     "run",
     "run_all",
+    "try_code",
 ]

@@ -115,7 +115,11 @@ def leave_users() -> tuple[int, int] | None:
     if user == 0 and spare is not None:
         raise RefusedError("user namespace", "root without the right to become another user: no limit would bind it")
     demand("user namespace", libc.unshare, NEW_USER)
-    for name, text in (("setgroups", "deny"), ("gid_map", f"{INSIDE_ID} {group} 1"), ("uid_map", f"{INSIDE_ID} {user} 1")):
+    for name, text in (
+        ("setgroups", "deny"),
+        ("gid_map", f"{INSIDE_ID} {group} 1"),
+        ("uid_map", f"{INSIDE_ID} {user} 1"),
+    ):
         demand("user namespace", write_text, f"/proc/self/{name}", text)
     return None
 
@@ -193,7 +197,7 @@ def watch(init: int, reports: int, status: int, seconds: float) -> dict[str, Any
 def be_init(
     job: dict[str, Any], files: dict[str, bytes], identity: tuple[int, int] | None, report: int, channel: list[int]
 ) -> NoReturn:
-    """Process 1: make the jail, start the code, wait for it, report. When it ends, the kernel kills whatever is left."""
+    """Process 1: make the jail, start the code, wait for it, report. With its end the kernel kills all that is left."""
     try:
         os.setsid()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a signal without a handler cannot reach process 1 from inside
@@ -259,7 +263,7 @@ def make_root(job: dict[str, Any], owner: tuple[int, int]) -> None:
         mount("tmpfs", root + path, "tmpfs", READ_ONLY | NO_SUID | NO_DEVICES | NO_EXEC, "size=4096,nr_inodes=2")
     bind("/dev/null", root + "/dev/null", NO_EXEC)
     if job["library"]:
-        bind(job["library"], root + "/library", NO_EXEC)
+        bind(job["library"][0], f"{root}/library/{job['library'][1]}", NO_EXEC)
     os.mkdir(root + "/work", 0o755)
     size = f"size={limits['file_bytes']},nr_inodes={limits['files'] + 1},mode=700,uid={owner[0]},gid={owner[1]}"
     mount("tmpfs", root + "/work", "tmpfs", NO_SUID | NO_DEVICES | NO_EXEC, size)

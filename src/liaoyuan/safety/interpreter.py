@@ -56,10 +56,14 @@ def interpreter() -> Interpreter:
         )
         found = json.loads(answer.stdout)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise LiaoyuanError(f"Python ({sys.executable or 'no path'}) does not say which files it needs: {error}.") from None
+        raise LiaoyuanError(
+            f"Python ({sys.executable or 'no path'}) does not say which files it needs: {error}."
+        ) from None
     folders = [path for path in found["folders"] if not any(within(path, other) for other in found["folders"])]
     shown = [*folders, *found["archives"]]
-    libraries = [path for path in found["libraries"] if path.startswith("/") and not any(within(path, f) for f in folders)]
+    libraries = [
+        path for path in found["libraries"] if path.startswith("/") and not any(within(path, f) for f in folders)
+    ]
     hidden = [f"{folder}/{name}" for folder in folders for name in ("site-packages", "dist-packages")]
     return Interpreter(command, tuple(dict.fromkeys([*shown, *libraries])), tuple(hidden))
 

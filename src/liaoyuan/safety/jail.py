@@ -23,6 +23,7 @@ from liaoyuan.safety.seccomp import MACHINES, filter_program
 
 End = Literal["ended", "killed", "time", "cpu", "output"]
 GRACE_SECONDS = 25.0  # beyond the limit, until a launcher that does not answer is killed from here
+PACKAGE_DEPTH = 3  # liaoyuan/safety/apart: of a package that is shown in a jail, this much of the path
 PART = 1 << 16
 LONGEST_REASON = 200  # characters
 
@@ -42,7 +43,7 @@ class Limits:
     file_bytes: all that it writes to its folder, in at most `files` files and folders.
     """
 
-    seconds: float = 10.0
+    seconds: float = 15.0
     cpu_seconds: int = 5
     memory_bytes: int = 512 << 20
     output_bytes: int = 1 << 20
@@ -78,8 +79,8 @@ class Outcome:
 class Job:
     """A Python program, the files it finds beside it in its folder, and its limits.
 
-    library: a folder of the host whose modules it may import. channel: two descriptors, to read from and to write to,
-    which it gets as 3 and 4.
+    library: a package of ours that it may import by its full name. channel: two descriptors, to read from and to write
+    to, which it gets as 3 and 4.
     """
 
     source: str | bytes
@@ -167,7 +168,7 @@ def encode(job: Job) -> tuple[bytes, list[bytes]]:
         "limits": asdict(job.limits),
         "binds": paths.binds,
         "hidden": [path for path in paths.hidden if Path(path).is_dir()],
-        "library": str(job.library) if job.library else None,
+        "library": [str(job.library), "/".join(job.library.parts[-PACKAGE_DEPTH:])] if job.library else None,
         "filter": filter_program(machine, job.limits.processes).hex(),
     }
     return json.dumps(header).encode(), list(files.values())
@@ -176,7 +177,9 @@ def encode(job: Job) -> tuple[bytes, list[bytes]]:
 def checked_name(name: str) -> str:
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\0" in name or name == "main.py":
-        raise LiaoyuanError(f"{name!r} is no name for a file in a jail: give a relative path without '..', not main.py.")
+        raise LiaoyuanError(
+            f"{name!r} is no name for a file in a jail: give a relative path without '..', not main.py."
+        )
     return str(path)
 
 

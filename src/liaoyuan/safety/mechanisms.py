@@ -9,8 +9,14 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.safety import jail
 from liaoyuan.safety.seccomp import MACHINES
 
-USER = "Allow user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns) or run as root"
-CONTAINER = "In a container its runtime must allow it (Docker: --cap-add SYS_ADMIN --security-opt seccomp=unconfined)"
+USER = (
+    "Allow user namespaces (sysctl user.max_user_namespaces=10000, on Ubuntu also"
+    " kernel.apparmor_restrict_unprivileged_userns=0), or run as root"
+)
+CONTAINER = (
+    "In a container its runtime must allow it (Docker: --cap-add SYS_ADMIN --security-opt seccomp=unconfined"
+    " --security-opt apparmor=unconfined)"
+)
 REMEDIES = {  # in the order in which the jail asks for them
     "linux": "Run code rewards on Linux",
     "processor": f"Run code rewards on {' or '.join(MACHINES)}",
@@ -46,7 +52,7 @@ def fails(attempt):
 print(json.dumps({
     "it is process 2 of its own": os.getpid() == 2,
     "it is nobody": os.getuid() != 0,
-    "it sees no file of the host": not any(map(os.path.exists, ("/etc", "/home", "/proc/1", "/sys/kernel", "/dev/mem"))),
+    "it sees no file of the host": not any(map(os.path.exists, ("/etc", "/home", "/proc/1", "/sys/kernel"))),
     "it writes to its folder alone": fails(lambda: open("/x", "w")),
     "it has no network": fails(socket.socket),
     "it starts no process": fails(os.fork),

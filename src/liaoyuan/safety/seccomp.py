@@ -1,10 +1,10 @@
 """The filter of system calls: what code in the jail may ask of the kernel; all else is refused.
 
-An allow list: what a Python program needs for its own memory, files, threads, clocks and pipes. No socket but a pair that
-is connected to itself, nothing that starts a program, sees another process, mounts, makes namespaces, or reaches the
-parts of the kernel in which holes are found (bpf, io_uring, keyctl, perf_event_open, userfaultfd, splice, ptrace, ...):
-what is not on the list fails with EPERM, so system calls of kernels to come are refused too. The program is classic BPF
-(linux/filter.h), run by the kernel at every call (linux/seccomp.h).
+An allow list: what a Python program needs for its own memory, files, threads, clocks and pipes. No socket but a pair
+that is connected to itself, nothing that starts a program, sees another process, mounts, makes namespaces, or reaches
+the parts of the kernel in which holes are found (bpf, io_uring, keyctl, perf_event_open, userfaultfd, splice, ptrace,
+...): what is not on the list fails with EPERM, so system calls of kernels to come are refused too. The program is
+classic BPF (linux/filter.h), run by the kernel at every call (linux/seccomp.h).
 """
 
 import errno
