@@ -246,7 +246,8 @@ def guard(target: Any, action: str, name: str) -> None:
     elif kind.__name__ in YIELDED and kind.__module__ == "builtins":
         allowed = action == "show" or (action == "operate" and name in ("__iter__", "__next__", "__repr__"))
     elif own and "unittest" not in {base.__module__.partition(".")[0] for base in kind.__mro__}:
-        allowed = action in ("show", "call") or (action == "get" and not name.startswith("_")) or name in OPERATIONS
+        reads = (action == "get" and not name.startswith("_")) or (action == "operate" and name in OPERATIONS)
+        allowed = action in ("show", "call") or reads
     else:
         allowed = False
     if not allowed:
