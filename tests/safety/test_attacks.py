@@ -1,5 +1,6 @@
 """Code that means harm: it reads nothing, reaches nothing, harms nothing, uses up nothing, and outlives nothing."""
 
+import contextlib
 import os
 import platform
 import select
@@ -257,7 +258,7 @@ for what, call in {
     "proc": lambda: libc.mount(b"proc", b"m", b"proc", 0, None),
     "remount": lambda: libc.mount(None, b"/", None, 32, None),
     "umount": lambda: libc.umount2(b"/work", 2),
-    **{f"unshare {flag:x}": lambda flag=flag: libc.unshare(flag) for flag in (0x10000000, 0x20000, 0x20000000, 0x40000000)},
+    **{f"unshare {bit}": lambda bit=bit: libc.unshare(1 << bit) for bit in (7, 17, 25, 26, 27, 28, 29, 30)},
     "clone": lambda: libc.syscall(CLONE, 0x10000011, 0, 0, 0, 0),
     "setns": lambda: libc.setns(0, 0),
 }.items():
@@ -282,7 +283,8 @@ for what, call in {
             open_tree move_mount fsopen pivot_root chroot unshare setns seccomp landlock_create_ruleset
             process_vm_readv setrlimit sched_setscheduler sched_setaffinity setpriority ioprio_set mbind
             migrate_pages move_pages set_mempolicy mlock mlockall remap_file_pages modify_ldt lookup_dcookie
-            timer_create mknodat setxattr getxattr clone3 execve execveat accept4 connect bind listen""".split()
+            timer_create mknodat setxattr getxattr clone3 execve execveat accept4 connect bind
+            listen""".split()  # noqa: SIM905
         calls = {name: numbers[name] for name in doors if name in numbers}
         assert len(calls) > 60
         assert_held(f"""
@@ -416,9 +418,10 @@ def test_whoever_is_killed_takes_his_jails_with_him() -> None:
     program = "from liaoyuan.safety import run, Limits\nrun('import time; time.sleep(600)', limits=Limits(seconds=600))"
     owner = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
     try:
-        launcher = first_child(owner.pid, "inside.py")
-        inner = first_child(first_child(launcher, "inside.py"), "inside.py")
-        watched = os.pidfd_open(inner)
+        pid = owner.pid
+        for _ in ("the warden", "the launcher", "process 1", "the code"):
+            pid = first_child(pid, "inside.py")
+        watched = os.pidfd_open(pid)
         owner.kill()
         assert select.select([watched], [], [], 20)[0], "the code still runs"
         os.close(watched)
@@ -432,7 +435,7 @@ def first_child(pid: int, word: str) -> int:
     end = time.monotonic() + 60
     while time.monotonic() < end:
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            command = Path(f"/proc/{child}/cmdline")
-            if command.exists() and word.encode() in command.read_bytes():
-                return int(child)
+            with contextlib.suppress(OSError):  # it is gone already
+                if word.encode() in Path(f"/proc/{child}/cmdline").read_bytes():
+                    return int(child)
     raise AssertionError(f"process {pid} has no child {word}")

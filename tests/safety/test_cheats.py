@@ -57,10 +57,15 @@ CHEATS = {
     "ends in a test": "import os\ndef f(x): os._exit(0)",
     "sys.exit": "import sys; sys.exit(0)",
     "sys.exit in a test": "import sys\ndef f(x): sys.exit(0)",
-    "ends in a thread": "import os, threading\nthreading.Thread(target=lambda: os._exit(0)).start()\ndef f(x): return 4",
+    "ends in a thread": "import os, threading as t\nt.Thread(target=lambda: os._exit(0)).start()\ndef f(x): return 4",
     "says so at the end": f"import atexit\natexit.register(lambda: print('''{VERDICT}'''))\ndef f(x): return 0",
     "prints the verdict": f"print('''{VERDICT}''', flush=True)\nimport os\nos._exit(0)",
-    "writes the verdict everywhere": f"import os\nfor n in range(99):\n  try: os.write(n, b'''{VERDICT}''')\n  except OSError: pass",
+    "writes the verdict everywhere": f"""
+import os
+for number in range(99):
+    try: os.write(number, b'{VERDICT}')
+    except OSError: pass
+""",
     "replaces the tests": "open('/work/tests.json', 'w').write('{\"tests\": [\"assert True\"]}')\ndef f(x): return 0",
     "replaces unittest": """
 import unittest

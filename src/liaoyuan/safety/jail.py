@@ -1,15 +1,15 @@
-"""Run code in the jail: start `inside.py`, hand it the job, read what comes out, within bounds.
+"""Run code in the jail: order one, hand it the job, read what comes out, within bounds.
 
 Whatever comes out of a jail is the word of a stranger: `printable` makes a line of it that can be shown.
 """
 
+import contextlib
 import json
 import os
 import platform
 import selectors
 import signal
 import struct
-import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +18,12 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.safety.interpreter import ENVIRONMENT, interpreter
+from liaoyuan.safety.interpreter import interpreter
 from liaoyuan.safety.seccomp import MACHINES, filter_program
+from liaoyuan.safety.warden import order
 
 End = Literal["ended", "killed", "time", "cpu", "output"]
-GRACE_SECONDS = 25.0  # beyond the limit, until a launcher that does not answer is killed from here
-PACKAGE_DEPTH = 3  # liaoyuan/safety/apart: of a package that is shown in a jail, this much of the path
+GRACE_SECONDS = 30.0  # beyond the limit, until a launcher that does not answer is given up
 PART = 1 << 16
 LONGEST_REASON = 200  # characters
 
@@ -79,32 +79,36 @@ class Outcome:
 class Job:
     """A Python program, the files it finds beside it in its folder, and its limits.
 
-    library: a package of ours that it may import by its full name. channel: two descriptors, to read from and to write
-    to, which it gets as 3 and 4.
+    channel: two descriptors, to read from and to write to, which it gets as 3 and 4.
     """
 
     source: str | bytes
     files: Mapping[str, bytes] = field(default_factory=dict)
     limits: Limits = Limits()
-    library: Path | None = None
     channel: tuple[int, ...] = ()
 
 
 @dataclass
 class Jail:
-    """A jail that has been started, and what has come out of it so far."""
+    """A jail that has been ordered, and what has come out of it so far, by descriptor: its status, output, errors.
+
+    hold: while it is open somebody cares; the launcher ends the jail when it is closed.
+    """
 
     job: Job
-    launcher: subprocess.Popen[bytes]
-    status: int
+    hold: int
     start: float
     parts: dict[int, list[bytes]]
     flooded: bool = False
 
+    @property
+    def status(self) -> int:
+        return next(iter(self.parts))
+
     def stop(self) -> None:
-        """End it now: the launcher sees that nobody is there any more."""
-        if self.launcher.stdin and not self.launcher.stdin.closed:
-            self.launcher.stdin.close()
+        if self.hold >= 0:
+            os.close(self.hold)
+            self.hold = -1
 
 
 def run(source: str | bytes, files: Mapping[str, bytes] | None = None, limits: Limits | None = None) -> Outcome:
@@ -122,36 +126,31 @@ def run_all(jobs: Sequence[Job], at_once: int | None = None) -> list[Outcome]:
 
 
 def start(job: Job) -> Jail:
-    """Start a jail; `finish` waits for it. Raises LiaoyuanError for names of files that lead out of its folder."""
+    """Order a jail; `finish` waits for it. Raises LiaoyuanError for names of files that lead out of its folder."""
     header, contents = encode(job)
-    reading, writing = os.pipe()
-    words = [*interpreter().command, str(Path(__file__).with_name("inside.py")), str(writing), *map(str, job.channel)]
+    ends = [os.pipe() for _ in range(4)]  # the job, output, errors, the status: each (to read from, to write to)
+    theirs = [ends[0][0], *(end[1] for end in ends[1:])]
+    ours = [ends[0][1], *(end[0] for end in ends[1:])]
     try:
-        launcher = subprocess.Popen(
-            words,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=ENVIRONMENT,
-            cwd="/",
-            pass_fds=(writing, *job.channel),
-            start_new_session=True,
-        )
+        order([*theirs, *job.channel])
     except BaseException:
-        os.close(reading)
+        for descriptor in ours:
+            os.close(descriptor)
         raise
     finally:
-        os.close(writing)
-    jail = Jail(job, launcher, reading, time.monotonic(), {reading: []})
-    try:
-        assert launcher.stdin is not None
-        launcher.stdin.write(struct.pack(">I", len(header)) + header)
-        for content in contents:
-            launcher.stdin.write(content)
-        launcher.stdin.flush()
-    except BrokenPipeError:
-        pass  # it has ended, and its last word says why
+        for descriptor in theirs:
+            os.close(descriptor)
+    jail = Jail(job, ours[0], time.monotonic(), {number: [] for number in (ours[3], ours[1], ours[2])})
+    with contextlib.suppress(BrokenPipeError):  # it has ended, and its last word says why
+        for content in (struct.pack(">I", len(header)) + header, *contents):
+            write_all(jail.hold, content)
     return jail
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def encode(job: Job) -> tuple[bytes, list[bytes]]:
@@ -168,7 +167,6 @@ def encode(job: Job) -> tuple[bytes, list[bytes]]:
         "limits": asdict(job.limits),
         "binds": paths.binds,
         "hidden": [path for path in paths.hidden if Path(path).is_dir()],
-        "library": [str(job.library), "/".join(job.library.parts[-PACKAGE_DEPTH:])] if job.library else None,
         "filter": filter_program(machine, job.limits.processes).hex(),
     }
     return json.dumps(header).encode(), list(files.values())
@@ -187,16 +185,15 @@ def finish(jails: Sequence[Jail]) -> list[Outcome]:
     """Wait for jails that work together. When the first ends, the others are ended too: it is the one that judges."""
     with selectors.DefaultSelector() as selector:
         for jail in jails:
-            for source in (jail.launcher.stdout, jail.launcher.stderr, jail.status):
-                assert source is not None
-                number = source if isinstance(source, int) else source.fileno()
-                jail.parts.setdefault(number, [])
+            for number in jail.parts:
                 selector.register(number, selectors.EVENT_READ, jail)
         try:
             read_until_closed(selector, jails)
         finally:
             for jail in jails:
-                close(jail)
+                jail.stop()
+                for number in jail.parts:
+                    os.close(number)
     return [outcome(jail) for jail in jails]
 
 
@@ -222,20 +219,6 @@ def read_until_closed(selector: selectors.BaseSelector, jails: Sequence[Jail]) -
 
 def written(jail: Jail) -> int:
     return sum(len(part) for number, parts in jail.parts.items() if number != jail.status for part in parts)
-
-
-def close(jail: Jail) -> None:
-    """Make sure that the launcher is gone; process 1 dies with it, and the rest with process 1."""
-    jail.stop()
-    try:
-        jail.launcher.wait(GRACE_SECONDS / 5)
-    except subprocess.TimeoutExpired:
-        jail.launcher.kill()
-        jail.launcher.wait()
-    for source in (jail.launcher.stdout, jail.launcher.stderr):
-        if source:
-            source.close()
-    os.close(jail.status)
 
 
 def outcome(jail: Jail) -> Outcome:

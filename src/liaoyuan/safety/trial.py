@@ -3,14 +3,11 @@
 import json
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from liaoyuan.safety import apart
 from liaoyuan.safety.jail import Job, Limits, Outcome, finish, last_line, printable, start
 
 PROGRAM = "from liaoyuan.safety.apart import {0}\n{0}.main()\n"
-LIBRARY = Path(apart.__file__).parent
 LONGEST_REASON = 400  # characters
 
 
@@ -51,14 +48,9 @@ def try_code(code: str, tests: Tests, limits: Limits | None = None) -> Verdict:
     """Return what the tests say of the code. Raises RefusedError where this host has no jail: nothing has run then."""
     limits = limits or Limits()
     asks, is_asked = os.pipe(), os.pipe()  # what the judge writes, what it reads: each (reading end, writing end)
-    judge = Job(
-        PROGRAM.format("judge"),
-        {"tests.json": json.dumps(asdict(tests)).encode()},
-        limits,
-        LIBRARY,
-        (is_asked[0], asks[1]),
-    )
-    server = Job(PROGRAM.format("server"), {"code.txt": as_source(code)}, limits, LIBRARY, (asks[0], is_asked[1]))
+    given = {"tests.json": json.dumps(asdict(tests)).encode()}, {"code.txt": as_source(code)}
+    judge = Job(PROGRAM.format("judge"), given[0], limits, (is_asked[0], asks[1]))
+    server = Job(PROGRAM.format("server"), given[1], limits, (asks[0], is_asked[1]))
     jails = []
     try:
         for job in (judge, server):

@@ -95,7 +95,7 @@ def judge_statements(tests: dict[str, Any], peer: Peer) -> dict[str, Any]:
     failure = attempt(lambda: exec(compile(setup, "setup", "exec"), space))
     if failure:
         raise FailedError(f"the setup of the tests: {failure}")
-    failures = [attempt(lambda tree=tree: run_statements(tree, space)) for tree in trees]
+    failures = [attempt(functools.partial(run_statements, tree, space)) for tree in trees]
     passed = sum(failure == "" for failure in failures)
     first = next((place for place, failure in enumerate(failures) if failure), None)
     reason = ""
