@@ -420,7 +420,7 @@ def test_whoever_is_killed_takes_his_jails_with_him() -> None:
     try:
         pid = owner.pid
         for _ in ("the warden", "the launcher", "process 1", "the code"):
-            pid = first_child(pid, "inside.py")
+            pid = first_child(pid, "liaoyuan.safety")
         watched = os.pidfd_open(pid)
         owner.kill()
         assert select.select([watched], [], [], 20)[0], "the code still runs"

@@ -16,6 +16,14 @@ from pathlib import Path
 from liaoyuan.safety.interpreter import ENVIRONMENT, interpreter
 
 STOP_SECONDS = 10.0
+BOOT = """
+import sys, types
+for name, path in (("liaoyuan", []), ("liaoyuan.safety", [sys.argv[1]])):  # this room, without what it needs outside
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = path
+from liaoyuan.safety import inside
+inside.serve(int(sys.argv[2]))
+"""
 
 
 class Warden:
@@ -45,7 +53,7 @@ class Warden:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = subprocess.Popen(
-                [*interpreter().command, str(Path(__file__).with_name("inside.py")), str(theirs.fileno())],
+                [*interpreter().command, "-c", BOOT, str(Path(__file__).parent), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

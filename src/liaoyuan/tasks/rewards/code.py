@@ -55,7 +55,7 @@ class UnitTests:
     def __call__(self, rollout: Rollout) -> Score:
         if rollout.flaw:
             return Score(0.0, None, rollout.flaw)
-        code, tests = code_of(rollout.text), tests_of(rollout.problem.answer)
+        code, tests = code_of(rollout.text), read_tests(rollout.problem.answer)
         if tests is None:
             return Score(None, code, "the problem has no tests in its answer")
         if not code.strip():
@@ -99,7 +99,7 @@ def code_of(text: str) -> str:
     return "\n".join(code for kind, code in blocks if kind in PYTHON and not code.lstrip().startswith(">>>"))
 
 
-def tests_of(answer: str) -> Tests | None:
+def read_tests(answer: str) -> Tests | None:
     """Return the tests that a problem's right answer is, or None if it is none."""
     try:
         found = CodeTests.model_validate_json(answer)
