@@ -106,6 +106,9 @@ def f(x):
     return 0
 """,
     "skips the tests": "import unittest\ndef f(x): raise unittest.SkipTest('done')",
+    "lacks a module": "def f(x): raise ModuleNotFoundError('numpy', name='numpy')",
+    "imports what is not there": "import numpy\ndef f(x): return x * 2",
+    "an import in a test": "def f(x): import numpy; return x * 2",
     "interrupts the tests": "def f(x): raise KeyboardInterrupt",
     "closes the generator": "def f(x): raise GeneratorExit",
     "stops the iteration": "def f(x): raise StopIteration",
@@ -169,6 +172,22 @@ def test_what_is_right_is_right() -> None:
     assert verdict(RIGHT, FILE) == Verdict(3, 3)
 
 
+def test_a_test_that_is_skipped_because_of_the_code_has_not_passed() -> None:
+    source = """
+import unittest
+from double import f
+class DoubleTest(unittest.TestCase):
+    def test_first(self):
+        if f(1) == 0: self.skipTest("not done")
+        self.assertEqual(f(1), 2)
+    @unittest.skip("another day")
+    def test_second(self): self.fail()
+"""
+    tests = Tests(source=source, module="double")
+    assert verdict("def f(x): return 0", tests) == Verdict(0, 1, "tests were skipped: not done")
+    assert verdict(RIGHT, tests) == Verdict(1, 1)
+
+
 class TestFunctionsOfTheTests:
     """What tests hand over may be called, and is no way into the judge."""
 
@@ -228,6 +247,7 @@ class TestReasons:
             ("import os; os._exit(0)", "ended the process before the tests were over"),
             ("import ctypes; ctypes.string_at(0)", "killed by signal 11"),
             ("while True: print('x' * 9999)", "bytes of output"),
+            ("def f(x): return f", "got <function f>"),
             ("def f(x): raise ValueError('\\x1b[31mred\\x00')", r"ValueError: \x1b[31mred\x00"),
         ],
     )
@@ -245,6 +265,7 @@ class TestReasons:
             Tests(tests=()),
             Tests(tests=("",)),
             Tests(tests=("import nothing_like_it",)),
+            Tests(tests=("f(1)",), setup="from nothing.like import it"),
             Tests(source="import unittest", module="double"),
             Tests(source="class", module="double"),
             Tests(source="x", module="../double"),

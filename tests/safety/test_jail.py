@@ -98,7 +98,7 @@ class TestRunning:
             [python, "-c", program], env={"PYTHONPATH": str(tmp_path)}, user=12345, group=12345, extra_groups=[],
             capture_output=True, text=True, cwd="/",
         )  # fmt: skip
-        if found.stdout.startswith("This host lacks the user namespace"):
+        if found.stdout.startswith("the jail lacks its part 'user namespace'"):
             pytest.skip(f"NOT RUN: {found.stdout}")
         assert found.stdout == "b'1000\\n'\n", found
 
@@ -141,17 +141,21 @@ for attempt in (safety.require, lambda: safety.run("print('it ran')"), lambda: s
         found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         lines = found.stdout.splitlines()
         assert lines[0] == "['user namespace']", found
-        assert lines[1].startswith("This host lacks the user namespace (No space left") and "sysctl" in lines[1]
+        assert (
+            lines[1].startswith("the jail lacks its part 'user namespace' here (No space left") and "sysctl" in lines[1]
+        )
         assert len(lines) == 5 and all(line.startswith("refused: Untrusted code is not run") for line in lines[2:])
 
     def test_another_system_or_processor(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(platform, "system", lambda: "Darwin")
-        with pytest.raises(LiaoyuanError, match="no linux here"):
+        with pytest.raises(LiaoyuanError, match="lacks its part 'linux'"):
             run("print(1)")
         safety.mechanisms.cache_clear()
         try:
             assert safety.mechanisms()[0] == Mechanism("linux", False, "this is Darwin")
-            assert safety.lacking() == "This host lacks the linux (this is Darwin). Run code rewards on Linux."
+            assert (
+                safety.lacking() == "the jail lacks its part 'linux' here (this is Darwin). Run code rewards on Linux."
+            )
             monkeypatch.undo()
             monkeypatch.setattr(platform, "machine", lambda: "riscv64")
             safety.mechanisms.cache_clear()

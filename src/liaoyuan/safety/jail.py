@@ -32,7 +32,10 @@ class RefusedError(LiaoyuanError):
     """This host gives no jail: the mechanism that lacks, and why. Nothing has run."""
 
     def __init__(self, mechanism: str, why: str) -> None:
-        super().__init__(f"Untrusted code is not run: no {mechanism} here ({why}); `liaoyuan doctor` says what to do.")
+        super().__init__(
+            f"Untrusted code is not run: the jail lacks its part '{mechanism}' here ({why}); "
+            "`liaoyuan doctor` says what to do."
+        )
         self.mechanism, self.why = mechanism, why
 
 

@@ -106,10 +106,10 @@ def first_lacking() -> tuple[str | None, str]:
 
 
 def lacking() -> str:
-    """Return a sentence that says what this host lacks for the jail and what to do, or nothing."""
+    """Return what this host lacks for the jail and what to do, or nothing."""
     for mechanism in mechanisms():
         if not mechanism.present:
-            return f"This host lacks the {mechanism.name} ({mechanism.why}). {REMEDIES[mechanism.name]}."
+            return f"the jail lacks its part '{mechanism.name}' here ({mechanism.why}). {REMEDIES[mechanism.name]}."
     return ""
 
 

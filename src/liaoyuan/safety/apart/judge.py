@@ -11,9 +11,11 @@ import importlib
 import io
 import json
 import os
+import random
+import re
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from liaoyuan.safety.apart.peer import GoneError, Peer
@@ -23,6 +25,7 @@ READING, WRITING = 3, 4  # the descriptors of the channel
 SPACE = "tests"  # the module in which the tests run
 CODE = "solution"  # the module of the code, where the tests do not say
 LONGEST = 400  # characters of a reason
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 # Modules that tests may use because the code under test imports them, as tests in its own process could.
 MODULES = frozenset(
     """bisect cmath collections copy datetime decimal fractions functools heapq itertools math operator random re
@@ -48,6 +51,7 @@ class FailedError(Exception):
 
 
 def main() -> None:
+    random.seed(0)  # what tests draw is the same every time
     verdict = os.dup(1)
     os.dup2(2, 1)  # whatever tests print
     with open("tests.json", encoding="utf-8") as file:
@@ -104,23 +108,31 @@ def judge_statements(tests: dict[str, Any], peer: Peer) -> dict[str, Any]:
     return {"passed": passed, "total": len(trees), "reason": short(reason)}
 
 
-def compiled(text: str, where: str) -> ast.Module:
+def compiled(text: str, where: str, module: str = CODE) -> ast.Module:
+    """Return the tree of tests; raises BrokenError if they do not compile, or import what is not there.
+
+    Found out before the code is asked for anything: later it could have a hand in it.
+    """
     try:
         tree = ast.parse(text)
         compile(tree, where, "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise BrokenError(f"{where} does not compile: {error}") from None
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        for name in {name.partition(".")[0] for name in names} - {module}:
+            if name not in sys.stdlib_module_names:
+                raise BrokenError(f"{where} needs the module '{name}', and tests have the standard library alone")
     return tree
 
 
 def attempt(work: Callable[[], Any]) -> str:
-    """Do it and return why it failed, if it did; raises if the tests are at fault, or the other side is gone."""
+    """Do it and return why it failed, if it did; raises GoneError if the other side is gone."""
     try:
         work()
     except GoneError:
         raise
-    except ModuleNotFoundError as error:
-        raise BrokenError(str(error)) from None
     except BaseException as error:
         return words(error) or type(error).__name__
     return ""
@@ -181,7 +193,8 @@ def judge_module(tests: dict[str, Any], peer: Peer) -> dict[str, Any]:
     """Run a file of unittest, for which the code is the module that it imports."""
     import unittest
 
-    tree, name = compiled(tests["source"], "the file of the tests"), tests["module"]
+    name = tests["module"]
+    tree = compiled(tests["source"], "the file of the tests", name)
     if not (isinstance(name, str) and name.isidentifier()) or name in sys.builtin_module_names:
         raise BrokenError(f"{name!r} is no name of a module for the code")
     sys.modules[name] = stand_in_module(name, *load(peer, name))
@@ -192,13 +205,29 @@ def judge_module(tests: dict[str, Any], peer: Peer) -> dict[str, Any]:
         raise FailedError(f"the tests cannot begin: {failure}")
     suite = unittest.defaultTestLoader.loadTestsFromModule(space)
     result = make_result(unittest)
-    total = suite.countTestCases()
+    total = sum(not is_skipped(test) for test in tests_in(suite))
+    if not total:
+        raise BrokenError("there are no tests, or all are marked to be skipped")
     suite.run(result)
-    if total == len(result.skipped):
-        raise BrokenError("there are no tests" if not total else f"the tests skip themselves: {result.skipped[0][1]}")
     failures = [(str(test).split(" ")[0], result.told[str(test)]) for test, _ in (*result.errors, *result.failures)]
     reason = ": ".join(failures[0]) if failures else ""
-    return {"passed": result.succeeded, "total": total - len(result.skipped), "reason": short(reason)}
+    if result.succeeded < total and not failures:
+        reason = f"tests were skipped: {result.skipped[0][1]}" if result.skipped else "tests did not run"
+    return {"passed": min(result.succeeded, total), "total": total, "reason": short(reason)}
+
+
+def tests_in(suite: Any) -> Iterator[Any]:
+    for part in suite:
+        if hasattr(part, "countTestCases") and hasattr(part, "__iter__"):
+            yield from tests_in(part)
+        else:
+            yield part
+
+
+def is_skipped(test: Any) -> bool:
+    """Whether a test is marked to be skipped. One that is skipped while it runs has not passed."""
+    method = getattr(test, test._testMethodName, None)
+    return any(getattr(owner, "__unittest_skip__", False) for owner in (test, method))
 
 
 def make_result(unittest: Any) -> Any:
@@ -265,4 +294,6 @@ def words(error: BaseException) -> str:
 
 
 def short(text: str) -> str:
+    """Return a reason that is the same every time: without addresses, which differ, and not too long."""
+    text = ADDRESS.sub("", text)
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

@@ -1,6 +1,7 @@
 """The program in the code's jail: runs the code, then does with it what the judge asks. It decides nothing."""
 
 import contextlib
+import random
 import sys
 import types
 from typing import Any
@@ -12,6 +13,7 @@ READING, WRITING = 3, 4  # the descriptors of the channel
 
 def main() -> None:
     """Serve the judge until he is gone. Everything here may be changed by the code: it can but answer wrongly."""
+    random.seed(0)  # the same code gets the same verdict
     peer = Peer(READING, WRITING, lambda target, action, name: None)
     peer.load = load
     with contextlib.suppress(GoneError):

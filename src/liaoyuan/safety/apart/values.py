@@ -3,6 +3,7 @@
 Never unpickled, never evaluated: the other side is a stranger, and this is all that it can make in our process.
 """
 
+import builtins
 import collections
 import datetime
 import fractions
@@ -18,9 +19,7 @@ TYPES = {
     for kind in (int, float, complex, bool, str, bytes, bytearray, list, tuple, set, frozenset, dict, range, object)
 } | {"NoneType": types.NoneType, "date": datetime.date, "datetime": datetime.datetime, "Fraction": fractions.Fraction}
 ERRORS = {  # of the built-in ones, those that say that something went wrong
-    name: kind
-    for name, kind in vars(__import__("builtins")).items()
-    if isinstance(kind, type) and issubclass(kind, Exception)
+    name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception)
 }
 SINGLE = {"...": ..., "NotImplemented": NotImplemented}
 DATES = {
