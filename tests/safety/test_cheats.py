@@ -256,7 +256,7 @@ class TestReasons:
 
     def test_the_time_limit(self) -> None:
         found = try_code("import time\ndef f(x): time.sleep(99)", ASSERTS, Limits(seconds=1))
-        assert found.reason == "the tests took longer than 1 s" or found.reason == "the code took longer than 1 s"
+        assert found == Verdict(0, 0, "the tests were not over after 1 s")
 
     @pytest.mark.parametrize(
         "tests",

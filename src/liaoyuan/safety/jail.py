@@ -22,7 +22,7 @@ from liaoyuan.safety.interpreter import interpreter
 from liaoyuan.safety.seccomp import MACHINES, filter_program
 from liaoyuan.safety.warden import order
 
-End = Literal["ended", "killed", "time", "cpu", "output"]
+End = Literal["ended", "killed", "time", "cpu", "output", "stopped"]
 GRACE_SECONDS = 30.0  # beyond the limit, until a launcher that does not answer is given up
 PART = 1 << 16
 LONGEST_REASON = 200  # characters
@@ -61,7 +61,8 @@ class Limits:
 class Outcome:
     """How code ended. exit_code is that of Python (1: an exception), or minus the signal that killed it.
 
-    status: "ended" by itself; "killed" by a signal; at the limit of "time", "cpu" or "output". output and errors: what
+    status: "ended" by itself; "killed" by a signal; at the limit of "time", "cpu" or "output"; or "stopped", because
+    what it worked with had ended. output and errors: what
     it wrote. seconds: from the order to the end, the making of the jail included; memory_bytes: the most it had.
     """
 
@@ -242,7 +243,7 @@ def outcome(jail: Jail) -> Outcome:
         spent = code == -signal.SIGXCPU or (code == -signal.SIGKILL and cpu >= 0.5 * jail.job.limits.cpu_seconds)
         end = "ended" if code >= 0 else "cpu" if spent else "killed"
     elif word["end"] != "time":
-        end = "killed"
+        end = "stopped"
     memory = word.get("memory", 0)
     seconds = time.monotonic() - jail.start
     return Outcome(

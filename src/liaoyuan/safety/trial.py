@@ -77,15 +77,15 @@ def verdict(judge: Outcome, code: Outcome, limits: Limits) -> Verdict:
         return Verdict(0, 0, printable(found["reason"], LONGEST_REASON), broken=True)
     if found and not found.get("gone"):
         return Verdict(found["passed"], found["total"], printable(found["reason"], LONGEST_REASON))
-    if code.status == "ended" and code.exit_code == 0 and not found:
+    if "time" in (judge.status, code.status):
+        return Verdict(0, 0, f"the tests were not over after {limits.seconds:g} s")
+    if code.status == "stopped" or (code.is_well and not found):
         return Verdict(0, 0, why_ended(judge, limits, "the tests"))
     return Verdict(0, 0, why_ended(code, limits, "the code"))
 
 
 def why_ended(outcome: Outcome, limits: Limits, who: str) -> str:
     """Return why a program ended before there was a verdict."""
-    if outcome.status == "time":
-        return f"{who} took longer than {limits.seconds:g} s"
     if outcome.status == "cpu":
         return f"{who} used more than {limits.cpu_seconds} s of processor time"
     if outcome.status == "output":
