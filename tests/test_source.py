@@ -13,6 +13,7 @@ import liaoyuan
 SOURCE = Path(liaoyuan.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+IN_THE_JAIL = {f"safety/{name}.py" for name in ("inside", "apart/judge", "apart/server")}  # what runs there alone
 FORBIDDEN_NAMES = {"pickle", "torch.load", "torch.jit.load", "torch.hub", "marshal", "shelve", "dill"}
 
 
@@ -50,6 +51,8 @@ def test_nothing_is_unpickled():
 def test_no_text_is_run_as_code():
     found = []
     for path in FILES:
+        if str(path.relative_to(SOURCE)) in IN_THE_JAIL:
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
                 continue
@@ -58,6 +61,11 @@ def test_no_text_is_run_as_code():
             if called or shell:
                 found.append(f"{path.relative_to(SOURCE)}:{node.lineno}: {ast.unparse(node.func)}")
     assert found == []
+
+
+def test_what_runs_code_in_the_jail_is_used_by_nothing_outside_it():
+    inside = {"liaoyuan.safety." + name for name in ("inside", "apart.judge", "apart.server")}
+    assert [found for path in FILES for found in uses(path, inside)] == []
 
 
 def test_help_and_mistakes_do_not_wait_for_torch():

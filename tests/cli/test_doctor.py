@@ -31,6 +31,7 @@ def test_json_holds_every_promised_part(app):
     assert found["process"]["threads_from"] == "OMP_NUM_THREADS"
     assert all(row[name] > 0 for row in found["rates"] for name in ("bfloat16", "float32", "memory"))
     assert {"kernels", "missing", "cache", "cpu_features", "memory"} <= found.keys()
+    assert found["jail"].startswith(("works: ", "none: the jail lacks its part "))
 
 
 def test_the_page_for_people_fits_a_screen(app):

@@ -74,6 +74,7 @@ def diagnose(process: Any) -> dict[str, Any]:
         "rates": rates(),
         "kernels": kernels(),
         "cache": cache(),
+        "jail": jail(),
         "missing": [dict(zip(("part", "without", "add"), row, strict=True)) for row in missing()],
     }
 
@@ -162,6 +163,13 @@ def cache() -> str:
         return f"none: {error}"
 
 
+def jail() -> str:
+    """Return whether code of strangers (a reward that runs unit tests) can be run here, or what lacks."""
+    from liaoyuan.safety import lacking, mechanisms
+
+    return f"none: {lacking()}" if lacking() else f"works: {len(mechanisms())} mechanisms, tried from inside"
+
+
 def missing() -> Iterator[tuple[str, str, str]]:
     """Yield what is not here: the part, what is lost without it, and the command that adds it."""
     from liaoyuan.device import find_accelerator
@@ -220,6 +228,7 @@ def _facts(found: dict[str, Any], process: dict[str, Any], size: dict[str, float
     table.add_row("allocator", process["allocator"] + pages)
     table.add_row("versions", ", ".join(f"{name} {number}" for name, number in found["versions"].items()))
     table.add_row("kernel cache", found["cache"])
+    table.add_row("jail for code", found["jail"])
     return table
 
 
