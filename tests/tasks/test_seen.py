@@ -1,12 +1,13 @@
 """What a model was trained on is known again, in other words and after a stop, and nothing else is taken for it."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from liaoyuan.data import Message, Record
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.tasks import TASKS, find_task, to_record
+from liaoyuan.tasks import TASKS, find_task, measured_problems, open_task, to_record
 from liaoyuan.tasks.seen import (
     NAME,
     Seen,
@@ -83,16 +84,28 @@ def test_records_of_a_user_are_known_by_what_is_asked(tmp_path: Path) -> None:
         id="mine/7",
         messages=(Message(role="user", content=f" {question} "), Message(role="assistant", content="?")),
     )
-    assert marks_of_record(record) == (mark(question),)
+    assert mark(question) in marks_of_record(record)
     Seen(tmp_path).add_records([record])
     assert len(seen_among([ADDITION.problem(0, 0, 3)], read_seen(tmp_path))) == 1
+
+
+def test_questions_of_a_file_are_known_without_the_instruction_that_a_task_adds(tmp_path: Path) -> None:
+    rows = [{"question": f"What is {number} times 7?", "answer": 7 * number} for number in range(60)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = ["[[parts]]", 'data = "data.jsonl"', 'instruction = "Write the number alone."']
+    (tmp_path / "task.toml").write_text("\n".join(lines))
+    asked = measured_problems(open_task(tmp_path / "task.toml").task, (0,), 100)
+    assert all(problem.question.endswith("alone.") for problem in asked) and len(asked) > 1
+    said = asked[0].question.split("\n")[0]
+    Seen(tmp_path).add_records([Record(id="7", messages=(Message(role="user", content=f"{said.upper()} "),))])
+    assert seen_among(asked, read_seen(tmp_path)) == asked[:1]
 
 
 def test_fast_and_slow_records_are_one_problem() -> None:
     problem = find_task("maze-zh").problem(0, 0, 2)
     slow, fast = to_record(problem), to_record(problem, thinking=False)
     assert slow.id == f"{problem.key}/slow-zh" and fast.id == f"{problem.key}/fast-zh"
-    assert marks_of_record(slow) == marks_of_record(fast) == (marks_of(problem)[1], marks_of(problem)[0])
+    assert marks_of_record(slow) == marks_of_record(fast) and set(marks_of(problem)) <= set(marks_of_record(slow))
 
 
 def test_it_is_only_ever_added_to_and_a_torn_end_is_cut_off(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from liaoyuan.data import Record
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import disk_errors, write_atomic
+from liaoyuan.tasks.data_task import content_key
 from liaoyuan.tasks.problem import Problem, half_width
 
 NAME = "trained_on.bin"
@@ -47,9 +48,11 @@ def marks_of(problem: Problem) -> tuple[int, int]:
 def marks_of_record(record: Record) -> tuple[int, ...]:
     """Return the hashes of what a record teaches answers to: of each of the user's turns, and of a task's problem.
 
-    The `id` of a task's record is the key of its problem, perhaps with how it is told behind a slash (`to_record`).
+    A turn is known by its words, and as a question of a task from a file, which may add instructions to it. The `id`
+    of a task's record is the key of its problem, perhaps with how it is told behind a slash (`to_record`).
     """
-    said = tuple(mark(message.content) for message in record.messages if message.role == "user")
+    turns = [message.content for message in record.messages if message.role == "user"]
+    said = tuple(mark(text) for turn in turns for text in (turn, content_key(turn)))
     key, _, told = record.id.rpartition("/")
     return (*said, mark(key if told.startswith(("slow", "fast")) else record.id)) if record.task else said
 
