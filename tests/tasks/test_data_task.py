@@ -14,14 +14,15 @@ from liaoyuan.tasks import Problem, Split, Task, held_out_problems, measured_pro
 from liaoyuan.tasks.data_task import DataTask, content_key
 from liaoyuan.tasks.layouts import LAYOUTS, read_examples
 from liaoyuan.tasks.parts import PartsTask
+from liaoyuan.tasks.seen import marks_of, marks_of_record
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 SHARED = Path(os.environ.get("LIAOYUAN_DATA", Path(__file__).parents[3] / "shared" / "data"))
 REAL = {  # file: layout, problems that can be used, levels
     "gsm8k_train": ("gsm8k", 7471, (0,)),
     "math_train4500": ("math", 4456, (1, 2, 3, 4, 5)),
-    "ape210k_valid_zh": ("ape210k", 4994, (0,)),
-    "tal_scq_en_train": ("tal_scq", 2710, (0, 1, 2, 3, 4)),
+    "ape210k_valid_zh": ("ape210k", 4995, (0,)),
+    "tal_scq_en_train": ("tal_scq", 2712, (0, 1, 2, 3, 4)),
     "tal_scq_zh_train": ("tal_scq", 2611, (0, 1, 2, 3, 4)),
     "strategyqa_train": ("strategyqa", 2060, (0,)),
     "folio_train": ("folio", 1003, (0,)),
@@ -111,16 +112,24 @@ def test_a_split_is_shuffled_whole_and_then_anew(tmp_path: Path) -> None:
 
 
 def test_near_copies_fall_together_and_are_asked_once(tmp_path: Path) -> None:
-    texts = ["How many is 3 + 4?", "how many  is 3+4 ?", "ＨＯＷ many is ３＋４？", "How many is\n3 + 4"]
+    texts = ["How many is 3 + 4?", "how many  is 3+4 ?", "ＨＯＷ many is ３＋４？", "How many is\n3 + 4?"]
     assert len({content_key(text) for text in texts}) == 1
     task = own(tmp_path, [{"question": text, "answer": "7"} for text in texts])
     assert task.parts[0].task.left_out == {"copy": 3}  # type: ignore[attr-defined]
 
 
-@given(st.text(max_size=40), st.sampled_from([" ", "\n", "\u3000"]), st.integers(0, 40))
-def test_spaces_never_change_the_key(text: str, space: str, place: int) -> None:
-    assert content_key(text) == content_key(text[:place] + space + text[place:])
-    assert content_key(text) == content_key(text.casefold())
+@given(st.text(max_size=40), st.sampled_from(["  ", "\n", "\u3000"]))
+def test_more_spaces_and_capitals_never_change_the_key(text: str, space: str) -> None:
+    assert content_key(text) == content_key(f"{space}{text.replace(' ', space)}") == content_key(content_key(text))
+
+
+def test_a_model_that_learned_the_question_is_known_to_have_seen_the_problem(tmp_path: Path) -> None:
+    """Also where the task adds an instruction, or the records were written by somebody else."""
+    task = own(tmp_path, [{"question": "What  is 6*7?", "answer": "42"}], instruction="Use ####.")
+    (problem,) = (found for split in SPLITS for found in task.parts[0].task.all(0, split))  # type: ignore[attr-defined]
+    record = Record(id="1", messages=(Message(role="user", content="what is 6 * 7?"),))
+    assert set(marks_of_record(record)) & set(marks_of(problem))
+    assert set(marks_of_record(to_record(problem))) & set(marks_of(problem))
 
 
 def test_copies_that_contradict_each_other_are_both_left_out(tmp_path: Path) -> None:
