@@ -72,11 +72,12 @@ def evaluate(
 def _levels(task: "Task", text: str | None) -> list[int]:
     """Return the levels that are asked for, or those that are usual."""
     from liaoyuan.cli.levels import read_levels
-    from liaoyuan.tasks import TASKS, check_levels
+    from liaoyuan.tasks import check_levels
+    from liaoyuan.tasks.parts import PartsTask
 
     if text is None:
-        usual = [level for level in task.levels if level in USUAL_LEVELS]
-        return usual if task.name in TASKS and usual else list(task.levels)
+        usual = [level for level in task.levels if level in USUAL_LEVELS and not isinstance(task, PartsTask)]
+        return usual or list(task.levels)
     wanted = read_levels(text)
     check_levels(task, wanted, f"--levels {text}")
     return wanted

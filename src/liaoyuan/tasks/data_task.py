@@ -1,11 +1,9 @@
 """A task whose problems come from a file: public sets, or a user's own prompts with answers.
 
-A hash of the question decides the split, after width, case, spaces and the sentence's end are made alike: near copies
-fall together. So the same question is a test problem in every set that has it, and is drawn once.
+A hash of the question decides the split, after width, case and idle spaces are made alike: near copies fall together,
+and are drawn once. The same question is a test problem in every set that has it.
 """
 
-import hashlib
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from liaoyuan.tasks.layouts import Example, read_examples
 from liaoyuan.tasks.problem import Problem, Score, Split, split_of
 from liaoyuan.tasks.reward import Reward, Rollout, score_all
 from liaoyuan.tasks.rewards.numbers import read_number
+from liaoyuan.tasks.seen import normalised
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -112,9 +111,8 @@ def open_data(
 
 
 def content_key(question: str) -> str:
-    """Return what is the same for all near copies of a question."""
-    text = "".join(unicodedata.normalize("NFKC", question).casefold().split()).rstrip(".。?!;,:、")
-    return f"data:{hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=12).hexdigest()}"
+    """Return what all near copies of a question share; who was trained on one of them is known to have seen it."""
+    return normalised(question)
 
 
 def _examples(path: Path, kind: str, left_out: Counter[str]) -> Iterable[tuple[str, Example]]:

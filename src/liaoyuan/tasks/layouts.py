@@ -14,6 +14,7 @@ from typing import Any
 from liaoyuan.data import Record
 from liaoyuan.data.records import read_lines
 from liaoyuan.errors import LiaoyuanError, nearest
+from liaoyuan.tasks.rewards.code import exercism_answer, mbpp_answer
 from liaoyuan.tasks.rewards.marks import boxed
 
 Row = Mapping[str, Any]
@@ -152,6 +153,15 @@ def _svamp(row: Row) -> Example:
     return Example(question, f"{float(row['Answer']):.10g}", row["Equation"].strip(), 0, "number")
 
 
+def _mbpp(row: Row) -> Example:
+    question = f"{row['text'].strip()}\nThe code must pass tests such as:\n{row['test_list'][0]}"
+    return Example(question, mbpp_answer(row), "", 0, "code")
+
+
+def _exercism(row: Row) -> Example:
+    return Example(row["prompt"].strip(), exercism_answer(row), "", 0, "code")
+
+
 def _record(row: Row) -> Example:
     record = Record.model_validate(row)
     asked = [message for message in record.messages if message.role != "assistant"]
@@ -172,6 +182,8 @@ LAYOUTS = {
         Layout("strategyqa", frozenset({"qid", "question", "answer", "facts"}), _strategyqa),
         Layout("folio", frozenset({"premises", "conclusion", "label"}), _folio),
         Layout("svamp", frozenset({"Body", "Question", "Answer", "Equation"}), _svamp),
+        Layout("mbpp", frozenset({"text", "code", "test_list"}), _mbpp),
+        Layout("exercism", frozenset({"task", "prompt", "test_file", "test"}), _exercism),
         Layout("records", frozenset({"id", "messages"}), _record),
     )
 }

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from liaoyuan.config import Config, load, parse
 from liaoyuan.errors import LiaoyuanError, nearest
-from liaoyuan.tasks.catalogue import TASKS, check_levels, find_task
+from liaoyuan.tasks.catalogue import TASKS, WORDED, check_levels, find_task
 from liaoyuan.tasks.data_task import open_data
 from liaoyuan.tasks.parts import Part, PartsTask
 from liaoyuan.tasks.problem import Task
@@ -98,7 +98,7 @@ def open_task(name_or_path: str | Path, data: Path | None = None) -> Assignment:
 
 
 def _named(name: str, data: Path | None) -> Assignment:
-    if name not in TASKS and Path(name).exists():
+    if name not in TASKS | WORDED and Path(name).exists():
         raise LiaoyuanError(f"{name} is no task file: its name must end with .toml.")
     task = find_task(name)
     if data:
@@ -149,7 +149,7 @@ def _data_task(config: PartConfig, name: str, where: str, folder: Path) -> Task:
     def find_reward(check: str) -> Reward:
         if check in CHECKS:
             return make_reward(check, config.options, where)
-        if check in TASKS:
+        if check in TASKS | WORDED:
             return Right(find_task(check))
         raise LiaoyuanError(f"{where}: nothing is checked by '{check}' ({', '.join(CHECKS)}){nearest(check, CHECKS)}")
 

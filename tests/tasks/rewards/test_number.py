@@ -40,7 +40,6 @@ RIGHT = [
     ("1.75", "1 3/4"),
     ("1(3/4)", "\\boxed{\\frac{7}{4}}"),
     ("3.5", "3½"),
-    ("50", "50%"),
     ("0.5", "50%"),
     ("50%", "0.5"),
     ("50%", "百分之五十"),
@@ -92,6 +91,7 @@ WRONG = [
     ("1234", "12,34"),
     ("3500", "三千五"),  # 3500 in speech, 3005 by its digits: nobody can tell
     ("50%", "50"),
+    ("50", "50%"),  # nobody asked for percent
     ("0.5", "5%"),
     ("2", "2.75-1(5/6)+3(1/4)-2(1/6)"),  # the question's own expression
     ("1/3", "0.333333"),
@@ -121,6 +121,11 @@ def test_a_right_answer_that_cannot_be_read_judges_nobody() -> None:
     for gold in ("", "many", "5 or 6", "3:4"):
         score = NumberReward()(Rollout(Problem("n", "", gold, "", 0, "k"), "", "5"))
         assert score.value is None and score.reason
+
+
+def test_percents_are_whole_numbers_where_the_question_asks_for_percent() -> None:
+    for question, value in (("What percent is it?", 1.0), ("占百分之几？", 1.0), ("How many apples?", 0.0)):
+        assert NumberReward()(Rollout(Problem("n", question, "50", "", 0, "k"), "", "50%")).value == value
 
 
 def test_an_answer_that_is_not_whole_is_wrong() -> None:

@@ -33,7 +33,7 @@ HOSTILE = (
     "1e999",
     "\x00",
 )
-PLAIN = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?")
+PLAIN = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 BARE_FRACTION = re.compile(r"\(?([0-9]+)/([0-9]+)\)?|\\[dt]?frac\s*(?:\{([0-9]+)\}\{([0-9]+)\}|([0-9])([0-9]))")
 FULL_WIDTH = str.maketrans({chr(code): chr(code + 0xFEE0) for code in range(0x21, 0x7F)})
 OTHERS = 3  # other problems whose answers are tried for one problem
@@ -208,7 +208,7 @@ def _value(text: str) -> Fraction | None:
     if match:
         up, down = (int(one) for one in match.groups() if one)
         return Fraction(up, down) if down else None
-    return Fraction(text.replace(",", "")) if PLAIN.fullmatch(text) and text[-1] != "," else None
+    return Fraction(text.replace(",", "")) if PLAIN.fullmatch(text) else None
 
 
 def _differ(one: str, other: str) -> bool:

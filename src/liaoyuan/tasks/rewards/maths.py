@@ -104,18 +104,19 @@ def _compare(gold: str, answer: str, question: str) -> Score | _Question:
     bases = [BASED.fullmatch(bare(text)) for text in (gold, answer)]
     if any(bases):
         return _verdict(_same_in_base(bases[0], bases[1], bare(answer)), gold, answer)
-    return _compare_values(gold, answer, formulas_of(question))
+    return _compare_values(gold, answer, question)
 
 
-def _compare_values(gold: str, answer: str, formulas: list[str]) -> Score | _Question:
+def _compare_values(gold: str, answer: str, question: str) -> Score | _Question:
     """Compare numbers exactly; of equations that name a value, the value; leave the rest to math-verify."""
+    formulas = formulas_of(question)
     (gold_name, wanted), (name, found) = named(gold), named(answer)
     if gold_name and name and bare(gold_name) != bare(name):
         return Score(0.0, answer, f"it says what {name} is, not {gold_name}")
     relations = sides(wanted), sides(found)
     numbers = read_number(wanted), read_number(found)
     if numbers[0] and numbers[1] and not any(relations):
-        right = same(numbers[1], numbers[0])
+        right = same(numbers[1], numbers[0], question)
         if right and plain(wanted) != plain(found) and any(plain(one) == plain(found) for one in formulas):
             return Score(0.0, answer, "it is what the question says")
         return _verdict(right, gold, answer)
@@ -131,7 +132,7 @@ def _compare_values(gold: str, answer: str, formulas: list[str]) -> Score | _Que
 
 def _refused(gold: str, answer: str) -> str:
     """Return why an answer is none that may be compared, or nothing."""
-    if ALTERNATIVE.search(answer) and not (ALTERNATIVE.search(gold) or "," in bare(gold)):
+    if ALTERNATIVE.search(answer) and not (ALTERNATIVE.search(gold.replace("\\;", " ")) or "," in bare(gold)):
         return "it names more than one thing"
     if strange_words(_list(answer), gold):
         return "words stand beside its formula"

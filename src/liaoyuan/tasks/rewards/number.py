@@ -12,6 +12,7 @@ from liaoyuan.tasks.rewards.expression import value_of
 from liaoyuan.tasks.rewards.marks import final_answers
 from liaoyuan.tasks.rewards.numbers import Number, only_number, plain, read_number
 
+ASKS_PERCENT = re.compile(r"%|percent|per cent|百分", re.IGNORECASE)
 SOME_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:\s*/\s*[0-9]+)?%?")
 
 
@@ -29,8 +30,8 @@ class NumberConfig(Config):
 class NumberReward:
     """1 if the final answer is the right number, else 0; no value where the right answer cannot be read.
 
-    "50%" is right where 0.5 or 50 is; where "50%" is right, "50" is not. An expression is an answer only where the
-    right answer is one itself, lest the question's own be copied.
+    "50%" is right where 0.5 is, and where 50 is and the question asks for percent; where "50%" is right, "50" is not.
+    An expression is an answer only where the right answer is one itself, lest the question's own be copied.
     """
 
     config: NumberConfig = field(default_factory=NumberConfig)
@@ -45,7 +46,7 @@ class NumberReward:
         found, why = self._read(rollout.text, may_reckon)
         if found is None:
             return Score(0.0, None, why)
-        right = same(found, gold, self.config.tolerance)
+        right = same(found, gold, rollout.problem.question, self.config.tolerance)
         return Score(float(right), written(found), "" if right else f"not {rollout.problem.answer}")
 
     def _read(self, text: str, may_reckon: bool) -> tuple[Number | None, str]:
@@ -70,12 +71,12 @@ def read_gold(answer: str) -> tuple[Number | None, bool]:
     return (number, False) if number else (_reckoned(answer), True)
 
 
-def same(found: Number, gold: Number, tolerance: float = 0.0) -> bool:
+def same(found: Number, gold: Number, question: str, tolerance: float = 0.0) -> bool:
     """Whether an answer is the right number; see `NumberReward` for percents."""
     values = [found.value]
     if gold.percent and not found.percent and found.value == gold.value * 100:
         return False
-    if found.percent and not gold.percent:
+    if found.percent and not gold.percent and ASKS_PERCENT.search(question):
         values.append(found.value * 100)
     room = abs(gold.value) * Fraction(tolerance)
     return any(abs(value - gold.value) <= room for value in values)
