@@ -19,7 +19,7 @@ CONTAINER = (
 REMEDIES = {  # in the order in which the jail asks for them
     "linux": "Run code rewards on Linux",
     "processor": f"Run code rewards on {' or '.join(MACHINES)}",
-    "python": "Use a Python with its standard library on disk",
+    "python": "Use a Python whose folder every user may read, with its library on disk",
     "kernel": "Use Linux 5.14 or newer",
     "user namespace": USER,
     "pid namespace": CONTAINER,
@@ -51,6 +51,7 @@ def fails(attempt):
 def start_thread():
     threading.Thread(target=threading.Event().wait, daemon=True).start()
 
+threading.stack_size(64 << 10)  # so that it is not the memory that ends first
 print(json.dumps({
     "it is process 2 of its own": os.getpid() == 2,
     "it is nobody": os.getuid() != 0,
