@@ -47,6 +47,20 @@ ROWS = {
     "strategyqa": ({"qid": "1", "question": "Is it?", "answer": False, "facts": ["It is not."]}, "no"),
     "folio": ({"premises": ["All is."], "conclusion": "It is.", "label": "Unknown"}, "unknown"),
     "svamp": ({"Body": "He has 2.", "Question": "How many?", "Answer": 2.0, "Equation": "2"}, "2"),
+    "mbpp": (
+        {"text": "Double it.", "code": "def f(x): return x * 2", "test_list": ["assert f(2) == 4"], "task_id": 1},
+        '{"tests": ["assert f(2) == 4"]}',
+    ),
+    "exercism": (
+        {
+            "task": "double",
+            "prompt": "Double it.",
+            "solution": "",
+            "test_file": "double_test.py",
+            "test": "import double",
+        },
+        '{"source": "import double", "module": "double"}',
+    ),
     "records": (
         {"id": "1", "kind": "prompt", "messages": [{"role": "user", "content": "6*7?"}], "answer": "42"},
         "42",

@@ -14,6 +14,7 @@ from typing import Any
 from liaoyuan.data import Record
 from liaoyuan.data.records import read_lines
 from liaoyuan.errors import LiaoyuanError, nearest
+from liaoyuan.tasks.rewards.code import exercism_answer, mbpp_answer, read_tests
 from liaoyuan.tasks.rewards.marks import boxed
 
 Row = Mapping[str, Any]
@@ -161,6 +162,22 @@ def _record(row: Row) -> Example:
     return Example(asked[0].content, record.answer, thought, record.level, record.task)
 
 
+def _mbpp(row: Row) -> Example:
+    tests = "\n".join(row["test_list"])
+    return Example(
+        f"{row['text'].strip()}\nYour code should pass these tests:\n{tests}", mbpp_answer(row), check="code"
+    )
+
+
+def _exercism(row: Row) -> Example:
+    answer = exercism_answer(row)
+    tests = read_tests(answer)
+    if tests is None:
+        raise UnfitError("it has no tests")
+    question = f"{row['prompt'].strip()}\n\nWrite the Python module {tests.module}. Its tests:\n{row['test'].strip()}"
+    return Example(question, answer, check="code")
+
+
 LAYOUTS = {
     layout.name: layout
     for layout in (
@@ -172,6 +189,8 @@ LAYOUTS = {
         Layout("strategyqa", frozenset({"qid", "question", "answer", "facts"}), _strategyqa),
         Layout("folio", frozenset({"premises", "conclusion", "label"}), _folio),
         Layout("svamp", frozenset({"Body", "Question", "Answer", "Equation"}), _svamp),
+        Layout("mbpp", frozenset({"text", "code", "test_list"}), _mbpp),
+        Layout("exercism", frozenset({"prompt", "solution", "test", "test_file"}), _exercism),
         Layout("records", frozenset({"id", "messages"}), _record),
     )
 }

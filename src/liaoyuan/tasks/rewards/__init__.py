@@ -7,6 +7,7 @@ from liaoyuan.config import Config, parse
 from liaoyuan.errors import LiaoyuanError, nearest
 from liaoyuan.tasks.reward import Reward
 from liaoyuan.tasks.rewards.choice import ChoiceReward
+from liaoyuan.tasks.rewards.code import CodeConfig, UnitTests, open_unit_tests
 from liaoyuan.tasks.rewards.exact import ExactReward
 from liaoyuan.tasks.rewards.form import (
     FormatConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "ModelReward",
     "NumberReward",
     "RewardModel",
+    "UnitTests",
     "make_reward",
 ]
 
@@ -49,6 +51,7 @@ CHECKS: dict[str, tuple[type[Config], Callable[[Any], Reward]]] = {  # which say
     "maths": (MathsConfig, MathsReward),
     "choice": (NoOptions, lambda _: ChoiceReward()),
     "exact": (NoOptions, lambda _: ExactReward()),
+    "code": (CodeConfig, open_unit_tests),
 }
 REWARDS: dict[str, tuple[type[Config], Callable[[Any], Reward]]] = CHECKS | {
     "format": (FormatConfig, FormatReward),
