@@ -172,6 +172,20 @@ def test_what_is_right_is_right() -> None:
     assert verdict(RIGHT, FILE) == Verdict(3, 3)
 
 
+def test_import_star_takes_no_name_of_the_tests_own() -> None:
+    source = FILE.source.replace("from double import f", "from double import *")
+    tests = Tests(source=source, module="double")
+    assert verdict(RIGHT, tests) == Verdict(3, 3)
+    for cheat in (
+        "unittest = f",
+        "class unittest:\n  class TestCase: pass",
+        "len = list = isinstance = f",
+        "__all__ = [f, 3]",
+    ):
+        found = verdict("def f(x): return 0\n" + cheat, tests)
+        assert not found.broken and not found.is_right, cheat
+
+
 def test_a_test_that_is_skipped_because_of_the_code_has_not_passed() -> None:
     source = """
 import unittest
