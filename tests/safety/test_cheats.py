@@ -5,7 +5,7 @@ import pytest
 from liaoyuan.safety import Limits, Tests, Verdict, try_code
 
 pytestmark = pytest.mark.usefixtures("jail")
-LIMITS = Limits(seconds=20, cpu_seconds=1, memory_bytes=256 << 20)
+LIMITS = Limits(seconds=60, cpu_seconds=1, memory_bytes=256 << 20)
 ASSERTS = Tests(tests=("assert f(2) == 4", "assert f([1]) == [1, 1]", "assert f('a') == 'aa'"))
 RIGHT = "def f(x): return x * 2"
 FILE = Tests(
