@@ -5,7 +5,7 @@ import pytest
 from liaoyuan.safety import Limits, Tests, Verdict, try_code
 
 pytestmark = pytest.mark.usefixtures("jail")
-LIMITS = Limits(seconds=20, cpu_seconds=1, memory_bytes=256 << 20)
+LIMITS = Limits(seconds=60, cpu_seconds=1, memory_bytes=256 << 20)
 ASSERTS = Tests(tests=("assert f(2) == 4", "assert f([1]) == [1, 1]", "assert f('a') == 'aa'"))
 RIGHT = "def f(x): return x * 2"
 FILE = Tests(
@@ -170,6 +170,20 @@ def test_nor_with_unittest(way: str) -> None:
 def test_what_is_right_is_right() -> None:
     assert verdict(RIGHT) == Verdict(3, 3)
     assert verdict(RIGHT, FILE) == Verdict(3, 3)
+
+
+def test_import_star_takes_no_name_of_the_tests_own() -> None:
+    source = FILE.source.replace("from double import f", "from double import *")
+    tests = Tests(source=source, module="double")
+    assert verdict(RIGHT, tests) == Verdict(3, 3)
+    for cheat in (
+        "unittest = f",
+        "class unittest:\n  class TestCase: pass",
+        "len = list = isinstance = f",
+        "__all__ = [f, 3]",
+    ):
+        found = verdict("def f(x): return 0\n" + cheat, tests)
+        assert not found.broken and not found.is_right, cheat
 
 
 def test_a_test_that_is_skipped_because_of_the_code_has_not_passed() -> None:

@@ -13,9 +13,11 @@ import pytest
 
 from liaoyuan import safety
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.safety import Job, Mechanism, run, run_all
+from liaoyuan.safety import Job, Limits, Mechanism, run, run_all
+from liaoyuan.safety.jail import start
 from liaoyuan.safety.mechanisms import REMEDIES
 from liaoyuan.safety.seccomp import ALLOWED, CONDITIONAL, MACHINES, filter_program, numbers
+from liaoyuan.safety.warden import WARDEN
 
 HEADERS = {
     "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
@@ -68,6 +70,20 @@ class TestRunning:
         before = time.process_time()
         cpu = [run("print(sum(range(1000)))").cpu_seconds for _ in range(5)]
         assert time.process_time() - before < 0.25 and min(cpu) < 0.05  # measured: 1 ms and 3 ms a run
+
+    def test_limits_and_files_that_cannot_be_are_refused(self) -> None:
+        with pytest.raises(LiaoyuanError, match="limit seconds of a jail must be above nought"):
+            Limits(seconds=0)
+        with pytest.raises(LiaoyuanError, match="do not fit in a jail"):
+            run("", {"large": bytes(1 << 20)}, Limits(file_bytes=1 << 20))
+        with pytest.raises(LiaoyuanError, match="do not fit in a jail"):
+            run("", {str(number): b"" for number in range(20)}, Limits(files=10))
+
+    def test_when_the_process_that_makes_jails_is_killed_the_next_run_has_another(self) -> None:
+        assert run("print(1)").is_well and WARDEN.process is not None
+        WARDEN.process.kill()
+        WARDEN.process.wait()
+        assert run("print(2)").output == b"2\n"
 
     @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "", "main.py", "a\0b"])
     def test_a_file_that_leads_out_is_refused(self, name: str) -> None:
@@ -149,7 +165,7 @@ for attempt in (safety.require, lambda: safety.run("print('it ran')"), lambda: s
     def test_another_system_or_processor(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(platform, "system", lambda: "Darwin")
         with pytest.raises(LiaoyuanError, match="lacks its part 'linux'"):
-            run("print(1)")
+            start(Job("print(1)"))
         safety.mechanisms.cache_clear()
         try:
             assert safety.mechanisms()[0] == Mechanism("linux", False, "this is Darwin")

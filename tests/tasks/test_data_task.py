@@ -12,10 +12,10 @@ from liaoyuan.data import Message, Record, write_records
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.safety import require
 from liaoyuan.tasks import Problem, Split, Task, held_out_problems, measured_problems, open_task, split_of, to_record
-from liaoyuan.tasks.data_task import DataTask, content_key
+from liaoyuan.tasks.data_task import DataTask
 from liaoyuan.tasks.layouts import LAYOUTS, read_examples
 from liaoyuan.tasks.parts import PartsTask
-from liaoyuan.tasks.seen import marks_of, marks_of_record
+from liaoyuan.tasks.seen import marks_of, marks_of_record, normalised
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 SHARED = Path(os.environ.get("LIAOYUAN_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -52,12 +52,18 @@ ROWS = {
     "folio": ({"premises": ["All is."], "conclusion": "It is.", "label": "Unknown"}, "unknown"),
     "svamp": ({"Body": "He has 2.", "Question": "How many?", "Answer": 2.0, "Equation": "2"}, "2"),
     "mbpp": (
-        {"text": "Add.", "code": "", "test_list": ["assert add(1, 2) == 3"], "test_setup_code": ""},
-        '{"tests": ["assert add(1, 2) == 3"]}',
+        {"text": "Double it.", "code": "def f(x): return x * 2", "test_list": ["assert f(2) == 4"], "task_id": 1},
+        '{"tests": ["assert f(2) == 4"]}',
     ),
     "exercism": (
-        {"task": "leap", "prompt": "# Leap", "solution": "", "test_file": "leap_test.py", "test": "import leap"},
-        "",
+        {
+            "task": "double",
+            "prompt": "Double it.",
+            "solution": "",
+            "test_file": "double_test.py",
+            "test": "import double",
+        },
+        '{"source": "import double", "module": "double"}',
     ),
     "records": (
         {"id": "1", "kind": "prompt", "messages": [{"role": "user", "content": "6*7?"}], "answer": "42"},
@@ -129,14 +135,14 @@ def test_a_split_is_shuffled_whole_and_then_anew(tmp_path: Path) -> None:
 
 def test_near_copies_fall_together_and_are_asked_once(tmp_path: Path) -> None:
     texts = ["How many is 3 + 4?", "how many  is 3+4 ?", "ＨＯＷ many is ３＋４？", "How many is\n3 + 4?"]
-    assert len({content_key(text) for text in texts}) == 1
+    assert len({normalised(text) for text in texts}) == 1
     task = own(tmp_path, [{"question": text, "answer": "7"} for text in texts])
     assert task.parts[0].task.left_out == {"copy": 3}  # type: ignore[attr-defined]
 
 
 @given(st.text(max_size=40), st.sampled_from(["  ", "\n", "\u3000"]))
 def test_more_spaces_and_capitals_never_change_the_key(text: str, space: str) -> None:
-    assert content_key(text) == content_key(f"{space}{text.replace(' ', space)}") == content_key(content_key(text))
+    assert normalised(text) == normalised(f"{space}{text.replace(' ', space)}") == normalised(normalised(text))
 
 
 def test_a_model_that_learned_the_question_is_known_to_have_seen_the_problem(tmp_path: Path) -> None:
@@ -169,7 +175,7 @@ def test_a_test_file_is_for_the_test_alone_and_its_copies_are_not_trained_on(tmp
     test = {problem.question for problem in part.all(0, "test")}
     assert {"What  is 7+1?", "New?"} <= test
     trained = {problem.key for split in ("train", "validation") for problem in part.all(0, split)}
-    assert content_key("What is 7+1?") not in trained
+    assert normalised("What is 7+1?") not in trained
 
 
 def test_an_instruction_is_asked_but_is_no_part_of_the_content(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ allowed system calls, limits. All of them or none: a host that lacks one is refu
 Not held off: holes in the kernel itself, and what can be learned from how long things take.
 """
 
-from liaoyuan.safety.jail import Job, Limits, Outcome, RefusedError, last_line, printable, run, run_all
+from liaoyuan.safety.jail import Job, Limits, Outcome, RefusedError, last_line, printable
 from liaoyuan.safety.mechanisms import Mechanism, lacking, mechanisms, require
+from liaoyuan.safety.running import run, run_all
 from liaoyuan.safety.trial import Tests, Verdict, try_code
 
 __all__ = [

@@ -12,7 +12,6 @@ import signal
 import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -25,17 +24,15 @@ from liaoyuan.safety.warden import order
 End = Literal["ended", "killed", "time", "cpu", "output", "stopped"]
 GRACE_SECONDS = 30.0  # beyond the limit, until a launcher that does not answer is given up
 PART = 1 << 16
+BLOCK = 4096  # bytes that a file takes beside its own
 LONGEST_REASON = 200  # characters
 
 
 class RefusedError(LiaoyuanError):
     """This host gives no jail: the mechanism that lacks, and why. Nothing has run."""
 
-    def __init__(self, mechanism: str, why: str) -> None:
-        super().__init__(
-            f"Untrusted code is not run: the jail lacks its part '{mechanism}' here ({why}); "
-            "`liaoyuan doctor` says what to do."
-        )
+    def __init__(self, mechanism: str, why: str, remedy: str = "`liaoyuan doctor` says what to do") -> None:
+        super().__init__(f"Untrusted code is not run: the jail lacks its part '{mechanism}' here ({why}). {remedy}.")
         self.mechanism, self.why = mechanism, why
 
 
@@ -55,6 +52,11 @@ class Limits:
     processes: int = 1
     threads: int = 16
     open_files: int = 64
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 0 or (value == 0 and name != "threads"):
+                raise LiaoyuanError(f"The limit {name} of a jail must be above nought, not {value}.")
 
 
 @dataclass(frozen=True)
@@ -115,20 +117,6 @@ class Jail:
             self.hold = -1
 
 
-def run(source: str | bytes, files: Mapping[str, bytes] | None = None, limits: Limits | None = None) -> Outcome:
-    """Run a Python program in a jail of its own and return how it ended.
-
-    Raises RefusedError where this host lacks a mechanism of the jail: then nothing has run.
-    """
-    return finish([start(Job(source, files or {}, limits or Limits()))])[0]
-
-
-def run_all(jobs: Sequence[Job], at_once: int | None = None) -> list[Outcome]:
-    """Run programs in jails of their own, as many at once as there are cores."""
-    with ThreadPoolExecutor(at_once or len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda job: finish([start(job)])[0], jobs))
-
-
 def start(job: Job) -> Jail:
     """Order a jail; `finish` waits for it. Raises LiaoyuanError for names of files that lead out of its folder."""
     header, contents = encode(job)
@@ -164,6 +152,12 @@ def encode(job: Job) -> tuple[bytes, list[bytes]]:
         raise RefusedError("linux", f"this is {platform.system()} on {machine}, not Linux on {' or '.join(MACHINES)}")
     source = job.source.encode() if isinstance(job.source, str) else job.source
     files = {**{checked_name(name): content for name, content in job.files.items()}, "main.py": source}
+    size = sum(len(content) + BLOCK for content in files.values())
+    if size > job.limits.file_bytes or len(files) > job.limits.files:
+        raise LiaoyuanError(
+            f"{len(files)} files of {size:,} bytes do not fit in a jail of {job.limits.files} files and "
+            f"{job.limits.file_bytes:,} bytes: give it a higher limit."
+        )
     paths = interpreter()
     header = {
         "main": "main.py",

@@ -138,6 +138,8 @@ def make_root(job: dict[str, Any], owner: tuple[int, int]) -> None:
     mount(None, "/", None, RECURSIVE | PRIVATE)
     mount("tmpfs", root, "tmpfs", NO_SUID | NO_DEVICES, f"size={ROOT_BYTES},nr_inodes={ROOT_FILES},mode=755")
     for path in job["binds"]:
+        if not os.access(path, os.R_OK):
+            raise LackingError("python", f"{path} cannot be read by user {os.geteuid()}")
         bind(path, root + path, 0)
     for path in job["hidden"]:
         mount("tmpfs", root + path, "tmpfs", READ_ONLY | NO_SUID | NO_DEVICES | NO_EXEC, "size=4096,nr_inodes=2")

@@ -5,7 +5,6 @@ import json
 import platform
 from dataclasses import dataclass
 
-from liaoyuan.errors import LiaoyuanError
 from liaoyuan.safety import jail
 from liaoyuan.safety.seccomp import MACHINES
 
@@ -20,7 +19,7 @@ CONTAINER = (
 REMEDIES = {  # in the order in which the jail asks for them
     "linux": "Run code rewards on Linux",
     "processor": f"Run code rewards on {' or '.join(MACHINES)}",
-    "python": "Use a Python with its standard library on disk",
+    "python": "Use a Python whose folder every user may read, with its library on disk",
     "kernel": "Use Linux 5.14 or newer",
     "user namespace": USER,
     "pid namespace": CONTAINER,
@@ -36,7 +35,7 @@ REMEDIES = {  # in the order in which the jail asks for them
     "death with its parent": CONTAINER,
     "limits": "Raise the hard limits of this process (ulimit -H -a)",
     "seccomp": "Use a kernel with CONFIG_SECCOMP_FILTER",
-    "proof": "This is a defect of ours: please report it",
+    "proof": "Run as an ordinary user, or as the root of the host; if it lacks then, please report it",
 }
 OLDEST_KERNEL = (5, 14)  # from here on RLIMIT_NPROC counts per user namespace
 PROOF = """
@@ -49,6 +48,10 @@ def fails(attempt):
         return True
     return False
 
+def start_thread():
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+threading.stack_size(64 << 10)  # so that it is not the memory that ends first
 print(json.dumps({
     "it is process 2 of its own": os.getpid() == 2,
     "it is nobody": os.getuid() != 0,
@@ -56,6 +59,7 @@ print(json.dumps({
     "it writes to its folder alone": fails(lambda: open("/x", "w")),
     "it has no network": fails(socket.socket),
     "it starts no process": fails(os.fork),
+    "its threads are counted": fails(lambda: [start_thread() for _ in range(64)]),
     "its limits are set": resource.getrlimit(resource.RLIMIT_AS)[1] != resource.RLIM_INFINITY,
     "its environment is its own": sorted(os.environ) == ["HOME", "LANG", "PATH", "TMPDIR"],
     "it has nothing to read": os.read(0, 1) == b"",
@@ -95,7 +99,7 @@ def first_lacking() -> tuple[str | None, str]:
     if version < OLDEST_KERNEL:
         return "kernel", f"this is {platform.release()}"
     try:
-        result = jail.run(PROOF)
+        result = jail.finish([jail.start(jail.Job(PROOF))])[0]
     except jail.RefusedError as error:
         return error.mechanism if error.mechanism in REMEDIES else "limits", error.why
     try:
@@ -114,6 +118,7 @@ def lacking() -> str:
 
 
 def require() -> None:
-    """Raise LiaoyuanError, which says what lacks and what to do, unless the jail is whole here."""
-    if lacking():
-        raise LiaoyuanError(f"Untrusted code is not run: {lacking()}")
+    """Raise RefusedError, which says what lacks and what to do, unless the jail is whole here."""
+    for mechanism in mechanisms():
+        if not mechanism.present:
+            raise jail.RefusedError(mechanism.name, mechanism.why, REMEDIES[mechanism.name])

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from liaoyuan.safety.jail import Job, Limits, Outcome, finish, last_line, printable, start
+from liaoyuan.safety.mechanisms import require
 
 PROGRAM = "from liaoyuan.safety.apart import {0}\n{0}.main()\n"
 LONGEST_REASON = 400  # characters
@@ -46,6 +47,7 @@ class Verdict:
 
 def try_code(code: str, tests: Tests, limits: Limits | None = None) -> Verdict:
     """Return what the tests say of the code. Raises RefusedError where this host has no jail: nothing has run then."""
+    require()
     limits = limits or Limits()
     asks, is_asked = os.pipe(), os.pipe()  # what the judge writes, what it reads: each (reading end, writing end)
     given = {"tests.json": json.dumps(asdict(tests)).encode()}, {"code.txt": as_source(code)}

@@ -110,11 +110,6 @@ def open_data(
     )
 
 
-def content_key(question: str) -> str:
-    """Return what all near copies of a question share; who was trained on one of them is known to have seen it."""
-    return normalised(question)
-
-
 def _examples(path: Path, kind: str, left_out: Counter[str]) -> Iterable[tuple[str, Example]]:
     for _, example in read_examples(path, kind):
         if isinstance(example, str):
@@ -122,7 +117,7 @@ def _examples(path: Path, kind: str, left_out: Counter[str]) -> Iterable[tuple[s
         elif not example.question or not example.answer:
             left_out["no question or no answer"] += 1
         else:
-            yield content_key(example.question), example
+            yield normalised(example.question), example  # what all near copies of a question share
 
 
 def _asked(example: Example, instruction: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from liaoyuan.data import Record
 from liaoyuan.data.records import read_lines
 from liaoyuan.errors import LiaoyuanError, nearest
-from liaoyuan.tasks.rewards.code import exercism_answer, mbpp_answer
+from liaoyuan.tasks.rewards.code import exercism_answer, mbpp_answer, read_tests
 from liaoyuan.tasks.rewards.marks import boxed
 
 Row = Mapping[str, Any]
@@ -153,15 +153,6 @@ def _svamp(row: Row) -> Example:
     return Example(question, f"{float(row['Answer']):.10g}", row["Equation"].strip(), 0, "number")
 
 
-def _mbpp(row: Row) -> Example:
-    question = f"{row['text'].strip()}\nThe code must pass tests such as:\n{row['test_list'][0]}"
-    return Example(question, mbpp_answer(row), "", 0, "code")
-
-
-def _exercism(row: Row) -> Example:
-    return Example(row["prompt"].strip(), exercism_answer(row), "", 0, "code")
-
-
 def _record(row: Row) -> Example:
     record = Record.model_validate(row)
     asked = [message for message in record.messages if message.role != "assistant"]
@@ -169,6 +160,22 @@ def _record(row: Row) -> Example:
         raise UnfitError("no single question of the user's with an answer")
     thought = next((message.think for message in record.messages if message.role == "assistant"), "")
     return Example(asked[0].content, record.answer, thought, record.level, record.task)
+
+
+def _mbpp(row: Row) -> Example:
+    tests = "\n".join(row["test_list"])
+    return Example(
+        f"{row['text'].strip()}\nYour code should pass these tests:\n{tests}", mbpp_answer(row), check="code"
+    )
+
+
+def _exercism(row: Row) -> Example:
+    answer = exercism_answer(row)
+    tests = read_tests(answer)
+    if tests is None:
+        raise UnfitError("it has no tests")
+    question = f"{row['prompt'].strip()}\n\nWrite the Python module {tests.module}. Its tests:\n{row['test'].strip()}"
+    return Example(question, answer, check="code")
 
 
 LAYOUTS = {
@@ -183,7 +190,7 @@ LAYOUTS = {
         Layout("folio", frozenset({"premises", "conclusion", "label"}), _folio),
         Layout("svamp", frozenset({"Body", "Question", "Answer", "Equation"}), _svamp),
         Layout("mbpp", frozenset({"text", "code", "test_list"}), _mbpp),
-        Layout("exercism", frozenset({"task", "prompt", "test_file", "test"}), _exercism),
+        Layout("exercism", frozenset({"prompt", "solution", "test", "test_file"}), _exercism),
         Layout("records", frozenset({"id", "messages"}), _record),
     )
 }

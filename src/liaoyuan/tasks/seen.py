@@ -16,7 +16,6 @@ import numpy as np
 from liaoyuan.data import Record
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import disk_errors, write_atomic
-from liaoyuan.tasks.data_task import content_key
 from liaoyuan.tasks.problem import Problem, half_width
 
 NAME = "trained_on.bin"
@@ -52,7 +51,7 @@ def marks_of_record(record: Record) -> tuple[int, ...]:
     of a task's record is the key of its problem, perhaps with how it is told behind a slash (`to_record`).
     """
     turns = [message.content for message in record.messages if message.role == "user"]
-    said = tuple(mark(text) for turn in turns for text in (turn, content_key(turn)))
+    said = tuple(mark(turn) for turn in turns)
     key, _, told = record.id.rpartition("/")
     return (*said, mark(key if told.startswith(("slow", "fast")) else record.id)) if record.task else said
 

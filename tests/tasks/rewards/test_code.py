@@ -1,11 +1,13 @@
 """Programs are worth what their unit tests say; what cannot be judged has no value."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from liaoyuan import safety
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.tasks import Split, Task, open_task
 from liaoyuan.tasks.problem import Problem
 from liaoyuan.tasks.reward import Rollout
 from liaoyuan.tasks.rewards.code import (
@@ -19,6 +21,7 @@ from liaoyuan.tasks.rewards.code import (
 )
 
 ROW = {"test_list": ["assert double(2) == 4", "assert double('a') == 'aa'"], "test_setup_code": ""}
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 RIGHT = "def double(x):\n    return x * 2\n"
 HALF = "def double(x):\n    return x + 2\n"
 FILE = {
@@ -89,6 +92,24 @@ class TestUnitTests:
             assert score.value == float(text.endswith(RIGHT)) and score.reason.isprintable()
 
 
+@pytest.mark.usefixtures("jail")
+def test_a_task_of_programs_is_judged_by_their_tests(tmp_path: Path) -> None:
+    row = {"text": "Double it.", "code": RIGHT, "task_id": 1, **ROW}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "own.toml").write_text("[[parts]]\ndata = 'rows.jsonl'\noptions.cpu_seconds = 2\n")
+    task = open_task(tmp_path / "own.toml").task
+    (problem,) = [found for split in SPLITS for found in problems_of(task, split)]
+    assert problem.question.endswith("assert double('a') == 'aa'")
+    assert task.check(problem, RIGHT).value == 1.0 and task.check(problem, HALF).value == 0.0
+
+
+def problems_of(task: Task, split: Split) -> list[Problem]:
+    try:
+        return [task.problem(0, 0, 0, split)]
+    except LiaoyuanError:  # the only problem is in one split
+        return []
+
+
 class TestWithoutJail:
     def test_the_reward_refuses_at_the_door_and_never_says_wrong(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("platform.machine", lambda: "riscv64")
@@ -97,7 +118,7 @@ class TestWithoutJail:
             with pytest.raises(LiaoyuanError, match="Untrusted code is not run: the jail lacks its part 'processor'"):
                 open_unit_tests(CodeConfig())
             score = UnitTests()(rollout(RIGHT))
-            assert score.value is None and "lacks its part 'linux'" in score.reason
+            assert score.value is None and "lacks its part 'processor'" in score.reason
         finally:
             safety.mechanisms.cache_clear()
 

@@ -1,7 +1,7 @@
 """The program in the tests' jail: runs the tests, and asks the other jail for whatever the code under test does.
 
 Its verdict is one JSON object on its output, to which nothing else has access. "broken" is what can be said before the
-code has been asked for anything but its names: tests that do not compile, need a module that is not there, or are none.
+code has been asked for anything: tests that do not compile, need a module that is not there, or are none.
 """
 
 import ast
@@ -197,7 +197,10 @@ def judge_module(tests: dict[str, Any], peer: Peer) -> dict[str, Any]:
     tree = compiled(tests["source"], "the file of the tests", name)
     if not (isinstance(name, str) and name.isidentifier()) or name in sys.builtin_module_names:
         raise BrokenError(f"{name!r} is no name of a module for the code")
-    sys.modules[name] = stand_in_module(name, *load(peer, name))
+    if not any(isinstance(node, ast.FunctionDef) and node.name.startswith("test") for node in ast.walk(tree)):
+        raise BrokenError("there are no tests")
+    module, public = load(peer, name)
+    sys.modules[name] = stand_in_module(name, module, public, imported_by(tree))
     space = types.ModuleType(SPACE)
     sys.modules[SPACE] = space
     failure = attempt(lambda: exec(compile(tree, "tests", "exec"), space.__dict__))
@@ -207,7 +210,7 @@ def judge_module(tests: dict[str, Any], peer: Peer) -> dict[str, Any]:
     result = make_result(unittest)
     total = sum(not is_skipped(test) for test in tests_in(suite))
     if not total:
-        raise BrokenError("there are no tests, or all are marked to be skipped")
+        raise FailedError("no test is left to run")  # whatever the reason: the code has had a say
     suite.run(result)
     failures = [(str(test).split(" ")[0], result.told[str(test)]) for test, _ in (*result.errors, *result.failures)]
     reason = ": ".join(failures[0]) if failures else ""
@@ -253,9 +256,16 @@ def make_result(unittest: Any) -> Any:
     return Result()
 
 
-def stand_in_module(name: str, module: Any, public: list[str]) -> types.ModuleType:
-    """Return a module whose names are the code's."""
+def imported_by(tree: ast.Module) -> set[str]:
+    """Return the names that tests import from elsewhere, as they call them."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {(alias.asname or alias.name).partition(".")[0] for node in nodes for alias in node.names}
+
+
+def stand_in_module(name: str, module: Any, public: list[str], kept: set[str]) -> types.ModuleType:
+    """Return a module of the code's names; `import *` takes none that is Python's or that the tests import."""
     found = types.ModuleType(name)
+    public = [word for word in public if not hasattr(builtins, word) and word not in kept]
     found.__dict__.update({"__getattr__": lambda word: getattr(module, word), "__all__": public})
     return found
 

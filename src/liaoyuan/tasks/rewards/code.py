@@ -23,6 +23,7 @@ from liaoyuan.tasks.reward import Rollout
 FENCED = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([^\s`]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 PYTHON = ("", "python", "py", "python3")  # what such a block calls itself
 MEBIBYTE = 1 << 20
+LONGEST = 1_000_000  # characters of a program
 
 
 class CodeConfig(Config):
@@ -60,6 +61,8 @@ class UnitTests:
             return Score(None, code, "the problem has no tests in its answer")
         if not code.strip():
             return Score(0.0, None, "no Python program")
+        if len(code) > LONGEST:
+            return Score(0.0, None, f"a program of more than {LONGEST:,} characters")
         try:
             verdict = try_code(code, tests, self._limits())
         except RefusedError as error:
