@@ -19,6 +19,18 @@ def test_a_log_gets_few_lines_with_rate_and_time_left(capsys: pytest.CaptureFixt
     assert lines[-1].startswith("Pretraining: 100%") and "in " in lines[-1]
 
 
+def test_what_comes_after_has_a_rate_of_its_own(capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    now = iter(range(1000))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    with progress.bar("DPO") as report:
+        for done in range(1, 101):
+            report(Progress(done, 100, "step"))
+        for done in range(1, 41):
+            report(Progress(done, 40, "pass"))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "40/40 pass" in last and "in 0:" in last, "the seconds of the passes alone"
+
+
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture) -> None:
     with progress.bar("Pretraining", quiet=True) as report:
         report(Progress(1, 2))

@@ -77,15 +77,17 @@ class _Log:
 
 
 class _Clock:
-    """Rate and time left since the first report of this process (a resumed run starts in the middle)."""
+    """Rate and time left since the first report of this work (a resumed run starts in the middle)."""
 
     def __init__(self) -> None:
         self._start: tuple[float, int] | None = None
+        self._work: tuple[str, int] | None = None  # in what, and of how many: another one is other work
 
     def describe(self, progress: Progress) -> str:
         now = time.monotonic()
-        if self._start is None or progress.done < self._start[1]:
-            self._start = (now, progress.done)
+        work = (progress.unit, progress.total)
+        if self._start is None or progress.done < self._start[1] or work != self._work:
+            self._start, self._work = (now, progress.done), work
         seconds, done = now - self._start[0], progress.done - self._start[1]
         parts = [f"{progress.done:,}/{progress.total:,} {progress.unit}"]
         if seconds > 0 and done > 0:
