@@ -55,8 +55,12 @@ def _live(title: str) -> Iterator[Report]:
         task = bars.add_task(title, total=None, state="")
         clock = _Clock()
 
+        note = ""
+
         def report(progress: Progress) -> None:
-            bars.update(task, total=progress.total, completed=progress.done, state=clock.describe(progress))
+            nonlocal note
+            note = f"\n{progress.note}" if progress.note else note
+            bars.update(task, total=progress.total, completed=progress.done, state=clock.describe(progress) + note)
 
         yield report
 
@@ -69,6 +73,8 @@ class _Log:
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
+        if progress.note:
+            print(f"{self._title}: {progress.note}", file=sys.stderr, flush=True)
         if now - self._last < LOG_EVERY and progress.done < progress.total:
             return
         self._last = now

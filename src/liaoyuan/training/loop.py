@@ -124,7 +124,7 @@ def train(
     optimiser = make_optimiser(program, config, world)
     lost = 0  # steps in a row whose gradient was not finite
     tell = _paced(report)
-    with Checkpointer(folder / STATE, world, checkpoint) as states, _stop_asked() as stop_asked:
+    with Checkpointer(folder / STATE, world, checkpoint) as states, stop_asked() as is_asked:
         done, guard = _resume(states, program, optimiser, config, folder)
         metrics = Metrics(folder / METRICS, resume_from=done.steps) if world.is_first else None
         while done.steps < config.steps:
@@ -150,7 +150,7 @@ def train(
                 model.train()
             if metrics:
                 metrics.write(step, **values)
-            stop = bool(world.sum_numbers(float(stop_asked()))[0])
+            stop = bool(world.sum_numbers(float(is_asked()))[0])
             due = last or stop or _is_due(done.steps, config.checkpoint_every)
             states.after_step(done.steps, program, optimiser, extra_of(done, config, guard), durable=due)
             if last or stop:
@@ -306,7 +306,7 @@ class _Clock:
 
 
 @contextmanager
-def _stop_asked() -> Iterator[Callable[[], bool]]:
+def stop_asked() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C or SIGTERM into a flag that is read between steps; a second Ctrl-C interrupts at once."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():

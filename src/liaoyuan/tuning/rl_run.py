@@ -16,7 +16,8 @@ from liaoyuan.ops import configure
 from liaoyuan.rundir import Report, atomic_folder, silent, write_atomic
 from liaoyuan.tasks import Right, check_levels, find_task, spread
 from liaoyuan.tasks.seen import Seen, read_seen, write_seen
-from liaoyuan.tuning.reinforce import ReinforceConfig, reinforce
+from liaoyuan.tuning.recipe import ReinforceConfig
+from liaoyuan.tuning.reinforce import reinforce
 from liaoyuan.tuning.validation import Best
 
 
