@@ -145,11 +145,12 @@ def rl(
     run_file: RunFile = None,
     set_: Set = None,
     model: Model = None,
-    task: Annotated[str | None, typer.Option(help="addition, modular or countdown.")] = None,
+    task: Annotated[str | None, typer.Option(help="A task by its name, or a task file (TOML).")] = None,
     out: Out = Path("runs/rl"),
     json: Json = False,
 ) -> None:
-    """Reinforce on fresh problems, rewarded by the checked answer alone; the best checkpoint is kept."""
+    """Reinforce on fresh problems, rewarded by checked answers; the best checkpoint is kept, and compared."""
+    from liaoyuan.cli.gain import gain_lines
     from liaoyuan.cli.progress import bar
     from liaoyuan.tuning.rl_run import RlConfig, run_rl
 
@@ -157,6 +158,8 @@ def rl(
     with bar("RL") as report:
         result = run_rl(config, out, report)
     _show(result, out, json)
+    if not json and "accuracy" in result:
+        print("\n".join(gain_lines(result["accuracy"], config.test_problems)))
 
 
 def sft_config(run_file: Path | None, set_: list[str] | None, model: Path | None, data: Path | None) -> "SftConfig":
@@ -179,5 +182,6 @@ def _show(result: dict[str, Any], out: Path, json: bool) -> None:
         print(json_format.dumps(result))
         return
     for key, value in result.items():
-        print(f"  {key}: {value:,.4g}" if isinstance(value, float) else f"  {key}: {value:,}")
+        if not isinstance(value, dict):
+            print(f"  {key}: {value:,.4g}" if isinstance(value, float) else f"  {key}: {value:,}")
     print(f"The model is in {out / 'model'}.")

@@ -124,12 +124,12 @@ def unparsed(rows: Sequence[Row]) -> Finding | None:
 
 
 def unjudged(rows: Sequence[Row]) -> Finding | None:
-    share = _now(rows, "judged")
-    if share is None or share > 1 - UNJUDGED:
+    share = _now(rows, "unjudged")
+    if share is None or share < UNJUDGED:
         return None
-    what = f"The reward gave no value to {_percent(1 - share)} of the rollouts, which teach nothing."
+    what = f"The reward gave no value to {_percent(share)} of the rollouts, which teach nothing."
     do = "Their reasons are in rollouts/: a reward that raises or ends late, or problems that cannot be checked."
-    return Finding("unjudged", _graver(share < 0.5), what, do)
+    return Finding("unjudged", _graver(share > 0.5), what, do)
 
 
 def no_update(rows: Sequence[Row]) -> Finding | None:
@@ -169,11 +169,9 @@ def ratio_gap(rows: Sequence[Row]) -> Finding | None:
     if row.get("exact") and row.get("log_prob_gap", 0.0) > 0.0 and not row.get("corrected"):
         what = f"A rollout was {row['log_prob_gap']:.1e} nats from training, though the two were proven equal."
         return Finding("ratio_gap", "error", what, "See liaoyuan doctor --exact; rl.importance = 'on' corrects for it.")
-    if row.get("log_prob_gap_p99", 0.0) < GAP:
+    if row.get("gap_p99", 0.0) < GAP:
         return None
-    what = (
-        f"Rollouts are up to {row['log_prob_gap']:.3f} nats from training (99% within {row['log_prob_gap_p99']:.3f})."
-    )
+    what = f"Rollouts are up to {row['log_prob_gap']:.3f} nats from training (99% within {row['gap_p99']:.3f})."
     do = "Set exact = true, or leave rl.importance at 'auto', which corrects for it."
     return Finding("ratio_gap", "note" if row.get("corrected") else "warning", what, do)
 
@@ -248,22 +246,16 @@ def copied(rows: Sequence[Row]) -> Finding | None:
 
 
 def reward_falls(rows: Sequence[Row]) -> Finding | None:
-    means = [
-        _mean([row["reward"] for row in rows[at : at + WINDOW] if "reward" in row])
-        for at in range(0, len(rows), WINDOW)
-    ]
-    known = [mean for mean in means[: len(rows) // WINDOW] if mean is not None]
-    # Levels that are drawn harder lower the reward by themselves.
-    if (
-        len(known) < 3
-        or known[-1] > 0.5 * max(known)
-        or (_now(rows, "level") or 0) > (_then(rows, "level") or 0) + 0.25
-    ):
+    windows = [rows[at : at + WINDOW] for at in range(0, len(rows) - WINDOW + 1, WINDOW)]
+    means = [_mean([row["reward"] for row in window if "reward" in row]) for window in windows]
+    known = [mean for mean in means if mean is not None]
+    if len(known) < 3 or max(known) < 0.1 or known[-1] > 0.5 * max(known):
         return None
+    if (_now(rows, "level") or 0.0) > (_then(rows, "level") or 0.0) + 0.25:
+        return None  # harder problems lower it by themselves
     what = f"The reward fell from {max(known):.2f} to {known[-1]:.2f}."
-    return Finding(
-        "reward_falls", "error", what, "Lower rl.learning_rate, or raise rl.problems; the best checkpoint is kept."
-    )
+    do = "Lower rl.learning_rate, or raise rl.problems; the best checkpoint is kept."
+    return Finding("reward_falls", "error", what, do)
 
 
 def time_left(rows: Sequence[Row]) -> Finding | None:

@@ -17,10 +17,10 @@ from liaoyuan.tuning.update import teaches
 def measure_rollouts(rollouts: Rollouts, config: ReinforceConfig) -> dict[str, Any]:
     """Return the measures of a step's rollouts; a mean of nothing is left out.
 
-    reward: mean of those that could be judged, whose share is `judged`. no_signal: share of groups that teach nothing;
-    all_right, all_wrong: of these, the ones in which all judged answers are right, or none is. truncated: share that
-    met the limit of tokens; unparsed: share of the others in which no answer was found. entropy: of the policy in nats
-    a token, estimated by the mean of -log p over its own samples.
+    reward: mean of those that could be judged; `unjudged` is the share of the others. no_signal: share of groups that
+    teach nothing; all_right, all_wrong: of all groups, those of them in which all judged answers are right, or none is.
+    truncated: share that met the limit of tokens; unparsed: share of the others in which no answer was found. entropy:
+    of the policy in nats a token, estimated by the mean of -log p over its own samples.
     """
     judged, right, count = rollouts.judged, rollouts.right, len(rollouts.completions)
     silent = ~teaches(rollouts, config)
@@ -33,7 +33,7 @@ def measure_rollouts(rollouts: Rollouts, config: ReinforceConfig) -> dict[str, A
         "length_wrong": lengths[judged & ~right],
     }
     return {name: float(values.mean()) for name, values in means.items() if len(values)} | {
-        "judged": float(judged.float().mean()),
+        "unjudged": 1.0 - float(judged.float().mean()),
         "no_signal": float(silent.float().mean()),
         "all_right": float((silent & judged.any(1) & (right | ~judged).all(1)).float().mean()),
         "all_wrong": float((silent & judged.any(1) & ~right.any(1)).float().mean()),

@@ -232,7 +232,7 @@ def _speeds(
     """Return what the run has spent so far, and the step's tokens per CPU second."""
     speeds = {
         "rollout": rollouts.generated_tokens / max(rolling, 1e-9),
-        "update": trained / max(seconds - rolling, 1e-9),
+        "train": trained / max(seconds - rolling, 1e-9),
     }
     spent = {"cpu_seconds": round(done.cpu_seconds, 3), "flops": done.flops}
     return spent | {f"{name}_tokens_per_second": round(rate, 1) for name, rate in speeds.items()}

@@ -1,4 +1,4 @@
-"""A user's own reinforcement learning: a run folder whose result is `model`."""
+"""A user's own reinforcement learning: a run folder whose result is `model`, with what it has gained."""
 
 import shutil
 from dataclasses import asdict
@@ -12,22 +12,28 @@ from liaoyuan.config import Config, to_toml
 from liaoyuan.data import Tokenizer
 from liaoyuan.device import select_device
 from liaoyuan.inference import require_exact
+from liaoyuan.models import Decoder
 from liaoyuan.ops import configure
-from liaoyuan.rundir import Report, atomic_folder, silent, write_atomic
-from liaoyuan.tasks import Right, check_levels, find_task, spread
+from liaoyuan.rundir import Report, atomic_folder, read_json, silent, write_atomic, write_json
+from liaoyuan.tasks import Right, check_levels, held_out_problems, open_task, spread
 from liaoyuan.tasks.seen import Seen, read_seen, write_seen
+from liaoyuan.tuning.gain import Exam, gain
 from liaoyuan.tuning.recipe import ReinforceConfig
 from liaoyuan.tuning.reinforce import reinforce
 from liaoyuan.tuning.validation import Best
 
+START = "start.json"  # in the run folder: what the model that it began with reached on the validation problems
+
 
 class RlConfig(Config):
-    """`model` to begin with, the task, how to reinforce, and how many validation problems choose the checkpoint."""
+    """`model` to begin with, the task, how to reinforce, and how many problems choose the checkpoint and measure it."""
 
     model: Path
-    task: str = "addition"
+    task: str = "addition"  # the name of a task, or a task file
     rl: ReinforceConfig = ReinforceConfig()
     validation_problems: int = Field(200, gt=0)
+    test_problems: int = Field(500, ge=0)  # on which the result is compared with `model` at the end (0: it is not)
+    test_samples: int = Field(8, gt=0)  # of each
     device: str = "auto"
     ops: dict[str, str] = Field(default_factory=dict)  # kernels, where not those chosen
     exact: bool = False  # no run unless rollouts have training's bits; where no compiler is, that takes slower kernels
@@ -36,12 +42,15 @@ class RlConfig(Config):
 def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str, Any]:
     """Reinforce and export the best checkpoint as `folder/model`; goes on from what is in `folder`.
 
+    The model that it began with is one of the checkpoints. What is returned is also `folder/result.json`.
+
     Raises:
         LiaoyuanError: the model is missing or wrong, the task is unknown or lacks a level, or the model is not exact
             and must be.
     """
     configure(config.ops)
-    task, tokenizer = find_task(config.task), Tokenizer.load(config.model)
+    assignment, tokenizer = open_task(config.task), Tokenizer.load(config.model)
+    task = assignment.task
     check_levels(task, config.rl.levels, "rl.levels")
     write_atomic(folder / "config.toml", to_toml(config))
     problems = spread(task, 7, config.rl.levels, config.validation_problems, "validation")
@@ -49,10 +58,35 @@ def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str,
     model = load_model(config.model, device=select_device(config.device).torch)
     if config.exact:
         require_exact(model.eval())
+    start = _measure_start(model, best, folder)
     Seen(folder, config.model)
-    done = reinforce(model, tokenizer, task, config.rl, folder, report, best)
+    done = reinforce(
+        model,
+        tokenizer,
+        task,
+        config.rl,
+        folder,
+        report,
+        best,
+        reward=assignment.reward,
+        must_be_exact=config.exact,
+    )
     with atomic_folder(folder / "model") as part:
         shutil.copytree(best.model_folder, part, dirs_exist_ok=True)
         write_seen(part, read_seen(folder))
     figures = {name: value for name, value in asdict(done).items() if isinstance(value, int | float)}
-    return figures | {"validation": best.value}
+    result: dict[str, Any] = figures | {"validation": best.value, "validation_start": start}
+    if config.test_problems:
+        asked = held_out_problems(task, config.rl.levels, config.test_problems)
+        exam = Exam(Right(task), asked, config.test_samples, config.rl.max_tokens)
+        result["accuracy"] = gain(exam, {"start": config.model, "model": folder / "model"}, folder, report)
+    write_json(folder / "result.json", result)
+    return result
+
+
+def _measure_start(model: Decoder, best: Best, folder: Path) -> float:
+    """Let the model that the run begins with be the first checkpoint; return its value."""
+    if not (folder / START).exists():
+        best(model.eval())
+        write_json(folder / START, {"value": best.value})
+    return float(read_json(folder / START)["value"])

@@ -12,7 +12,7 @@ from liaoyuan.evaluation import completions_of, prompt_of, read_rollout
 from liaoyuan.inference import Completion, Engine, SamplingParams
 from liaoyuan.models import PackedContext, packed_context
 from liaoyuan.rundir import silent
-from liaoyuan.tasks import Problem, Reward, Rollout, Score
+from liaoyuan.tasks import Problem, Reward, Rollout, Score, score_all
 
 MICROBATCH_TOKENS = 4096  # rollouts are packed up to so many tokens a forward pass
 
@@ -95,7 +95,7 @@ def roll_out(
         engine, tokenizer, problems, group, drawn.temperature, True, seed, max_tokens, silent, drawn
     )
     answers = [read_rollout(tokenizer, problems[place // group], one) for place, one in enumerate(completions)]
-    scores = [reward(answer) for answer in answers]
+    (scores,) = score_all([reward], answers)
     rewards = torch.tensor([score.value or 0.0 for score in scores])
     if overlong_tokens:
         lengths = torch.tensor([len(one.tokens) for one in completions])

@@ -166,10 +166,11 @@ class _Seen:
         gaps, ratios = torch.cat(self._gaps).cpu().numpy(), torch.cat(self._ratios)
         return {
             "log_prob_gap": float(gaps.max()),
-            "log_prob_gap_mean": float(gaps.mean()),
-            "log_prob_gap_p99": float(np.quantile(gaps, 0.99)),
-            "first_ratio_low": float(ratios.min()),
-            "first_ratio_high": float(ratios.max()),
+            "gap_mean": float(gaps.mean()),
+            "gap_p99": float(np.quantile(gaps, 0.99)),
+            "ratio_min": float(ratios.min()),
+            "ratio_max": float(ratios.max()),
+            "clipped": (self._low + self._high) / self._tokens,
             "clipped_low": self._low / self._tokens,
             "clipped_high": self._high / self._tokens,
         }
