@@ -1,4 +1,4 @@
-"""Levels follow what they teach, or keep what is solved between bounds; what is out of reach is tried again now and then."""
+"""Levels follow what they teach, or keep what is solved between bounds; all are tried again now and then."""
 
 import math
 import random

@@ -63,7 +63,7 @@ def lesson_of(rollouts: Rollouts, config: ReinforceConfig) -> Lesson:
 
 def advantages_of(rewards: Tensor, samples: Tensor, config: ReinforceConfig) -> Tensor:
     """Return the advantages of the samples bool [P, G] over each other, fp32 [P, G]; 0 for all else."""
-    if config.advantage == "reinforce_pp":
+    if config.advantage == "reinforce_pp" and samples.any():
         values = batch_advantages(rewards[samples][None])
         return torch.zeros_like(rewards).masked_scatter(samples, values)
     found, counts = torch.zeros_like(rewards), samples.sum(1)
