@@ -19,9 +19,9 @@ from liaoyuan.tasks import Right, Rollout, Score, find_task
 from liaoyuan.training import Stopped
 from liaoyuan.tuning import ReinforceConfig, reinforce
 from liaoyuan.tuning.curriculum import fresh_shares
-from liaoyuan.tuning.reinforce import LocalRollouts
 from liaoyuan.tuning.rollout import Rollouts, join, overlong_penalty, roll_out
 from liaoyuan.tuning.rollout_log import RolloutLog, read_rollouts
+from liaoyuan.tuning.sources import LocalRollouts
 from liaoyuan.tuning.update import lesson_of
 from liaoyuan.tuning.validation import tuning_engine
 from tests.conftest import ROOT
@@ -131,7 +131,8 @@ def test_groups_without_signal_are_followed_by_others(
     config = CONFIG.model_copy(update={"further_draws": 6, "group": 8, "problems": 8, "max_tokens": 1})
     source = LocalRollouts(small_model, tokenizer, Odd(), Right(Odd()), config)
     for step in range(3):
-        rollouts, levels = source.draw(step, fresh_shares(config.levels))
+        drawn = source.draw(step, fresh_shares(config.levels))
+        rollouts, levels = drawn.rollouts, drawn.levels
         taught = lesson_of(rollouts, config).groups
         assert len(levels) == len(rollouts.problems) > 8 and taught.sum() >= 8
         keys = [int(problem.key) for problem in rollouts.problems]
@@ -139,7 +140,7 @@ def test_groups_without_signal_are_followed_by_others(
     bounded = LocalRollouts(
         small_model, tokenizer, Odd(), Judge([0.0] * 1000), config.model_copy(update={"further_draws": 2})
     )
-    assert len(bounded.draw(0, fresh_shares(config.levels))[1]) == 3 * 8
+    assert len(bounded.draw(0, fresh_shares(config.levels)).levels) == 3 * 8
 
 
 def test_joined_draws_are_as_one(small_model: Decoder, tokenizer: Tokenizer) -> None:

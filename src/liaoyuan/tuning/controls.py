@@ -17,8 +17,9 @@ from liaoyuan.models import Decoder
 from liaoyuan.rundir import Progress, Report, silent
 from liaoyuan.tasks import Right, Task
 from liaoyuan.tuning.recipe import ReinforceConfig, sample_seed
-from liaoyuan.tuning.reinforce import ReinforceResult, problems_of
+from liaoyuan.tuning.reinforce import ReinforceResult
 from liaoyuan.tuning.rollout import Rollouts, roll_out
+from liaoyuan.tuning.sources import problems_of
 from liaoyuan.tuning.validation import tuning_engine
 
 MARGIN = 1.2  # more than RL's CPU time, so that noise of the machine does not take it away

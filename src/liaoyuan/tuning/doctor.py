@@ -143,7 +143,7 @@ def no_update(rows: Sequence[Row]) -> Finding | None:
 
 def entropy_collapse(rows: Sequence[Row]) -> Finding | None:
     now, then, reward = _now(rows, "entropy"), _then(rows, "entropy"), _now(rows, "reward")
-    if now is None or then is None or reward is None or now > COLLAPSED * then or reward > 0.9:
+    if now is None or then is None or reward is None or now > COLLAPSED * then or reward > 0.8:
         return None
     before = _mean([row["reward"] for row in rows[-3 * WINDOW : -2 * WINDOW] if "reward" in row])
     if before is None or reward > before + STEADY:
@@ -154,10 +154,10 @@ def entropy_collapse(rows: Sequence[Row]) -> Finding | None:
 
 
 def wrong_answers_grow(rows: Sequence[Row]) -> Finding | None:
-    now, then, right = (
-        f(rows, key) for f, key in ((_now, "length_wrong"), (_then, "length_wrong"), (_now, "length_right"))
-    )
-    if now is None or then is None or now < GROWN * then or now < (right or 0.0):
+    now, then = _now(rows, "length_wrong"), _then(rows, "length_wrong")
+    right, right_then = _now(rows, "length_right"), _then(rows, "length_right")
+    usual = right / right_then if right and right_then else 1.0  # right answers may have become longer, too
+    if now is None or then is None or now < GROWN * max(1.0, usual) * then:
         return None
     what = f"Wrong answers have grown from {then:.0f} to {now:.0f} tokens (right ones: {right or 0:.0f})."
     do = "Set rl.aggregation = 'constant' and rl.advantage = 'dr_grpo', or rl.overlong_tokens."
@@ -180,7 +180,7 @@ def corrected(rows: Sequence[Row]) -> Finding | None:
     row = rows[-1]
     if not row.get("corrected"):
         return None
-    why = f"{row['staleness']} steps old" if row.get("staleness") else "not proven to have training's bits"
+    why = "one step old" if row.get("staleness") else "not proven to have training's bits"
     what = f"Rollouts are {why}: truncated importance weights are on (gap {row.get('log_prob_gap', 0.0):.1e} nats)."
     return Finding(
         "corrected", "note", what, "With exact = true none are needed; log_prob_gap in metrics.jsonl shows it."

@@ -49,6 +49,7 @@ class ReinforceConfig(Config):
     further_draws: int = Field(0, ge=0)  # of problems in place of those without signal, in one step at most
     importance: Literal["auto", "on", "off"] = "auto"  # truncated weights; auto: where rollouts are not exact
     importance_cap: float = Field(2.0, gt=0)
+    workers: int = Field(0, ge=0)  # processes that roll out beside training, a step ahead (0: training does it itself)
     seed: int = 0
     validate_every: int = Field(20, gt=0)
     checkpoint_every: int = Field(20, gt=0)

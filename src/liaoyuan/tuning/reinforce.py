@@ -11,7 +11,6 @@ killed run ends with the same weights and the same files of rollouts bit for bit
 
 import copy
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -23,18 +22,20 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import QUICK, prove
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Lock, Metrics, Progress, Report, silent
-from liaoyuan.tasks import Problem, Reward, Right, Task
+from liaoyuan.tasks import Reward, Right, Task
 from liaoyuan.tasks.seen import Seen
 from liaoyuan.training import Stopped, TrainConfig, make_optimiser, stop_asked
 from liaoyuan.training.optimiser import Optimiser
-from liaoyuan.tuning.curriculum import Shares, draw_levels, follow, fresh_shares, level_weights
+from liaoyuan.tuning.curriculum import Shares, follow, fresh_shares
 from liaoyuan.tuning.doctor import Doctor
 from liaoyuan.tuning.measures import kl_to, measure_rollouts, solved_shares
-from liaoyuan.tuning.recipe import KEPT, ReinforceConfig, learning_rate_of, sample_seed, sampling_of
-from liaoyuan.tuning.rollout import Rollouts, join, roll_out
+from liaoyuan.tuning.recipe import KEPT, ReinforceConfig, learning_rate_of
+from liaoyuan.tuning.rollout import Rollouts
 from liaoyuan.tuning.rollout_log import RolloutLog
+from liaoyuan.tuning.rollout_workers import WorkerRollouts
+from liaoyuan.tuning.sources import LocalRollouts, Source
 from liaoyuan.tuning.update import learn, lesson_of, teaches
-from liaoyuan.tuning.validation import Best, tuning_engine
+from liaoyuan.tuning.validation import Best
 
 METRICS = "metrics.jsonl"
 STATE = "state"
@@ -115,7 +116,7 @@ class _Run:
         self._model, self._config, self._folder, self._lock = model, config, folder, Lock(folder)
         settings = TrainConfig(steps=config.steps, optimiser=config.optimiser, weight_decay=0.0)
         self._optimiser = make_optimiser(model, settings)
-        self._source = (tokenizer, task, reward)
+        self._about = (tokenizer, task, reward)
 
     def __enter__(self) -> "_Run":
         model, config, folder = self._model, self._config, self._folder
@@ -127,36 +128,41 @@ class _Run:
         self._metrics = Metrics(folder / METRICS, resume_from=done.steps)
         self._doctor = Doctor(folder, resume_from=done.steps)
         self._log = RolloutLog(folder, config.keep_rollouts_every, config.keep_rollouts_mb * 2**20, done.steps)
-        self._rollouts = LocalRollouts(model, *self._source, config)
+        arguments = (model, *self._about, config)
+        self._source: Source = WorkerRollouts(*arguments, folder) if config.workers else LocalRollouts(*arguments)
+        self._source.load(folder, done.steps)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self._source.close()
+        self._doctor.close()
         self._metrics.close()
         self._lock.release()
 
     def step(self, must_be_exact: bool) -> dict[str, Any]:
         """Roll out, learn, and keep what was rolled out; return the step's measures."""
-        config, step, begin = self._config, self.done.steps, time.process_time()
-        rollouts, levels = self._rollouts.draw(step, self.done.shares)
-        rolled, lesson = time.process_time(), lesson_of(rollouts, config)
+        config, step = self._config, self.done.steps
+        drawn = self._source.draw(step, self.done.shares)
+        rollouts, levels, begin = drawn.rollouts, drawn.levels, time.process_time()
         self._seen.add(rollouts.problems)
-        corrected = config.importance == "on" or (config.importance == "auto" and not self.done.exact)
+        lesson, are_same = lesson_of(rollouts, config), self.done.exact and not drawn.staleness
+        corrected = config.importance == "on" or (config.importance == "auto" and not are_same)
         rate = learning_rate_of(config, step)
         trained, learned = learn(self._model, self._optimiser, rollouts, lesson, config, rate, corrected)
         shares = follow(
             self.done.shares, config.levels, levels, teaches(rollouts, config).tolist(), solved_shares(rollouts)
         )
         done = replace(self.done, drawn=(*self.done.drawn, tuple(levels)), signal=shares.signal, solved=shares.solved)
-        seconds = time.process_time() - begin
-        self.done = _add(done, rollouts, trained, rolled - begin, seconds, self._model)
+        learning = time.process_time() - begin
+        self.done = _add(done, rollouts, trained, drawn.cpu_seconds, learning, self._model)
         values = (
             measure_rollouts(rollouts, config) | learned | {"level": sum(levels) / len(levels), "problems": len(levels)}
         )
-        values |= {"exact": done.exact, "corrected": corrected, "staleness": 0}
-        values |= _speeds(self.done, rollouts, trained, rolled - begin, seconds)
+        values |= {"exact": done.exact, "corrected": corrected, "staleness": drawn.staleness}
+        values |= _speeds(self.done, rollouts, trained, drawn.cpu_seconds, learning)
         if self._start is not None:
             values["kl_start"] = kl_to(self._start, rollouts, config)
-        if must_be_exact and values.get("log_prob_gap", 0.0) > 0.0:
+        if must_be_exact and not drawn.staleness and values.get("log_prob_gap", 0.0) > 0.0:
             raise LiaoyuanError(
                 f"Rollouts of step {step} do not have training's bits ({values['log_prob_gap']:.1e} nats apart), "
                 "though that was proven at the start: see liaoyuan doctor --exact, or go on with exact = false."
@@ -172,54 +178,8 @@ class _Run:
 
     def save(self) -> None:
         extra = {"done": asdict(self.done), "config": self._config.model_dump(mode="json")}
+        self._source.save(self._folder, self.done.steps)
         save_state(self._folder / STATE, self.done.steps, self._model, self._optimiser, extra)
-
-
-class LocalRollouts:
-    """Rolls out in this process, on the very weights that are trained."""
-
-    def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, task: Task, reward: Reward, config: ReinforceConfig
-    ) -> None:
-        self._engine = tuning_engine(model, config.max_tokens)
-        self._tokenizer, self._task, self._reward, self._config = tokenizer, task, reward, config
-        self._sampling = sampling_of(config, tokenizer)
-
-    def draw(self, step: int, shares: Shares) -> tuple[Rollouts, list[int]]:
-        """Roll out a step's problems; return the rollouts and the problems' levels.
-
-        With `further_draws`, groups that teach nothing are followed by others, until enough teach or it has been done
-        so often (dynamic sampling: DAPO, arXiv 2503.14476, sec. 3.2).
-        """
-        config, parts, levels, missing = self._config, list[Rollouts](), list[int](), self._config.problems
-        weights = level_weights(config.staging, shares, config.solved_between)
-        for draw in range(config.further_draws + 1):
-            name = f"levels/{config.seed}/{step}" + (f"/{draw}" if draw else "")
-            fresh = draw_levels(weights, config.levels, missing, name)
-            problems = problems_of(self._task, config, step, [*levels, *fresh])[len(levels) :]
-            parts.append(self._roll_out(problems, sample_seed(config, step, draw)))
-            levels += fresh
-            missing -= int(teaches(parts[-1], config).sum())
-            if missing <= 0:
-                break
-        return join(parts), levels
-
-    def _roll_out(self, problems: list[Problem], seed: int) -> Rollouts:
-        config = self._config
-        sizes = (config.group, seed, config.max_tokens)
-        return roll_out(
-            self._engine, self._tokenizer, self._reward, problems, *sizes, self._sampling, config.overlong_tokens
-        )
-
-
-def problems_of(task: Task, config: ReinforceConfig, step: int, levels: Sequence[int]) -> list[Problem]:
-    """Return the fresh training problems of a step, one of each of `levels`; further draws follow the first."""
-    found = []
-    for place, level in enumerate(levels):
-        draw, number = divmod(place, config.problems)
-        index = (draw * config.steps + step) * config.problems + number
-        found.append(task.problem(config.seed, index, level, "train"))
-    return found
 
 
 def _line(values: dict[str, Any]) -> str:
@@ -227,19 +187,16 @@ def _line(values: dict[str, Any]) -> str:
 
 
 def _speeds(
-    done: ReinforceResult, rollouts: Rollouts, trained: int, rolling: float, seconds: float
+    done: ReinforceResult, rollouts: Rollouts, trained: int, rolling: float, learning: float
 ) -> dict[str, float]:
     """Return what the run has spent so far, and the step's tokens per CPU second."""
-    speeds = {
-        "rollout": rollouts.generated_tokens / max(rolling, 1e-9),
-        "train": trained / max(seconds - rolling, 1e-9),
-    }
+    speeds = {"rollout": rollouts.generated_tokens / max(rolling, 1e-9), "train": trained / max(learning, 1e-9)}
     spent = {"cpu_seconds": round(done.cpu_seconds, 3), "flops": done.flops}
     return spent | {f"{name}_tokens_per_second": round(rate, 1) for name, rate in speeds.items()}
 
 
 def _add(
-    done: ReinforceResult, rollouts: Rollouts, trained: int, rolling: float, seconds: float, model: Decoder
+    done: ReinforceResult, rollouts: Rollouts, trained: int, rolling: float, learning: float, model: Decoder
 ) -> ReinforceResult:
     length = (rollouts.prompt_tokens + rollouts.generated_tokens) / len(rollouts.completions)
     per_token = model.config.flops_per_token(length / 2)
@@ -251,7 +208,7 @@ def _add(
         generated_tokens=done.generated_tokens + rollouts.generated_tokens,
         trained_tokens=done.trained_tokens + trained,
         rollout_seconds=done.rollout_seconds + rolling,
-        cpu_seconds=done.cpu_seconds + seconds,
+        cpu_seconds=done.cpu_seconds + rolling + learning,
         flops=done.flops + per_token * (rolled + 3 * trained),
     )
 

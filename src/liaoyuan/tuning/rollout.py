@@ -85,14 +85,16 @@ def roll_out(
     max_tokens: int,
     sampling: SamplingParams | None = None,
     overlong_tokens: int = 0,
+    first: int = 0,
 ) -> Rollouts:
     """Answer every problem `group` times, and reward the answers.
 
     sampling: how; at temperature 1 with nothing filtered if None. overlong_tokens: see `overlong_penalty`.
+    first: see `completions_of`.
     """
     drawn = sampling or SamplingParams()
     completions = completions_of(
-        engine, tokenizer, problems, group, drawn.temperature, True, seed, max_tokens, silent, drawn
+        engine, tokenizer, problems, group, drawn.temperature, True, seed, max_tokens, silent, drawn, first
     )
     answers = [read_rollout(tokenizer, problems[place // group], one) for place, one in enumerate(completions)]
     (scores,) = score_all([reward], answers)
