@@ -23,6 +23,7 @@ TRUNCATED, UNPARSED, UNJUDGED = 0.1, 0.2, 0.05  # shares from which something is
 COLLAPSED = 0.3  # entropy now, as a share of what it was
 STEADY = 0.03  # change of a share over a window that counts as none
 GROWN = 1.3  # length of wrong answers now, as a multiple of what it was
+LONGER = 1.2  # and as a multiple of that of right ones
 GAP = 0.02  # nats between rollout and training, 99th percentile (about 2% of the probability)
 SPIKE = 8.0  # gradient norm as a multiple of the median before
 FAR = 0.5  # nats a token from the start policy
@@ -155,11 +156,10 @@ def entropy_collapse(rows: Sequence[Row]) -> Finding | None:
 
 def wrong_answers_grow(rows: Sequence[Row]) -> Finding | None:
     now, then = _now(rows, "length_wrong"), _then(rows, "length_wrong")
-    right, right_then = _now(rows, "length_right"), _then(rows, "length_right")
-    usual = right / right_then if right and right_then else 1.0  # right answers may have become longer, too
-    if now is None or then is None or now < GROWN * max(1.0, usual) * then:
-        return None
-    what = f"Wrong answers have grown from {then:.0f} to {now:.0f} tokens (right ones: {right or 0:.0f})."
+    right = _now(rows, "length_right") or 0.0
+    if now is None or then is None or now < GROWN * then or now < LONGER * right:
+        return None  # or they are as long as right ones: it thinks more
+    what = f"Wrong answers have grown from {then:.0f} to {now:.0f} tokens (right ones: {right:.0f})."
     do = "Set rl.aggregation = 'constant' and rl.advantage = 'dr_grpo', or rl.overlong_tokens."
     return Finding("wrong_answers_grow", "warning", what, do)
 
