@@ -51,3 +51,13 @@ def test_the_user_chooses_the_threads(monkeypatch) -> None:
 
 def test_the_allocator_keeps_its_pages_here() -> None:
     assert tune_allocator() is True  # glibc on Linux, where the suite runs
+
+
+def test_a_note_is_said_once_however_soon_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.bar("RL") as report:
+        report(Progress(1, 9, "step", "reward 0.1"))
+        report(Progress(2, 9, "step", "reward 0.2", note="warning: 61% of the groups are all wrong."))
+        report(Progress(3, 9, "step", "reward 0.3"))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "all wrong" in line] == ["RL: warning: 61% of the groups are all wrong."]
+    assert not any("reward 0.3" in line for line in lines)
