@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
@@ -53,13 +54,11 @@ def _live(title: str) -> Iterator[Report]:
     )
     with Bars(*columns, console=Console(stderr=True), transient=False) as bars:
         task = bars.add_task(title, total=None, state="")
-        clock = _Clock()
-
-        note = ""
+        clock, note = _Clock(), ""
 
         def report(progress: Progress) -> None:
             nonlocal note
-            note = f"\n{progress.note}" if progress.note else note
+            note = f"\n{escape(progress.note)}" if progress.note else note
             bars.update(task, total=progress.total, completed=progress.done, state=clock.describe(progress) + note)
 
         yield report
