@@ -84,12 +84,12 @@ def run(small_model: Decoder, tokenizer: Tokenizer, tmp_path: Path, monkeypatch:
     return Run(small_model, tokenizer, tmp_path, monkeypatch)
 
 
-def right_if(holds: bool) -> Score:
-    return Score(float(holds), "read", "" if holds else "not it")
+def right_if(holds: bool, read: str = "read") -> Score:
+    return Score(float(holds), read, "" if holds else "not it")
 
 
-def is_even(_: Rollout, tokens: list[int]) -> Score:
-    return right_if(tokens[0] % 2 == 0)
+def is_even(rollout: Rollout, tokens: list[int]) -> Score:
+    return right_if(tokens[0] % 2 == 0, rollout.text)
 
 
 def test_nothing_is_right(run: Run) -> None:
@@ -208,7 +208,10 @@ def test_a_long_run_says_how_long(run: Run) -> None:
 
 def test_a_good_run_is_left_alone(run: Run) -> None:
     run.even_tokens_end()
-    assert run(lambda _, tokens: right_if(tokens[0] % 4 == 0), steps=20, learning_rate=1e-3, max_tokens=8) == {}
+    found = run(
+        lambda rollout, tokens: right_if(tokens[0] % 4 == 0, rollout.text), steps=20, learning_rate=1e-3, max_tokens=8
+    )
+    assert found == {}
 
 
 def test_a_finding_is_told_once_until_it_becomes_worse_or_returns_and_a_resumed_run_remembers(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def unjudged(rows: Sequence[Row]) -> Finding | None:
 
 
 def no_update(rows: Sequence[Row]) -> Finding | None:
-    share = _now([{"idle": float(row.get("updates", 0) == 0)} for row in rows], "idle")
+    share = _now([{"idle": float(row.get("updates", 0) == 0)} for row in rows[-WINDOW:]], "idle")
     if share is None or share < 0.5:
         return None
     what = f"{_percent(share)} of the last {WINDOW} steps changed nothing: too few groups had signal."
@@ -188,10 +188,10 @@ def corrected(rows: Sequence[Row]) -> Finding | None:
 
 
 def gradient_spike(rows: Sequence[Row]) -> Finding | None:
-    norms = [row["grad_norm"] for row in rows if "grad_norm" in row]
+    norms = [row["grad_norm"] for row in rows[-3 * WINDOW :] if "grad_norm" in row]
     if len(norms) <= WINDOW or "grad_norm" not in rows[-1]:
         return None
-    usual = statistics.median(norms[-3 * WINDOW : -1])
+    usual = statistics.median(norms[:-1])
     if norms[-1] < SPIKE * usual:
         return None
     what = f"The gradient's norm is {norms[-1]:.2f}, where {usual:.2f} is usual."

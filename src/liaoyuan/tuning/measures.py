@@ -49,20 +49,22 @@ def measure_rollouts(rollouts: Rollouts, config: ReinforceConfig) -> dict[str, A
 
 def one_answer(rollouts: Rollouts) -> float:
     """Return the share of rollouts that give the most usual answer where another one is right."""
-    texts = [answer.text.strip() for answer in rollouts.answers]
-    given = [text for text, answer in zip(texts, rollouts.answers, strict=True) if text != answer.problem.answer]
-    usual = Counter(text for text in given if text).most_common(1)
-    return usual[0][1] / len(texts) if usual else 0.0
+    pairs = zip(_given(rollouts), rollouts.answers, strict=True)
+    usual = Counter(given for given, answer in pairs if given and given != answer.problem.answer).most_common(1)
+    return usual[0][1] / len(rollouts.answers) if usual else 0.0
 
 
 def copied(rollouts: Rollouts) -> float:
     """Return the share of rollouts whose answer stands in the question, where the right one does not."""
-    return sum(
-        bool(text := answer.text.strip())
-        and text in answer.problem.question
-        and answer.problem.answer not in answer.problem.question
-        for answer in rollouts.answers
-    ) / len(rollouts.answers)
+    pairs = zip(_given(rollouts), (answer.problem for answer in rollouts.answers), strict=True)
+    are = [given and given in problem.question and problem.answer not in problem.question for given, problem in pairs]
+    return sum(map(bool, are)) / len(are)
+
+
+def _given(rollouts: Rollouts) -> list[str]:
+    """Return what the reward read as the answers, or what was written where it read nothing."""
+    pairs = zip(rollouts.scores, rollouts.answers, strict=True)
+    return [(score.parsed or answer.text).strip() for score, answer in pairs]
 
 
 @torch.no_grad()
