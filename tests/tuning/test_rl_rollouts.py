@@ -181,6 +181,8 @@ def test_rollouts_are_kept_as_often_and_as_much_as_is_asked_for(
     for step in range(7):
         small.write(step, rollouts, None)
     assert sorted(path.name[:6] for path in small.folder.iterdir()) == ["000004", "000005", "000006"]
+    again = RolloutLog(tmp_path / "b", every=1, most=3 * size + size // 2, resume_from=5)  # of a run that went further
+    assert [path.name[:6] for path in again.folder.iterdir()] == ["000004"]
     RolloutLog(tmp_path / "c", every=0, most=2**20).write(0, rollouts, None)
     assert not (tmp_path / "c" / "rollouts").exists()
 
