@@ -131,16 +131,20 @@ def _share(part: PackedRollouts, config: ReinforceConfig) -> float:
     return float(part.mask.sum()) if config.aggregation == "token" else float(len(part.boundaries) - 1)
 
 
+def _log_ratio(log_probs: Tensor, old: Tensor, part: PackedRollouts, config: ReinforceConfig) -> Tensor:
+    if config.ratio == "sequence":
+        return sequence_log_ratio(log_probs, old, part.mask, part.boundaries)
+    return log_probs - old
+
+
 def _loss(log_probs: Tensor, old: Tensor, part: PackedRollouts, config: ReinforceConfig, corrected: bool) -> Tensor:
     advantages, low, high = part.advantages, config.clip_low, config.clip_high
     if corrected:
         advantages = advantages * truncated_weights(old - part.rollout_log_probs, config.importance_cap)
     if config.ratio == "cispo":
         losses = cispo_losses(log_probs, old, advantages, clip_high=high)
-    elif config.ratio == "sequence":
-        losses = clipped_losses(sequence_log_ratio(log_probs, old, part.mask, part.boundaries), advantages, low, high)
     else:
-        losses = clipped_losses(log_probs - old, advantages, low, high)
+        losses = clipped_losses(_log_ratio(log_probs, old, part, config), advantages, low, high)
     return (losses * token_weights(part.mask, part.boundaries, config.aggregation, float(config.max_tokens))).sum()
 
 
@@ -154,7 +158,7 @@ class _Seen:
     def note(self, log_probs: Tensor, old: Tensor, part: PackedRollouts, config: ReinforceConfig, first: bool) -> None:
         """first: of the step's updates; later ones meet weights that have moved on."""
         here = part.mask.bool()
-        ratio, gain = (log_probs - old)[here].exp(), part.advantages[here] > 0
+        ratio, gain = _log_ratio(log_probs, old, part, config)[here].exp(), part.advantages[here] > 0
         self._low += float(((ratio < 1.0 - config.clip_low) & ~gain).sum())
         self._high += float(((ratio > 1.0 + config.clip_high) & gain).sum())
         self._tokens += len(ratio)
