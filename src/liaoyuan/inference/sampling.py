@@ -138,7 +138,8 @@ def distributions(logits: Tensor, settings: Settings) -> Tensor:
     before = left.cumsum(-1) - left
     left = left.masked_fill((before >= top_p * left.sum(-1, keepdim=True)) & (rank > 0) & (top_p < 1), 0.0)
     left = left.masked_fill(ranked < min_p * ranked[:, :1], 0.0)
-    return (left / left.sum(-1, keepdim=True)).log().gather(-1, order.argsort(-1)).float()
+    found = (left / left.sum(-1, keepdim=True)).log()
+    return torch.empty_like(found).scatter_(-1, order, found).float()
 
 
 def _biased(logits: Tensor, settings: Settings) -> Tensor:
