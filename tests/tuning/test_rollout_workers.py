@@ -108,3 +108,13 @@ def test_a_run_whose_reward_fails_says_so_and_goes_on_bit_for_bit(
     assert torch.equal(weights(model), whole[2]) and contents(tmp_path / "run") == contents(whole[1])
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["staleness"] for row in rows] == [0] + [1] * (STEPS - 1)
+
+
+def test_a_reward_that_only_its_own_process_knows_is_refused(
+    small_model: Decoder, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    class Local(Coin):
+        """Cannot be named from elsewhere."""
+
+    with pytest.raises(LiaoyuanError, match=r"cannot be given to another process .*rl\.workers = 0"):
+        reinforce(small_model, tokenizer, EndSoon(), config_of(1), tmp_path, reward=Local())

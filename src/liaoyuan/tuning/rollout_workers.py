@@ -17,6 +17,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any
 
 import torch
@@ -185,7 +186,13 @@ class _Worker:
         threads, is_exact = torch.get_num_threads(), is_exactness_sought()
         arguments = (theirs, store.port, number, threads, is_exact, about)
         self.process: BaseProcess = context.Process(target=work, args=arguments, daemon=True)
-        self.process.start()
+        try:
+            self.process.start()
+        except (TypeError, AttributeError, PicklingError) as error:
+            raise LiaoyuanError(
+                f"The task or its reward cannot be given to another process ({error}): roll out in the training "
+                "process (rl.workers = 0)."
+            ) from error
         theirs.close()
         self._group: Any = None
         self._place = (store, number)
