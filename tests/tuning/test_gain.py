@@ -60,7 +60,7 @@ def test_a_run_that_makes_nothing_better_ends_with_the_model_it_began_with(
 def test_the_command_line_takes_a_task_file_and_shows_the_gain(model_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "sums.toml"
     file.write_text('[[parts]]\ntask = "addition"\nlevels = [1]\n\n[[parts]]\ntask = "modular"\nlevels = [2]\n')
-    sizes = ["rl.levels=[1,2]", "rl.steps=2", "rl.problems=4", "rl.group=2", "rl.max_tokens=6", "device=cpu"]
+    sizes = ["rl.steps=2", "rl.problems=4", "rl.group=2", "rl.max_tokens=6", "device=cpu"]
     sizes += ["validation_problems=4", "test_problems=4", "test_samples=2"]
     settings = [part for size in sizes for part in ("--set", size)]
     given = ["rl", "--model", str(model_folder), "--task", str(file), "--out", str(tmp_path / "out"), *settings]
@@ -69,3 +69,4 @@ def test_the_command_line_takes_a_task_file_and_shows_the_gain(model_folder: Pat
     assert "On 4 test problems, percent with 95% intervals" in result.output
     assert "the model it began with" in result.output and "+0.0 (+0.0 to +0.0)" in result.output
     assert len(read_metrics(tmp_path / "out" / "metrics.jsonl")) == 2
+    assert "levels = [\n    1,\n    2,\n]" in (tmp_path / "out" / "config.toml").read_text()  # all that it has

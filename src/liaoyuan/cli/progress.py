@@ -72,8 +72,8 @@ class _Log:
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
-        if progress.note:
-            print(f"{self._title}: {progress.note}", file=sys.stderr, flush=True)
+        for line in progress.note.splitlines():
+            print(f"{self._title}: {line}", file=sys.stderr, flush=True)
         if now - self._last < LOG_EVERY and progress.done < progress.total:
             return
         self._last = now

@@ -146,6 +146,7 @@ def rl(
     set_: Set = None,
     model: Model = None,
     task: Annotated[str | None, typer.Option(help="A task by its name, or a task file (TOML).")] = None,
+    data: Annotated[Path | None, typer.Option(help="Problems, in place of the task file's own.")] = None,
     out: Out = Path("runs/rl"),
     json: Json = False,
 ) -> None:
@@ -154,7 +155,7 @@ def rl(
     from liaoyuan.cli.progress import bar
     from liaoyuan.tuning.rl_run import RlConfig, run_rl
 
-    config = _config(RlConfig, run_file, set_, {"model": model, "task": task})
+    config = _config(RlConfig, run_file, set_, {"model": model, "task": task, "data": data})
     with bar("RL") as report:
         result = run_rl(config, out, report)
     _show(result, out, json)

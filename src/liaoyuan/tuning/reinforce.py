@@ -174,7 +174,7 @@ class _Run:
         """Write the measures of the last step; return what the doctor has to say of them, if anything."""
         step = self.done.steps - 1
         self._metrics.write(step, **values)
-        return "; ".join(str(finding) for finding in self._doctor.look({"step": step, **values}))
+        return "\n".join(str(finding) for finding in self._doctor.look({"step": step, **values}))
 
     def save(self) -> None:
         extra = {"done": asdict(self.done), "config": self._config.model_dump(mode="json")}

@@ -15,7 +15,7 @@ from liaoyuan.inference import require_exact
 from liaoyuan.models import Decoder
 from liaoyuan.ops import configure
 from liaoyuan.rundir import Report, atomic_folder, read_json, silent, write_atomic, write_json
-from liaoyuan.tasks import Right, check_levels, held_out_problems, open_task, spread
+from liaoyuan.tasks import Right, Task, check_levels, held_out_problems, open_task, spread
 from liaoyuan.tasks.seen import Seen, read_seen, write_seen
 from liaoyuan.tuning.gain import Exam, gain
 from liaoyuan.tuning.recipe import ReinforceConfig
@@ -30,6 +30,7 @@ class RlConfig(Config):
 
     model: Path
     task: str = "addition"  # the name of a task, or a task file
+    data: Path | None = None  # in place of the one file of problems that the task file names
     rl: ReinforceConfig = ReinforceConfig()
     validation_problems: int = Field(200, gt=0)
     test_problems: int = Field(500, ge=0)  # on which the result is compared with `model` at the end (0: it is not)
@@ -49,8 +50,9 @@ def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str,
             and must be.
     """
     configure(config.ops)
-    assignment, tokenizer = open_task(config.task), Tokenizer.load(config.model)
+    assignment, tokenizer = open_task(config.task, config.data), Tokenizer.load(config.model)
     task = assignment.task
+    config = config.model_copy(update={"rl": _with_levels(config.rl, task)})
     check_levels(task, config.rl.levels, "rl.levels")
     write_atomic(folder / "config.toml", to_toml(config))
     problems = spread(task, 7, config.rl.levels, config.validation_problems, "validation")
@@ -82,6 +84,13 @@ def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str,
         result["accuracy"] = gain(exam, {"start": config.model, "model": folder / "model"}, folder, report)
     write_json(folder / "result.json", result)
     return result
+
+
+def _with_levels(config: ReinforceConfig, task: Task) -> ReinforceConfig:
+    """Return the config with all of the task's levels, where none were given and it lacks one of the usual ones."""
+    if "levels" in config.model_fields_set or set(config.levels) <= set(task.levels):
+        return config
+    return config.model_copy(update={"levels": tuple(task.levels)})
 
 
 def _measure_start(model: Decoder, best: Best, folder: Path) -> float:
