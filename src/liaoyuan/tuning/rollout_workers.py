@@ -52,6 +52,8 @@ class WorkerRollouts:
         self, model: Decoder, tokenizer: Tokenizer, task: Task, reward: Reward, config: ReinforceConfig, folder: Path
     ) -> None:
         """folder: of the run, where the workers find the tokenizer."""
+        if model.embed_tokens.weight.device.type != "cpu":
+            raise LiaoyuanError("Rollout workers compute on the CPU, and the model is elsewhere: set rl.workers = 0.")
         tokenizer.save(folder / TOKENIZER)
         self._model, self._config = model, config
         self._about = (model.config, folder / TOKENIZER, tokenizer.eos_ids, task, reward, config)
