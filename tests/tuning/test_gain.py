@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from liaoyuan.cli.tune import app
 from liaoyuan.rundir import Progress, read_json, read_metrics, write_json
 from liaoyuan.tasks import Right, find_task, held_out_problems
+from liaoyuan.tasks.seen import Seen
 from liaoyuan.tuning import ReinforceConfig
 from liaoyuan.tuning.gain import Exam, gain
 from liaoyuan.tuning.rl_run import RlConfig, run_rl
@@ -70,3 +71,12 @@ def test_the_command_line_takes_a_task_file_and_shows_the_gain(model_folder: Pat
     assert "the model it began with" in result.output and "+0.0 (+0.0 to +0.0)" in result.output
     assert len(read_metrics(tmp_path / "out" / "metrics.jsonl")) == 2
     assert "levels = [\n    1,\n    2,\n]" in (tmp_path / "out" / "config.toml").read_text()  # all that it has
+
+
+def test_problems_that_the_model_was_trained_on_measure_nothing(model_folder: Path, tmp_path: Path) -> None:
+    asked = held_out_problems(find_task("addition"), (1,), 4)
+    Seen(model_folder).add(asked[:3])
+    config = RlConfig(model=model_folder, rl=FEW, validation_problems=4, test_problems=4, test_samples=2, device="cpu")
+    result = run_rl(config, tmp_path / "run")
+    assert (result["test_problems"], result["test_problems_seen"]) == (1, 3)
+    assert len(read_json(tmp_path / "run" / "measured" / "model.json")["greedy"]) == 1

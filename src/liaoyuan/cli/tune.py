@@ -160,7 +160,7 @@ def rl(
         result = run_rl(config, out, report)
     _show(result, out, json)
     if not json and "accuracy" in result:
-        print("\n".join(gain_lines(result["accuracy"], config.test_problems)))
+        print("\n".join(gain_lines(result["accuracy"], result["test_problems"])))
 
 
 def sft_config(run_file: Path | None, set_: list[str] | None, model: Path | None, data: Path | None) -> "SftConfig":

@@ -30,10 +30,9 @@ from liaoyuan.tuning.curriculum import Shares, follow, fresh_shares
 from liaoyuan.tuning.doctor import Doctor
 from liaoyuan.tuning.measures import kl_to, measure_rollouts, solved_shares
 from liaoyuan.tuning.recipe import KEPT, ReinforceConfig, learning_rate_of
-from liaoyuan.tuning.rollout import Rollouts
 from liaoyuan.tuning.rollout_log import RolloutLog
 from liaoyuan.tuning.rollout_workers import WorkerRollouts
-from liaoyuan.tuning.sources import LocalRollouts, Source
+from liaoyuan.tuning.sources import Drawn, LocalRollouts, Source
 from liaoyuan.tuning.update import learn, lesson_of, teaches
 from liaoyuan.tuning.validation import Best
 
@@ -143,32 +142,28 @@ class _Run:
         """Roll out, learn, and keep what was rolled out; return the step's measures."""
         config, step = self._config, self.done.steps
         drawn = self._source.draw(step, self.done.shares)
-        rollouts, levels, begin = drawn.rollouts, drawn.levels, time.process_time()
-        self._seen.add(rollouts.problems)
-        lesson, are_same = lesson_of(rollouts, config), self.done.exact and not drawn.staleness
+        self._seen.add(drawn.rollouts.problems)
+        begin, lesson = time.process_time(), lesson_of(drawn.rollouts, config)
+        are_same = self.done.exact and not drawn.staleness
         corrected = config.importance == "on" or (config.importance == "auto" and not are_same)
         rate = learning_rate_of(config, step)
-        trained, learned = learn(self._model, self._optimiser, rollouts, lesson, config, rate, corrected)
-        shares = follow(
-            self.done.shares, config.levels, levels, teaches(rollouts, config).tolist(), solved_shares(rollouts)
-        )
-        done = replace(self.done, drawn=(*self.done.drawn, tuple(levels)), signal=shares.signal, solved=shares.solved)
+        rows, learned = learn(self._model, self._optimiser, drawn.rollouts, lesson, config, rate, corrected)
         learning = time.process_time() - begin
-        self.done = _add(done, rollouts, trained, drawn.cpu_seconds, learning, self._model)
-        values = (
-            measure_rollouts(rollouts, config) | learned | {"level": sum(levels) / len(levels), "problems": len(levels)}
-        )
-        values |= {"exact": done.exact, "corrected": corrected, "staleness": drawn.staleness}
-        values |= _speeds(self.done, rollouts, trained, drawn.cpu_seconds, learning)
-        if self._start is not None:
-            values["kl_start"] = kl_to(self._start, rollouts, config)
-        if must_be_exact and not drawn.staleness and values.get("log_prob_gap", 0.0) > 0.0:
+        self.done = _add(_follow(self.done, drawn, config), drawn, rows, learning, self._model)
+        if must_be_exact and are_same and learned.get("log_prob_gap", 0.0) > 0.0:
             raise LiaoyuanError(
-                f"Rollouts of step {step} do not have training's bits ({values['log_prob_gap']:.1e} nats apart), "
+                f"Rollouts of step {step} do not have training's bits ({learned['log_prob_gap']:.1e} nats apart), "
                 "though that was proven at the start: see liaoyuan doctor --exact, or go on with exact = false."
             )
-        self._log.write(step, rollouts, lesson if trained else None)
-        return values
+        self._log.write(step, drawn.rollouts, lesson if rows else None)
+        told = {"exact": self.done.exact, "corrected": corrected, "staleness": drawn.staleness}
+        return self._measures(drawn) | learned | told | _speeds(self.done, drawn, rows, learning)
+
+    def _measures(self, drawn: Drawn) -> dict[str, Any]:
+        values = measure_rollouts(drawn.rollouts, self._config)
+        values |= {"level": sum(drawn.levels) / len(drawn.levels), "problems": len(drawn.levels)}
+        kl = {} if self._start is None else {"kl_start": kl_to(self._start, drawn.rollouts, self._config)}
+        return values | kl
 
     def write(self, values: dict[str, Any]) -> str:
         """Write the measures of the last step; return what the doctor has to say of them, if anything."""
@@ -186,30 +181,38 @@ def _line(values: dict[str, Any]) -> str:
     return f"reward {values['reward']:.3f}" if "reward" in values else "nothing could be judged"
 
 
-def _speeds(
-    done: ReinforceResult, rollouts: Rollouts, trained: int, rolling: float, learning: float
-) -> dict[str, float]:
+def _speeds(done: ReinforceResult, drawn: Drawn, rows: int, learning: float) -> dict[str, float]:
     """Return what the run has spent so far, and the step's tokens per CPU second."""
-    speeds = {"rollout": rollouts.generated_tokens / max(rolling, 1e-9), "train": trained / max(learning, 1e-9)}
-    spent = {"cpu_seconds": round(done.cpu_seconds, 3), "flops": done.flops}
-    return spent | {f"{name}_tokens_per_second": round(rate, 1) for name, rate in speeds.items()}
+    generated = drawn.rollouts.generated_tokens / max(drawn.cpu_seconds, 1e-9)
+    return {
+        "cpu_seconds": round(done.cpu_seconds, 3),
+        "flops": done.flops,
+        "rollout_tokens_per_second": round(generated, 1),
+        "train_tokens_per_second": round(rows / max(learning, 1e-9), 1),
+    }
 
 
-def _add(
-    done: ReinforceResult, rollouts: Rollouts, trained: int, rolling: float, learning: float, model: Decoder
-) -> ReinforceResult:
-    length = (rollouts.prompt_tokens + rollouts.generated_tokens) / len(rollouts.completions)
-    per_token = model.config.flops_per_token(length / 2)
+def _follow(done: ReinforceResult, drawn: Drawn, config: ReinforceConfig) -> ReinforceResult:
+    """Return the run with what the step's groups say of their levels."""
+    taught, solved = teaches(drawn.rollouts, config).tolist(), solved_shares(drawn.rollouts)
+    shares = follow(done.shares, config.levels, drawn.levels, taught, solved)
+    return replace(done, drawn=(*done.drawn, tuple(drawn.levels)), signal=shares.signal, solved=shares.solved)
+
+
+def _add(done: ReinforceResult, drawn: Drawn, rows: int, learning: float, model: Decoder) -> ReinforceResult:
+    """Return the run with one more step, which trained on so many rows in so many CPU seconds."""
+    rollouts = drawn.rollouts
     rolled = rollouts.prompt_tokens + rollouts.generated_tokens
+    per_token = model.config.flops_per_token(rolled / len(rollouts.completions) / 2)
     return replace(
         done,
         steps=done.steps + 1,
-        updates=done.updates + (trained > 0),
+        updates=done.updates + (rows > 0),
         generated_tokens=done.generated_tokens + rollouts.generated_tokens,
-        trained_tokens=done.trained_tokens + trained,
-        rollout_seconds=done.rollout_seconds + rolling,
-        cpu_seconds=done.cpu_seconds + rolling + learning,
-        flops=done.flops + per_token * (rolled + 3 * trained),
+        trained_tokens=done.trained_tokens + rows,
+        rollout_seconds=done.rollout_seconds + drawn.cpu_seconds,
+        cpu_seconds=done.cpu_seconds + drawn.cpu_seconds + learning,
+        flops=done.flops + per_token * (rolled + 3 * rows),
     )
 
 

@@ -16,7 +16,7 @@ from liaoyuan.models import Decoder
 from liaoyuan.ops import configure
 from liaoyuan.rundir import Report, atomic_folder, read_json, silent, write_atomic, write_json
 from liaoyuan.tasks import Right, Task, check_levels, held_out_problems, open_task, spread
-from liaoyuan.tasks.seen import Seen, read_seen, write_seen
+from liaoyuan.tasks.seen import Seen, read_seen, seen_among, write_seen
 from liaoyuan.tuning.gain import Exam, gain
 from liaoyuan.tuning.recipe import ReinforceConfig
 from liaoyuan.tuning.reinforce import reinforce
@@ -62,28 +62,29 @@ def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str,
         require_exact(model.eval())
     start = _measure_start(model, best, folder)
     Seen(folder, config.model)
-    done = reinforce(
-        model,
-        tokenizer,
-        task,
-        config.rl,
-        folder,
-        report,
-        best,
-        reward=assignment.reward,
-        must_be_exact=config.exact,
-    )
+    rewarded = (assignment.reward, config.exact)
+    done = reinforce(model, tokenizer, task, config.rl, folder, report, best, None, *rewarded)
     with atomic_folder(folder / "model") as part:
         shutil.copytree(best.model_folder, part, dirs_exist_ok=True)
         write_seen(part, read_seen(folder))
     figures = {name: value for name, value in asdict(done).items() if isinstance(value, int | float)}
-    result: dict[str, Any] = figures | {"validation": best.value, "validation_start": start}
-    if config.test_problems:
-        asked = held_out_problems(task, config.rl.levels, config.test_problems)
-        exam = Exam(Right(task), asked, config.test_samples, config.rl.max_tokens)
-        result["accuracy"] = gain(exam, {"start": config.model, "model": folder / "model"}, folder, report)
+    result = figures | {"validation": best.value, "validation_start": start} | _compare(config, task, folder, report)
     write_json(folder / "result.json", result)
     return result
+
+
+def _compare(config: RlConfig, task: Task, folder: Path, report: Report) -> dict[str, Any]:
+    """Compare the result with `config.model` on test problems, of which those that it was trained on are left out."""
+    if not config.test_problems:
+        return {}
+    drawn = held_out_problems(task, config.rl.levels, config.test_problems)
+    known = {problem.key for problem in seen_among(drawn, read_seen(folder))}
+    asked = [problem for problem in drawn if problem.key not in known]
+    found: dict[str, Any] = {"test_problems": len(asked), "test_problems_seen": len(drawn) - len(asked)}
+    if not asked:
+        return found
+    exam = Exam(Right(task), asked, config.test_samples, config.rl.max_tokens)
+    return found | {"accuracy": gain(exam, {"start": config.model, "model": folder / "model"}, folder, report)}
 
 
 def _with_levels(config: ReinforceConfig, task: Task) -> ReinforceConfig:
