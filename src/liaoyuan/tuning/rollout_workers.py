@@ -17,7 +17,6 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from pickle import PicklingError
 from typing import Any
 
 import torch
@@ -190,7 +189,8 @@ class _Worker:
         self.process: BaseProcess = context.Process(target=work, args=arguments, daemon=True)
         try:
             self.process.start()
-        except (TypeError, AttributeError, PicklingError) as error:
+        except Exception as error:  # there are many reasons why something cannot be sent
+            self.pipe.close()
             raise LiaoyuanError(
                 f"The task or its reward cannot be given to another process ({error}): roll out in the training "
                 "process (rl.workers = 0)."
