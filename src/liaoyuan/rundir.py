@@ -24,12 +24,16 @@ from liaoyuan.errors import LiaoyuanError
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a long work is: `done` of `total` units ("step", "MB"), and what to say beside the bar."""
+    """How far a long work is: `done` of `total` units ("step", "MB"), and what to say beside the bar.
+
+    note: what to say once, whatever else is left out: a warning, say.
+    """
 
     done: int
     total: int
     unit: str = "step"
     text: str = ""
+    note: str = ""
 
 
 Report = Callable[[Progress], None]  # what a room calls to say how far it is; the command line draws it

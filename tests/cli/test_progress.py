@@ -19,6 +19,18 @@ def test_a_log_gets_few_lines_with_rate_and_time_left(capsys: pytest.CaptureFixt
     assert lines[-1].startswith("Pretraining: 100%") and "in " in lines[-1]
 
 
+def test_what_comes_after_has_a_rate_of_its_own(capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    now = iter(range(1000))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    with progress.bar("DPO") as report:
+        for done in range(1, 101):
+            report(Progress(done, 100, "step"))
+        for done in range(1, 41):
+            report(Progress(done, 40, "pass"))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "40/40 pass" in last and "in 0:" in last, "the seconds of the passes alone"
+
+
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture) -> None:
     with progress.bar("Pretraining", quiet=True) as report:
         report(Progress(1, 2))
@@ -39,3 +51,13 @@ def test_the_user_chooses_the_threads(monkeypatch) -> None:
 
 def test_the_allocator_keeps_its_pages_here() -> None:
     assert tune_allocator() is True  # glibc on Linux, where the suite runs
+
+
+def test_a_note_is_said_once_however_soon_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.bar("RL") as report:
+        report(Progress(1, 9, "step", "reward 0.1"))
+        report(Progress(2, 9, "step", "reward 0.2", note="warning: 61% of the groups are all wrong."))
+        report(Progress(3, 9, "step", "reward 0.3"))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "all wrong" in line] == ["RL: warning: 61% of the groups are all wrong."]
+    assert not any("reward 0.3" in line for line in lines)

@@ -30,7 +30,7 @@ def launch(*words: str) -> None:
         (["trian", "run.toml"], "There is no verb 'trian' to launch, did you mean 'train'"),
         (["tune", "sftt"], "There is no verb 'tune sftt' to launch, did you mean 'sft'"),
         (["tune"], "There is no verb 'tune' to launch"),
-        (["serve"], "'serve' runs in one process; what can be launched is: train, tune sft"),
+        (["serve"], "'serve' runs in one process; what can be launched is: train, tune sft, tune dpo, tune reward"),
         (["train", "missing.toml"], "The run file missing.toml does not exist"),
         (["train", "--stepz", "3"], "No such option: --stepz"),
         (["--nproc", "0", "train"], "--nproc 0 is wrong: give a number above 0, or a range such as 2:4"),

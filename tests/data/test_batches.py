@@ -1,5 +1,6 @@
 """Batch i is a function of (seed, i), holds what it should, and is the same on any number of processes."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -174,6 +175,28 @@ def test_record_batches_are_a_function_of_seed_and_step_and_waste_little() -> No
     used = sum(int((batches[step].tokens != 0).sum()) for step in range(20)) / (20 * 512)
     assert used > 0.95
     assert batches.rows(0) != RecordBatches(records, 4, 512).rows(0)
+
+
+def test_records_that_go_together_lie_one_after_another_in_one_row() -> None:
+    records, groups = records_of(30), [1, 2, 3] * 5
+    firsts = [0, *itertools.accumulate(groups)]
+    batches = RecordBatches(records, 3, 256, 64, groups=groups)
+    seen: list[int] = []
+    for step in range(8):
+        rows, batch = batches.rows(step), batches[step]
+        wanted = [list(range(firsts[group], firsts[group + 1])) for row in rows for group in row]
+        places = batches.documents(rows)
+        for record, document in zip((one for group in wanted for one in group), places, strict=True):
+            begin, end = batch.boundaries[document : document + 2].tolist()
+            assert batch.tokens[begin:end].tolist() == list(records[record].tokens[:-1])
+            assert begin // 64 == (end - 1) // 64
+        assert places == sorted(places)
+        seen += [group for row in rows for group in row]
+    counts = Counter(seen)
+    assert len(counts) == 15 and max(counts.values()) - min(counts.values()) <= 1
+    assert [one for row in batches.fill(range(15)) for one in row] == list(range(15))
+    with pytest.raises(LiaoyuanError, match="go together"):
+        RecordBatches(records, 3, 64, 64, groups=[30])
 
 
 def test_a_packed_batch_gives_each_record_the_loss_it_has_alone(tiny_model: Decoder) -> None:

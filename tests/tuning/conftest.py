@@ -21,9 +21,8 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
     return Tokenizer.load(tokenizer_folder)
 
 
-@pytest.fixture
-def small_model(tokenizer: Tokenizer) -> Decoder:
-    config = ModelConfig(
+def small_config(tokenizer: Tokenizer) -> ModelConfig:
+    return ModelConfig(
         model_type="qwen3",
         vocab_size=tokenizer.vocab_size,
         hidden_size=32,
@@ -37,7 +36,11 @@ def small_model(tokenizer: Tokenizer) -> Decoder:
         qk_norm=True,
         eos_token_id=tokenizer.eos_ids[0],
     )
-    return initialise(Decoder(config), seed=0).eval()
+
+
+@pytest.fixture
+def small_model(tokenizer: Tokenizer) -> Decoder:
+    return initialise(Decoder(small_config(tokenizer)), seed=0).eval()
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ from liaoyuan.rundir import Progress, read_metrics
 from liaoyuan.tasks import Problem, Right, Rollout, Score, Split, find_task
 from liaoyuan.tuning import ReinforceConfig, reinforce
 from liaoyuan.tuning.controls import own_samples
-from liaoyuan.tuning.reinforce import _minibatches, result_of
+from liaoyuan.tuning.reinforce import result_of
 from liaoyuan.tuning.rollout import pack, roll_out
+from liaoyuan.tuning.update import minibatches
 from liaoyuan.tuning.validation import tuning_engine
 from tests.conftest import ROOT
 
@@ -196,7 +197,7 @@ def test_control_b_samples_the_very_problems_that_rl_drew(
 def test_minibatches_take_every_group_with_signal_once() -> None:
     kept = torch.tensor([True, False, True, True, False, True, True])
     for most, groups, count in ((3, 1, 3), (20, 1, 5), (4, 2, 2), (4, 6, 1)):
-        parts = list(_minibatches(kept, most, groups))
+        parts = list(minibatches(kept, most, groups))
         assert len(parts) == count
         assert torch.equal(torch.stack(parts).sum(0), kept.long())
         assert all(int(part.sum()) >= min(groups, 5) for part in parts)

@@ -65,9 +65,8 @@ def test_rl_keeps_the_best_checkpoint(model_folder: Path, tmp_path: Path) -> Non
     settings = [part for size in sizes for part in ("--set", f"rl.{size}")]
     out = tmp_path / "out"
     given = ["rl", "--model", str(model_folder), "--task", "addition", "--out", str(out), *settings]
-    result = RUNNER.invoke(
-        app, [*given, "--set", "validation_problems=4", "--set", "device=cpu"], catch_exceptions=False
-    )
+    few = [part for name in ("validation_problems=4", "test_problems=6", "device=cpu") for part in ("--set", name)]
+    result = RUNNER.invoke(app, [*given, *few], catch_exceptions=False)
     assert result.exit_code == 0
     assert (out / "model" / "model.safetensors").read_bytes() == (out / "best" / "model.safetensors").read_bytes()
     assert {"reward", "no_signal", "length", "entropy", "cpu_seconds", "flops"} <= read_metrics(out / "metrics.jsonl")[
@@ -111,7 +110,12 @@ def test_rl_that_must_be_exact_is_so_without_compiled_kernels_or_does_not_begin(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     few = ReinforceConfig(levels=(1,), steps=1, problems=2, group=2, max_tokens=6)
     config = RlConfig(
-        model=model_folder, rl=few, validation_problems=2, device="cpu", ops=dict.fromkeys(OPERATORS, "reference")
+        model=model_folder,
+        rl=few,
+        validation_problems=2,
+        test_problems=2,
+        device="cpu",
+        ops=dict.fromkeys(OPERATORS, "reference"),
     )
     try:
         assert run_rl(config, tmp_path / "stock")["exact"] is False

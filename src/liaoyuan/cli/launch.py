@@ -24,7 +24,9 @@ FILE_OPTIONS = ("slurm", "kubernetes", "accelerator", "image", "claim", "argumen
 
 def launch(
     context: typer.Context,
-    arguments: Annotated[list[str], typer.Argument(metavar="VERB ...", help="train or tune sft, with its options.")],
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="VERB ...", help="train, or tune sft, dpo or reward, with its options.")
+    ],
     nproc: Annotated[str, typer.Option(help="Processes of this host: a number, a range 2:4, or auto.")] = "auto",
     nnodes: Annotated[str, typer.Option(help="Hosts that run together: a number, or a range 1:4.")] = "1",
     rendezvous: Annotated[
@@ -126,7 +128,20 @@ def _sft(params: dict[str, Any]) -> Any:
     return sft_config(params["run_file"], params["set_"], params["model"], params["data"])
 
 
-CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {"train": _train, "tune sft": _sft}
+def _preference(params: dict[str, Any]) -> Any:
+    from liaoyuan.cli.tune import preference_config
+
+    given: list[Any] = [params[name] for name in ("run_file", "set_", "model", "data", "held_out")]
+    run_file, overrides, model, data, held_out = given
+    return preference_config(run_file, overrides, model, data, held_out, params.get("loss", "reward"))
+
+
+CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "train": _train,
+    "tune sft": _sft,
+    "tune dpo": _preference,
+    "tune reward": _preference,
+}
 
 
 def _divides(config: Any) -> Callable[[int], bool]:

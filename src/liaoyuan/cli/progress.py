@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
@@ -53,10 +54,12 @@ def _live(title: str) -> Iterator[Report]:
     )
     with Bars(*columns, console=Console(stderr=True), transient=False) as bars:
         task = bars.add_task(title, total=None, state="")
-        clock = _Clock()
+        clock, note = _Clock(), ""
 
         def report(progress: Progress) -> None:
-            bars.update(task, total=progress.total, completed=progress.done, state=clock.describe(progress))
+            nonlocal note
+            note = f"\n{escape(progress.note)}" if progress.note else note
+            bars.update(task, total=progress.total, completed=progress.done, state=clock.describe(progress) + note)
 
         yield report
 
@@ -69,6 +72,8 @@ class _Log:
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
+        for line in progress.note.splitlines():
+            print(f"{self._title}: {line}", file=sys.stderr, flush=True)
         if now - self._last < LOG_EVERY and progress.done < progress.total:
             return
         self._last = now
@@ -77,15 +82,17 @@ class _Log:
 
 
 class _Clock:
-    """Rate and time left since the first report of this process (a resumed run starts in the middle)."""
+    """Rate and time left since the first report of this work (a resumed run starts in the middle)."""
 
     def __init__(self) -> None:
         self._start: tuple[float, int] | None = None
+        self._work: tuple[str, int] | None = None  # in what, and of how many: another one is other work
 
     def describe(self, progress: Progress) -> str:
         now = time.monotonic()
-        if self._start is None or progress.done < self._start[1]:
-            self._start = (now, progress.done)
+        work = (progress.unit, progress.total)
+        if self._start is None or progress.done < self._start[1] or work != self._work:
+            self._start, self._work = (now, progress.done), work
         seconds, done = now - self._start[0], progress.done - self._start[1]
         parts = [f"{progress.done:,}/{progress.total:,} {progress.unit}"]
         if seconds > 0 and done > 0:

@@ -1,4 +1,4 @@
-"""`liaoyuan tune sft` and `liaoyuan tune rl`: teach a model by examples, or by checked answers."""
+"""`liaoyuan tune`: teach a model by examples (sft), by judged answers (dpo, reward), or by checked answers (rl)."""
 
 import json as json_format
 from pathlib import Path
@@ -9,10 +9,13 @@ import typer
 from liaoyuan.cli.tune_study import study
 
 if TYPE_CHECKING:
+    from liaoyuan.tuning.preference import PreferenceConfig
     from liaoyuan.tuning.sft_run import SftConfig
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Teach a model: sft (examples), rl (checked answers)."
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Teach a model: sft (examples), dpo and reward (judged answers), rl (checked answers).",
 )
 
 app.command()(study)
@@ -50,23 +53,114 @@ def sft(
         world.close()
 
 
+Judged = Annotated[Path | None, typer.Option(help="Records with a chosen and a rejected answer: .jsonl or .zst.")]
+HeldOut = Annotated[Path | None, typer.Option(help="Such records to measure on (none: a tenth of the prompts).")]
+
+
+@app.command()
+def dpo(
+    run_file: RunFile = None,
+    set_: Set = None,
+    model: Model = None,
+    data: Judged = None,
+    loss: Annotated[str | None, typer.Option(help="dpo, ipo, kto, orpo or simpo.")] = None,
+    held_out: HeldOut = None,
+    task: Annotated[str | None, typer.Option(help="Also ask the models test problems of this task.")] = None,
+    control: Annotated[bool, typer.Option("--control", help="Also SFT on the chosen answers, same compute.")] = False,
+    out: Out = Path("runs/dpo"),
+    json: Json = False,
+) -> None:
+    """Learn which of two answers is better, and measure it against the start. Also under torchrun (FSDP)."""
+    config = preference_config(run_file, set_, model, data, held_out, loss, task, control)
+    _prefer("DPO", config, out, json)
+
+
+@app.command()
+def reward(
+    run_file: RunFile = None,
+    set_: Set = None,
+    model: Model = None,
+    data: Judged = None,
+    held_out: HeldOut = None,
+    out: Out = Path("runs/reward"),
+    json: Json = False,
+) -> None:
+    """Train a reward model on judged answers: the better one gets the higher reward (Bradley and Terry)."""
+    _prefer("Reward", preference_config(run_file, set_, model, data, held_out, "reward"), out, json)
+
+
+def preference_config(
+    run_file: Path | None,
+    set_: list[str] | None,
+    model: Path | None,
+    data: Path | None,
+    held_out: Path | None,
+    loss: str | None,
+    task: str | None = None,
+    control: bool = False,
+) -> "PreferenceConfig":
+    """Return the resolved config of the verbs' arguments."""
+    from liaoyuan.tuning.preference import PreferenceConfig
+
+    overrides = [*(set_ or []), *(["control=true"] if control else [])]
+    files = {"model": model, "data": data, "held_out": held_out}
+    shortcuts = {**files, "preference.loss": loss, "ask.task": task}
+    config: PreferenceConfig = _config(PreferenceConfig, run_file, overrides, shortcuts)
+    return config
+
+
+def _prefer(title: str, config: "PreferenceConfig", out: Path, json: bool) -> None:
+    from liaoyuan.cli.progress import bar
+    from liaoyuan.device import select_device
+    from liaoyuan.parallel import start
+    from liaoyuan.tuning.preference import run_preference
+
+    world = start(select_device(config.device))
+    try:
+        with bar(title, quiet=not world.is_first) as report:
+            result = run_preference(config, out, report, world)
+        if world.is_first and json:
+            print(json_format.dumps(result))
+        elif world.is_first:
+            _show_comparison(result.pop("comparison"))
+            _show(result, out, json)
+    finally:
+        world.close()
+
+
+def _show_comparison(comparison: dict[str, Any]) -> None:
+    """Print measures with their intervals, a column a model; margins are nats, all else percent."""
+    print(f"On {comparison['held_out']} held-out records, with 95% intervals:")
+    columns = {name: measures for name, measures in comparison.items() if name != "held_out"}
+    print(" " * 18 + "".join(f"{name:>26}" for name in columns))
+    for key in comparison["model"]:
+        size = 1 if key == "margin" else 100
+        cells = ({part: size * value for part, value in measures[key].items()} for measures in columns.values())
+        texts = ("{mean:.1f} ({low:.1f} to {high:.1f})".format(**cell) for cell in cells)
+        print(f"{key:>18}" + "".join(f"{text:>26}" for text in texts))
+
+
 @app.command()
 def rl(
     run_file: RunFile = None,
     set_: Set = None,
     model: Model = None,
-    task: Annotated[str | None, typer.Option(help="addition, modular or countdown.")] = None,
+    task: Annotated[str | None, typer.Option(help="A task by its name, or a task file (TOML).")] = None,
+    data: Annotated[Path | None, typer.Option(help="Problems, in place of the task file's own.")] = None,
     out: Out = Path("runs/rl"),
     json: Json = False,
 ) -> None:
-    """Reinforce on fresh problems, rewarded by the checked answer alone; the best checkpoint is kept."""
+    """Reinforce on fresh problems, rewarded by checked answers; the best checkpoint is kept, and compared."""
+    from liaoyuan.cli.gain import gain_lines
     from liaoyuan.cli.progress import bar
     from liaoyuan.tuning.rl_run import RlConfig, run_rl
 
-    config = _config(RlConfig, run_file, set_, {"model": model, "task": task})
+    config = _config(RlConfig, run_file, set_, {"model": model, "task": task, "data": data})
     with bar("RL") as report:
         result = run_rl(config, out, report)
     _show(result, out, json)
+    if not json and "accuracy" in result:
+        print("\n".join(gain_lines(result["accuracy"], result["test_problems"])))
 
 
 def sft_config(run_file: Path | None, set_: list[str] | None, model: Path | None, data: Path | None) -> "SftConfig":
@@ -89,5 +183,6 @@ def _show(result: dict[str, Any], out: Path, json: bool) -> None:
         print(json_format.dumps(result))
         return
     for key, value in result.items():
-        print(f"  {key}: {value:,.4g}" if isinstance(value, float) else f"  {key}: {value:,}")
+        if not isinstance(value, dict):
+            print(f"  {key}: {value:,.4g}" if isinstance(value, float) else f"  {key}: {value:,}")
     print(f"The model is in {out / 'model'}.")

@@ -6,7 +6,7 @@ Batch `i` is a function of (seed, i) alone, so the whole state of the data is on
 from liaoyuan.data.batches import Batch, RecordBatches, TokenBatches, TokenisedRecord, TokenStream
 from liaoyuan.data.chat import segments, tokenise
 from liaoyuan.data.corpus import Corpus, CorpusConfig, load_corpus, prepare_corpus
-from liaoyuan.data.records import Message, Record, read_records, write_records
+from liaoyuan.data.records import Message, Record, conversations, read_records, write_records
 from liaoyuan.data.tokenizer import IncrementalDecoder, Tokenizer, train_tokenizer
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "TokenStream",
     "TokenisedRecord",
     "Tokenizer",
+    "conversations",
     "load_corpus",
     "prepare_corpus",
     "read_records",

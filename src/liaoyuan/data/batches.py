@@ -5,8 +5,9 @@ batch on any number of processes: it is divided into equal pieces, and a process
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -157,6 +158,8 @@ class RecordBatches:
 
     A batch takes records in that order into the first row with room, until one fits in no row: that one begins the
     next batch. Rows are filled up with padding of weight 0.
+
+    groups: how many records one after another are taken together, into one row (each alone if None).
     """
 
     def __init__(
@@ -169,8 +172,10 @@ class RecordBatches:
         rank: int = 0,
         world_size: int = 1,
         padding: int = 0,
+        groups: Sequence[int] | None = None,
     ) -> None:
         length = sequence_length or batch_tokens
+        self._first = np.cumsum([0, *(groups or np.ones(len(records), np.int64))]).tolist()
         self.records, self.seed, self.padding = records, seed, padding
         self.division = Division(batch_tokens, length, microbatches, rank, world_size)
         sizes = [len(record.tokens) - 1 for record in records]
@@ -182,24 +187,27 @@ class RecordBatches:
             )
         self._tokens = [np.array(record.tokens, dtype=np.int64) for record in records]
         self._weights = [np.array(record.weights, dtype=np.float32) for record in records]
-        self._sizes, self._documents = sizes, length // min(sizes) + 1
+        self._sizes = [sum(sizes[first:last]) for first, last in pairwise(self._first)]
+        if max(self._sizes) > length:
+            raise LiaoyuanError(f"Records that go together have {max(self._sizes)} tokens, more than a row ({length}).")
+        self._documents = length // min(sizes) + 1
         self._begins = [0]
 
     def __call__(self, step: int) -> list[Batch]:
         """Return this process's microbatches of the global batch `step`."""
         rows = self.rows(step)
-        return [self._batch([rows[row] for row in piece]) for piece in self.division.pieces]
+        return [self.batch([rows[row] for row in piece]) for piece in self.division.pieces]
 
     def __getitem__(self, step: int) -> Batch:
         """Return the whole global batch `step` as one."""
-        return self._batch(self.rows(step))
+        return self.batch(self.rows(step))
 
     def total_weight(self, step: int) -> float:
         """Return the sum of the weights of the global batch `step`."""
-        return float(sum(self._weights[record][1:].sum() for row in self.rows(step) for record in row))
+        return float(sum(self._weights[record][1:].sum() for row in self.rows(step) for record in self._of(row)))
 
     def rows(self, step: int) -> list[list[int]]:
-        """Return the records of each row of the global batch `step`."""
+        """Return the records, or groups of them, of each row of the global batch `step`."""
         while len(self._begins) <= step:  # where a batch begins follows from the sizes of all before it
             self._begins.append(self._pack(self._begins[-1])[1])
         rows, end = self._pack(self._begins[step])
@@ -208,8 +216,33 @@ class RecordBatches:
         return rows
 
     def _record(self, sample: int) -> int:
-        epoch, index = divmod(sample, len(self.records))
-        return _shuffled(len(self.records), self.seed, epoch)[index]
+        epoch, index = divmod(sample, len(self._sizes))
+        return _shuffled(len(self._sizes), self.seed, epoch)[index]
+
+    def _of(self, row: Sequence[int]) -> Iterator[int]:
+        """Yield the records of a row."""
+        return (record for group in row for record in range(self._first[group], self._first[group + 1]))
+
+    def fill(self, groups: Iterable[int]) -> list[list[int]]:
+        """Put records, or groups of them, into as many rows as they need, in their order."""
+        rows: list[list[int]] = []
+        room = 0
+        for group in groups:
+            if self._sizes[group] > room:
+                rows.append([])
+                room = self.division.sequence_length
+            rows[-1].append(group)
+            room -= self._sizes[group]
+        return rows
+
+    def documents(self, rows: Sequence[Sequence[int]]) -> list[int]:
+        """Return which document of `batch` each record of the rows is; what fills up a row is one too."""
+        found, document = list[int](), 0
+        for row in rows:
+            records = len([*self._of(row)])
+            found += range(document, document + records)
+            document += records + (sum(self._sizes[group] for group in row) < self.division.sequence_length)
+        return found
 
     def _pack(self, sample: int) -> tuple[list[list[int]], int]:
         """Return the rows of the batch that begins with `sample`, and with which sample the next one begins."""
@@ -225,15 +258,16 @@ class RecordBatches:
             room[row] -= size
             sample += 1
 
-    def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
+    def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
+        """Return these rows of records, or groups of them, as one batch."""
         length = self.division.sequence_length
         tokens = np.full((2, len(rows) * length), self.padding, dtype=np.int64)
         weights = np.zeros(len(rows) * length, dtype=np.float32)
         cuts = []
         for place, row in enumerate(rows):
             begin = place * length
-            for record in row:
-                end = begin + self._sizes[record]
+            for record in self._of(row):
+                end = begin + len(self._tokens[record]) - 1
                 tokens[0, begin:end], tokens[1, begin:end] = self._tokens[record][:-1], self._tokens[record][1:]
                 weights[begin:end] = self._weights[record][1:]
                 cuts.append(begin)

@@ -7,7 +7,7 @@ render it; what follows it in the whole conversation, up to the token that ends 
 from collections.abc import Sequence
 
 from liaoyuan.data.batches import TokenisedRecord
-from liaoyuan.data.records import Message, Record
+from liaoyuan.data.records import Message, Record, conversations
 from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.errors import LiaoyuanError
 
@@ -42,8 +42,8 @@ def segments(tokenizer: Tokenizer, record: Record) -> list[Segment]:
 
 
 def tokenise(tokenizer: Tokenizer, records: Sequence[Record]) -> list[TokenisedRecord]:
-    """Return the tokens and loss weights of conversations; see `segments`."""
-    return [_tokenise(tokenizer, record) for record in records]
+    """Return the tokens and loss weights of what is learned from records; see `segments` and `conversations`."""
+    return [_tokenise(tokenizer, part) for record in records for part in conversations(record)]
 
 
 def _tokenise(tokenizer: Tokenizer, record: Record) -> TokenisedRecord:

@@ -32,20 +32,42 @@ class Message(Config):
 class Record(Config):
     """One example.
 
-    kind: "chat" (learn the assistant's turns), "prompt" (ends with the user), "preference" (`messages` is better than
-        `rejected`), "unpaired" (`messages` judged alone by its weight), "text" (one message whose content is a text).
+    kind: "chat" (learn the assistant's turns), "preference" (after `messages`, `chosen` is better than `rejected`),
+        "unpaired" (the answer that ends `messages` is good or bad, as `label` says), "prompt" (ends with the user),
+        "text" (one message whose content is a text).
     task, answer, level: which verifier checks the answer, the right one, and how hard it is.
     """
 
     id: str
     kind: Kind = "chat"
     messages: tuple[Message, ...] = ()
+    chosen: tuple[Message, ...] = ()
     rejected: tuple[Message, ...] = ()
+    label: bool | None = None
     task: str = ""
     answer: str = ""
     level: int = 0
     source: str = ""
     licence: str = ""
+
+
+def conversations(record: Record) -> tuple[Record, ...]:
+    """Return the conversations that are learned from a record: of a preference the better one, then the worse one.
+
+    Where answers are judged, only what is judged is learned: the assistant's turns before it have the weight 0.
+    """
+    if record.kind == "preference":
+        asked = tuple(_unlearned(message) for message in record.messages)
+        sides = (asked + record.chosen, asked + record.rejected)
+        return tuple(record.model_copy(update={"messages": side, "chosen": (), "rejected": ()}) for side in sides)
+    if record.kind == "unpaired":
+        messages = (*(_unlearned(message) for message in record.messages[:-1]), *record.messages[-1:])
+        return (record.model_copy(update={"messages": messages}),)
+    return (record,)
+
+
+def _unlearned(message: Message) -> Message:
+    return message.model_copy(update={"weight": 0.0}) if message.role == "assistant" else message
 
 
 def read_records(path: Path) -> list[Record]:

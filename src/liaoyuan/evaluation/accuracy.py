@@ -102,14 +102,16 @@ def completions_of(
     max_tokens: int = MAX_TOKENS,
     report: Report = silent,
     sampling: SamplingParams | None = None,
+    first: int = 0,
 ) -> list[Completion]:
     """Return `samples` completions of each problem, one problem's after another's; a function of the seed.
 
-    sampling: further settings of how tokens are drawn; none are filtered if None.
+    sampling: further settings of how tokens are drawn; none are filtered if None. first: how many problems come before
+        these ones, whose completions are then those that they have among all.
     """
     further = sampling or SamplingParams()
     requests = []
-    for place, problem in enumerate(problems):
+    for place, problem in enumerate(problems, first):
         prompt = prompt_of(tokenizer, problem, thinking)
         for sample in range(samples):
             own = replace(

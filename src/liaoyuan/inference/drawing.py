@@ -10,7 +10,15 @@ from liaoyuan.inference.constraints.constraint import ConstraintState
 from liaoyuan.inference.constraints.masks import allowed, may_forbid
 from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.request import TopLogprobs
-from liaoyuan.inference.sampling import Settings, distributions, log_probs_of, sample, top_logprobs, uniform
+from liaoyuan.inference.sampling import (
+    Settings,
+    distributions,
+    kept_log_probs,
+    log_probs_of,
+    sample,
+    top_logprobs,
+    uniform,
+)
 from liaoyuan.inference.sequence import Sequence
 from liaoyuan.ops.sampling import COLUMNS
 
@@ -48,9 +56,10 @@ class Drawing:
         self._seed = np.zeros(max_sequences, dtype=np.uint64)
         self._table = np.zeros((max_sequences, len(COLUMNS)))
         self._top = np.zeros(max_sequences, dtype=np.int64)
-        # Whether a sequence has penalties; a bias; may have forbidden tokens; wants what it draws from.
-        self._penalties, self._bias, self._forbids, self._processed, self._masks = np.zeros(
-            (5, max_sequences), dtype=bool
+        # Whether a sequence has penalties; a bias; may have forbidden tokens; wants what it draws from; and wants that
+        # as training computes it.
+        self._penalties, self._bias, self._forbids, self._processed, self._masks, self._trained = np.zeros(
+            (6, max_sequences), dtype=bool
         )
         # Whether anybody has any of the first three, and whether anybody is told more than tokens: seldom somebody does
         # or is, and then steps need not look.
@@ -76,6 +85,9 @@ class Drawing:
         self._bias[slot], self._forbids[slot] = bool(sampling.logit_bias), may_forbid(sequence)
         self._top[slot] = max(sampling.top_logprobs, bool(sampling.scored_tokens))
         self._processed[slot], self._masks[slot] = sampling.processed_logprobs, sampling.return_masks
+        is_plain = numbers[1:] == (0, 1.0, 0.0) and not self._forbids[slot]
+        is_known = (is_plain or sampling.return_masks) and not (self._penalties[slot] or self._bias[slot])
+        self._trained[slot] = sampling.processed_logprobs and sampling.temperature > 0 and is_known
         self._are_special = bool((self._penalties | self._bias | self._forbids).any())
         self._are_told = bool(((self._top > 0) | self._processed | self._masks).any())
 
@@ -184,20 +196,32 @@ class Drawing:
         logprobs: np.ndarray,
         kept: np.ndarray,
     ) -> None:
-        """Keep, of the rows that count, the most probable tokens and those that could be drawn, where asked for."""
+        """Keep, of the rows that count, the most probable tokens and those that could be drawn, where asked for.
+
+        `logprobs` of those who want what they drew from get the bits that training gives them.
+        """
         wanted = np.minimum(self._top[slots], logits.shape[1])
-        rows = kept[(wanted[kept] > 0) | self._masks[slots[kept]]]
+        rows = kept[(wanted[kept] > 0) | self._masks[slots[kept]] | self._trained[slots[kept]]]
         if not len(rows):
             return
         chosen, count = logits[torch.from_numpy(rows).to(logits.device)], int(wanted[rows].max())
         plain_tokens, plain_values = top_logprobs(chosen, count) if count else (None, None)
-        special = self._masks[slots[rows]] | self._processed[slots[rows]]
+        special = self._masks[slots[rows]] | self._processed[slots[rows]] & (wanted[rows] > 0)
         spread = distributions(chosen, settings.of(rows)) if special.any() else None
+        if spread is not None:  # whatever rounding says, what was drawn could be drawn
+            spread[torch.arange(len(rows)), torch.from_numpy(drawn[rows])] = 0.0
+        masks = {
+            index: _bits(spread[index])
+            for index in np.flatnonzero(self._masks[slots[rows]]).tolist()
+            if spread is not None
+        }
+        self._train(chosen, settings.table[rows, TEMPERATURE], slots, drawn, logprobs, rows, masks)
         for index, row in enumerate(rows.tolist()):
             sequence, token, logprob = self._sequence(slots[row]), int(drawn[row]), float(logprobs[row])
-            if spread is not None and self._masks[slots[row]]:
-                spread[index, token] = logprob  # whatever rounding says, it could be drawn
-                sequence.masks.append(_bits(spread[index]))
+            if spread is not None:
+                spread[index, token] = logprob
+            if index in masks:
+                sequence.masks.append(masks[index])
             if not wanted[row]:
                 continue
             own = spread[index] if spread is not None and self._processed[slots[row]] else None
@@ -213,6 +237,29 @@ class Drawing:
                 values, tokens = plain_values[index, : wanted[row]], plain_tokens[index, : wanted[row]]
             top = list(zip(tokens.tolist(), values.tolist(), strict=True))
             sequence.top_logprobs.append(_with_drawn(top, token, logprob))
+
+    def _train(
+        self,
+        logits: Tensor,
+        temperature: np.ndarray,
+        slots: np.ndarray,
+        drawn: np.ndarray,
+        logprobs: np.ndarray,
+        rows: np.ndarray,
+        masks: dict[int, np.ndarray],
+    ) -> None:
+        """Write the log-probabilities under what was drawn from, as training computes them; logits [rows, V]."""
+        for is_masked in (False, True):
+            places = [
+                index for index, row in enumerate(rows) if self._trained[slots[row]] and (index in masks) == is_masked
+            ]
+            if not places:
+                continue
+            own, device = rows[places], logits.device
+            allowed = torch.from_numpy(np.stack([masks[index] for index in places])).to(device) if is_masked else None
+            tokens = torch.from_numpy(drawn[own]).to(device)
+            heat = torch.from_numpy(temperature[places]).float().to(device)
+            logprobs[own] = kept_log_probs(logits[places], tokens, heat, allowed).cpu().numpy()
 
     def _sequence(self, slot: int) -> Sequence:
         sequence = self._sequences[slot]

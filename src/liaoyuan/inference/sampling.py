@@ -83,6 +83,29 @@ def log_probs(logits: Tensor, tokens: np.ndarray) -> Tensor:
     return log_probability(logits.gather(1, chosen[:, None])[:, 0], log_sum_exp(logits))
 
 
+def kept_log_probs(logits: Tensor, tokens: Tensor, temperature: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Return the log-probability fp32 [R] of a given token of each row under the softmax of the tokens that are kept.
+
+    Training computes it by this very function from the mask that the engine reported, so both have the same bits where
+    their logits have. No gradient flows.
+
+    Args:
+        logits: [R, V]; tokens: int64 [R]; temperature: fp32 [R].
+        allowed: the kept tokens as bits, int32 [R, ceil(V / 32)], see `Completion.masks`; None: all.
+    """
+    scores = kept_scores(logits, temperature, allowed)
+    return log_probability(scores.gather(1, tokens[:, None])[:, 0], log_sum_exp(scores))
+
+
+def kept_scores(logits: Tensor, temperature: Tensor, allowed: Tensor | None) -> Tensor:
+    """Return the logits fp32 [R, V] over their temperature, -inf where a token is not kept; see `kept_log_probs`."""
+    scores = logits.float() / temperature[:, None]
+    if allowed is None:
+        return scores
+    bits = allowed[:, :, None] >> torch.arange(32, device=allowed.device) & 1
+    return scores.masked_fill(bits.flatten(1)[:, : scores.shape[1]] == 0, -torch.inf)
+
+
 def log_probs_of(logits: Tensor, tokens: Sequence[int]) -> Tensor:
     """Return the raw log-probabilities fp32 [T] of tokens after one row of logits [V]."""
     chosen = torch.tensor(tokens, device=logits.device)
@@ -115,7 +138,8 @@ def distributions(logits: Tensor, settings: Settings) -> Tensor:
     before = left.cumsum(-1) - left
     left = left.masked_fill((before >= top_p * left.sum(-1, keepdim=True)) & (rank > 0) & (top_p < 1), 0.0)
     left = left.masked_fill(ranked < min_p * ranked[:, :1], 0.0)
-    return (left / left.sum(-1, keepdim=True)).log().gather(-1, order.argsort(-1)).float()
+    found = (left / left.sum(-1, keepdim=True)).log()
+    return torch.empty_like(found).scatter_(-1, order, found).float()
 
 
 def _biased(logits: Tensor, settings: Settings) -> Tensor:

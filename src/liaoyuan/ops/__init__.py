@@ -9,7 +9,7 @@ from liaoyuan.ops.attention import attention
 from liaoyuan.ops.block_attention import block_attention, block_attention_backward, merge
 from liaoyuan.ops.buffers import checksum, pack, unpack
 from liaoyuan.ops.build import build
-from liaoyuan.ops.choice import OperatorStatus, configure, measure, seek_exactness, status
+from liaoyuan.ops.choice import OperatorStatus, configure, is_exactness_sought, measure, seek_exactness, status
 from liaoyuan.ops.cross_entropy import (
     CrossEntropy,
     LogitStatistics,
@@ -70,6 +70,7 @@ __all__ = [
     "geglu",
     "global_norm",
     "grouped_linear",
+    "is_exactness_sought",
     "latent_rotary",
     "layer_kernel",
     "linear",

@@ -117,6 +117,11 @@ def seek_exactness(asked: bool = True) -> None:
             _exactness = asked
 
 
+def is_exactness_sought() -> bool:
+    """Return what `seek_exactness` was told last."""
+    return _exactness
+
+
 def operator_named(name: str) -> Operator:
     """Return an operator; raises LiaoyuanError if there is none of this name."""
     if name not in OPERATORS:

@@ -9,13 +9,14 @@ from liaoyuan.parallel.inference import check_inference, lay_out_inference
 from liaoyuan.parallel.layout import Layout, Shape, resolve
 from liaoyuan.parallel.owners import Owners
 from liaoyuan.parallel.placed_experts import PlacedExperts
-from liaoyuan.parallel.program import Program, lay_out, take_part
+from liaoyuan.parallel.program import Losses, Program, lay_out, take_part
 from liaoyuan.parallel.quantised import own_columns_of, own_rows_of, whole_part, whole_rows
 from liaoyuan.parallel.traffic import Sent, Traffic, record_traffic
 from liaoyuan.parallel.world import World, start
 
 __all__ = [
     "Layout",
+    "Losses",
     "Owners",
     "PlacedExperts",
     "Program",

@@ -39,6 +39,10 @@ from liaoyuan.parallel.tensor import apply_tensor_parallel, compute_locally, sum
 from liaoyuan.parallel.tied import TiedEnds
 from liaoyuan.parallel.world import World
 
+# A loss other than the cross-entropy of a microbatch: (log-probabilities fp32 [N], microbatch) -> [1 + K], the loss,
+# which has the gradient, and K values that have none; all are sums.
+Losses = Callable[[Tensor, Batch], Tensor]
+
 
 class Program:
     """A model over the processes of a mesh (None: whole, in this process).
@@ -150,28 +154,31 @@ class Program:
         scale: float,
         take: Callable[[], None] | None = None,
         penalties: Penalties | None = None,
+        losses: Losses | None = None,
     ) -> Tensor:
         """Compute the gradients of the microbatches' summed loss times `scale`; return that loss, this process's
         share of it.
 
-        With `penalties` the loss is the cross-entropy and they; the two are returned apart, [2].
+        With `penalties` the loss is the cross-entropy and they; the two are returned apart, [2]. With `losses` it is
+        another one, and all of them are returned times `scale`, [1 + K].
 
         `take` takes the gradients away after each microbatch if there are several, to add them up elsewhere, in
         another precision. Without it they add up in place, and so they do in a pipeline.
 
         Raises:
             ValueError: weights have gradients of an earlier pass, to which those that are still under way when FSDP
-                hands them over would be added.
+                hands them over would be added; or `losses` are given in a layout that cuts documents or layers.
         """
         if any(weight.grad is not None for _, weight in self.named_parameters()):
             raise ValueError("the weights have gradients of an earlier pass: take or drop them first")
+        self._check(losses)
         if self.pipeline:
             return self._pass(batches, scale, True, penalties)
         total, sums = self._nothing(penalties), GradientSums(self.named_parameters())
         for batch in batches:
-            losses = self._losses(batch, scale, penalties)
-            losses.sum().backward()
-            total = total + self._counted(losses.detach())
+            found = self._losses(batch, scale, penalties, losses)
+            found.sum().backward()
+            total = total + self._counted(found.detach())
             self._finish_gradients()
             if len(batches) > 1:
                 (take or sums.take)()
@@ -186,20 +193,27 @@ class Program:
             sum_uncut(self.named_parameters(), self.mesh.group("tp"))
 
     @torch.no_grad()
-    def loss(self, batch: Batch, scale: float = 1.0) -> Tensor:
-        """Return this process's share of the microbatch's summed loss times `scale`."""
+    def loss(self, batch: Batch, scale: float = 1.0, losses: Losses | None = None) -> Tensor:
+        """Return this process's share of the microbatch's summed loss, or `losses`, times `scale`."""
+        self._check(losses)
         if self.pipeline:
             return self._pass([batch], scale, learn=False)
-        loss = self._counted(self._losses(batch, scale))
+        loss = self._counted(self._losses(batch, scale, None, losses))
         reshard(self.models)
         return loss
 
-    def _losses(self, batch: Batch, scale: float, penalties: Penalties | None = None) -> Tensor:
+    def _losses(
+        self, batch: Batch, scale: float, penalties: Penalties | None = None, losses: Losses | None = None
+    ) -> Tensor:
         (model,) = self.models
         x = self._own(batch)
         context = self.context(batch.boundaries, len(batch.tokens))
         scores = model(x["tokens"], x["positions"], context, x["targets"], penalties=penalties)
-        return losses_of(scores, x["weights"] * scale)
+        return losses(scores, batch) * scale if losses else losses_of(scores, x["weights"] * scale)
+
+    def _check(self, losses: Losses | None) -> None:
+        if losses and (self.pipeline or (self.mesh and self.mesh.layout.context > 1)):
+            raise ValueError("losses of whole documents need layouts that cut neither documents (cp) nor layers (pp)")
 
     def _nothing(self, penalties: Penalties | None) -> Tensor:
         return torch.zeros(() if penalties is None else 2, device=self.device)

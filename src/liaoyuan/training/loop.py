@@ -30,6 +30,7 @@ from liaoyuan.rundir import Metrics, Progress, Report, silent
 from liaoyuan.training.flops import training_flops
 from liaoyuan.training.guard import SpikeConfig, SpikeGuard
 from liaoyuan.training.muon import Muon
+from liaoyuan.training.objective import Objective
 from liaoyuan.training.optimiser import AdamW, Optimiser
 from liaoyuan.training.schedule import Shape, learning_rate_at
 
@@ -101,6 +102,7 @@ def train(
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     world: World | None = None,
     checkpoint: CheckpointConfig | None = None,
+    objective: Objective | None = None,
 ) -> TrainResult:
     """Train `model` in place for `config.steps` steps, going on from `folder` if it holds a state.
 
@@ -110,6 +112,7 @@ def train(
             handed `model`.
         world: the processes that train together; `model` is then a `Program`, laid out over them.
         checkpoint: how states are saved; not part of what the run computes, so it may change when a run goes on.
+        objective: what is minimised, if not the cross-entropy of the batches' weights.
 
     Raises:
         Stopped: Ctrl-C or SIGTERM came; the state is saved.
@@ -121,14 +124,16 @@ def train(
     optimiser = make_optimiser(program, config, world)
     lost = 0  # steps in a row whose gradient was not finite
     tell = _paced(report)
-    with Checkpointer(folder / STATE, world, checkpoint) as states, _stop_asked() as stop_asked:
+    with Checkpointer(folder / STATE, world, checkpoint) as states, stop_asked() as is_asked:
         done, guard = _resume(states, program, optimiser, config, folder)
         metrics = Metrics(folder / METRICS, resume_from=done.steps) if world.is_first else None
         while done.steps < config.steps:
             step, start = done.steps, _Clock()
             rate = learning_rate_at(step, config.steps, config.learning_rate, config.warmup_steps, config.schedule)
             own = batches(step + done.passed_over)
-            outcome = take_step(program, optimiser, own, rate, config.clip, world, guard.limits, config.penalties)
+            outcome = take_step(
+                program, optimiser, own, rate, config.clip, world, guard.limits, config.penalties, objective
+            )
             guard.note(outcome.loss, outcome.grad_norm, outcome.dropped)
             if guard.wants_to_roll_back and (back := _roll_back(states, program, optimiser, config, done)):
                 done, guard = back
@@ -145,7 +150,7 @@ def train(
                 model.train()
             if metrics:
                 metrics.write(step, **values)
-            stop = bool(world.sum_numbers(float(stop_asked()))[0])
+            stop = bool(world.sum_numbers(float(is_asked()))[0])
             due = last or stop or _is_due(done.steps, config.checkpoint_every)
             states.after_step(done.steps, program, optimiser, extra_of(done, config, guard), durable=due)
             if last or stop:
@@ -176,12 +181,12 @@ def make_optimiser(model: Decoder | Program, config: TrainConfig, world: World |
 class Outcome:
     """What one step did, over all processes."""
 
-    loss: float  # the cross-entropy alone, so that runs compare
+    loss: float  # of cross-entropy without penalties, so that runs compare
     grad_norm: float
     tokens: int
     flops: float
     dropped: bool  # a spike, which changed nothing
-    penalty: float | None = None  # what was added to the loss, if anything
+    shown: dict[str, float] = field(default_factory=dict)  # penalties, or what an objective shows
 
 
 def take_step(
@@ -193,21 +198,24 @@ def take_step(
     world: World,
     limits: tuple[float, float] = (math.inf, math.inf),
     penalties: Penalties | None = None,
+    objective: Objective | None = None,
 ) -> Outcome:
-    """Take one optimiser step: the mean loss over the weights of the global batch, whatever its cut.
+    """Take one optimiser step: the mean loss over the weights of the global batch, whatever its cut; or `objective`.
 
     A step whose loss or gradient norm is above `limits` changes nothing.
     """
     counted = batches if world.counts else []
     weight, tokens, flops = world.sum_numbers(
-        sum(float(batch.weights.sum()) for batch in counted),
+        sum(objective.count(batch) if objective else float(batch.weights.sum()) for batch in counted),
         sum(len(batch.tokens) for batch in counted),
         sum(training_flops(program.config, batch.boundaries) for batch in counted),
     )
-    total = program.backward(batches, 1.0 / max(weight, 1e-9), optimiser.accumulate, penalties)
-    loss, *penalty = world.sum_numbers(*total.view(-1).tolist())
+    losses = objective.losses(program, batches, world) if objective else None
+    total = program.backward(batches, 1.0 / max(weight, 1e-9), optimiser.accumulate, penalties, losses)
+    loss, *further = world.sum_numbers(*total.view(-1).tolist())
     norm = optimiser.step(rate, clip, limits[1] if loss <= limits[0] else -1.0)
-    return Outcome(loss, norm, int(tokens), flops, loss > limits[0] or norm > limits[1], *penalty)
+    shown = objective.values(further) if objective else dict(zip(("penalty",), further, strict=False))
+    return Outcome(loss, norm, int(tokens), flops, loss > limits[0] or norm > limits[1], shown)
 
 
 def _resume(
@@ -273,7 +281,7 @@ def _row(outcome: Outcome, rate: float, speed: float, done: TrainResult) -> dict
         "tokens_per_second": round(speed, 1),
         "cpu_seconds": round(done.cpu_seconds, 3),
         "flops": done.flops,
-        **({} if outcome.penalty is None else {"penalty": outcome.penalty}),
+        **outcome.shown,
         **({"dropped": 1} if outcome.dropped else {}),
     }
 
@@ -298,7 +306,7 @@ class _Clock:
 
 
 @contextmanager
-def _stop_asked() -> Iterator[Callable[[], bool]]:
+def stop_asked() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C or SIGTERM into a flag that is read between steps; a second Ctrl-C interrupts at once."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():

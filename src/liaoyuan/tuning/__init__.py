@@ -4,7 +4,8 @@ Rollouts run in the inference engine on the very weights that are trained.
 """
 
 from liaoyuan.tuning.finetune import finetune, worked_solutions
-from liaoyuan.tuning.reinforce import ReinforceConfig, ReinforceResult, reinforce
+from liaoyuan.tuning.recipe import ReinforceConfig
+from liaoyuan.tuning.reinforce import ReinforceResult, reinforce
 from liaoyuan.tuning.study import StudyConfig, study
 from liaoyuan.tuning.summary import summarise
 from liaoyuan.tuning.validation import Best

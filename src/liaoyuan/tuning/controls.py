@@ -16,8 +16,10 @@ from liaoyuan.data import TokenisedRecord, Tokenizer
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Progress, Report, silent
 from liaoyuan.tasks import Right, Task
-from liaoyuan.tuning.reinforce import ReinforceConfig, ReinforceResult, problems_of, sample_seed
+from liaoyuan.tuning.recipe import ReinforceConfig, sample_seed
+from liaoyuan.tuning.reinforce import ReinforceResult
 from liaoyuan.tuning.rollout import Rollouts, roll_out
+from liaoyuan.tuning.sources import problems_of
 from liaoyuan.tuning.validation import tuning_engine
 
 MARGIN = 1.2  # more than RL's CPU time, so that noise of the machine does not take it away
@@ -76,11 +78,11 @@ def own_samples(
             engine, tokenizer, Right(task), problems, config.group, sample_seed(config, step), config.max_tokens
         )
         records += right_answers(rollouts)
-        solved += int((rollouts.rewards.sum(1) > 0).sum())
+        solved += int(rollouts.right.any(1).sum())
         generated += rollouts.generated_tokens
         prompts += rollouts.prompt_tokens
         report(Progress(step + 1, len(drawn), "step", f"{len(records)} right answers"))
-    count = len(drawn) * config.problems
+    count = sum(map(len, drawn))
     length = (generated + prompts) / (count * config.group)
     flops = model.config.flops_per_token(length / 2) * (generated + prompts)
     return OwnSamples(records, solved, count, generated, time.process_time() - start, flops)
@@ -91,7 +93,7 @@ def right_answers(rollouts: Rollouts) -> Iterator[TokenisedRecord]:
     for place, prompt in enumerate(rollouts.prompts):
         group = rollouts.completions[place * rollouts.group : (place + 1) * rollouts.group]
         right = [
-            tuple(one.tokens) for one, reward in zip(group, rollouts.rewards[place].tolist(), strict=True) if reward
+            tuple(one.tokens) for one, is_right in zip(group, rollouts.right[place].tolist(), strict=True) if is_right
         ]
         for tokens in dict.fromkeys(right):
             yield TokenisedRecord((*prompt, *tokens), (0.0,) * len(prompt) + (1.0,) * len(tokens))

@@ -1,75 +1,48 @@
-"""Reinforcement learning on fresh problems, rewarded by the checked answer alone.
+"""Reinforcement learning on fresh problems, rewarded by the checked answer alone, or by any other reward.
 
 GRPO (Shao et al. 2024, arXiv 2402.03300): a few minibatch updates per batch of rollouts with the clipped ratio, no KL
 term, groups without signal dropped, of the others the most different rollouts learned from, and levels of difficulty
-drawn by what they teach (see `curriculum`). Rollouts come from the inference engine on the weights that are trained;
-whether its log-probabilities have the very bits of those of training is proven at the start (`inference.prove`), and
-how far they are apart is measured at every step. What happens in a step is a
-function of the seed, the step and the state, so a killed run ends with the same weights bit for bit.
+drawn by what they teach (see `curriculum`); `recipe` has its variants. Rollouts come from the inference engine on the
+weights that are trained; whether its log-probabilities have the very bits of those of training is proven at the start
+(`inference.prove`), and how far they are apart is measured at every step. Where they are not proven equal, truncated
+importance weights correct for it. What happens in a step is a function of the seed, the step and the state, so a
+killed run ends with the same weights and the same files of rollouts bit for bit.
 """
 
+import copy
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from pydantic import Field
-from torch import Tensor
+from types import TracebackType
+from typing import Any
 
 from liaoyuan.checkpoint.training_state import load_state, save_state
-from liaoyuan.config import Config
 from liaoyuan.data import Tokenizer
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import QUICK, prove
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Lock, Metrics, Progress, Report, silent
-from liaoyuan.tasks import Problem, Right, Task
+from liaoyuan.tasks import Reward, Right, Task
 from liaoyuan.tasks.seen import Seen
-from liaoyuan.training import TrainConfig, make_optimiser
+from liaoyuan.training import Stopped, TrainConfig, make_optimiser, stop_asked
 from liaoyuan.training.optimiser import Optimiser
-from liaoyuan.tuning.curriculum import draw_levels, follow
-from liaoyuan.tuning.losses import group_advantages, has_signal, most_different, policy_gradient_loss
-from liaoyuan.tuning.rollout import Rollouts, pack, roll_out
-from liaoyuan.tuning.validation import Best, tuning_engine
+from liaoyuan.tuning.curriculum import Shares, follow, fresh_shares
+from liaoyuan.tuning.doctor import Doctor
+from liaoyuan.tuning.measures import kl_to, measure_rollouts, solved_shares
+from liaoyuan.tuning.recipe import KEPT, ReinforceConfig, learning_rate_of
+from liaoyuan.tuning.rollout_log import RolloutLog
+from liaoyuan.tuning.rollout_workers import WorkerRollouts
+from liaoyuan.tuning.sources import Drawn, LocalRollouts, Source
+from liaoyuan.tuning.update import learn, lesson_of, teaches
+from liaoyuan.tuning.validation import Best
 
 METRICS = "metrics.jsonl"
 STATE = "state"
 
 
-class ReinforceConfig(Config):
-    """What a run of reinforcement learning does; a resumed run must be given the same.
-
-    learning_rate: 8e-4 with linear decay is best for a model of 1M parameters (docs/notes/regime.md).
-    minimum_groups: a step with fewer groups that carry signal changes nothing (sparse rewards and Adam: noise).
-    """
-
-    levels: tuple[int, ...] = Field((2, 3, 4), min_length=1)
-    steps: int = Field(200, gt=0)
-    problems: int = Field(32, gt=0)  # of one step
-    group: int = Field(8, gt=1)  # rollouts of each problem
-    update_group: int = Field(4, gt=1)  # of these that are learned from at most, see `most_different`
-    minibatches: int = Field(4, gt=0)  # into which a step's groups are cut at most, an update each
-    minibatch_groups: int = Field(6, gt=0)  # that a minibatch has at least: an update from fewer is mostly noise
-    max_tokens: int = Field(48, gt=0)
-    optimiser: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(8e-4, gt=0)
-    warmup_steps: int = Field(10, ge=0)
-    decay: float = Field(0.9, ge=0, le=1)  # share of the learning rate that is gone, linearly, at the last step
-    clip: float = Field(0.5, gt=0)  # of the gradient's norm
-    clip_low: float = Field(0.2, gt=0)  # of the ratio, see `policy_gradient_loss`
-    clip_high: float = Field(0.28, gt=0)
-    normalise: bool = True  # divide advantages by the group's deviation
-    minimum_groups: int = Field(2, ge=1)
-    seed: int = 0
-    validate_every: int = Field(20, gt=0)
-    checkpoint_every: int = Field(20, gt=0)
-
-
 @dataclass(frozen=True)
 class ReinforceResult:
-    """What a run did so far, killed and resumed parts together. Seconds leave validation out."""
+    """What a run did so far, killed and resumed parts together. Seconds leave validation and measures out."""
 
     steps: int = 0
     updates: int = 0  # steps in which enough groups carried signal
@@ -81,10 +54,15 @@ class ReinforceResult:
     drawn: tuple[tuple[int, ...], ...] = ()  # levels of each step's problems
     exact: bool = False  # whether rollouts were proven to have the log-probabilities of training, bit for bit
     signal: tuple[float, ...] = ()  # share of each level's recent groups that taught something
+    solved: tuple[float, ...] = ()  # share of right answers in each level's recent groups
 
     @property
     def rollout_tokens_per_second(self) -> float:
         return self.generated_tokens / self.rollout_seconds if self.rollout_seconds else 0.0
+
+    @property
+    def shares(self) -> Shares:
+        return Shares(self.signal, self.solved)
 
 
 def reinforce(
@@ -96,162 +74,166 @@ def reinforce(
     report: Report = silent,
     validate: Best | None = None,
     until: int | None = None,
+    reward: Reward | None = None,
+    must_be_exact: bool = False,
 ) -> ReinforceResult:
     """Train `model` in place for `config.steps` steps (or only up to step `until`), going on from `folder`.
 
+    Args:
+        reward: what answers are worth; what the task calls right if None.
+        must_be_exact: end the run where a rollout has other bits than training.
+
     Raises:
+        Stopped: Ctrl-C or SIGTERM came; the state is saved.
         LiaoyuanError: the state in `folder` is of a run with another config, or another process writes there.
     """
-    settings = TrainConfig(steps=config.steps, optimiser=config.optimiser, weight_decay=0.0)
-    optimiser = make_optimiser(model, settings)
-    lock = Lock(folder)
-    lock.take()
-    done = _resume(model, optimiser, config, folder)
-    metrics = Metrics(folder / METRICS, resume_from=done.steps)
-    done = replace(done, exact=prove(model.eval(), QUICK).exact)
-    engine = tuning_engine(model, config.max_tokens)
-    end, seen = min(config.steps, until or config.steps), Seen(folder)
-    while done.steps < end:
-        step, start = done.steps, time.process_time()
-        levels = draw_levels(done.signal, config.levels, config.problems, f"levels/{config.seed}/{step}")
-        problems = problems_of(task, config, step, levels)
-        seen.add(problems)
-        rollouts = roll_out(
-            engine, tokenizer, Right(task), problems, config.group, sample_seed(config, step), config.max_tokens
-        )
-        rolled = time.process_time()
-        trained, values = _update(model, optimiser, rollouts, config, step)
-        signal = follow(done.signal, config.levels, levels, has_signal(rollouts.rewards).tolist())
-        done = replace(done, drawn=(*done.drawn, tuple(levels)), signal=signal)
-        done = _add(done, rollouts, trained, rolled - start, time.process_time() - start, model)
-        values |= {"level": sum(levels) / len(levels), "cpu_seconds": round(done.cpu_seconds, 3), "flops": done.flops}
-        values["rollout_tokens_per_second"] = round(rollouts.generated_tokens / max(rolled - start, 1e-9), 1)
-        if validate and (done.steps % config.validate_every == 0 or done.steps == end):
-            values |= validate(model)
-        metrics.write(step, **values)
-        if done.steps % config.checkpoint_every == 0 or done.steps == end:
-            save_state(folder / STATE, done.steps, model, optimiser, _extra(done, config))
-        report(Progress(done.steps, config.steps, "step", f"reward {values['reward']:.3f}"))
-    metrics.close()
-    lock.release()
-    return done
+    end = min(config.steps, until or config.steps)
+    with _Run(model, tokenizer, task, reward or Right(task), config, folder) as run, stop_asked() as is_asked:
+        first, begun = run.done.steps, time.monotonic()
+        while run.done.steps < end:
+            values = run.step(must_be_exact)
+            steps = run.done.steps
+            if validate and (steps % config.validate_every == 0 or steps == end):
+                values |= validate(model)
+            values["seconds_left"] = round((time.monotonic() - begun) / (steps - first) * (config.steps - steps), 1)
+            note = run.write(values)
+            stop = is_asked() and steps < end
+            if steps % config.checkpoint_every == 0 or steps == end or stop:
+                run.save()
+            report(Progress(steps, config.steps, "step", _line(values), note=note))
+            if stop:
+                raise Stopped(f"Stopped after step {steps} of {config.steps}; the same command goes on from there.")
+        return run.done
 
 
-def problems_of(task: Task, config: ReinforceConfig, step: int, levels: Sequence[int]) -> list[Problem]:
-    """Return the fresh training problems of a step, one of each of `levels`."""
-    first = step * config.problems
-    return [task.problem(config.seed, first + place, level, "train") for place, level in enumerate(levels)]
+class _Run:
+    """A run between its steps: the model, the optimiser, what was done so far, and the files in its folder."""
+
+    def __init__(
+        self, model: Decoder, tokenizer: Tokenizer, task: Task, reward: Reward, config: ReinforceConfig, folder: Path
+    ) -> None:
+        self._model, self._config, self._folder, self._lock = model, config, folder, Lock(folder)
+        settings = TrainConfig(steps=config.steps, optimiser=config.optimiser, weight_decay=0.0)
+        self._optimiser = make_optimiser(model, settings)
+        self._about = (tokenizer, task, reward)
+
+    def __enter__(self) -> "_Run":
+        model, config, folder = self._model, self._config, self._folder
+        self._lock.take()
+        self._start = copy.deepcopy(model).eval().requires_grad_(False) if config.measure_kl else None
+        done = _resume(model, self._optimiser, config, folder)
+        self.done = replace(done, exact=prove(model.eval(), QUICK).exact)
+        self._seen = Seen(folder)
+        self._metrics = Metrics(folder / METRICS, resume_from=done.steps)
+        self._doctor = Doctor(folder, resume_from=done.steps)
+        self._log = RolloutLog(folder, config.keep_rollouts_every, config.keep_rollouts_mb * 2**20, done.steps)
+        arguments = (model, *self._about, config)
+        self._source: Source = WorkerRollouts(*arguments, folder) if config.workers else LocalRollouts(*arguments)
+        self._source.load(folder, done.steps)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self._source.close()
+        self._doctor.close()
+        self._metrics.close()
+        self._lock.release()
+
+    def step(self, must_be_exact: bool) -> dict[str, Any]:
+        """Roll out, learn, and keep what was rolled out; return the step's measures."""
+        config, step = self._config, self.done.steps
+        drawn = self._source.draw(step, self.done.shares)
+        self._seen.add(drawn.rollouts.problems)
+        begin, lesson = time.process_time(), lesson_of(drawn.rollouts, config)
+        are_same = self.done.exact and not drawn.staleness
+        corrected = config.importance == "on" or (config.importance == "auto" and not are_same)
+        rate = learning_rate_of(config, step)
+        rows, learned = learn(self._model, self._optimiser, drawn.rollouts, lesson, config, rate, corrected)
+        learning = time.process_time() - begin
+        self.done = _add(_follow(self.done, drawn, config), drawn, rows, learning, self._model)
+        if must_be_exact and are_same and learned.get("log_prob_gap", 0.0) > 0.0:
+            raise LiaoyuanError(
+                f"Rollouts of step {step} do not have training's bits ({learned['log_prob_gap']:.1e} nats apart), "
+                "though that was proven at the start: see liaoyuan doctor --exact, or go on with exact = false."
+            )
+        self._log.write(step, drawn.rollouts, lesson if rows else None)
+        told = {"exact": self.done.exact, "corrected": corrected, "staleness": drawn.staleness}
+        return self._measures(drawn) | learned | told | _speeds(self.done, drawn, rows, learning)
+
+    def _measures(self, drawn: Drawn) -> dict[str, Any]:
+        values = measure_rollouts(drawn.rollouts, self._config)
+        values |= {"level": sum(drawn.levels) / len(drawn.levels), "problems": len(drawn.levels)}
+        kl = {} if self._start is None else {"kl_start": kl_to(self._start, drawn.rollouts, self._config)}
+        return values | kl
+
+    def write(self, values: dict[str, Any]) -> str:
+        """Write the measures of the last step; return what the doctor has to say of them, if anything."""
+        step = self.done.steps - 1
+        self._metrics.write(step, **values)
+        return "\n".join(str(finding) for finding in self._doctor.look({"step": step, **values}))
+
+    def save(self) -> None:
+        extra = {"done": asdict(self.done), "config": self._config.model_dump(mode="json")}
+        self._source.save(self._folder, self.done.steps)
+        save_state(self._folder / STATE, self.done.steps, self._model, self._optimiser, extra)
 
 
-def sample_seed(config: ReinforceConfig, step: int) -> int:
-    """Return the seed of a step's samples."""
-    return (config.seed + 1) * 100_003 + step
+def _line(values: dict[str, Any]) -> str:
+    return f"reward {values['reward']:.3f}" if "reward" in values else "nothing could be judged"
 
 
-def learning_rate_of(config: ReinforceConfig, step: int) -> float:
-    """Return the learning rate of a step: it rises over the warm-up, and falls linearly over the whole run."""
-    rise = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    return config.learning_rate * rise * (1.0 - config.decay * step / config.steps)
-
-
-def _update(
-    model: Decoder, optimiser: Optimiser, rollouts: Rollouts, config: ReinforceConfig, step: int
-) -> tuple[int, dict[str, Any]]:
-    """Learn from the groups with signal, a minibatch an update; return how many rows were trained on, and metrics."""
-    kept = has_signal(rollouts.rewards)
-    values: dict[str, Any] = {
-        "reward": float(rollouts.rewards.mean()),
-        "no_signal": float((~kept).float().mean()),
-        "length": rollouts.generated_tokens / len(rollouts.completions),
-        "entropy": _entropy(rollouts),
+def _speeds(done: ReinforceResult, drawn: Drawn, rows: int, learning: float) -> dict[str, float]:
+    """Return what the run has spent so far, and the step's tokens per CPU second."""
+    generated = drawn.rollouts.generated_tokens / max(drawn.cpu_seconds, 1e-9)
+    return {
+        "cpu_seconds": round(done.cpu_seconds, 3),
+        "flops": done.flops,
+        "rollout_tokens_per_second": round(generated, 1),
+        "train_tokens_per_second": round(rows / max(learning, 1e-9), 1),
     }
-    if int(kept.sum()) < config.minimum_groups:
-        return 0, values
-    samples = most_different(rollouts.rewards, min(config.update_group, config.group))
-    advantages = group_advantages(rollouts.rewards, config.normalise, samples)
-    rate, trained = learning_rate_of(config, step), 0
-    for place, chosen in enumerate(_minibatches(kept, config.minibatches, config.minibatch_groups)):
-        rows, gap = _add_gradients(model, optimiser, rollouts, advantages, samples & chosen[:, None], config)
-        values |= {"grad_norm": optimiser.step(rate, config.clip), "learning_rate": rate}
-        if place == 0:  # later minibatches meet weights that have moved on
-            values["log_prob_gap"] = gap
-        trained += rows
-    return trained, values
 
 
-def _minibatches(kept: Tensor, most: int, groups: int) -> Iterator[Tensor]:
-    """Cut the kept groups, bool [P], in at most `most` parts of at least `groups` (if there are so many), bool [P]."""
-    places = torch.nonzero(kept).flatten()
-    for part in places.tensor_split(max(1, min(most, len(places) // groups))):
-        yield torch.zeros_like(kept).index_fill(0, part, True)
+def _follow(done: ReinforceResult, drawn: Drawn, config: ReinforceConfig) -> ReinforceResult:
+    """Return the run with what the step's groups say of their levels."""
+    taught, solved = teaches(drawn.rollouts, config).tolist(), solved_shares(drawn.rollouts)
+    shares = follow(done.shares, config.levels, drawn.levels, taught, solved)
+    return replace(done, drawn=(*done.drawn, tuple(drawn.levels)), signal=shares.signal, solved=shares.solved)
 
 
-def _add_gradients(
-    model: Decoder,
-    optimiser: Optimiser,
-    rollouts: Rollouts,
-    advantages: Tensor,
-    chosen: Tensor,
-    config: ReinforceConfig,
-) -> tuple[int, float]:
-    """Gather the gradient of the chosen samples, bool [P, G]; return its rows, and the log-probabilities' gap."""
-    packs = list(pack(rollouts, advantages, chosen, model.embed_tokens.weight.device))
-    total, gap = sum(float(part.mask.sum()) for part in packs), 0.0
-    for part in packs:
-        log_probs = model(part.tokens, part.positions, part.context, targets=part.targets)
-        loss = policy_gradient_loss(
-            log_probs, part.rollout_log_probs, part.advantages, part.mask, config.clip_low, config.clip_high
-        )
-        (loss / total).backward()
-        optimiser.accumulate()
-        gap = max(gap, float(((log_probs.detach() - part.rollout_log_probs) * part.mask).abs().max()))
-    return sum(len(part.tokens) for part in packs), gap
-
-
-def _entropy(rollouts: Rollouts) -> float:
-    """Return an estimate of the policy's entropy in nats per token: the mean of -log p over its own samples."""
-    total = sum(sum(completion.logprobs) for completion in rollouts.completions)
-    return -total / max(1, rollouts.generated_tokens)
-
-
-def _add(
-    done: ReinforceResult, rollouts: Rollouts, trained: int, rolling: float, seconds: float, model: Decoder
-) -> ReinforceResult:
-    length = (rollouts.prompt_tokens + rollouts.generated_tokens) / len(rollouts.completions)
-    per_token = model.config.flops_per_token(length / 2)
+def _add(done: ReinforceResult, drawn: Drawn, rows: int, learning: float, model: Decoder) -> ReinforceResult:
+    """Return the run with one more step, which trained on so many rows in so many CPU seconds."""
+    rollouts = drawn.rollouts
     rolled = rollouts.prompt_tokens + rollouts.generated_tokens
+    per_token = model.config.flops_per_token(rolled / len(rollouts.completions) / 2)
     return replace(
         done,
         steps=done.steps + 1,
-        updates=done.updates + (trained > 0),
+        updates=done.updates + (rows > 0),
         generated_tokens=done.generated_tokens + rollouts.generated_tokens,
-        trained_tokens=done.trained_tokens + trained,
-        rollout_seconds=done.rollout_seconds + rolling,
-        cpu_seconds=done.cpu_seconds + seconds,
-        flops=done.flops + per_token * (rolled + 3 * trained),
+        trained_tokens=done.trained_tokens + rows,
+        rollout_seconds=done.rollout_seconds + drawn.cpu_seconds,
+        cpu_seconds=done.cpu_seconds + drawn.cpu_seconds + learning,
+        flops=done.flops + per_token * (rolled + 3 * rows),
     )
 
 
 def _resume(model: Decoder, optimiser: Optimiser, config: ReinforceConfig, folder: Path) -> ReinforceResult:
+    fresh = fresh_shares(config.levels)
     found = load_state(folder / STATE, model, optimiser)
     if found is None:
-        return ReinforceResult(signal=(1.0,) * len(config.levels))
-    settings, wanted = found[1]["config"], config.model_dump(mode="json")
-    for key, value in wanted.items():
-        if settings.get(key) != value:
+        return ReinforceResult(signal=fresh.signal, solved=fresh.solved)
+    kept = ReinforceConfig.model_validate(found[1]["config"]).model_dump(mode="json")  # newer keys have their defaults
+    for key, value in config.model_dump(mode="json").items():
+        if kept[key] != value and key not in KEPT:
             raise LiaoyuanError(
-                f"{folder} holds a run with {key} = {settings.get(key)}, not {value}: "
+                f"{folder} holds a run with {key} = {kept[key]}, not {value}: "
                 "give the same value to go on with it, or choose another folder."
             )
-    return result_of(found[1]["done"])
+    done = result_of(found[1]["done"])
+    return done if done.solved else replace(done, solved=fresh.solved)
 
 
 def result_of(values: dict[str, Any]) -> ReinforceResult:
     """Return the result that `values`, read from JSON, hold; other keys are ignored."""
     known = {key: values[key] for key in ReinforceResult.__dataclass_fields__ if key in values}
-    drawn = tuple(tuple(levels) for levels in known["drawn"])
-    return ReinforceResult(**known | {"drawn": drawn, "signal": tuple(known["signal"])})
-
-
-def _extra(done: ReinforceResult, config: ReinforceConfig) -> dict[str, Any]:
-    return {"done": asdict(done), "config": config.model_dump(mode="json")}
+    lists = {key: tuple(known[key]) for key in ("signal", "solved") if key in known}
+    return ReinforceResult(**known | lists | {"drawn": tuple(tuple(levels) for levels in known["drawn"])})

@@ -1,4 +1,4 @@
-"""A user's own reinforcement learning: a run folder whose result is `model`."""
+"""A user's own reinforcement learning: a run folder whose result is `model`, with what it has gained."""
 
 import shutil
 from dataclasses import asdict
@@ -12,21 +12,29 @@ from liaoyuan.config import Config, to_toml
 from liaoyuan.data import Tokenizer
 from liaoyuan.device import select_device
 from liaoyuan.inference import require_exact
+from liaoyuan.models import Decoder
 from liaoyuan.ops import configure
-from liaoyuan.rundir import Report, atomic_folder, silent, write_atomic
-from liaoyuan.tasks import Right, check_levels, find_task, spread
-from liaoyuan.tasks.seen import Seen, read_seen, write_seen
-from liaoyuan.tuning.reinforce import ReinforceConfig, reinforce
+from liaoyuan.rundir import Report, atomic_folder, read_json, silent, write_atomic, write_json
+from liaoyuan.tasks import Right, Task, check_levels, held_out_problems, open_task, spread
+from liaoyuan.tasks.seen import Seen, read_seen, seen_among, write_seen
+from liaoyuan.tuning.gain import Exam, gain
+from liaoyuan.tuning.recipe import ReinforceConfig
+from liaoyuan.tuning.reinforce import reinforce
 from liaoyuan.tuning.validation import Best
+
+START = "start.json"  # in the run folder: what the model that it began with reached on the validation problems
 
 
 class RlConfig(Config):
-    """`model` to begin with, the task, how to reinforce, and how many validation problems choose the checkpoint."""
+    """`model` to begin with, the task, how to reinforce, and how many problems choose the checkpoint and measure it."""
 
     model: Path
-    task: str = "addition"
+    task: str = "addition"  # the name of a task, or a task file
+    data: Path | None = None  # in place of the one file of problems that the task file names
     rl: ReinforceConfig = ReinforceConfig()
     validation_problems: int = Field(200, gt=0)
+    test_problems: int = Field(500, ge=0)  # on which the result is compared with `model` at the end (0: it is not)
+    test_samples: int = Field(8, gt=0)  # of each
     device: str = "auto"
     ops: dict[str, str] = Field(default_factory=dict)  # kernels, where not those chosen
     exact: bool = False  # no run unless rollouts have training's bits; where no compiler is, that takes slower kernels
@@ -35,12 +43,16 @@ class RlConfig(Config):
 def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str, Any]:
     """Reinforce and export the best checkpoint as `folder/model`; goes on from what is in `folder`.
 
+    The model that it began with is one of the checkpoints. What is returned is also `folder/result.json`.
+
     Raises:
         LiaoyuanError: the model is missing or wrong, the task is unknown or lacks a level, or the model is not exact
             and must be.
     """
     configure(config.ops)
-    task, tokenizer = find_task(config.task), Tokenizer.load(config.model)
+    assignment, tokenizer = open_task(config.task, config.data), Tokenizer.load(config.model)
+    task = assignment.task
+    config = config.model_copy(update={"rl": _with_levels(config.rl, task)})
     check_levels(task, config.rl.levels, "rl.levels")
     write_atomic(folder / "config.toml", to_toml(config))
     problems = spread(task, 7, config.rl.levels, config.validation_problems, "validation")
@@ -48,10 +60,43 @@ def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str,
     model = load_model(config.model, device=select_device(config.device).torch)
     if config.exact:
         require_exact(model.eval())
+    start = _measure_start(model, best, folder)
     Seen(folder, config.model)
-    done = reinforce(model, tokenizer, task, config.rl, folder, report, best)
+    rewarded = (assignment.reward, config.exact)
+    done = reinforce(model, tokenizer, task, config.rl, folder, report, best, None, *rewarded)
     with atomic_folder(folder / "model") as part:
         shutil.copytree(best.model_folder, part, dirs_exist_ok=True)
         write_seen(part, read_seen(folder))
     figures = {name: value for name, value in asdict(done).items() if isinstance(value, int | float)}
-    return figures | {"validation": best.value}
+    result = figures | {"validation": best.value, "validation_start": start} | _compare(config, task, folder, report)
+    write_json(folder / "result.json", result)
+    return result
+
+
+def _compare(config: RlConfig, task: Task, folder: Path, report: Report) -> dict[str, Any]:
+    """Compare the result with `config.model` on test problems, of which those that it was trained on are left out."""
+    if not config.test_problems:
+        return {}
+    drawn = held_out_problems(task, config.rl.levels, config.test_problems)
+    known = {problem.key for problem in seen_among(drawn, read_seen(folder))}
+    asked = [problem for problem in drawn if problem.key not in known]
+    found: dict[str, Any] = {"test_problems": len(asked), "test_problems_seen": len(drawn) - len(asked)}
+    if not asked:
+        return found
+    exam = Exam(Right(task), asked, config.test_samples, config.rl.max_tokens)
+    return found | {"accuracy": gain(exam, {"start": config.model, "model": folder / "model"}, folder, report)}
+
+
+def _with_levels(config: ReinforceConfig, task: Task) -> ReinforceConfig:
+    """Return the config with all of the task's levels, where none were given and it lacks one of the usual ones."""
+    if "levels" in config.model_fields_set or set(config.levels) <= set(task.levels):
+        return config
+    return config.model_copy(update={"levels": tuple(task.levels)})
+
+
+def _measure_start(model: Decoder, best: Best, folder: Path) -> float:
+    """Let the model that the run begins with be the first checkpoint; return its value."""
+    if not (folder / START).exists():
+        best(model.eval())
+        write_json(folder / START, {"value": best.value})
+    return float(read_json(folder / START)["value"])

@@ -19,7 +19,8 @@ from liaoyuan.tasks import Problem, Right, Task, find_task, held_out_problems, s
 from liaoyuan.training import TrainConfig
 from liaoyuan.tuning.controls import own_samples
 from liaoyuan.tuning.finetune import finetune, worked_solutions
-from liaoyuan.tuning.reinforce import ReinforceConfig, reinforce
+from liaoyuan.tuning.recipe import ReinforceConfig
+from liaoyuan.tuning.reinforce import reinforce
 from liaoyuan.tuning.validation import Best, tuning_engine
 
 FP32 = torch.float32  # small models: bf16 is no faster, and rollouts then agree with training to 1e-5

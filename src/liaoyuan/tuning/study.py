@@ -18,7 +18,8 @@ from liaoyuan.rundir import Progress, Report, silent, write_json
 from liaoyuan.training import TrainConfig
 from liaoyuan.tuning.controls import Prices, control_tokens, own_samples_tokens
 from liaoyuan.tuning.jobs import Job, run_jobs
-from liaoyuan.tuning.reinforce import ReinforceConfig, result_of
+from liaoyuan.tuning.recipe import ReinforceConfig
+from liaoyuan.tuning.reinforce import result_of
 from liaoyuan.tuning.stages import (
     VALIDATIONS,
     Lesson,

@@ -1,0 +1,61 @@
+"""The algorithms of tuning as pure functions of log-probabilities, rewards and masks; see the papers they name.
+
+`supervised` learns given tokens, `preference` which of two answers is better, `policy` what is rewarded.
+"""
+
+from liaoyuan.tuning.losses.policy import (
+    batch_advantages,
+    cispo_losses,
+    clipped_losses,
+    generalised_advantages,
+    group_advantages,
+    has_signal,
+    kl_estimate,
+    leave_one_out_advantages,
+    masked_weights,
+    most_different,
+    policy_gradient_loss,
+    sequence_log_ratio,
+    token_weights,
+    truncated_weights,
+    value_loss,
+)
+from liaoyuan.tuning.losses.preference import (
+    dpo_loss,
+    ipo_loss,
+    kto_loss,
+    log_odds,
+    orpo_loss,
+    reward_model_loss,
+    simpo_loss,
+)
+from liaoyuan.tuning.losses.sums import spread, sums
+from liaoyuan.tuning.losses.supervised import sft_loss
+
+__all__ = [
+    "batch_advantages",
+    "cispo_losses",
+    "clipped_losses",
+    "dpo_loss",
+    "generalised_advantages",
+    "group_advantages",
+    "has_signal",
+    "ipo_loss",
+    "kl_estimate",
+    "kto_loss",
+    "leave_one_out_advantages",
+    "log_odds",
+    "masked_weights",
+    "most_different",
+    "orpo_loss",
+    "policy_gradient_loss",
+    "reward_model_loss",
+    "sequence_log_ratio",
+    "sft_loss",
+    "simpo_loss",
+    "spread",
+    "sums",
+    "token_weights",
+    "truncated_weights",
+    "value_loss",
+]

@@ -1,0 +1,58 @@
+"""The log-probabilities of rollouts under the weights that are trained, whatever they were drawn from.
+
+Drawn from the model's own distribution, they are those of the loss head. Drawn at another temperature, or from a few
+tokens alone (top-k, top-p, a thought that had to end), each is normalised over the very tokens that could have been
+drawn there, which the engine reported: else the ratio to the rollout is biased from the first update on.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from liaoyuan.inference.sampling import kept_log_probs, kept_scores
+from liaoyuan.models import Decoder
+from liaoyuan.ops import log_sum_exp
+from liaoyuan.tuning.recipe import ReinforceConfig
+from liaoyuan.tuning.rollout import PackedRollouts
+
+CHUNK = 2**24  # logits that are there at once: 64 MiB in fp32
+
+
+def policy_log_probs(model: Decoder, part: PackedRollouts, config: ReinforceConfig) -> Tensor:
+    """Return the log-probability of each target under what it was drawn from, fp32 [N]; differentiable."""
+    if config.draws_raw:
+        return model(part.tokens, part.positions, part.context, targets=part.targets)
+    rows = torch.nonzero(part.mask).flatten()
+    hidden = model(part.tokens, part.positions, part.context, rows=rows, hidden=True)
+    targets, size, values = part.targets[rows], max(1, CHUNK // model.config.vocab_size), []
+    for begin in range(0, len(rows), size):
+        chunk = slice(begin, begin + size)
+        allowed = None if part.allowed is None else part.allowed[chunk]
+        arguments = (model, hidden[chunk], targets[chunk], allowed, config.temperature)
+        values.append(checkpoint(_of_rows, *arguments, use_reentrant=False))  # else all logits would be kept
+    return part.mask.new_zeros(len(part.mask)).index_copy(0, rows, torch.cat(values))
+
+
+def _of_rows(model: Decoder, hidden: Tensor, targets: Tensor, allowed: Tensor | None, temperature: float) -> Tensor:
+    heat = torch.full((len(hidden),), temperature, device=hidden.device)
+    found: Tensor = _KeptLogProbs.apply(model.logits(hidden), targets, heat, allowed)
+    return found
+
+
+class _KeptLogProbs(torch.autograd.Function):
+    """`kept_log_probs`, with the gradient of a softmax: (1 - p) / T for the target, -p / T for what else is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: Tensor, allowed: Tensor | None) -> Tensor:
+        ctx.save_for_backward(logits, targets, temperature, allowed)
+        return kept_log_probs(logits, targets, temperature, allowed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, targets, temperature, allowed = ctx.saved_tensors
+        scores = kept_scores(logits, temperature, allowed)
+        slope = -(scores - log_sum_exp(scores)[:, None]).exp()
+        slope.scatter_add_(1, targets[:, None], torch.ones_like(slope[:, :1]))
+        return (slope * (grads[0] / temperature)[:, None]).to(logits.dtype), None, None, None

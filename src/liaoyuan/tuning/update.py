@@ -1,0 +1,180 @@
+"""What a step learns from its rollouts: minibatches of groups, an update each, and the measures of these updates."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from liaoyuan.models import Decoder
+from liaoyuan.training.optimiser import Optimiser
+from liaoyuan.tuning.losses import (
+    batch_advantages,
+    cispo_losses,
+    clipped_losses,
+    group_advantages,
+    leave_one_out_advantages,
+    most_different,
+    sequence_log_ratio,
+    token_weights,
+    truncated_weights,
+)
+from liaoyuan.tuning.policy_log_probs import policy_log_probs
+from liaoyuan.tuning.recipe import ReinforceConfig
+from liaoyuan.tuning.rollout import PackedRollouts, Rollouts, pack
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What of P groups is learned: the groups bool [P], their samples bool [P, G], the advantages fp32 [P, G]."""
+
+    groups: Tensor
+    samples: Tensor
+    advantages: Tensor
+
+
+def teaches(rollouts: Rollouts, config: ReinforceConfig) -> Tensor:
+    """Return which groups teach something, bool [P]: those whose judged samples do not all have one reward.
+
+    REINFORCE++ has its baseline over the whole batch, so that every judged group teaches if any does.
+    """
+    judged, rewards = rollouts.judged, rollouts.rewards
+    high, low = (torch.where(judged, rewards, fill) for fill in (-torch.inf, torch.inf))
+    differ = high.max(1).values > low.min(1).values
+    if config.advantage == "reinforce_pp" and judged.any():
+        return judged.any(1) & bool(high.max() > low.min())
+    return differ
+
+
+def lesson_of(rollouts: Rollouts, config: ReinforceConfig) -> Lesson:
+    """Return what rollouts teach. What could not be judged leaves its group; one judged sample teaches nothing."""
+    judged, rewards = rollouts.judged, rollouts.rewards
+    groups, counts = teaches(rollouts, config), judged.sum(1)
+    samples = torch.zeros_like(judged)
+    for count in counts[groups].unique().tolist():  # as a rule there is one: all are judged
+        rows = groups & (counts == count)
+        own = judged[rows]
+        best = most_different(rewards[rows][own].view(-1, count), min(config.update_group, count))
+        samples[rows] = torch.zeros_like(own).masked_scatter(own, best)
+    return Lesson(groups, samples, advantages_of(rewards, samples, config))
+
+
+def advantages_of(rewards: Tensor, samples: Tensor, config: ReinforceConfig) -> Tensor:
+    """Return the advantages of the samples bool [P, G] over each other, fp32 [P, G]; 0 for all else."""
+    if config.advantage == "reinforce_pp" and samples.any():
+        values = batch_advantages(rewards[samples][None])
+        return torch.zeros_like(rewards).masked_scatter(samples, values)
+    found, counts = torch.zeros_like(rewards), samples.sum(1)
+    for count in counts[counts > 1].unique().tolist():
+        rows = counts == count
+        own = samples[rows]
+        within = rewards[rows][own].view(-1, count)
+        if config.advantage == "rloo":
+            values = leave_one_out_advantages(within)
+        else:
+            values = group_advantages(within, config.advantage == "grpo")
+        found[rows] = torch.zeros_like(found[rows]).masked_scatter(own, values)
+    return found
+
+
+def learn(
+    model: Decoder,
+    optimiser: Optimiser,
+    rollouts: Rollouts,
+    lesson: Lesson,
+    config: ReinforceConfig,
+    rate: float,
+    corrected: bool = False,
+) -> tuple[int, dict[str, Any]]:
+    """Learn from the groups with signal, a minibatch an update; return how many rows were trained on, and measures.
+
+    corrected: weigh each token by the truncated ratio of training's probability before the first update to the
+        rollout's, and take the ratio of the loss to the former.
+    """
+    if int(lesson.groups.sum()) < config.minimum_groups:
+        return 0, {"updates": 0}
+    device = model.embed_tokens.weight.device
+    parts = minibatches(lesson.groups, config.minibatches, config.minibatch_groups)
+    packs = [list(pack(rollouts, lesson.advantages, lesson.samples & part[:, None], device)) for part in parts]
+    before = [[_before(model, one, config) for one in minibatch] for minibatch in packs] if corrected else None
+    seen, norms, rows = _Seen(), list[float](), 0
+    for place, minibatch in enumerate(packs):
+        total = sum(_share(one, config) for one in minibatch)
+        for number, one in enumerate(minibatch):
+            log_probs = policy_log_probs(model, one, config)
+            old = before[place][number] if before else one.rollout_log_probs
+            loss = _loss(log_probs, old, one, config, corrected)
+            (loss / total).backward()
+            optimiser.accumulate()
+            seen.note(log_probs.detach(), old, one, config, first=place == 0)
+            rows += len(one.tokens)
+        norms.append(optimiser.step(rate, config.clip))
+    return rows, {"updates": len(packs), "grad_norm": max(norms), "learning_rate": rate, **seen.measures()}
+
+
+def minibatches(kept: Tensor, most: int, groups: int) -> Iterator[Tensor]:
+    """Cut the kept groups, bool [P], in at most `most` parts of at least `groups` (if there are so many), bool [P]."""
+    places = torch.nonzero(kept).flatten()
+    for part in places.tensor_split(max(1, min(most, len(places) // groups))):
+        yield torch.zeros_like(kept).index_fill(0, part, True)
+
+
+@torch.no_grad()
+def _before(model: Decoder, part: PackedRollouts, config: ReinforceConfig) -> Tensor:
+    return policy_log_probs(model, part, config)
+
+
+def _share(part: PackedRollouts, config: ReinforceConfig) -> float:
+    """Return by how much the sum of a part's loss is divided: its generated tokens, or its rollouts."""
+    return float(part.mask.sum()) if config.aggregation == "token" else float(len(part.boundaries) - 1)
+
+
+def _log_ratio(log_probs: Tensor, old: Tensor, part: PackedRollouts, config: ReinforceConfig) -> Tensor:
+    if config.ratio == "sequence":
+        return sequence_log_ratio(log_probs, old, part.mask, part.boundaries)
+    return log_probs - old
+
+
+def _loss(log_probs: Tensor, old: Tensor, part: PackedRollouts, config: ReinforceConfig, corrected: bool) -> Tensor:
+    advantages, low, high = part.advantages, config.clip_low, config.clip_high
+    if corrected:
+        advantages = advantages * truncated_weights(old - part.rollout_log_probs, config.importance_cap)
+    if config.ratio == "cispo":
+        losses = cispo_losses(log_probs, old, advantages, clip_high=high)
+    else:
+        losses = clipped_losses(_log_ratio(log_probs, old, part, config), advantages, low, high)
+    return (losses * token_weights(part.mask, part.boundaries, config.aggregation, float(config.max_tokens))).sum()
+
+
+class _Seen:
+    """What the updates of a step show, gathered over their tokens."""
+
+    def __init__(self) -> None:
+        self._gaps, self._ratios = list[Tensor](), list[Tensor]()
+        self._low = self._high = self._tokens = 0.0
+
+    def note(self, log_probs: Tensor, old: Tensor, part: PackedRollouts, config: ReinforceConfig, first: bool) -> None:
+        """first: of the step's updates; later ones meet weights that have moved on."""
+        here = part.mask.bool()
+        ratio, gain = _log_ratio(log_probs, old, part, config)[here].exp(), part.advantages[here] > 0
+        self._low += float(((ratio < 1.0 - config.clip_low) & ~gain).sum())
+        self._high += float(((ratio > 1.0 + config.clip_high) & gain).sum())
+        self._tokens += len(ratio)
+        if first:
+            self._gaps.append((log_probs - part.rollout_log_probs)[here].abs())
+            self._ratios.append((log_probs - part.rollout_log_probs)[here].exp())
+
+    def measures(self) -> dict[str, float]:
+        gaps, ratios = torch.cat(self._gaps).cpu().numpy(), torch.cat(self._ratios)
+        return {
+            "log_prob_gap": float(gaps.max()),
+            "gap_mean": float(gaps.mean()),
+            "gap_p99": float(np.quantile(gaps, 0.99)),
+            "ratio_min": float(ratios.min()),
+            "ratio_max": float(ratios.max()),
+            "clipped": (self._low + self._high) / self._tokens,
+            "clipped_low": self._low / self._tokens,
+            "clipped_high": self._high / self._tokens,
+        }
