@@ -20,8 +20,9 @@ from liaoyuan.rundir import Progress, read_metrics
 from liaoyuan.tasks import Problem, Right, Rollout, Score, Split, find_task
 from liaoyuan.tuning import ReinforceConfig, reinforce
 from liaoyuan.tuning.controls import own_samples
+from liaoyuan.tuning.packing import pack
 from liaoyuan.tuning.reinforce import result_of
-from liaoyuan.tuning.rollout import pack, roll_out
+from liaoyuan.tuning.rollout import roll_out
 from liaoyuan.tuning.update import minibatches
 from liaoyuan.tuning.validation import tuning_engine
 from tests.conftest import ROOT
@@ -75,18 +76,36 @@ def test_rollout_and_training_log_probabilities_agree(small_model: Decoder, toke
     kept[1], kept[3, 2] = False, False
     advantages = torch.arange(20.0).view(5, 4)
     (packed,) = pack(rollouts, advantages, kept, torch.device("cpu"))
-    found = small_model(packed.tokens, packed.positions, packed.context, targets=packed.targets).detach()
-    chosen = packed.mask.bool()
+    read = (packed.tokens, packed.positions, packed.context)
+    found = small_model(*read, targets=packed.targets, rows=packed.rows).detach()
     if prove(small_model, QUICK).exact:
-        ratio = (found - packed.rollout_log_probs)[chosen].exp()
+        ratio = (found - packed.rollout_log_probs).exp()
         assert torch.equal(ratio, torch.ones_like(ratio))
-    torch.testing.assert_close(found[chosen], packed.rollout_log_probs[chosen], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, packed.rollout_log_probs, atol=1e-5, rtol=0)
     generated = [one.tokens for place, one in enumerate(rollouts.completions) if kept[place // 4, place % 4]]
-    assert packed.targets[chosen].tolist() == [token for tokens in generated for token in tokens]
+    assert packed.targets.tolist() == [token for tokens in generated for token in tokens]
     per_token = [
         float(place) for place in range(20) if kept[place // 4, place % 4] for _ in rollouts.completions[place].tokens
     ]
-    assert packed.advantages[chosen].tolist() == per_token
+    assert packed.advantages.tolist() == per_token
+    prompts = sum(len(rollouts.prompts[place]) for place in (0, 2, 3, 4))
+    answers = sum(len(tokens) - 1 for tokens in generated)
+    assert len(packed.tokens) == prompts + answers  # a prompt is read once for all answers to it
+
+
+def test_rollouts_that_do_not_fit_at_once_are_packed_in_turns(
+    small_model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems = [EndSoon().problem(0, place, 1) for place in range(3)]
+    rollouts = roll_out(tuning_engine(small_model, 8), tokenizer, Right(EndSoon()), problems, 4, 3, 8)
+    monkeypatch.setattr("liaoyuan.tuning.packing.MICROBATCH_TOKENS", 33)
+    packs = list(pack(rollouts, torch.zeros(3, 4), torch.ones(3, 4, dtype=torch.bool), torch.device("cpu")))
+    assert len(packs) > 3 and all(len(one.tokens) <= 33 for one in packs)
+    targets = [token for one in packs for token in one.targets.tolist()]
+    assert targets == [token for completion in rollouts.completions for token in completion.tokens]
+    for one in packs:
+        found = small_model(one.tokens, one.positions, one.context, targets=one.targets, rows=one.rows).detach()
+        torch.testing.assert_close(found, one.rollout_log_probs, atol=1e-5, rtol=0)
 
 
 def test_a_run_proves_its_rollouts_exact_and_the_first_update_of_each_step_finds_no_gap(

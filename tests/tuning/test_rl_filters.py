@@ -13,8 +13,9 @@ from liaoyuan.models import Decoder, initialise, with_dtype
 from liaoyuan.rundir import read_metrics
 from liaoyuan.tasks import Right
 from liaoyuan.tuning import ReinforceConfig, policy_log_probs, reinforce
+from liaoyuan.tuning.packing import PackedRollouts, pack
 from liaoyuan.tuning.recipe import sampling_of
-from liaoyuan.tuning.rollout import PackedRollouts, Rollouts, pack, roll_out
+from liaoyuan.tuning.rollout import Rollouts, roll_out
 from liaoyuan.tuning.validation import tuning_engine
 from tests.tuning.test_reinforce import CONFIG, EndSoon, rewarding_even
 
@@ -50,11 +51,10 @@ def test_the_first_ratio_is_one_to_the_last_bit(
     if not prove(model, QUICK).exact:
         pytest.skip("no exact kernels on this machine")
     _, part = rolled(model, tokenizer, config)
-    here = part.mask.bool()
     found = policy_log_probs.policy_log_probs(model, part, config).detach()
-    assert torch.equal(found[here], part.rollout_log_probs[here]) and found.isfinite().all()
-    raw = model(part.tokens, part.positions, part.context, targets=part.targets).detach()
-    assert (raw[here] - part.rollout_log_probs[here]).abs().max() > 1e-2  # what training would take it for without
+    assert torch.equal(found, part.rollout_log_probs) and found.isfinite().all()
+    raw = model(part.tokens, part.positions, part.context, targets=part.targets, rows=part.rows).detach()
+    assert (raw - part.rollout_log_probs).abs().max() > 1e-2  # what training would take it for without
 
 
 @pytest.mark.parametrize("settings", FILTERS, ids=str)
@@ -64,20 +64,20 @@ def test_values_and_gradients_are_those_of_a_softmax_over_what_could_be_drawn(
     monkeypatch.setattr(policy_log_probs, "CHUNK", 7 * small_model.config.vocab_size)  # several chunks, the last short
     config = config_of(settings)
     _, part = rolled(small_model, tokenizer, config)
-    rows, weights = torch.nonzero(part.mask).flatten(), torch.randn(int(part.mask.sum()))
+    weights = torch.randn(len(part.rows))
 
     def gradients(values: torch.Tensor) -> list[torch.Tensor]:
         small_model.zero_grad()
         (values * weights).sum().backward()
         return [parameter.grad.clone() for parameter in small_model.parameters() if parameter.grad is not None]
 
-    found = policy_log_probs.policy_log_probs(small_model, part, config)[rows]
+    found = policy_log_probs.policy_log_probs(small_model, part, config)
     ours = gradients(found)
-    logits = small_model(part.tokens, part.positions, part.context, rows=rows) / config.temperature
+    logits = small_model(part.tokens, part.positions, part.context, rows=part.rows) / config.temperature
     if part.allowed is not None:
         bits = (part.allowed[:, :, None] >> torch.arange(32)) & 1
         logits = logits.masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
-    plain = logits.log_softmax(-1).gather(1, part.targets[rows][:, None])[:, 0]
+    plain = logits.log_softmax(-1).gather(1, part.targets[:, None])[:, 0]
     torch.testing.assert_close(found, plain, atol=2e-6, rtol=1e-5)
     for one, other in zip(ours, gradients(plain), strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)

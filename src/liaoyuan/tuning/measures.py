@@ -8,9 +8,10 @@ import torch
 
 from liaoyuan.models import Decoder
 from liaoyuan.tuning.losses import kl_estimate
+from liaoyuan.tuning.packing import pack
 from liaoyuan.tuning.policy_log_probs import policy_log_probs
 from liaoyuan.tuning.recipe import ReinforceConfig
-from liaoyuan.tuning.rollout import Rollouts, pack
+from liaoyuan.tuning.rollout import Rollouts
 from liaoyuan.tuning.update import teaches
 
 
@@ -78,8 +79,8 @@ def kl_to(start: Decoder, rollouts: Rollouts, config: ReinforceConfig) -> float:
     total = count = 0.0
     for part in pack(rollouts, torch.zeros_like(rollouts.rewards), chosen, start.embed_tokens.weight.device):
         log_probs = policy_log_probs(start, part, config)
-        total += float((kl_estimate(part.rollout_log_probs, log_probs) * part.mask).sum())
-        count += float(part.mask.sum())
+        total += float(kl_estimate(part.rollout_log_probs, log_probs).sum())
+        count += len(part.rows)
     return total / max(1.0, count)
 
 

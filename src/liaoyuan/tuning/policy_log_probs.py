@@ -14,25 +14,24 @@ from torch.utils.checkpoint import checkpoint
 from liaoyuan.inference.sampling import kept_log_probs, kept_scores
 from liaoyuan.models import Decoder
 from liaoyuan.ops import log_sum_exp
+from liaoyuan.tuning.packing import PackedRollouts
 from liaoyuan.tuning.recipe import ReinforceConfig
-from liaoyuan.tuning.rollout import PackedRollouts
 
 CHUNK = 2**24  # logits that are there at once: 64 MiB in fp32
 
 
 def policy_log_probs(model: Decoder, part: PackedRollouts, config: ReinforceConfig) -> Tensor:
-    """Return the log-probability of each target under what it was drawn from, fp32 [N]; differentiable."""
+    """Return the log-probability of each target under what it was drawn from, fp32 [R]; differentiable."""
     if config.draws_raw:
-        return model(part.tokens, part.positions, part.context, targets=part.targets)
-    rows = torch.nonzero(part.mask).flatten()
-    hidden = model(part.tokens, part.positions, part.context, rows=rows, hidden=True)
-    targets, size, values = part.targets[rows], max(1, CHUNK // model.config.vocab_size), []
-    for begin in range(0, len(rows), size):
+        return model(part.tokens, part.positions, part.context, targets=part.targets, rows=part.rows)
+    hidden = model(part.tokens, part.positions, part.context, rows=part.rows, hidden=True)
+    size, values = max(1, CHUNK // model.config.vocab_size), []
+    for begin in range(0, len(hidden), size):
         chunk = slice(begin, begin + size)
         allowed = None if part.allowed is None else part.allowed[chunk]
-        arguments = (model, hidden[chunk], targets[chunk], allowed, config.temperature)
+        arguments = (model, hidden[chunk], part.targets[chunk], allowed, config.temperature)
         values.append(checkpoint(_of_rows, *arguments, use_reentrant=False))  # else all logits would be kept
-    return part.mask.new_zeros(len(part.mask)).index_copy(0, rows, torch.cat(values))
+    return torch.cat(values)
 
 
 def _of_rows(model: Decoder, hidden: Tensor, targets: Tensor, allowed: Tensor | None, temperature: float) -> Tensor:

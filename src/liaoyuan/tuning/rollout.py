@@ -1,20 +1,16 @@
 """Rollouts: what the policy answers to fresh problems, in the engine, on the weights that are trained."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from liaoyuan.data import Tokenizer
 from liaoyuan.evaluation import completions_of, prompt_of, read_rollout
 from liaoyuan.inference import Completion, Engine, SamplingParams
-from liaoyuan.models import PackedContext, packed_context
 from liaoyuan.rundir import silent
 from liaoyuan.tasks import Problem, Reward, Rollout, Score, score_all
-
-MICROBATCH_TOKENS = 4096  # rollouts are packed up to so many tokens a forward pass
 
 
 @dataclass(frozen=True)
@@ -53,26 +49,6 @@ class Rollouts:
     @property
     def generated_tokens(self) -> int:
         return sum(len(completion.tokens) for completion in self.completions)
-
-
-@dataclass(frozen=True)
-class PackedRollouts:
-    """Rollouts one after another as the model reads them; all tensors [N] but the context, boundaries and allowed.
-
-    mask is 1 where the target was generated; rollout_log_probs and advantages are 0 elsewhere.
-    boundaries: int64 [M + 1] of the M rollouts. allowed: which tokens could have been drawn at each place where the
-    mask is 1, as bits, int32 [mask.sum(), ceil(V / 32)]; None: all of them.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    targets: Tensor
-    context: PackedContext
-    mask: Tensor
-    rollout_log_probs: Tensor
-    advantages: Tensor
-    boundaries: Tensor
-    allowed: Tensor | None
 
 
 def roll_out(
@@ -121,56 +97,3 @@ def join(parts: Sequence[Rollouts]) -> Rollouts:
     names = ("problems", "prompts", "completions", "answers", "scores")
     lists = {name: [item for part in parts for item in getattr(part, name)] for name in names}
     return Rollouts(**lists, rewards=torch.cat([part.rewards for part in parts]))
-
-
-def pack(rollouts: Rollouts, advantages: Tensor, kept: Tensor, device: torch.device) -> Iterator[PackedRollouts]:
-    """Yield the kept rollouts, packed; advantages fp32 [P, G], kept bool [P, G]."""
-    chosen = [place for place, kept_ in enumerate(kept.flatten().tolist()) if kept_]
-    sizes = [_size(rollouts, place) for place in chosen]
-    for run in _runs(sizes):
-        yield _pack([chosen[index] for index in run], rollouts, advantages, device)
-
-
-def _pack(chosen: Sequence[int], rollouts: Rollouts, advantages: Tensor, device: torch.device) -> PackedRollouts:
-    tokens, targets, mask, log_probs, values = [], [], [], [], []
-    allowed = list[np.ndarray]()
-    flat = advantages.flatten().tolist()
-    for place in chosen:
-        prompt, one = rollouts.prompts[place // rollouts.group], rollouts.completions[place]
-        ids, silent_ = [*prompt, *one.tokens], len(prompt) - 1
-        tokens += ids[:-1]
-        targets += ids[1:]
-        mask += [0.0] * silent_ + [1.0] * len(one.tokens)
-        log_probs += [0.0] * silent_ + one.logprobs
-        values += [0.0] * silent_ + [flat[place]] * len(one.tokens)
-        allowed += one.masks
-    sizes = [_size(rollouts, place) for place in chosen]
-    positions, context = packed_context(sizes, device)
-    reals = [torch.tensor(column, dtype=torch.float32, device=device) for column in (mask, log_probs, values)]
-    return PackedRollouts(
-        tokens=torch.tensor(tokens, device=device),
-        positions=positions,
-        targets=torch.tensor(targets, device=device),
-        context=context,
-        mask=reals[0],
-        rollout_log_probs=reals[1],
-        advantages=reals[2],
-        boundaries=torch.tensor([0, *np.cumsum(sizes)], device=device),
-        allowed=torch.from_numpy(np.stack(allowed)).to(device) if allowed else None,
-    )
-
-
-def _size(rollouts: Rollouts, place: int) -> int:
-    return len(rollouts.prompts[place // rollouts.group]) + len(rollouts.completions[place].tokens) - 1
-
-
-def _runs(sizes: Sequence[int]) -> Iterator[range]:
-    """Yield ranges of places whose sizes add up to at most `MICROBATCH_TOKENS`."""
-    begin = total = 0
-    for place, size in enumerate(sizes):
-        if place > begin and total + size > MICROBATCH_TOKENS:
-            yield range(begin, place)
-            begin, total = place, 0
-        total += size
-    if begin < len(sizes):
-        yield range(begin, len(sizes))

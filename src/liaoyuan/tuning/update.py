@@ -21,9 +21,10 @@ from liaoyuan.tuning.losses import (
     token_weights,
     truncated_weights,
 )
+from liaoyuan.tuning.packing import PackedRollouts, pack
 from liaoyuan.tuning.policy_log_probs import policy_log_probs
 from liaoyuan.tuning.recipe import ReinforceConfig
-from liaoyuan.tuning.rollout import PackedRollouts, Rollouts, pack
+from liaoyuan.tuning.rollout import Rollouts
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,12 @@ def _before(model: Decoder, part: PackedRollouts, config: ReinforceConfig) -> Te
 
 def _share(part: PackedRollouts, config: ReinforceConfig) -> float:
     """Return by how much the sum of a part's loss is divided: its generated tokens, or its rollouts."""
-    return float(part.mask.sum()) if config.aggregation == "token" else float(len(part.boundaries) - 1)
+    return float(len(part.rows)) if config.aggregation == "token" else float(len(part.boundaries) - 1)
 
 
 def _log_ratio(log_probs: Tensor, old: Tensor, part: PackedRollouts, config: ReinforceConfig) -> Tensor:
     if config.ratio == "sequence":
-        return sequence_log_ratio(log_probs, old, part.mask, part.boundaries)
+        return sequence_log_ratio(log_probs, old, torch.ones_like(old), part.boundaries)
     return log_probs - old
 
 
@@ -145,7 +146,8 @@ def _loss(log_probs: Tensor, old: Tensor, part: PackedRollouts, config: Reinforc
         losses = cispo_losses(log_probs, old, advantages, clip_high=high)
     else:
         losses = clipped_losses(_log_ratio(log_probs, old, part, config), advantages, low, high)
-    return (losses * token_weights(part.mask, part.boundaries, config.aggregation, float(config.max_tokens))).sum()
+    counted = torch.ones_like(losses)
+    return (losses * token_weights(counted, part.boundaries, config.aggregation, float(config.max_tokens))).sum()
 
 
 class _Seen:
@@ -157,14 +159,13 @@ class _Seen:
 
     def note(self, log_probs: Tensor, old: Tensor, part: PackedRollouts, config: ReinforceConfig, first: bool) -> None:
         """first: of the step's updates; later ones meet weights that have moved on."""
-        here = part.mask.bool()
-        ratio, gain = _log_ratio(log_probs, old, part, config)[here].exp(), part.advantages[here] > 0
+        ratio, gain = _log_ratio(log_probs, old, part, config).exp(), part.advantages > 0
         self._low += float(((ratio < 1.0 - config.clip_low) & ~gain).sum())
         self._high += float(((ratio > 1.0 + config.clip_high) & gain).sum())
         self._tokens += len(ratio)
         if first:
-            self._gaps.append((log_probs - part.rollout_log_probs)[here].abs())
-            self._ratios.append((log_probs - part.rollout_log_probs)[here].exp())
+            self._gaps.append((log_probs - part.rollout_log_probs).abs())
+            self._ratios.append((log_probs - part.rollout_log_probs).exp())
 
     def measures(self) -> dict[str, float]:
         gaps, ratios = torch.cat(self._gaps).cpu().numpy(), torch.cat(self._ratios)
