@@ -24,12 +24,16 @@ from liaoyuan.errors import LiaoyuanError
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a long work is: `done` of `total` units ("step", "MB"), and what to say beside the bar."""
+    """How far a long work is: `done` of `total` units ("step", "MB"), and what to say beside the bar.
+
+    value: the figure that the work is about (a loss, a reward), of which a terminal draws a small curve.
+    """
 
     done: int
     total: int
     unit: str = "step"
     text: str = ""
+    value: float | None = None
 
 
 Report = Callable[[Progress], None]  # what a room calls to say how far it is; the command line draws it

@@ -131,7 +131,7 @@ def reinforce(
         metrics.write(step, **values)
         if done.steps % config.checkpoint_every == 0 or done.steps == end:
             save_state(folder / STATE, done.steps, model, optimiser, _extra(done, config))
-        report(Progress(done.steps, config.steps, "step", f"reward {values['reward']:.3f}"))
+        report(Progress(done.steps, config.steps, "step", f"reward {values['reward']:.3f}", values["reward"]))
     metrics.close()
     lock.release()
     return done
