@@ -8,6 +8,7 @@ import sys
 import typer
 
 from liaoyuan.cli.chat import chat
+from liaoyuan.cli.console import console
 from liaoyuan.cli.convert import convert
 from liaoyuan.cli.data import data
 from liaoyuan.cli.doctor import doctor
@@ -48,6 +49,7 @@ app.command()(convert)
 app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.add_typer(ops, name="ops")
 app.command()(report)
+app.command()(console)
 app.command()(doctor)
 
 INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
