@@ -34,11 +34,12 @@ from liaoyuan.runs import (
     title_of,
     visible,
 )
-from liaoyuan.runs.rollouts import LONG_TEXTS
+from liaoyuan.runs.rollouts import CHOICE, LONG_TEXTS
 
 KEPT_CURVES, KEPT_STEPS = 64, 4  # runs of which what was read is kept
 LIST_SECONDS, LIST_SHARE = 1.0, 20  # for which a list is not looked up anew: in seconds, and in times of a look
 SHORT = 1_500  # characters of a text in a list of rollouts
+MOST_SAMPLES = 128  # of a group
 PIECE = 50_000  # characters of a long text that come at once
 SEARCHED = ("text", "thought", "question", "gold", "parsed", "reason", "flaw")
 EXCERPT = 60  # characters before and after what was searched
@@ -202,13 +203,14 @@ def _group(rollouts: Sequence[Shown], wanted: Filter, places: dict[int, int]) ->
     shared = {name: getattr(first, name) for name in ("group", "problem", "task", "level", "question", "gold")}
     common = ("step", *shared)
     samples = []
-    for one in rollouts:
+    for one in rollouts[:MOST_SAMPLES]:
         short, cut = shortened(one, SHORT)
         own = {name: value for name, value in asdict(short).items() if name not in common}
         cut = {name: length for name, length in cut.items() if name in own}
         samples.append(own | {"verdict": one.verdict, "place": places[id(one)], "wanted": wanted(one), "long": cut})
     long = {name: length for name, length in long.items() if name in shared}
-    return shared | {"place": places[id(rollouts[0])], "long": long, "samples": samples}
+    left_out = len(rollouts) - len(samples)
+    return shared | {"place": places[id(rollouts[0])], "long": long, "samples": samples, "left_out": left_out}
 
 
 def _choices(step: Step) -> dict[str, Any]:
@@ -218,8 +220,8 @@ def _choices(step: Step) -> dict[str, Any]:
         "all": len(step.rollouts),
         "verdicts": {name: verdicts.count(name) for name in ("right", "partly", "wrong", "unjudged")},
         "levels": sorted({one.level for one in step.rollouts if one.level is not None})[:100],
-        "tasks": sorted({one.task[:200] for one in step.rollouts if one.task})[:100],
-        "flaws": sorted({one.flaw[:200] for one in step.rollouts if one.flaw})[:100],
+        "tasks": sorted({one.task[:CHOICE] for one in step.rollouts if one.task})[:100],
+        "flaws": sorted({one.flaw[:CHOICE] for one in step.rollouts if one.flaw})[:100],
         "unread": step.unread,
         "whole": step.whole,
     }

@@ -66,7 +66,7 @@ export class CurvesView {
   async refresh() {
     const { place } = this.page;
     const runs = this.page.chosen();
-    if (!runs.length) return this.say("choose");
+    if (!runs.length) return this.say(this.page.isGone() ? "gone" : "choose");
     await Promise.all(runs.map((run) => this.learn(run)));
     const axes = new Set(runs.flatMap((run) => this.details.get(run.name).axes));
     for (const choice of this.axis.children) choice.hidden = !axes.has(choice.firstChild.value) && choice.firstChild.value !== place.axis;

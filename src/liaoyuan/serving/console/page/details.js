@@ -17,7 +17,7 @@ export class DetailsView {
     const runs = this.page.chosen();
     if (!runs.length) {
       const said = element("p", { class: "empty" });
-      label(said, "choose");
+      label(said, this.page.isGone() ? "gone" : "choose");
       return this.root.replaceChildren(said);
     }
     const found = await Promise.all(runs.map((run) => ask("run", { run: run.name })));

@@ -21,7 +21,7 @@ export function groupView(group, lens, link) {
     group.gold ? element("div", { class: "gold" }, element("span", { class: "tag" }, say("gold")), ...textView("gold", group, lens)) : "");
   const samples = group.samples.map((sample) => sampleView(sample, lens));
   return element("article", { class: "card group", tabindex: "-1", "data-group": group.group, "aria-label": say("rightOf", right, group.samples.length) },
-    head, element("div", { class: "samples" }, ...samples));
+    head, element("div", { class: "samples" }, ...samples), group.left_out ? element("p", { class: "left-out" }, say("leftOut", group.left_out)) : "");
 }
 
 function sampleView(sample, lens) {

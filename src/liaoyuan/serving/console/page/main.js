@@ -32,6 +32,11 @@ const page = {
     return this.place.runs.map((name) => this.runs.find((run) => run.name === name)).filter(Boolean);
   },
 
+  /** Whether runs were chosen of which none is there. */
+  isGone() {
+    return this.place.runs.length > 0 && !this.chosen().length;
+  },
+
   /** A run keeps its colour for as long as it is chosen. */
   colour(name) {
     return (this.colours.get(name) ?? 0) % COLOURS;

@@ -61,9 +61,9 @@ export class RolloutsView {
   async show() {
     const runs = this.page.runs.filter((run) => run.rollouts);
     const chosen = this.page.chosen();
-    const run = chosen.find((each) => each.rollouts) ?? (chosen.length ? null : runs[0]);
+    const run = chosen.find((each) => each.rollouts) ?? (this.page.place.runs.length ? null : runs[0]);
     this.offer(runs, run);
-    if (!run) return this.say("noRollouts");
+    if (!run) return this.say(this.page.isGone() ? "gone" : "noRollouts");
     this.steps = (await ask("steps", { run: run.name })).steps;
     if (!this.steps.length) return this.say("noRollouts");
     const { place } = this.page;
@@ -80,7 +80,8 @@ export class RolloutsView {
   /** Follow the newest step while it is looked at; an older one does not change. */
   async refresh() {
     const run = this.page.chosen().find((each) => each.rollouts);
-    if (!run || this.page.place.everywhere) return;
+    if (!run) return this.show();
+    if (this.page.place.everywhere) return;
     const reading = this.root.contains(document.activeElement) && document.activeElement.closest(".group, .toolbar");
     if (this.page.place.step === null && !reading) return this.show();
     this.steps = (await ask("steps", { run: run.name })).steps;

@@ -1,11 +1,11 @@
 // The arithmetic of curves: round ticks, smoothing, numbers as text. Pure functions.
 
-/** Round numbers from at most `low` to at least … within [low, high], about `count` of them. */
+/** Round numbers within [low, high], about `count` of them. */
 export function ticks(low, high, count) {
   if (!(high > low)) return [low];
   const rough = (high - low) / Math.max(1, count);
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((times) => times * power).find((size) => size >= rough * 0.999);
+  const step = [1, 2, 2.5, 5, 10].map((times) => times * power).find((size) => size >= rough * 0.8);
   const found = [];
   for (let place = Math.ceil(low / step - 1e-9); place * step <= high + step * 1e-9; place++) {
     found.push(Number((place * step).toPrecision(12)));
