@@ -14,6 +14,7 @@ from liaoyuan.cli.progress import SmallCurve
 from liaoyuan.cli.report import names_of, report
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import Lock, Progress
+from liaoyuan.runs import both, tables_of
 from tests.runs.making import HOSTILE, make_run, rollout, row, write_metrics, write_rollouts
 
 
@@ -59,6 +60,24 @@ def test_runs_are_compared_on_one_page(run, tmp_path):
     with pytest.raises(LiaoyuanError, match="is no run folder"):
         report([tmp_path / "none"])
     assert names_of([Path("a/b"), Path("c/b"), Path("c/d")]) == ["a/b", "c/b", "c/d"]
+
+
+def test_the_results_of_every_kind_of_run_are_tables():
+    interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    rl = {"steps": 9, "accuracy": {"start": {"greedy": interval}, "model": {"greedy": 0.75}}}
+    sft = {"kept": {"step": 3, "choice": "the last"}, "held_out": {"records": 7, "loss": {"before": interval}}}
+    dpo = {"held_out": 40, "start": {"margin": interval}, "model": {"margin": interval, "accuracy": 0.25}}
+    shapes = []
+    for result in (rl, sft, dpo):
+        found = tables_of(result)
+        rows = [[(both(name)[0], [each.value for each in row]) for name, row in table.rows] for table in found.tables]
+        shapes.append((rows, {both(name)[0]: value for name, value in found.facts}))
+    assert shapes == [
+        ([[("the model it began from", ["0.5"]), ("the tuned model", ["0.75"])]], {"steps": "9"}),
+        ([[("loss", ["0.5"])]], {"kept": "step 3, choice the last"}),
+        ([[("the model it began from", ["0.5", "–"]), ("the tuned model", ["0.5", "0.25"])]], {"held out": "40"}),
+    ]
+    assert tables_of(dpo).tables[0].rows[0][1][0].interval == ("0.4", "0.6")
 
 
 @pytest.mark.parametrize("gone", ["metrics.jsonl", "config.toml", "findings.jsonl", "result.json", "rollouts"])

@@ -153,7 +153,7 @@ def test_what_a_hostile_model_wrote_is_text_of_plain_characters(client, tmp_path
     details = ask(client, "run", run="rl")
     shown += json.dumps(details, ensure_ascii=False)
     assert "\x1b" not in shown and "\u202e" not in shown and "\ud800" not in shown
-    assert details["result"]["<b>⟨U+202E⟩"] is None
+    assert details["result"]["facts"] == [{"name": {"en": "<b>⟨U+202E⟩", "zh": "<b>⟨U+202E⟩"}, "value": "nan"}]
 
 
 @pytest.mark.parametrize(

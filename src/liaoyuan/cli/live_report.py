@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from liaoyuan.cli.progress import bar
 from liaoyuan.rundir import Progress, Report
 
 if TYPE_CHECKING:
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 SHARE = 0.01  # of the process's CPU time, which the pages of a run may cost
 FIRST_SECONDS = 1.0  # that the first page is taken to cost: matplotlib is loaded for it
 AGAIN_SECONDS = 20.0  # at least between two pages, on the wall's clock: as often as an open page looks
+
+
+@contextlib.contextmanager
+def followed(title: str, folder: Path, quiet: bool = False) -> Iterator[Report]:
+    """Yield a `Report` of a run in `folder` that draws its bar and keeps its page up to date."""
+    with bar(title, quiet) as drawn, live_report(folder, drawn, quiet) as report:
+        yield report
 
 
 @contextlib.contextmanager

@@ -34,8 +34,7 @@ def sft(
     json: Json = False,
 ) -> None:
     """Fine-tune on conversations; only the assistant's tokens are learned. Also under torchrun (FSDP)."""
-    from liaoyuan.cli.live_report import live_report
-    from liaoyuan.cli.progress import bar
+    from liaoyuan.cli.live_report import followed
     from liaoyuan.device import select_device
     from liaoyuan.parallel import start
     from liaoyuan.tuning.sft_run import run_sft
@@ -43,8 +42,7 @@ def sft(
     config = sft_config(run_file, set_, model, data)
     world = start(select_device(config.device))
     try:
-        quiet = not world.is_first
-        with bar("SFT", quiet) as drawn, live_report(out, drawn, quiet) as report:
+        with followed("SFT", out, quiet=not world.is_first) as report:
             result = run_sft(config, out, report, world)
         if world.is_first:
             _show(result, out, json)
@@ -62,12 +60,11 @@ def rl(
     json: Json = False,
 ) -> None:
     """Reinforce on fresh problems, rewarded by the checked answer alone; the best checkpoint is kept."""
-    from liaoyuan.cli.live_report import live_report
-    from liaoyuan.cli.progress import bar
+    from liaoyuan.cli.live_report import followed
     from liaoyuan.tuning.rl_run import RlConfig, run_rl
 
     config = _config(RlConfig, run_file, set_, {"model": model, "task": task})
-    with bar("RL") as drawn, live_report(out, drawn) as report:
+    with followed("RL", out) as report:
         result = run_rl(config, out, report)
     _show(result, out, json)
 

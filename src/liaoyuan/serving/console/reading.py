@@ -23,6 +23,7 @@ from liaoyuan.runs import (
     Shown,
     Step,
     Steps,
+    both,
     chart_of,
     describe,
     find_runs,
@@ -31,6 +32,7 @@ from liaoyuan.runs import (
     read_result,
     run_folder,
     shortened,
+    tables_of,
     title_of,
     visible,
 )
@@ -46,7 +48,6 @@ EXCERPT = 60  # characters before and after what was searched
 MOST_HITS = 50
 SEARCH_SECONDS = 0.4  # after which a search answers with what it has, and from where to go on
 MOST_CONFIG = 2**17
-DEEPEST = 12  # levels of a result that are shown
 Kept = TypeVar("Kept")
 
 
@@ -91,7 +92,7 @@ class Reading:
                 "figures": _figures(dict.fromkeys(sorted(figures, key=lambda each: known.get(each, 1000)))),
                 "axes": curves.axes(),
                 "findings": [asdict(each) for each in read_findings(folder)],
-                "result": _clean(read_result(folder)),
+                "result": _result(read_result(folder)),
                 "config": visible(folder.read("config.toml", most=MOST_CONFIG)),
             }
 
@@ -194,8 +195,7 @@ def _figures(values: dict[str, float | None]) -> list[dict[str, Any]]:
 
 
 def _both(words: Words) -> dict[str, str]:
-    texts = (words, words) if isinstance(words, str) else (words.en, words.zh)
-    return dict(zip(("en", "zh"), map(visible, texts), strict=True))
+    return dict(zip(("en", "zh"), map(visible, both(words)), strict=True))
 
 
 def _group(rollouts: Sequence[Shown], wanted: Filter, places: dict[int, int]) -> dict[str, Any]:
@@ -247,14 +247,11 @@ def _around(text: str, words: str) -> str:
     return ("…" if begin else "") + text[begin : at + len(words) + EXCERPT][: 4 * EXCERPT]
 
 
-def _clean(value: Any, depth: int = 0) -> Any:
-    """Return a JSON value whose texts are safe to show and whose numbers every browser can read."""
-    if depth > DEEPEST:
-        return "…"
-    if isinstance(value, dict):
-        return {visible(key)[:200]: _clean(inner, depth + 1) for key, inner in list(value.items())[:500]}
-    if isinstance(value, list):
-        return [_clean(inner, depth + 1) for inner in value[:100]]
-    if isinstance(value, str):
-        return visible(value)[:SHORT]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _result(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the tables of a result."""
+    found = tables_of(result)
+    tables = []
+    for table in found.tables:
+        rows = [{"name": _both(row), "figures": [asdict(each) for each in figures]} for row, figures in table.rows]
+        tables.append({"title": _both(table.title), "columns": [*map(_both, table.columns)], "rows": rows})
+    return {"tables": tables, "facts": [{"name": _both(name), "value": value} for name, value in found.facts]}

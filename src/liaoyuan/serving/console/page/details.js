@@ -2,8 +2,7 @@
 
 import { element } from "/chat/element.js";
 import { ask } from "./api.js";
-import { short } from "./scale.js";
-import { label, say } from "./words.js";
+import { label, pick, say } from "./words.js";
 
 const SIGNS = { error: "✗", warning: "!", note: "·" };
 
@@ -52,36 +51,21 @@ function findings(found) {
   return element("ul", { class: "findings" }, ...items);
 }
 
-function result(found) {
-  const names = Object.keys(found);
-  if (!names.length) return element("p", { class: "quiet-line" }, say("noResult"));
-  const tables = names.filter((name) => rows(found[name]).length).map((name) => table(name, found[name]));
-  const facts = names.filter((name) => !rows(found[name]).length && !Array.isArray(found[name]));
-  const list = facts.map((name) => element("div", {}, element("dt", {}, words(name)), element("dd", {}, text(found[name]))));
-  return element("div", { class: "results" }, ...tables, facts.length ? element("dl", { class: "facts-list" }, ...list) : "");
+function result({ tables, facts }) {
+  if (!tables.length && !facts.length) return element("p", { class: "quiet-line" }, say("noResult"));
+  const list = facts.map(({ name, value }) => element("div", {}, element("dt", {}, pick(name)), element("dd", {}, value)));
+  return element("div", { class: "results" }, ...tables.map(table), facts.length ? element("dl", { class: "facts-list" }, ...list) : "");
 }
 
-/** The members of an object that are measured alike, each with its figures: [name, {figure: value}]. */
-function rows(value) {
-  if (!isObject(value) || "mean" in value) return [];
-  return Object.entries(value).filter(([, inner]) => isObject(inner) && !("mean" in inner) && Object.keys(inner).length);
+function table({ title, columns, rows }) {
+  const cell = (tag, scope, words) => element(tag, { scope }, pick(words));
+  const head = element("tr", {}, cell("th", "col", title), ...columns.map((column) => cell("th", "col", column)));
+  const body = rows.map(({ name, figures }) => element("tr", {}, cell("th", "row", name), ...figures.map(figureView)));
+  return element("div", { class: "wide", tabindex: "0", "aria-label": pick(title) }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...body)));
 }
 
-function table(name, value) {
-  const lines = rows(value);
-  const columns = [...new Set(lines.flatMap(([, inner]) => Object.keys(inner)))].slice(0, 12);
-  const head = element("tr", {}, element("th", { scope: "col" }, words(name)), ...columns.map((column) => element("th", { scope: "col" }, words(column))));
-  const body = lines.map(([row, inner]) => element("tr", {}, element("th", { scope: "row" }, words(row)), ...columns.map((column) => element("td", {}, text(inner[column])))));
-  return element("div", { class: "wide", tabindex: "0" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...body)));
+function figureView({ value, interval }) {
+  const made = element("td", {}, value);
+  if (interval) made.append(element("small", {}, say("between", ...interval)));
+  return made;
 }
-
-function text(value) {
-  if (value === null || value === undefined) return "–";
-  if (typeof value === "number") return Number.isInteger(value) ? value.toLocaleString("en") : short(value);
-  if (!isObject(value)) return String(value);
-  if ("mean" in value) return `${short(value.mean)} (${short(value.low)} – ${short(value.high)})`;
-  return Object.entries(value).map(([name, inner]) => `${words(name)} ${text(inner)}`).join(", ");
-}
-
-const words = (name) => name.replaceAll("_", " ");
-const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);

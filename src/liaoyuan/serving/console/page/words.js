@@ -116,6 +116,7 @@ speak({
     atSteps: (first, last, times) => `steps ${first}–${last}, ${times} times`,
     result: "Result",
     noResult: "The run has not come to its result yet.",
+    between: (low, high) => `${low} to ${high}`,
     config: "Config",
   },
   zh: {
@@ -229,6 +230,7 @@ speak({
     atSteps: (first, last, times) => `第 ${first}–${last} 步，共 ${times} 次`,
     result: "结果",
     noResult: "此运行尚未得到结果。",
+    between: (low, high) => `${low} 至 ${high}`,
     config: "配置",
   },
 });
