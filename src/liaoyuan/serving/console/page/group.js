@@ -28,8 +28,8 @@ function sampleView(sample, lens) {
   const reward = sample.reward === null ? say("noReward") : short(sample.reward);
   const head = element("header", {}, element("b", { class: `verdict ${sample.verdict}` }, `${MARKS[sample.verdict]} ${reward}`));
   if (sample.advantage !== null) {
-    const sign = sample.advantage > 0 ? "+" : "";
-    head.append(element("span", { class: "advantage", title: say("advantage") }, `A ${sign}${short(sample.advantage)}`));
+    const sign = sample.advantage > 0 ? "+" : sample.advantage < 0 ? "−" : "";
+    head.append(element("span", { class: "advantage", title: say("advantage") }, `A ${sign}${short(Math.abs(sample.advantage))}`));
   }
   if (sample.tokens !== null) head.append(element("span", { class: "tokens" }, say("tokens", sample.tokens)));
   const made = element("section", { class: `sample ${sample.verdict}${sample.wanted ? "" : " other"}` }, head);
