@@ -2,10 +2,14 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -213,3 +217,17 @@ def test_a_thousand_steps_and_ten_thousand_rollouts_are_read_a_part_at_a_time(cl
     monkeypatch.setattr("liaoyuan.runs.curves.json.loads", lambda line: pytest.fail("a row is read twice"))
     again = client.get("/data/curves", params={"run": "long", "figure": figures})
     assert again.content == reply.content
+
+
+def test_the_command_line_opens_it_and_ctrl_c_is_a_clean_end(tmp_path):
+    make_run(tmp_path / "runs" / "rl", 3)
+    command = [sys.executable, "-m", "liaoyuan", "console", str(tmp_path / "runs"), "--port", "0", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        url = json.loads(process.stdout.readline())["url"]
+        assert httpx.get(f"{url}/data/runs").json()["runs"][0]["name"] == "rl"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0, process.stderr and process.stderr.read()
+    command[4] = str(tmp_path / "none")
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "There is no folder" in refused.stderr and "Traceback" not in refused.stderr

@@ -38,7 +38,7 @@ from liaoyuan.runs import (
 )
 from liaoyuan.runs.rollouts import CHOICE, LONG_TEXTS
 
-KEPT_CURVES, KEPT_STEPS = 64, 4  # runs of which what was read is kept
+KEPT_CURVES, KEPT_STEPS = 1_000, 4  # runs of which what was read is kept
 LIST_SECONDS, LIST_SHARE = 1.0, 20  # for which a list is not looked up anew: in seconds, and in times of a look
 SHORT = 1_500  # characters of a text in a list of rollouts
 MOST_SAMPLES = 128  # of a group
@@ -78,7 +78,8 @@ class Reading:
             run = asdict(describe(folder, name, curves))
         except Absent:
             return None  # removed while we looked
-        return run | {"shown": visible(name), "last": _figures(run["last"]), "version": [curves.rows, curves.changed]}
+        shown = visible(self._folder.root.resolve().name if name == "." else name)
+        return run | {"shown": shown, "last": _figures(run["last"]), "version": [curves.rows, curves.changed]}
 
     def details(self, name: str) -> dict[str, Any]:
         """Return what one run is: findings, result, config, and which figures it has over which axes."""

@@ -57,7 +57,8 @@ function textView(name, from, lens) {
   label(more, "more", length.toLocaleString("en"));
   let shown = [...from[name]].length; // the server counts characters as Python does
   more.addEventListener("click", async () => {
-    const found = await lens.ask({ place: from.place, name, offset: shown });
+    const found = await lens.ask({ place: from.place, name, offset: shown }).catch(() => null);
+    if (!found) return label(more, "gone");
     text.append(...marked(found.text, lens.words));
     shown += [...found.text].length;
     if (shown >= found.length || !found.text) more.remove();
