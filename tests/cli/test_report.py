@@ -59,6 +59,9 @@ def test_runs_are_compared_on_one_page(run, tmp_path):
         report([run, tmp_path / "other" / "rl"])
     with pytest.raises(LiaoyuanError, match="is no run folder"):
         report([tmp_path / "none"])
+    (run / "summary.json").write_text("{}")
+    with pytest.raises(LiaoyuanError, match="keeps its own report"):
+        report([run])
     assert names_of([Path("a/b"), Path("c/b"), Path("c/d")]) == ["a/b", "c/b", "c/d"]
 
 
@@ -146,7 +149,7 @@ def test_the_pages_of_a_run_cost_at_most_a_hundredth_of_its_time(tmp_path, monke
         if page.is_due():
             page.write("running")
             assert page.spent <= 0.01 * now["cpu"]
-    assert 20 <= len(pages) <= 25 and pages[0] >= 100, "the first one is taken to cost a second"
+    assert 20 <= len(pages) <= 25 and 100 <= pages[0] <= 130, "the first one is taken to cost a second"
 
 
 def test_the_page_is_there_at_the_end_and_after_a_stop(tmp_path, monkeypatch):

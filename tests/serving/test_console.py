@@ -54,6 +54,7 @@ def test_runs_are_listed_with_what_they_are_and_how_far(client, tmp_path, monkey
         "title": {"en": "Reward", "zh": "奖励"},
         "unit": {"en": "mean of the rollouts", "zh": "采样均值"},
         "percent": False,
+        "usual": True,
         "value": 0,
     }
     other = found["deep/other"]

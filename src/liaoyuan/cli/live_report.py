@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SHARE = 0.01  # of the process's CPU time, which the pages of a run may cost
 FIRST_SECONDS = 1.0  # that the first page is taken to cost: matplotlib is loaded for it
+MARGIN = 1.25  # by which a page may cost more than the one before
 AGAIN_SECONDS = 20.0  # at least between two pages, on the wall's clock: as often as an open page looks
 
 
@@ -60,10 +61,10 @@ class LivePage:
         self._broken = self.begun = False
 
     def is_due(self) -> bool:
-        """Return whether a further page, which will cost what the last one did, stays below the share."""
+        """Return whether a further page, which will cost about what the last one did, stays below the share."""
         if self._broken or time.monotonic() - self._written < AGAIN_SECONDS:
             return False
-        return self.spent + self._last <= SHARE * (time.process_time() - self._start)
+        return self.spent + MARGIN * self._last <= SHARE * (time.process_time() - self._start)
 
     def write(self, state: "State") -> None:
         """Write the page; `state` is said, for the files of a run tell it to other processes only."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-PAGE = "report.html"
+PAGE, SUMMARY = "report.html", "summary.json"
 
 
 def report(
@@ -20,6 +20,11 @@ def report(
 
     if out is None and len(runs) > 1:
         raise LiaoyuanError("Say with --out where the page of several runs is to be.")
+    whole = next((path for path in runs if (path / SUMMARY).exists()), None)
+    if whole is not None:
+        raise LiaoyuanError(
+            f"{whole} is a run of runs, a quickstart or a study, and keeps its own {PAGE}: name one of the runs in it."
+        )
     folders = {name: open_run(path) for name, path in zip(names_of(runs), runs, strict=True)}
     path = out or runs[0] / PAGE
     write_atomic(path, run_page(folders).html())

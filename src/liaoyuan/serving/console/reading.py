@@ -16,6 +16,7 @@ from liaoyuan.report import Words
 from liaoyuan.runs import (
     CHARTS,
     QUIET,
+    USUAL,
     Absent,
     Curves,
     Filter,
@@ -187,7 +188,8 @@ def _figures(values: dict[str, float | None]) -> list[dict[str, Any]]:
     found = []
     for name, value in values.items():
         chart = chart_of(name)
-        found.append({"name": name, "title": _both(title_of(name)), "percent": bool(chart and chart.percent)})
+        percent = bool(chart and chart.percent)
+        found.append({"name": name, "title": _both(title_of(name)), "percent": percent, "usual": name in USUAL})
         if chart:
             found[-1]["unit"] = _both(chart.unit)
         if value is not None:

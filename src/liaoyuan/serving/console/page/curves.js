@@ -7,8 +7,7 @@ import { bounds } from "./scale.js";
 import { label, pick, say, translate } from "./words.js";
 
 const AXES = ["step", "tokens", "cpu_seconds", "seconds"];
-const USUAL = 12; // charts that are shown where the reader chose none
-const RARE = new Set(["learning_rate"]);
+const FIRST = 12; // charts that are shown where nobody chose and none is usual
 const NEAR = 400; // pixels beyond the window within which a chart is drawn already
 
 export class CurvesView {
@@ -110,7 +109,7 @@ export class CurvesView {
   isWanted(figure, figures) {
     const { figures: chosen } = this.page.place;
     if (chosen) return chosen.includes(figure.name);
-    return figures.filter((each) => !RARE.has(each.name)).slice(0, USUAL).includes(figure);
+    return figures.some((each) => each.usual) ? figure.usual : figures.indexOf(figure) < FIRST;
   }
 
   offer(figures, wanted) {
