@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from liaoyuan.runs.run import State
 
 SHARE = 0.01  # of the process's CPU time, which the pages of a run may cost
-FIRST_SECONDS = 1.0  # that the first page is taken to cost: matplotlib is loaded for it
+FIRST_SECONDS = 0.8  # that the first page is taken to cost: matplotlib is loaded for it
+END_SECONDS = 0.5  # that are kept for the page of the end
 MARGIN = 1.25  # by which a page may cost more than the one before
 AGAIN_SECONDS = 20.0  # at least between two pages, on the wall's clock: as often as an open page looks
 
@@ -64,7 +65,8 @@ class LivePage:
         """Return whether a further page, which will cost about what the last one did, stays below the share."""
         if self._broken or time.monotonic() - self._written < AGAIN_SECONDS:
             return False
-        return self.spent + MARGIN * self._last <= SHARE * (time.process_time() - self._start)
+        wanted = self.spent + MARGIN * self._last + END_SECONDS
+        return wanted <= SHARE * (time.process_time() - self._start)
 
     def write(self, state: "State") -> None:
         """Write the page; `state` is said, for the files of a run tell it to other processes only."""
