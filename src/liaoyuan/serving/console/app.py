@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -52,8 +51,7 @@ def build_console(folder: Folder) -> FastAPI:
 
     app.mount("/page", Revalidated(directory=PAGE))
     app.mount("/chat", Revalidated(directory=CHAT))  # what both pages share
-    started = time.time()
-    app.add_middleware(Guard, access=Access(), metrics=Metrics(lambda: {"alive": True, "started": started}))
+    app.add_middleware(Guard, access=Access(), metrics=Metrics(lambda: {"alive": True}))
     return app
 
 
