@@ -26,6 +26,7 @@ from liaoyuan.errors import LiaoyuanError
 class Progress:
     """How far a long work is: `done` of `total` units ("step", "MB"), and what to say beside the bar.
 
+    value: the figure that the work is about (a loss, a reward), of which a terminal draws a small curve.
     note: what to say once, whatever else is left out: a warning, say.
     """
 
@@ -33,6 +34,7 @@ class Progress:
     total: int
     unit: str = "step"
     text: str = ""
+    value: float | None = None
     note: str = ""
 
 

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from liaoyuan.cli.chat import chat
+from liaoyuan.cli.console import console
 from liaoyuan.cli.convert import convert
 from liaoyuan.cli.data import data
 from liaoyuan.cli.doctor import doctor
@@ -17,6 +18,7 @@ from liaoyuan.cli.launch import launch
 from liaoyuan.cli.ops import app as ops
 from liaoyuan.cli.process import tune_process
 from liaoyuan.cli.quickstart import quickstart
+from liaoyuan.cli.report import report
 from liaoyuan.cli.rewards import app as rewards
 from liaoyuan.cli.score import score
 from liaoyuan.cli.serve import serve
@@ -46,6 +48,8 @@ app.command()(chat)
 app.command()(convert)
 app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.add_typer(ops, name="ops")
+app.command()(report)
+app.command()(console)
 app.command()(doctor)
 
 INTERRUPTED = 130  # exit code of a process that Ctrl-C ended

@@ -1,9 +1,11 @@
 """Progress of long work, drawn on standard error: done, rate and time left.
 
-On a terminal it is a live bar; in a log it is one line every few seconds, so that a log stays readable.
+On a terminal it is a live bar, with a small curve of the loss or the reward; in a log it is one line every few
+seconds, so that a log stays readable.
 """
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from rich.progress import Progress as Bars
 
 from liaoyuan.rundir import Progress, Report, silent
 
+SIGNS = "▁▂▃▄▅▆▇█"
 LOG_EVERY = 5.0  # seconds between two lines where there is no terminal
 
 heartbeat: ContextVar[Report] = ContextVar("heartbeat", default=silent)  # also told: a worker's launcher listens
@@ -54,14 +57,36 @@ def _live(title: str) -> Iterator[Report]:
     )
     with Bars(*columns, console=Console(stderr=True), transient=False) as bars:
         task = bars.add_task(title, total=None, state="")
-        clock, note = _Clock(), ""
+        clock, curve, note = _Clock(), SmallCurve(), ""
 
         def report(progress: Progress) -> None:
             nonlocal note
-            note = f"\n{escape(progress.note)}" if progress.note else note
-            bars.update(task, total=progress.total, completed=progress.done, state=clock.describe(progress) + note)
+            note = f"\n{progress.note}" if progress.note else note
+            state = f"{curve.after(progress)}  {clock.describe(progress)}".strip() + note
+            bars.update(task, total=progress.total, completed=progress.done, state=escape(state))
 
         yield report
+
+
+class SmallCurve:
+    """A curve of one line, `▁▂▄▇`: a sign for each stretch of the work, the mean of its values between the extremes."""
+
+    def __init__(self, width: int = 16) -> None:
+        self._width = width
+        self._sums: dict[int, tuple[float, int]] = {}  # of each stretch: sum and number of its values
+
+    def after(self, progress: Progress) -> str:
+        """Return the curve with what `progress` adds to it; empty while it has no two signs."""
+        if progress.value is not None and math.isfinite(progress.value):
+            place = self._width * max(0, progress.done - 1) // max(1, progress.total)
+            total, count = self._sums.get(place, (0.0, 0))
+            self._sums[place] = total + progress.value, count + 1
+        means = [total / count for _, (total, count) in sorted(self._sums.items())]
+        if len(means) < 2:
+            return ""
+        low, high = min(means), max(means)
+        scale = (len(SIGNS) - 1) / (high - low) if high > low else 0.0
+        return "".join(SIGNS[round((mean - low) * scale)] for mean in means)
 
 
 class _Log:

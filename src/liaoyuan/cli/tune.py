@@ -37,7 +37,7 @@ def sft(
     json: Json = False,
 ) -> None:
     """Fine-tune on conversations; only the assistant's tokens are learned. Also under torchrun (FSDP)."""
-    from liaoyuan.cli.progress import bar
+    from liaoyuan.cli.live_report import followed
     from liaoyuan.device import select_device
     from liaoyuan.parallel import start
     from liaoyuan.tuning.sft_run import run_sft
@@ -45,7 +45,7 @@ def sft(
     config = sft_config(run_file, set_, model, data)
     world = start(select_device(config.device))
     try:
-        with bar("SFT", quiet=not world.is_first) as report:
+        with followed("SFT", out, quiet=not world.is_first) as report:
             result = run_sft(config, out, report, world)
         if world.is_first:
             _show(result, out, json)
@@ -152,11 +152,11 @@ def rl(
 ) -> None:
     """Reinforce on fresh problems, rewarded by checked answers; the best checkpoint is kept, and compared."""
     from liaoyuan.cli.gain import gain_lines
-    from liaoyuan.cli.progress import bar
+    from liaoyuan.cli.live_report import followed
     from liaoyuan.tuning.rl_run import RlConfig, run_rl
 
     config = _config(RlConfig, run_file, set_, {"model": model, "task": task, "data": data})
-    with bar("RL") as report:
+    with followed("RL", out) as report:
         result = run_rl(config, out, report)
     _show(result, out, json)
     if not json and "accuracy" in result:

@@ -5,6 +5,7 @@ browser chooses, a switch changes it. `Page.html()` needs no network, no other f
 """
 
 from liaoyuan.report.page import (
+    Answers,
     Cell,
     Code,
     Figure,
@@ -16,12 +17,14 @@ from liaoyuan.report.page import (
     Sample,
     Samples,
     Section,
+    Side,
     Table,
 )
 from liaoyuan.report.plot import Bar, Bars, Interval, Intervals, Line, Lines, Plot, Point, Points
 from liaoyuan.report.text import Text, Words
 
 __all__ = [
+    "Answers",
     "Bar",
     "Bars",
     "Cell",
@@ -42,6 +45,7 @@ __all__ = [
     "Sample",
     "Samples",
     "Section",
+    "Side",
     "Table",
     "Text",
     "Words",

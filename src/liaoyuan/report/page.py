@@ -92,6 +92,39 @@ VERDICTS: dict[bool | None, tuple[Words, str]] = {
 
 
 @dataclass(frozen=True)
+class Side:
+    """One of several answers to a question: who wrote it or what it is worth, and whether it is right, if known."""
+
+    name: Words
+    text: str
+    right: bool | None = None
+
+    def markup(self) -> str:
+        verdict, kind = VERDICTS[self.right]
+        return (
+            f'<div class="side {kind}"><h4>{markup(self.name)} <em>{markup(verdict)}</em></h4>'
+            f"<pre>{html.escape(self.text)}</pre></div>"
+        )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A question with its right answer, and answers to it side by side."""
+
+    question: str
+    answer: str
+    sides: Sequence[Side]
+
+    def markup(self, prefix: str) -> str:
+        answer = markup(Text("right answer", "正确答案"))
+        return (
+            f'<article class="sample"><header><pre>{html.escape(self.question)}</pre>'
+            f"<p>{answer} <code>{html.escape(self.answer)}</code></p></header>"
+            f'<div class="sides">{"".join(side.markup() for side in self.sides)}</div></article>'
+        )
+
+
+@dataclass(frozen=True)
 class Samples:
     """Samples side by side, under the names of what wrote them."""
 
@@ -100,23 +133,14 @@ class Samples:
     after: Words
 
     def markup(self, prefix: str) -> str:
-        return f'<div class="samples">{"".join(self._one(sample) for sample in self.samples)}</div>'
+        return f'<div class="samples">{"".join(self._one(sample).markup(prefix) for sample in self.samples)}</div>'
 
-    def _one(self, sample: Sample) -> str:
-        answer = markup(Text("right answer", "正确答案"))
-        return (
-            f'<article class="sample"><header><pre>{html.escape(sample.question)}</pre>'
-            f"<p>{answer} <code>{html.escape(sample.answer)}</code></p></header>"
-            f"{self._side(self.before, sample.before, sample.before_right)}"
-            f"{self._side(self.after, sample.after, sample.after_right)}</article>"
+    def _one(self, sample: Sample) -> Answers:
+        sides = (
+            Side(self.before, sample.before, sample.before_right),
+            Side(self.after, sample.after, sample.after_right),
         )
-
-    def _side(self, name: Words, text: str, right: bool | None) -> str:
-        verdict, kind = VERDICTS[right]
-        return (
-            f'<div class="side {kind}"><h4>{markup(name)} <em>{markup(verdict)}</em></h4>'
-            f"<pre>{html.escape(text)}</pre></div>"
-        )
+        return Answers(sample.question, sample.answer, sides)
 
 
 @dataclass(frozen=True)
@@ -131,7 +155,7 @@ class Code:
         return f'<details class="code"><summary>{markup(self.title)}</summary>{body}</details>'
 
 
-Part = Paragraph | Table | KeyFigures | Samples | Code | Plot
+Part = Paragraph | Table | KeyFigures | Samples | Answers | Code | Plot
 
 
 @dataclass(frozen=True)
@@ -159,20 +183,25 @@ def _row(pieces: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole report: `subtitle` under the title, then the sections."""
+    """A whole report: `subtitle` under the title, then the sections.
+
+    refresh_seconds: an open page looks after so many whether it was written anew; None: it is what it will be.
+    """
 
     title: Words
     sections: Sequence[Section]
     subtitle: Words = ""
+    refresh_seconds: int | None = None
 
     def html(self) -> str:
         """Return the page: one file, no reference outside it, the same bytes for the same contents."""
         body = "".join(section.markup(f"s{index}") for index, section in enumerate(self.sections))
+        refresh = f'<meta http-equiv="refresh" content="{self.refresh_seconds}">' if self.refresh_seconds else ""
         switch = '<button type="button" id="language" aria-label="Language · 语言">中文</button>'
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            '<meta name="color-scheme" content="light dark">'
+            f'<meta name="color-scheme" content="light dark">{refresh}'
             f"<title>{html.escape(plain(self.title))}</title><style>{_asset('page.css')}</style></head><body>"
             f'<header class="top"><div><h1>{markup(self.title)}</h1>'
             f'<p class="subtitle">{markup(self.subtitle)}</p></div>{switch}</header>'

@@ -185,10 +185,10 @@ def _add_page(app: FastAPI, served: Served, about: About) -> None:
     def render_markdown(body: RenderRequest) -> dict[str, str]:
         return {"html": render(body.text)}
 
-    app.mount("/page", _Revalidated(directory=PAGE), name="page")
+    app.mount("/page", Revalidated(directory=PAGE), name="page")
 
 
-class _Revalidated(StaticFiles):
+class Revalidated(StaticFiles):
     """Static files of which a browser asks each time whether they have changed, so that an upgrade shows at once."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Any:

@@ -362,7 +362,7 @@ def _load_tokenizer(model_dir: Path) -> Tokenizer:
 
 def check_port(host: str = "127.0.0.1", port: int = 8000) -> None:
     """Raise LiaoyuanError if a server could not listen there now: better known before long work than after it."""
-    _bind(host, port).close()
+    bind(host, port).close()
 
 
 def is_loopback(host: str) -> bool:
@@ -376,11 +376,11 @@ def _bind_all(hosts: str, port: int, kept: contextlib.ExitStack) -> list[socket.
     if not all(host.strip() for host in hosts.split(",")):
         raise LiaoyuanError(f"--host '{hosts}' names an empty address: write 127.0.0.1, or several as 127.0.0.1,::1.")
     for host in hosts.split(","):
-        bound.append(kept.enter_context(_bind(host.strip(), bound[0].getsockname()[1] if bound else port)))
+        bound.append(kept.enter_context(bind(host.strip(), bound[0].getsockname()[1] if bound else port)))
     return bound
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """Return a listening socket; it takes the port before the model is loaded, which may take long."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)

@@ -155,7 +155,8 @@ def train(
             states.after_step(done.steps, program, optimiser, extra_of(done, config, guard), durable=due)
             if last or stop:
                 states.wait()
-            tell(Progress(done.steps, config.steps, "step", f"loss {outcome.loss:.3f}, {speed:,.0f} tokens/s"))
+            said = f"loss {outcome.loss:.3f}, {speed:,.0f} tokens/s"
+            tell(Progress(done.steps, config.steps, "step", said, outcome.loss))
             if stop and not last:
                 raise Stopped(
                     f"Stopped after step {done.steps} of {config.steps}; the same command goes on from there."

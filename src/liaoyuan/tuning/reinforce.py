@@ -100,7 +100,7 @@ def reinforce(
             stop = is_asked() and steps < end
             if steps % config.checkpoint_every == 0 or steps == end or stop:
                 run.save()
-            report(Progress(steps, config.steps, "step", _line(values), note=note))
+            report(Progress(steps, config.steps, "step", _line(values), values.get("reward"), note))
             if stop:
                 raise Stopped(f"Stopped after step {steps} of {config.steps}; the same command goes on from there.")
         return run.done

@@ -1,10 +1,10 @@
 // The chat page: what the reader does, and what follows from it.
 
 import { fetchAbout, Refusal, renderMarkdown, streamAnswer } from "./api.js";
+import { keepTheme, switchTheme } from "./theme.js";
 import { announce, AnswerView, exampleView, questionView } from "./view.js";
 import { pick, say, switchLanguage, translate } from "./words.js";
 
-const THEME = "liaoyuan.theme";
 const NEAR_END_PX = 80; // so near the end, the page follows the answer
 
 const at = (id) => document.getElementById(id);
@@ -171,18 +171,6 @@ function showTemperature() {
   at("temperature-value").textContent = Number(page.temperature.value).toFixed(1);
 }
 
-function switchTheme() {
-  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const shown = document.documentElement.dataset.theme ?? (dark ? "dark" : "light");
-  setTheme(shown === "dark" ? "light" : "dark");
-}
-
-function setTheme(theme) {
-  if (!theme) return;
-  document.documentElement.dataset.theme = theme;
-  localStorage.setItem(THEME, theme);
-}
-
 function listen() {
   page.composer.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -211,7 +199,7 @@ function listen() {
 }
 
 async function begin() {
-  setTheme(localStorage.getItem(THEME));
+  keepTheme();
   translate();
   listen();
   try {

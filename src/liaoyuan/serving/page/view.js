@@ -1,14 +1,7 @@
 // The turns of the conversation as elements. Only text nodes, but for the sanitised HTML that the server made.
 
+import { element } from "./element.js";
 import { label, say } from "./words.js";
-
-/** Make an element: `element("p", {class: "x"}, child, …)`. */
-export function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
-}
 
 export function questionView(text) {
   return element("li", { class: "turn asked" }, element("div", { class: "bubble", dir: "auto" }, text));

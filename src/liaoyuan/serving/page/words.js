@@ -1,6 +1,10 @@
-// Every word that the page says, in English and Chinese, and the choice between them.
+// Every word that the page says, in English and Chinese.
 
-const WORDS = {
+import { count, speak } from "./language.js";
+
+export * from "./language.js";
+
+speak({
   en: {
     name: "Liaoyuan",
     newChat: "New chat",
@@ -85,54 +89,4 @@ const WORDS = {
     tooLong: "对话已超出模型能读的长度，请开始新对话。",
     single: "此模型逐题作答，看不到之前的问题。",
   },
-};
-
-const KEY = "liaoyuan.language";
-let language = localStorage.getItem(KEY) ?? preferred();
-
-function preferred() {
-  const known = navigator.languages.map((name) => name.slice(0, 2)).find((name) => name in WORDS);
-  return known ?? "en";
-}
-
-function count(number, unit) {
-  return `${number} ${unit}${number === 1 ? "" : "s"}`;
-}
-
-/** The words `key` in the page's language; those that count something take numbers. */
-export function say(key, ...numbers) {
-  const words = WORDS[language][key];
-  return typeof words === "function" ? words(...numbers) : words;
-}
-
-/** The text of a {en, zh} pair in the page's language, or in the other where that is empty. */
-export function pick(pair) {
-  return pair[language] || pair.en || pair.zh;
-}
-
-export function switchLanguage() {
-  language = language === "zh" ? "en" : "zh";
-  localStorage.setItem(KEY, language);
-}
-
-/** Say everything that `data-words…` attributes under `root` name. */
-export function translate(root = document) {
-  document.documentElement.lang = language === "zh" ? "zh-Hans" : "en";
-  for (const element of root.querySelectorAll("[data-words]")) {
-    element.textContent = say(element.dataset.words, ...JSON.parse(element.dataset.numbers ?? "[]"));
-  }
-  for (const [name, attribute] of [["wordsLabel", "aria-label"], ["wordsTitle", "title"], ["wordsPlaceholder", "placeholder"]]) {
-    const selector = `[data-${name.replace(/[A-Z]/, (letter) => "-" + letter.toLowerCase())}]`;
-    for (const element of root.querySelectorAll(selector)) {
-      element.setAttribute(attribute, say(element.dataset[name]));
-      if (attribute === "aria-label" && element.tagName === "BUTTON") element.title = say(element.dataset[name]);
-    }
-  }
-}
-
-/** Make `element` say `key`, now and after a switch of language. */
-export function label(element, key, ...numbers) {
-  element.dataset.words = key;
-  element.dataset.numbers = JSON.stringify(numbers);
-  element.textContent = say(key, ...numbers);
-}
+});
