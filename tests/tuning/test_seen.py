@@ -13,7 +13,8 @@ from liaoyuan.data import Tokenizer, write_records
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.tasks import find_task, held_out_problems, to_record
 from liaoyuan.tasks.seen import NAME, marks_of, read_seen
-from liaoyuan.tuning.reinforce import ReinforceConfig, problems_of, reinforce
+from liaoyuan.tuning.reinforce import ReinforceConfig, reinforce
+from liaoyuan.tuning.sources import problems_of
 
 ADDITION = find_task("addition")
 RL = ReinforceConfig(levels=(1, 2), steps=3, problems=3, group=2, max_tokens=6)
