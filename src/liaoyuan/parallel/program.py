@@ -39,6 +39,8 @@ from liaoyuan.parallel.tensor import apply_tensor_parallel, compute_locally, sum
 from liaoyuan.parallel.tied import TiedEnds
 from liaoyuan.parallel.world import World
 
+SCORED_ROWS = 512  # whose logits are in memory at once where the most probable tokens are asked for
+
 
 class Program:
     """A model over the processes of a mesh (None: whole, in this process).
@@ -193,6 +195,20 @@ class Program:
         loss = self._counted(self._losses(batch, scale))
         reshard(self.models)
         return loss
+
+    @torch.no_grad()
+    def predictions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return of each token of a microbatch the log-probability of its target, fp32 [N], and whether no other token
+        is more probable, bool [N]. For layouts that cut no layer, no vocabulary and no sequence (`dp` and `fsdp`).
+        """
+        (model,) = self.models
+        x = self._own(batch)
+        context = self.context(batch.boundaries, len(batch.tokens))
+        hidden = model(x["tokens"], x["positions"], context, hidden=True)
+        log_probs = model.score(hidden, x["targets"])
+        first = torch.cat([model.logits(rows).argmax(-1) for rows in hidden.split(SCORED_ROWS)])
+        reshard(self.models)
+        return log_probs, first == x["targets"]
 
     def _losses(self, batch: Batch, scale: float, penalties: Penalties | None = None) -> Tensor:
         (model,) = self.models

@@ -181,6 +181,7 @@ class Outcome:
     tokens: int
     flops: float
     dropped: bool  # a spike, which changed nothing
+    padding: float  # share of the tokens that only filled up rows
     penalty: float | None = None  # what was added to the loss, if anything
 
 
@@ -199,15 +200,17 @@ def take_step(
     A step whose loss or gradient norm is above `limits` changes nothing.
     """
     counted = batches if world.counts else []
-    weight, tokens, flops = world.sum_numbers(
+    weight, tokens, padding, flops = world.sum_numbers(
         sum(float(batch.weights.sum()) for batch in counted),
         sum(len(batch.tokens) for batch in counted),
+        sum(batch.padding for batch in counted),
         sum(training_flops(program.config, batch.boundaries) for batch in counted),
     )
     total = program.backward(batches, 1.0 / max(weight, 1e-9), optimiser.accumulate, penalties)
     loss, *penalty = world.sum_numbers(*total.view(-1).tolist())
     norm = optimiser.step(rate, clip, limits[1] if loss <= limits[0] else -1.0)
-    return Outcome(loss, norm, int(tokens), flops, loss > limits[0] or norm > limits[1], *penalty)
+    spike = loss > limits[0] or norm > limits[1]
+    return Outcome(loss, norm, int(tokens), flops, spike, padding / max(tokens, 1.0), *penalty)
 
 
 def _resume(
@@ -273,6 +276,7 @@ def _row(outcome: Outcome, rate: float, speed: float, done: TrainResult) -> dict
         "tokens_per_second": round(speed, 1),
         "cpu_seconds": round(done.cpu_seconds, 3),
         "flops": done.flops,
+        **({"padding": round(outcome.padding, 4)} if outcome.padding else {}),
         **({} if outcome.penalty is None else {"penalty": outcome.penalty}),
         **({"dropped": 1} if outcome.dropped else {}),
     }
