@@ -106,7 +106,7 @@ def test_a_new_adapter_changes_nothing(method: Method) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_follow_from_those_of_the_whole_weight(method: Method, dtype: torch.dtype) -> None:
-    """dA = s B^T dW, dB = s dW A^T; of DoRA with dW scaled by m / ||W||, and dm = the rows of dW along W's direction."""
+    """dA = s B^T dW, dB = s dW A^T; of DoRA with dW times m / ||W||, and dm = the rows of dW along W's direction."""
     model = model_of("dense", torch.float32).to(dtype)
     program = adapted(model, method)
     whole = model_of("dense", torch.float32).to(dtype)

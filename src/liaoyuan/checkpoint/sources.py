@@ -135,6 +135,12 @@ class MergedSource:
             model = Decoder(base.config)
         self._adapter = read_adapter(adapter_folder, model, torch.device("cpu"), merging=True)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._base.__exit__()
+
     def __str__(self) -> str:
         return f"the model folder {self.folder} with the adapter {self.adapter_folder}"
 

@@ -59,7 +59,7 @@ def convert(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
-    """Write the weights of SOURCE to TARGET as a Hugging Face folder: other dtype or shards, from a run, merged, few bits.
+    """Write the weights of SOURCE to TARGET as a Hugging Face folder: other dtype, other shards, or from a run.
 
     With --merge or --quantise the result is compared with what was trained, and refused where it differs too much.
     """

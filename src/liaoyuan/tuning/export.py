@@ -1,4 +1,4 @@
-"""Out of the lab: an adapter merged, weights of few bits, and a gate that compares what is shipped with what was trained.
+"""Out of the lab: an adapter merged, weights of few bits, and a gate between what was trained and what is shipped.
 
 The reference is the model as it was trained: the base, in as many bits as it had then, with its adapter unmerged. The
 folder that was written is read back and compared with it on held-out records; beyond the tolerance nothing is left
@@ -13,8 +13,8 @@ from typing import Any
 
 from liaoyuan.checkpoint import load_model, save_model
 from liaoyuan.checkpoint.adapters import put_adapter
-from liaoyuan.checkpoint.convert import convert_to_folder
-from liaoyuan.checkpoint.hugging_face import MAX_SHARD_BYTES
+from liaoyuan.checkpoint.convert import FURTHER_FILES, convert_to_folder
+from liaoyuan.checkpoint.hugging_face import MAX_SHARD_BYTES, copy_files
 from liaoyuan.checkpoint.sources import FolderSource, MergedSource
 from liaoyuan.data import Record, Tokenizer, read_records
 from liaoyuan.errors import LiaoyuanError
@@ -103,6 +103,7 @@ def export(request: Export, report: Report = silent) -> dict[str, Any]:
             convert_to_folder(source, whole, request.dtype, request.max_shard_bytes, None, report)
         if few is not None:
             save_model(load_model(whole, quantisation=few), part / "few", whole)
+            copy_files(whole, part / "few", FURTHER_FILES)
             shutil.rmtree(whole)
         made = part / ("whole" if few is None else "few")
         figures = compare_exported(trained_model(request), load_model(made), request, records, report)
