@@ -159,7 +159,7 @@ def test_settings_follow_from_the_model_and_the_data(model_folder: Path, tmp_pat
 def test_the_learning_rate_falls_with_the_size_and_is_higher_for_adapters() -> None:
     assert learning_rate_for(7_000_000_000, "full") == 2e-5
     assert learning_rate_for(7_000_000_000, "lora") == learning_rate_for(7_000_000_000, "dora") == 1e-4
-    assert learning_rate_for(600_000, "full") == learning_rate_for(10, "full") == 1e-3
+    assert learning_rate_for(600_000, "full") == learning_rate_for(10, "full") == 3e-3
     rates = [learning_rate_for(10**power, "full") for power in range(5, 12)]
     assert all(small >= large for small, large in pairwise(rates))
 

@@ -24,6 +24,7 @@ GROUPS = {"int8": (None, 32, 64, 128), "int4": (32, 64, 128), "fp8": (None,)}
 LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}  # of a quantised weight, in steps
 ZERO = 8  # of int4 without zeros
 BLOCK = 128  # weights of int4 that are packed together
+WIDENED_ROWS = 256  # outputs whose weights are fp32 at once in a backward pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,10 +131,13 @@ def _backward(
     """Return the gradients of x and bias. A weight of few bits has none: they flow through it to adapters (Dettmers et
     al. 2023, arXiv 2305.14314, sec. 3).
     """
-    weight = _dequantise(data, scales, zeros, kind, group, depth)
-    grad_bias = grad.sum(0) if with_bias else grad.new_empty(0)
-    # In the gradient's own dtype: this product is the whole of the backward side, and cards multiply no fp32.
-    return grad @ weight.to(grad.dtype), grad_bias
+    # In the gradient's own dtype, and widened some rows at a time: the few bits are there to save memory.
+    weight = grad.new_empty(len(data), depth)
+    for first in range(0, len(data), WIDENED_ROWS):
+        rows = slice(first, first + WIDENED_ROWS)
+        few = (data[rows], scales[rows], None if zeros is None else zeros[rows])
+        weight[rows] = _dequantise(*few, kind, group, depth)
+    return grad @ weight, grad.sum(0) if with_bias else grad.new_empty(0)
 
 
 def _apply(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

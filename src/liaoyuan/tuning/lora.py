@@ -132,12 +132,9 @@ def refuse_layout(layout: Layout, config: LoraConfig, processes: int) -> None:
         )
 
 
-def trained_parameters(program: Program) -> tuple[int, int]:
-    """Return how many numbers are trained, and how many the model has (of few bits: what they stand for)."""
-    trained = sum(p.numel() for _, p in program.named_parameters() if p.requires_grad)
-    with torch.device("meta"):
-        whole = sum(p.numel() for p in Decoder(program.config).parameters())
-    return trained, whole
+def trained_parameters(program: Program) -> int:
+    """Return how many numbers are trained, over all processes."""
+    return sum(parameter.numel() for _, parameter in program.named_parameters() if parameter.requires_grad)
 
 
 def _targeted(model: Decoder, config: LoraConfig) -> Iterator[tuple[Projection, list[Part]]]:

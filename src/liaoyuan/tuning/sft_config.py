@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 
 from liaoyuan.config import Config
 from liaoyuan.data import RecordBatches, TokenisedRecord
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.models import Decoder, ModelConfig
+from liaoyuan.models import ModelConfig
 from liaoyuan.parallel import Layout
 from liaoyuan.training import TrainConfig
 from liaoyuan.tuning.lora import LoraConfig, Method
@@ -74,7 +73,7 @@ def resolved(config: SftConfig, model: ModelConfig, records: Sequence[TokenisedR
         filled["steps"] = max(FEWEST_STEPS, batches.steps_for(config.epochs))
     steps = filled.get("steps", train.steps)
     if not train.learning_rate:
-        filled["learning_rate"] = learning_rate_for(parameters_of(model), config.method)
+        filled["learning_rate"] = learning_rate_for(model.num_parameters(), config.method)
     if "warmup_steps" not in given:
         filled["warmup_steps"] = min(train.warmup_steps, int(WARMUP * steps))
     if "evaluate_every" not in given:
@@ -85,12 +84,6 @@ def resolved(config: SftConfig, model: ModelConfig, records: Sequence[TokenisedR
         _refuse_whole(train)
         filled["balance_rate"] = 0.0  # it would move the base's routers
     return config.model_copy(update={"train": train.model_copy(update=filled)})
-
-
-def parameters_of(model: ModelConfig) -> int:
-    """Return how many parameters a model has."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Decoder(model).parameters())
 
 
 def _refuse_whole(train: TrainConfig) -> None:

@@ -75,8 +75,8 @@ def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: Wor
         seeded=config.lora.dropout > 0,
     )
     compared = kept.finish()
-    trained, whole = trained_parameters(program)
-    figures = {**asdict(done), "trained_parameters": trained, "parameters": whole}
+    trained = trained_parameters(program)
+    figures = {**asdict(done), "trained_parameters": trained, "parameters": shape.num_parameters()}
     if world.is_first:
         write_seen(kept.result, read_seen(folder))
         write_card(kept.result, _card(config, folder, lesson, compared))
