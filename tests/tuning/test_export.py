@@ -17,6 +17,7 @@ from liaoyuan.models import Decoder, initialise, packed_context, read_config, wi
 from liaoyuan.parallel import Program, World
 from liaoyuan.serving.about import read_about
 from liaoyuan.tasks import TASKS, to_record
+from liaoyuan.tasks.seen import Seen, read_seen
 from liaoyuan.tuning.card import Card, licence_of, read_card, sources_of, write_card
 from liaoyuan.tuning.lora import LoraConfig, Method, add_adapters, begin, save_adapters
 
@@ -42,6 +43,7 @@ def adapter(base: Path, folder: Path, method: Method = "lora", bits: str = "whol
     write_records(folder / "held_out.jsonl.zst", records())
     card = Card("run", "adapter", base, "LoRA", "liaoyuan tune sft ...", config={"lora": {"base": bits}})
     write_card(folder / "adapter", card)
+    Seen(folder / "adapter").add_records(records()[:3])
     return folder / "adapter"
 
 
@@ -81,6 +83,7 @@ def test_few_bits_pass_the_gate_and_are_served(base: Path, tmp_path: Path) -> No
     assert "(tolerated: 0.1)" in shown and "held-out records" in shown
     completion = Engine(load_model(out)).generate([Request(0, (1, 2, 3), SamplingParams(4))])[0]
     assert len(completion.tokens) == 4
+    assert set(read_seen(folder)) == set(read_seen(out)) and len(read_seen(out))  # eval refuses what it learned from
     assert read_about(out).single_turn is False  # the page's words and the card stand in one file
     assert Tokenizer.load(out).vocab_size == Tokenizer.load(base).vocab_size
 

@@ -109,6 +109,8 @@ def _show_sft(result: dict[str, Any], config: "SftConfig", out: Path, json: bool
         print(f"  liaoyuan convert --merge {out / 'adapter'} --model {config.model} --out DIR")
     if compared:
         print("\n".join(comparison_lines(compared)))
+    else:
+        print("No records were held out, so nothing says what it learned: give more of them, or --validation FILE.")
 
 
 def _figures(result: dict[str, Any]) -> list[str]:

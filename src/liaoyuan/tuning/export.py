@@ -5,11 +5,14 @@ folder that was written is read back and compared with it on held-out records; b
 behind, unless the user insists, and then the card says so.
 """
 
+import functools
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from liaoyuan.checkpoint import load_model, save_model
 from liaoyuan.checkpoint.adapters import put_adapter
@@ -24,6 +27,7 @@ from liaoyuan.models.quantised import quantisation_named
 from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import Report, atomic_folder, silent
 from liaoyuan.tasks import Right, find_task, held_out_problems
+from liaoyuan.tasks.seen import read_seen, write_seen
 from liaoyuan.tuning.card import Card, DataSource, read_card, sources_of, write_card
 from liaoyuan.tuning.held_out import measure
 from liaoyuan.tuning.sft_data import tokenise_all
@@ -113,6 +117,8 @@ def export(request: Export, report: Report = silent) -> dict[str, Any]:
         for file in made.iterdir():
             file.rename(part / file.name)
         made.rmdir()
+        seen = [read_seen(folder) for folder in (request.base, request.adapter) if folder]
+        write_seen(part, functools.reduce(np.union1d, seen))
         write_card(part, _card(request, figures, refusal, records))
     return {**figures, "tolerated": not refusal}
 

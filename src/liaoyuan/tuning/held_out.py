@@ -40,16 +40,12 @@ class Split:
 
 
 def split(records: Sequence[Record], share: float, most: int) -> Split:
-    """Hold out about this share of the different records, at least one and at most `most`; the hash chooses.
-
-    Raises:
-        LiaoyuanError: nothing would be left to learn from.
+    """Hold out this share of the different records, rounded, and at most so many; the hash chooses. Of few records that
+    is none.
     """
     hashes = [content_hash(record) for record in records]
     different = sorted(set(hashes))
-    count = min(most, max(1, round(share * len(different)))) if share else 0
-    if share and len(different) < 2:
-        raise LiaoyuanError("One record cannot be both learned and held out: give more, or validation_share = 0.")
+    count = min(most, round(share * len(different)))
     chosen = set(different[:count])
     held: dict[str, Record] = {}
     for record, digest in zip(records, hashes, strict=True):

@@ -1,5 +1,6 @@
 """Which checkpoint of a fine-tuning is kept, and what the model was before it and is with it."""
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ class Kept:
 
     def finish(self) -> dict[str, Any]:
         """Write the result; return how it compares to the start, and keep that as `comparison.json`."""
-        is_best = self.config.keep == "best" and bool(self.sets)
+        is_best = self.config.keep == "best" and self._lowest < math.inf
         if not is_best:
             self._save(self.result)
         elif self.world.is_first:

@@ -54,10 +54,9 @@ class SftConfig(Config):
     ops: dict[str, str] = Field(default_factory=dict)  # kernels, where not those chosen
 
     @property
-    def is_measured(self) -> bool:
-        """Whether a held-out part is measured; that needs whole layers, sequences and vocabulary in a process."""
-        cut = self.layout.tp * self.layout.pp * self.layout.context * self.layout.ep
-        return cut == 1 and (self.validation is not None or self.validation_share > 0)
+    def can_measure(self) -> bool:
+        """Whether held-out records can be measured: that needs whole layers, sequences and vocabulary in a process."""
+        return self.layout.tp * self.layout.pp * self.layout.context * self.layout.ep == 1
 
 
 def resolved(config: SftConfig, model: ModelConfig, records: Sequence[TokenisedRecord]) -> SftConfig:

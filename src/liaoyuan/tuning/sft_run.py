@@ -61,7 +61,7 @@ def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: Wor
         refuse_other_data(folder, lesson.learned, has_begun)
         write_records(folder / HELD_OUT, lesson.records.held_out)
         Seen(folder, config.model).add_records([*lesson.records.train, *lesson.general.train])
-    kept = Kept(program, config, folder, lesson.measured if config.is_measured else {}, world)
+    kept = Kept(program, config, folder, lesson.measured if config.can_measure else {}, world)
     kept.measure_start()
     done = finetune(
         program,
