@@ -60,6 +60,19 @@ def test_a_record_that_is_there_twice_is_never_on_both_sides() -> None:
     parts = split(records, 0.3, 400)
     assert not {content_hash(r) for r in parts.held_out} & {content_hash(r) for r in parts.train}
     assert len(parts.held_out) == 9 and len(parts.train) == 42 and parts.dropped == 9
+    fast = [
+        record.model_copy(update={"id": f"{record.id}/fast", "messages": (record.messages[0], record.messages[1])})
+        for record in problems(30)
+    ]
+    slow = [
+        record.model_copy(
+            update={"messages": (record.messages[0], record.messages[1].model_copy(update={"think": "1,2"}))}
+        )
+        for record in fast
+    ]
+    both = split([*fast, *slow], 0.3, 400)  # a question that is answered in two ways is one question
+    assert len(both.held_out) == 18 and len(both.train) == 42
+    assert not {r.messages[0] for r in both.held_out} & {r.messages[0] for r in both.train}
     given = split_off(records, problems(5), 400)
     assert len(given.train) == 50 and given.dropped == 10
     with pytest.raises(LiaoyuanError, match="nothing to learn from"):

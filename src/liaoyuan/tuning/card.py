@@ -122,11 +122,11 @@ def _head(card: Card, licence: str) -> str:
     """Return the YAML head; its values are written as JSON, which is YAML too."""
     values: dict[str, Any] = {
         "license": licence,
-        "base_model": card.base.name or str(card.base),
+        "base_model": card.base.parent.name if card.base.name == "model" else card.base.name,  # of a run: its name
         "base_model_relation": card.relation,
         "pipeline_tag": "text-generation",
         "library_name": "peft" if card.relation == "adapter" else "transformers",
-        "tags": ["liaoyuan", card.method],
+        "tags": ["liaoyuan"],
         "datasets": sorted({one.source for one in card.data if one.source != UNKNOWN}),
     }
     rows = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value]

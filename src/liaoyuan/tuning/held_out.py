@@ -1,12 +1,12 @@
 """A part of the data that is never trained on, and what a model makes of it before and after.
 
-Records are told apart by their content, not by their names: what is written in two of them alike stands on one side.
+Records are told apart by what they ask, not by their names: those that ask the same stand on one side.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,18 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.evaluation import Interval, ratio
 from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import read_json, write_json
+from liaoyuan.tasks.seen import normalised
 
 DATA = "data.json"  # in a run folder: what tells its training data from others
 PASS_TOKENS = 4096  # at least a record, of one pass
 
 
 def content_hash(record: Record) -> str:
-    """Return 32 hexadecimal digits that follow from what a record says, and from nothing else of it."""
-    rows = [[message.role, message.content, message.think] for message in (*record.messages, *record.rejected)]
+    """Return 32 hexadecimal digits that follow from what a record asks, in any spacing and capitals, or from the whole
+    of one that asks nothing: a question that is answered in two ways, slowly and fast, has one hash.
+    """
+    asked = [message for message in record.messages if message.role != "assistant"]
+    rows = [[message.role, normalised(message.content)] for message in asked or (*record.messages, *record.rejected)]
     return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
 
 
@@ -40,32 +44,34 @@ class Split:
 
 
 def split(records: Sequence[Record], share: float, most: int) -> Split:
-    """Hold out this share of the different records, rounded, and at most so many; the hash chooses. Of few records that
-    is none.
+    """Hold out this share of what is asked, rounded, and at most so many questions, with all their answers; the hash
+    chooses. Of few records that is none.
     """
     hashes = [content_hash(record) for record in records]
     different = sorted(set(hashes))
     count = min(most, round(share * len(different)))
     chosen = set(different[:count])
-    held: dict[str, Record] = {}
-    for record, digest in zip(records, hashes, strict=True):
-        if digest in chosen:
-            held.setdefault(digest, record)
+    held = _different(record for record, digest in zip(records, hashes, strict=True) if digest in chosen)
     train = [record for record, digest in zip(records, hashes, strict=True) if digest not in chosen]
-    return Split(train, list(held.values()), len(records) - len(train) - len(held))
+    return Split(train, held, len(records) - len(train) - len(held))
 
 
 def split_off(records: Sequence[Record], held_out: Sequence[Record], most: int) -> Split:
-    """Hold out given records, at most so many; whatever says the same is left out of what is learned.
+    """Hold out given records, at most so many; whatever asks the same is left out of what is learned.
 
     Raises:
         LiaoyuanError: nothing would be left to learn from.
     """
-    held = {content_hash(record): record for record in held_out}
+    held = {content_hash(record) for record in held_out}
     train = [record for record in records if content_hash(record) not in held]
     if not train:
         raise LiaoyuanError("Every record to learn is held out too: there is nothing to learn from.")
-    return Split(train, list(held.values())[:most], len(records) - len(train))
+    return Split(train, _different(held_out)[:most], len(records) - len(train))
+
+
+def _different(records: Iterable[Record]) -> list[Record]:
+    """Return the records without those that say the same as an earlier one."""
+    return list({record.messages: record for record in records}.values())
 
 
 def refuse_other_data(folder: Path, records: Sequence[TokenisedRecord], has_begun: bool) -> None:
