@@ -14,11 +14,13 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from liaoyuan.config import Config, to_toml
 from liaoyuan.errors import LiaoyuanError
 
 
@@ -45,6 +47,7 @@ def silent(progress: Progress) -> None:
     """Report nothing: the default of rooms called from Python."""
 
 
+CONFIG = "config.toml"  # of a run, as it was resolved
 TEMPORARY = ".part-"  # what starts so is a torn write of a killed process and may be deleted
 LOCK_PATIENCE = 10.0  # seconds in which a holder that was told to stop, or whose parent died, ends
 LOCK_POLL = 0.1
@@ -114,6 +117,33 @@ def read_json(path: Path) -> Any:
         raise LiaoyuanError(f"The file {path} does not exist.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LiaoyuanError(f"The file {path} is not valid JSON: {error}.") from error
+
+
+def remember(config: Config, folder: Path, has_begun: bool, free: tuple[str, ...] = ()) -> None:
+    """Write the resolved config into a run folder as `config.toml`.
+
+    free: beginnings of keys that may change when a run goes on.
+
+    Raises:
+        LiaoyuanError: a run under another config has begun there.
+    """
+    path, text = folder / CONFIG, to_toml(config)
+    if has_begun and path.exists():
+        before, now = _flat(tomllib.loads(path.read_text(encoding="utf-8"))), _flat(tomllib.loads(text))
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key) and not key.startswith(free):
+                raise LiaoyuanError(
+                    f"{folder} holds a run with {key} = {before.get(key)}, not {now.get(key)}: "
+                    "give the same value to go on with it, or choose another folder."
+                )
+    write_atomic(path, text)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 def sweep(folder: Path) -> None:

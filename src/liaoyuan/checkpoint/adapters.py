@@ -1,24 +1,27 @@
 """Low-rank adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
 An adapter is taken whole or refused: every tensor must fit a projection of the model, every projection that the config
-names must have its two tensors, and nothing in the config may ask for what is not done here.
+names must have its two tensors, and nothing in the config may ask for what is not done here. `save_adapter` writes the
+same two files.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder
-from liaoyuan.models.lora import Pair, merge, parts_of, projections
+from liaoyuan.models.lora import LowRank, Magnitudes, Pair, Part, magnitudes_of, merge, parts_of, projections
+from liaoyuan.rundir import atomic_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -29,7 +32,7 @@ SILENT = {"base_model_name_or_path", "revision", "task_type", "inference_mode", 
 SILENT |= {"layers_pattern", "megatron_core", "peft_version", "eva_config", "runtime_config"}
 SILENT |= {"qalora_group_size"}  # of use_qalora, which is refused
 REFUSED = {  # with a value other than none
-    "use_dora": "it is a DoRA, whose magnitudes need the norms of the whole weights; train it with use_dora=False",
+    "use_dora": "it is a DoRA, whose magnitudes need the norms of the whole weights; merge it into the model first",
     "modules_to_save": "it replaces whole modules, which cannot differ from row to row; merge it into the model",
     "target_parameters": "adapters of stacked parameters (experts) are not supported",
     "fan_in_fan_out": "weights stored as [in, out] belong to other families",
@@ -45,11 +48,13 @@ class AdapterWeights:
     """An adapter as the model's projections take it: A [R, K] and B [O, R] of each, the scale in B.
 
     rank: the highest of a part. digest: 32 hexadecimal digits, of equal adapters alone the same, in any process.
+    magnitudes: of a DoRA that is read to be merged.
     """
 
     weights: dict[str, Pair]
     rank: int
     digest: str
+    magnitudes: dict[str, Magnitudes] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[tuple[str, int], ...]:
@@ -57,30 +62,103 @@ class AdapterWeights:
         return tuple(sorted((name, len(a)) for name, (a, _) in self.weights.items()))
 
 
-def read_adapter(folder: Path, model: Decoder, device: torch.device | None = None) -> AdapterWeights:
+def read_adapter(
+    folder: Path, model: Decoder, device: torch.device | None = None, merging: bool = False
+) -> AdapterWeights:
     """Return the adapter in `folder` for `model`, in its dtype and on its device, or on another one.
+
+    merging: in fp32, and a DoRA is read too.
 
     Raises:
         LiaoyuanError: a file is missing, torn, or made for another model, or asks for what is not supported.
     """
-    config, tensors = _read_config(folder), _read_tensors(folder)
+    read = _read(folder, model, {"use_dora"} if merging else set())
+    place = model.embed_tokens.weight
+    dtype, where = (torch.float32 if merging else place.dtype), device or place.device
+    merged, magnitudes = {}, {}
+    for name, of in read.parts.items():
+        if any(part.name in read.pairs for part in of):
+            a, b = merge(of, read.pairs, projections(model)[name].weight.shape[0])
+            merged[name] = (a.to(where, dtype), b.to(where, dtype))
+        found = magnitudes_of(of, read.norms)
+        if found is not None:
+            magnitudes[name] = found
+    return AdapterWeights(merged, max(len(a) for a, _ in read.pairs.values()), _digest(merged), magnitudes)
+
+
+def put_adapter(folder: Path, model: Decoder) -> None:
+    """Put the adapter in `folder` on the projections of `model` as training has it; a DoRA too.
+
+    Raises:
+        LiaoyuanError: see `read_adapter`.
+    """
+    read, modules, place = _read(folder, model, {"use_dora"}), projections(model), model.embed_tokens.weight.device
+    for name, of in read.parts.items():
+        module = modules[name]
+        pairs = {part.name: read.pairs[part.name] for part in of if part.name in read.pairs}
+        if not pairs:
+            continue
+        adapter = LowRank(of, pairs, 1.0, module.weight.shape[0])
+        if read.norms:
+            adapter.with_magnitudes(module)
+            for part, vector in zip(adapter.parts, adapter.lora_magnitude_vector, strict=True):
+                vector.data.copy_(read.norms[part.name])
+        module.adapter = adapter.requires_grad_(False).to(place).eval()
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """An adapter by the names of the family's files, in fp32: pairs with the scale in B, and a DoRA's norms.
+
+    parts: of each of our projections.
+    """
+
+    parts: dict[str, list[Part]]
+    pairs: dict[str, Pair]
+    norms: dict[str, Tensor]
+
+
+def _read(folder: Path, model: Decoder, taken: Collection[str]) -> _Read:
+    """Read and check an adapter; taken: words of the config that are not refused."""
+    config, tensors = _read_config(folder, taken), _read_tensors(folder)
     modules = projections(model)
     parts = {name: parts_of(name, module, model.config) for name, module in modules.items()}
+    norms = _take_magnitudes(folder, tensors, bool(config.get("use_dora")))
     pairs = _pairs(folder, tensors)
     depths = {part.name: (len(part.rows), modules[name].weight.shape[1]) for name, of in parts.items() for part in of}
     _check_shapes(folder, pairs, depths, config)
     _check_complete(folder, pairs, depths, config)
-    place = model.embed_tokens.weight
+    _check_magnitudes(folder, norms, pairs, bool(config.get("use_dora")))
     scaled = {name: (a.float(), b.float() * _scale(config, name, len(a))) for name, (a, b) in pairs.items()}
-    merged = {}
-    for name, of in parts.items():
-        if any(part.name in scaled for part in of):
-            a, b = merge(of, scaled, modules[name].weight.shape[0])
-            merged[name] = (a.to(device or place.device, place.dtype), b.to(device or place.device, place.dtype))
-    return AdapterWeights(merged, max(len(a) for a, _ in pairs.values()), _digest(merged))
+    return _Read(parts, scaled, norms)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def save_adapter(folder: Path, tensors: Mapping[str, Tensor], words: Mapping[str, Any]) -> None:
+    """Write an adapter as PEFT does, whole or not at all.
+
+    Args:
+        tensors: of each part's name of the family's files and half, as "model.layers.0.self_attn.q_proj.lora_A".
+        words: of the config, beside what every adapter of ours has.
+    """
+    suffixes = {"lora_A": ".weight", "lora_B": ".weight", "lora_magnitude_vector": ""}
+    named = {
+        f"{PREFIX}{name}{suffixes[name.rpartition('.')[2]]}": tensor.detach().cpu().contiguous()
+        for name, tensor in tensors.items()
+    }
+    common = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    with atomic_folder(folder) as part:
+        save_file(named, part / WEIGHTS, {"format": "pt"})
+        text = json.dumps({**common, **words}, indent=2, sort_keys=True)
+        (part / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _read_config(folder: Path, taken: Collection[str] = ()) -> dict[str, Any]:
     path = folder / CONFIG
     if not folder.is_dir():
         raise LiaoyuanError(f"The adapter folder {folder} does not exist.")
@@ -93,7 +171,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise LiaoyuanError(f"{path}: peft_type is {kind!r}; adapters of the type 'LORA' are read.")
-    _refuse_unsupported(config, path)
+    _refuse_unsupported({name: value for name, value in config.items() if name not in taken}, path)
     for name, good in (("r", _is_rank(config.get("r"))), ("lora_alpha", _is_number(config.get("lora_alpha")))):
         if not good:
             raise LiaoyuanError(f"{path}: '{name}' must be a number above 0 (it is {config.get(name)!r}).")
@@ -133,6 +211,21 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise LiaoyuanError(f"The adapter file {path} has numbers in '{name}' that are infinite or none at all.")
     return tensors
+
+
+def _take_magnitudes(folder: Path, tensors: dict[str, Tensor], is_dora: bool) -> dict[str, Tensor]:
+    """Take the magnitudes of a DoRA, by projection of the family's files, out of `tensors`."""
+    ending = ".lora_magnitude_vector"
+    found = {name: tensors.pop(name).float() for name in list(tensors) if name.endswith(ending)}
+    if found and not is_dora:
+        raise LiaoyuanError(f"{folder}: the adapter has magnitudes, but its config does not say 'use_dora'.")
+    return {name.removeprefix(PREFIX).removesuffix(ending): value for name, value in found.items()}
+
+
+def _check_magnitudes(folder: Path, norms: Mapping[str, Tensor], pairs: Mapping[str, Pair], is_dora: bool) -> None:
+    for name, (_, b) in pairs.items():
+        if is_dora and (name not in norms or norms[name].shape != b.shape[:1]):
+            raise LiaoyuanError(f"{folder}: the DoRA lacks magnitudes of '{name}' for its {len(b)} outputs.")
 
 
 def _pairs(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Pair]:

@@ -3,6 +3,7 @@
 import json
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from liaoyuan.checkpoint.adapters import read_adapter
 from liaoyuan.checkpoint.filling import Filler
 from liaoyuan.checkpoint.hugging_face import fill_tensor, find_parts, stored_dtype, whole_tensors
 from liaoyuan.checkpoint.reading import Damaged, is_whole, read_manifest, read_tensors
@@ -17,8 +19,9 @@ from liaoyuan.checkpoint.tensors import MODEL, OPTIMISER, TORCH_DTYPES
 from liaoyuan.checkpoint.weight_files import PICKLES, WeightFiles
 from liaoyuan.checkpoint.writer import MANIFEST, states, step_of
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.models import ModelConfig, config_from_dict, read_config
+from liaoyuan.models import Decoder, ModelConfig, config_from_dict, read_config
 from liaoyuan.models.families import FAMILIES
+from liaoyuan.models.lora import merged_weight
 
 STATE, RUN_MODEL, RUN_FILE = "state", "model", "config.toml"  # in a run folder
 
@@ -116,7 +119,46 @@ class StateSource:
         return master if dtype != own and master in saved else MODEL + name
 
 
-Source = FolderSource | StateSource
+class MergedSource:
+    """A Hugging Face folder into whose weights an adapter is merged, in fp32, and rounded once."""
+
+    def __init__(self, base: FolderSource, adapter_folder: Path) -> None:
+        """Read the adapter.
+
+        Raises:
+            LiaoyuanError: it is torn or of another model; see `read_adapter`.
+        """
+        self._base, self.adapter_folder = base, adapter_folder
+        self.folder, self.config, self.words = base.folder, base.config, base.words
+        self.tokenizer_folder, self.left_out = base.tokenizer_folder, base.left_out
+        with torch.device("meta"):
+            model = Decoder(base.config)
+        self._adapter = read_adapter(adapter_folder, model, torch.device("cpu"), merging=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._base.__exit__()
+
+    def __str__(self) -> str:
+        return f"the model folder {self.folder} with the adapter {self.adapter_folder}"
+
+    def reader(self, config: ModelConfig) -> Callable[[str, torch.Size], Tensor]:
+        """As `FolderSource.reader`."""
+        plain, wide = self._base.reader(config), self._base.reader(replace(config, dtype="float32"))
+
+        def read(name: str, shape: torch.Size) -> Tensor:
+            pair = self._adapter.weights.get(name.removesuffix(".weight"))
+            if pair is None or not name.endswith(".weight"):
+                return plain(name, shape)
+            magnitudes = self._adapter.magnitudes.get(name.removesuffix(".weight"))
+            return merged_weight(wide(name, shape), pair, magnitudes).to(stored_dtype(name, config))
+
+        return read
+
+
+Source = FolderSource | StateSource | MergedSource
 
 
 def read_all(source: Source, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,8 @@
 """The tensors of a training state by name: what this process holds, and as parts of the whole tensors.
 
 Names are `model.<parameter>` and `optimiser.<parameter>.<key>`. A key's tensor has the shape of its parameter's local
-part and is sharded as the parameter is, or it is a scalar that is the same everywhere.
+part and is sharded as the parameter is, or it is a scalar that is the same everywhere. Of a model that is frozen but
+for its adapters, the adapters alone are state: the rest is in the folder that it came from.
 """
 
 from collections.abc import Mapping
@@ -52,7 +53,10 @@ def whole_tensors(model: Decoder | Program, tensors: Mapping[str, Tensor]) -> di
 
 def _named(model: Decoder | Program) -> dict[str, Tensor]:
     """Return weights and persistent buffers. `state_dict` first cuts what FSDP has left whole after a forward pass."""
-    return dict(model.named_tensors() if isinstance(model, Program) else model.state_dict())
+    tensors = dict(model.named_tensors() if isinstance(model, Program) else model.state_dict())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = any(not parameter.requires_grad for _, parameter in model.named_parameters())
+    return {name: tensor for name, tensor in tensors.items() if name in trained} if frozen and trained else tensors
 
 
 def parameter_of(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from liaoyuan.cli.export import one_of, refuse_with_export, run_export
 from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
@@ -32,8 +33,18 @@ class Kind(Enum):
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Model folder, run folder, its state, or one state/step-...")],
-    target: Annotated[Path, typer.Argument(help="Folder to write (with --to state: a new run folder).")],
+    source: Annotated[
+        Path | None, typer.Argument(help="Model folder, run folder, its state, or one state/step-...")
+    ] = None,
+    target: Annotated[Path | None, typer.Argument(help="Folder to write (with --to state: a new run folder).")] = None,
+    model: Annotated[Path | None, typer.Option(help="The same as SOURCE.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The same as TARGET.")] = None,
+    merge: Annotated[Path | None, typer.Option(help="Adapter to merge into SOURCE, a model folder.")] = None,
+    quantise: Annotated[str | None, typer.Option(help="Weights of few bits: int8, int4 or fp8.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="Held-out records on which the result is compared.")] = None,
+    task: Annotated[str | None, typer.Option(help="A task whose problems are compared too.")] = None,
+    max_divergence: Annotated[float | None, typer.Option(min=0, help="Tolerated, in nats a token.")] = None,
+    max_drop: Annotated[float | None, typer.Option(min=0, help="Tolerated drop of accuracy, a share.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; the source's own if left out.")] = None,
     max_shard: Annotated[str, typer.Option(help="Largest weight file: 5GB, 500MB.")] = "5GB",
     step: Annotated[int | None, typer.Option(min=0, help="Which checkpoint of a run; the newest if left out.")] = None,
@@ -43,12 +54,25 @@ def convert(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --to state: override a key of it.")
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer files, if not the source's.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a model folder that is there.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a model folder that is there; export beyond the tolerance.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
-    """Write the weights of SOURCE to TARGET as a Hugging Face folder: other dtype, other shards, or from a run."""
+    """Write the weights of SOURCE to TARGET as a Hugging Face folder: other dtype, other shards, or from a run.
+
+    With --merge or --quantise the result is compared with what was trained, and refused where it differs too much.
+    """
     from liaoyuan.checkpoint.sources import open_source
 
+    source, target = one_of(source, model, "SOURCE", "--model"), one_of(target, out, "TARGET", "--out")
+    if merge or quantise:
+        refuse_with_export(to is not Kind.folder, bool(run_file or set_), step is not None, tokenizer is not None)
+        value, size = dtype.value if dtype else None, shard_bytes(max_shard)
+        run_export(source, target, merge, quantise, value, size, texts, task, max_divergence, max_drop, force, json)
+        return
+    if texts or task or max_divergence is not None or max_drop is not None:
+        raise LiaoyuanError("--texts, --task, --max-divergence and --max-drop are for --merge and --quantise.")
     limit = shard_bytes(max_shard)
     if tokenizer and not (tokenizer / "tokenizer.json").exists():
         raise LiaoyuanError(f"--tokenizer {tokenizer}: there is no tokenizer.json.")

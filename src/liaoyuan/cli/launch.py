@@ -125,7 +125,8 @@ def _train(params: dict[str, Any]) -> Any:
 def _sft(params: dict[str, Any]) -> Any:
     from liaoyuan.cli.tune import sft_config
 
-    return sft_config(params["run_file"], params["set_"], params["model"], params["data"])
+    names = ("run_file", "set_", "model", "data", "lora", "validation")
+    return sft_config(*(params[name] for name in names))
 
 
 def _preference(params: dict[str, Any]) -> Any:

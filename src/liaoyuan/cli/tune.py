@@ -10,7 +10,7 @@ from liaoyuan.cli.tune_study import study
 
 if TYPE_CHECKING:
     from liaoyuan.tuning.preference import PreferenceConfig
-    from liaoyuan.tuning.sft_run import SftConfig
+    from liaoyuan.tuning.sft_config import SftConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,22 +33,24 @@ def sft(
     set_: Set = None,
     model: Model = None,
     data: Annotated[Path | None, typer.Option(help="Records to learn: .jsonl or .jsonl.zst.")] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train an adapter alone (method = lora).")] = False,
+    validation: Annotated[Path | None, typer.Option(help="Held-out records; else 5% of the data.")] = None,
     out: Out = Path("runs/sft"),
     json: Json = False,
 ) -> None:
-    """Fine-tune on conversations; only the assistant's tokens are learned. Also under torchrun (FSDP)."""
+    """Fine-tune on conversations, of which the assistant's tokens are learned, or texts. Also under torchrun (FSDP)."""
     from liaoyuan.cli.live_report import followed
     from liaoyuan.device import select_device
     from liaoyuan.parallel import start
     from liaoyuan.tuning.sft_run import run_sft
 
-    config = sft_config(run_file, set_, model, data)
+    config = sft_config(run_file, set_, model, data, lora, validation)
     world = start(select_device(config.device))
     try:
         with followed("SFT", out, quiet=not world.is_first) as report:
             result = run_sft(config, out, report, world)
         if world.is_first:
-            _show(result, out, json)
+            _show_sft(result, config, out, json)
     finally:
         world.close()
 
@@ -110,14 +112,14 @@ def preference_config(
 
 
 def _prefer(title: str, config: "PreferenceConfig", out: Path, json: bool) -> None:
-    from liaoyuan.cli.progress import bar
+    from liaoyuan.cli.live_report import followed
     from liaoyuan.device import select_device
     from liaoyuan.parallel import start
     from liaoyuan.tuning.preference import run_preference
 
     world = start(select_device(config.device))
     try:
-        with bar(title, quiet=not world.is_first) as report:
+        with followed(title, out, quiet=not world.is_first) as report:
             result = run_preference(config, out, report, world)
         if world.is_first and json:
             print(json_format.dumps(result))
@@ -163,11 +165,19 @@ def rl(
         print("\n".join(gain_lines(result["accuracy"], result["test_problems"])))
 
 
-def sft_config(run_file: Path | None, set_: list[str] | None, model: Path | None, data: Path | None) -> "SftConfig":
-    """Return the resolved config of the verb's arguments."""
-    from liaoyuan.tuning.sft_run import SftConfig
+def sft_config(
+    run_file: Path | None,
+    set_: list[str] | None,
+    model: Path | None,
+    data: Path | None,
+    lora: bool = False,
+    validation: Path | None = None,
+) -> "SftConfig":
+    """Return the config of the verb's arguments."""
+    from liaoyuan.tuning.sft_config import SftConfig
 
-    config: SftConfig = _config(SftConfig, run_file, set_, {"model": model, "data": data})
+    shortcuts = {"model": model, "data": data, "method": "lora" if lora else None, "validation": validation}
+    config: SftConfig = _config(SftConfig, run_file, set_, shortcuts)
     return config
 
 
@@ -178,11 +188,36 @@ def _config(schema: Any, run_file: Path | None, overrides: list[str] | None, sho
     return configuration.load(schema, run_file, [*(overrides or []), *given])
 
 
+def _show_sft(result: dict[str, Any], config: "SftConfig", out: Path, json: bool) -> None:
+    from liaoyuan.cli.comparison import comparison_lines
+
+    if json:
+        print(json_format.dumps(result))
+        return
+    compared = result.pop("comparison", None)
+    if config.method == "full":
+        _show(result, out, json)
+    else:
+        print("\n".join(_figures(result)))
+        print(f"The adapter is in {out / 'adapter'}; a model of its own is made of it by")
+        print(f"  liaoyuan convert --merge {out / 'adapter'} --model {config.model} --out DIR")
+    if compared:
+        print("\n".join(comparison_lines(compared)))
+    else:
+        print("No records were held out, so nothing says what it learned: give more of them, or --validation FILE.")
+
+
+def _figures(result: dict[str, Any]) -> list[str]:
+    return [
+        f"  {key}: {value:,.4g}" if isinstance(value, float) else f"  {key}: {value:,}"
+        for key, value in result.items()
+        if not isinstance(value, dict)
+    ]
+
+
 def _show(result: dict[str, Any], out: Path, json: bool) -> None:
     if json:
         print(json_format.dumps(result))
         return
-    for key, value in result.items():
-        if not isinstance(value, dict):
-            print(f"  {key}: {value:,.4g}" if isinstance(value, float) else f"  {key}: {value:,}")
+    print("\n".join(_figures(result)))
     print(f"The model is in {out / 'model'}.")

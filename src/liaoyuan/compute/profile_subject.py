@@ -18,8 +18,9 @@ from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.models import Decoder, initialise
 from liaoyuan.ops import configure
 from liaoyuan.parallel import Layout, World, lay_out
+from liaoyuan.rundir import CONFIG
 from liaoyuan.training.loop import TrainConfig, make_optimiser, take_step
-from liaoyuan.training.pretrain import CONFIG, PretrainConfig, model_config
+from liaoyuan.training.pretrain import PretrainConfig, model_config
 
 Mode = Literal["train", "prefill", "decode"]
 TOKENS = {"train": 2048, "prefill": 512, "decode": 256}  # where nothing says otherwise; of decode: the context

@@ -4,10 +4,12 @@
 batch on any number of processes: it is divided into equal pieces, and a process takes its own.
 """
 
+import bisect
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ class Batch:
     tokens, positions, targets: int64 [N]; `targets[n]` follows `tokens[n]`, `positions` count from 0 in each document.
     weights: fp32 [N], each target's share in the loss (0: not learned, as all of the padding).
     boundaries: int32 [M + 1], where documents begin, rising from 0 to N; repeated at the end.
+    padding: how many of the N tokens only fill up rows.
     """
 
     tokens: Tensor
@@ -31,6 +34,7 @@ class Batch:
     targets: Tensor
     weights: Tensor
     boundaries: Tensor
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,13 @@ class RecordBatches:
             self._begins.append(end)
         return rows
 
+    def steps_for(self, epochs: float) -> int:
+        """Return in how many batches so many epochs are seen, the last one perhaps beyond."""
+        samples = epochs * len(self.records)
+        while self._begins[-1] < samples:
+            self.rows(len(self._begins) - 1)
+        return bisect.bisect_left(self._begins, samples)
+
     def _record(self, sample: int) -> int:
         epoch, index = divmod(sample, len(self._sizes))
         return _shuffled(len(self._sizes), self.seed, epoch)[index]
@@ -278,11 +289,12 @@ class RecordBatches:
             tokens=torch.from_numpy(tokens[0]),
             targets=torch.from_numpy(tokens[1]),
             weights=torch.from_numpy(weights),
+            padding=len(rows) * length - sum(self._sizes[record] for row in rows for record in row),
             **_places(cuts, len(rows) * length, self._documents * len(rows)),
         )
 
 
-def _places(cuts: Sequence[int], length: int, documents: int) -> dict[str, Tensor]:
+def _places(cuts: Sequence[int], length: int, documents: int) -> dict[str, Any]:
     """Return positions [length] and boundaries [documents + 1] of documents that begin at `cuts`."""
     boundaries = np.full(documents + 1, length, dtype=np.int32)
     boundaries[: len(cuts)] = cuts

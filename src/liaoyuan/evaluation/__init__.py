@@ -7,7 +7,7 @@ from liaoyuan.evaluation.accuracy import Answers, completions_of, measure_accura
 from liaoyuan.evaluation.agreement import Agreement, agreement
 from liaoyuan.evaluation.breakdown import Line, breakdown, pass_at
 from liaoyuan.evaluation.compression import bits_per_byte, gzip_bits_per_byte, xz_bits_per_byte
-from liaoyuan.evaluation.intervals import Interval, bootstrap, difference_to_best
+from liaoyuan.evaluation.intervals import Interval, bootstrap, difference_to_best, ratio
 from liaoyuan.evaluation.rates import Rate, Rates, rates_of
 from liaoyuan.evaluation.scores import score
 
@@ -29,6 +29,7 @@ __all__ = [
     "pass_at",
     "prompt_of",
     "rates_of",
+    "ratio",
     "read_rollout",
     "score",
     "xz_bits_per_byte",

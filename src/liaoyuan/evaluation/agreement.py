@@ -19,6 +19,7 @@ class Agreement:
     divergence: of Kullback and Leibler (1951), from the reference's distribution to the other's, in nats; worst: its
         highest percentile. same_first: share of places where both have the same most probable token.
     loss, reference_loss: cross-entropy of the texts' own tokens, in nats.
+    difference, largest: mean and largest distance of the log-probabilities of those tokens.
     """
 
     divergence: float
@@ -27,6 +28,8 @@ class Agreement:
     loss: float
     reference_loss: float
     places: int
+    difference: float
+    largest: float
 
 
 @torch.inference_mode()
@@ -57,6 +60,8 @@ def agreement(
         float(loss.mean()),
         float(reference_loss.mean()),
         len(same),
+        float((loss - reference_loss).abs().mean()),
+        float((loss - reference_loss).abs().max()),
     )
 
 

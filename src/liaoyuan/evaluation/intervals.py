@@ -48,6 +48,14 @@ def difference_to_best(
     return _interval(arrays, lambda means: means[0] - means[1:].max(0), resamples, seed)
 
 
+def ratio(amounts: np.ndarray, sizes: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Return sum(amounts) / sum(sizes), such as a mean over the tokens of records, with its interval over the records.
+
+    Both float [records]; for a paired difference of two models give the difference of their amounts.
+    """
+    return _interval([np.asarray(amounts), np.asarray(sizes)], lambda means: means[0] / means[1], resamples, seed)
+
+
 def _interval(
     arrays: list[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int
 ) -> Interval:

@@ -2,15 +2,16 @@
 
 Adapters are trained and stored for the projections of the family's files (`q_proj`, `gate_proj`, ...), several of which
 may be one projection of ours. Of such ones A is stacked and B laid out as the rows of our weight are, so that all of
-them are two products. `LowRank` is one adapter for all rows, with parameters that can be trained; a `Stack` holds many
-of one shape, and each row takes its own.
+them are two products. `LowRank` is one adapter for all rows, with parameters that can be trained, DoRA's magnitudes
+among them (Liu et al. 2024, arXiv 2402.09353); a `Stack` holds many of one shape, and each row takes its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liaoyuan.models.config import ModelConfig
@@ -19,7 +20,7 @@ from liaoyuan.models.families import FAMILIES
 from liaoyuan.models.layers import Linear
 from liaoyuan.models.quantised import HEAD
 from liaoyuan.models.quantised_linear import QuantisedLinear
-from liaoyuan.ops import grouped_linear, linear
+from liaoyuan.ops import dequantise, grouped_linear, linear, wide
 
 Projection = Linear | QuantisedLinear
 Pair = tuple[Tensor, Tensor]  # A [r, K] and B [O, r]
@@ -64,23 +65,104 @@ def merge(parts: Sequence[Part], pairs: Mapping[str, Pair], out: int) -> Pair:
     return torch.cat(a), blocks.new_zeros(out, blocks.shape[1]).index_copy(0, rows, blocks)
 
 
+@dataclass(frozen=True, eq=False)
+class Magnitudes:
+    """DoRA's magnitudes of some rows of a projection of ours: which rows, int64 [n], and their new norms, [n]."""
+
+    rows: Tensor
+    norms: Tensor
+
+
+def magnitudes_of(parts: Sequence[Part], norms: Mapping[str, Tensor]) -> Magnitudes | None:
+    """Return the magnitudes of a projection of ours from those of its parts that have some; None: none has any."""
+    given = [part for part in parts if part.name in norms]
+    if not given:
+        return None
+    values = torch.cat([norms[part.name] for part in given])
+    return Magnitudes(torch.cat([part.rows for part in given]).to(values.device), values)
+
+
+def gains(changed: Tensor, magnitudes: Magnitudes) -> Tensor:
+    """Return by what each row of a changed weight [O, K] is multiplied so that it has its magnitude: fp32 or fp64 [O].
+
+    m / ||W + scale * B A|| (Liu et al. 2024, eq. 5); the norm is taken as a constant (sec. 4.3), so gradients flow to
+    the magnitudes alone.
+    """
+    lengths = torch.linalg.vector_norm(wide(changed.detach()), dim=1)
+    factors = wide(magnitudes.norms) / lengths[magnitudes.rows]
+    return torch.ones_like(lengths).index_copy(0, magnitudes.rows, factors)
+
+
+def merged_weight(weight: Tensor, pair: Pair, magnitudes: Magnitudes | None = None) -> Tensor:
+    """Return the whole weight that stands for a projection and its adapter, fp32 or fp64 [O, K]; the scale is in B."""
+    a, b = pair
+    changed = wide(weight) + wide(b) @ wide(a)
+    return changed if magnitudes is None else gains(changed, magnitudes)[:, None] * changed
+
+
+def whole_weight(projection: Projection) -> Tensor:
+    """Return the weight [O, K] of a projection, or what its few bits stand for, fp32."""
+    return dequantise(projection.weight) if isinstance(projection, QuantisedLinear) else projection.weight.detach()
+
+
 class LowRank(nn.Module):
     """One adapter of a projection, for all rows; `projection.adapter = LowRank(...)` puts it on.
 
-    `lora_A` and `lora_B` hold the parameters of each part, in the shapes of PEFT's files: [r, K] and [rows, r].
+    `lora_A` and `lora_B` hold the parameters of each part, in the shapes of PEFT's files: [r, K] and [rows, r];
+    `lora_magnitude_vector` those of DoRA, [rows]. What is computed has the dtype of x, whatever theirs is.
     """
 
-    def __init__(self, parts: Sequence[Part], pairs: Mapping[str, Pair], scale: float, out: int) -> None:
+    def __init__(
+        self, parts: Sequence[Part], pairs: Mapping[str, Pair], scale: float, out: int, dropout: float = 0.0
+    ) -> None:
+        """dropout: share of x's elements that the adapter does not see while it is trained."""
         super().__init__()
         self.parts, self.scale, self.out = [part for part in parts if part.name in pairs], scale, out
+        self.dropout = dropout
         self.lora_A = nn.ParameterList([nn.Parameter(pairs[part.name][0]) for part in self.parts])
         self.lora_B = nn.ParameterList([nn.Parameter(pairs[part.name][1]) for part in self.parts])
+        self.lora_magnitude_vector = nn.ParameterList()
+        self._projection: Callable[[], Projection] | None = None
+
+    def with_magnitudes(self, projection: Projection) -> "LowRank":
+        """Give each row of each part a magnitude (DoRA), to be filled with the norms of the rows of `projection`."""
+        self._projection = lambda: projection  # not as a module of this one: it holds this one
+        self.lora_magnitude_vector.extend(
+            nn.Parameter(a.new_empty(len(part.rows))) for part, a in zip(self.parts, self.lora_A, strict=True)
+        )
+        return self
+
+    def pair(self) -> Pair:
+        """Return A [R, K] and B [O, R] of our projection, the scale in B."""
+        pairs = zip(self.lora_A, self.lora_B, strict=True)
+        a, b = merge(self.parts, dict(zip(self._names, pairs, strict=True)), self.out)
+        return a, self.scale * b
+
+    def magnitudes(self) -> Magnitudes | None:
+        """Return DoRA's magnitudes; None: the adapter is a plain one."""
+        vectors = list(self.lora_magnitude_vector)
+        return magnitudes_of(self.parts, dict(zip(self._names, vectors, strict=True))) if vectors else None
+
+    @property
+    def _names(self) -> list[str]:
+        return [part.name for part in self.parts]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        names = [part.name for part in self.parts]
-        pairs = dict(zip(names, zip(self.lora_A, self.lora_B, strict=True), strict=True))
-        a, b = merge(self.parts, pairs, self.out)
-        return y + linear(linear(x, a), self.scale * b)
+        a, b = (half.to(x.dtype) for half in self.pair())
+        seen = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        low = linear(linear(seen, a), b)
+        return y + low if self._projection is None else self._scaled(y, low, self._projection())
+
+    def _scaled(self, y: Tensor, low: Tensor, projection: Projection) -> Tensor:
+        """Return y + low with each row of the weight at its magnitude; a bias stays as it is."""
+        magnitudes, bias = self.magnitudes(), projection.bias
+        assert magnitudes is not None
+        with torch.no_grad():
+            changed = merged_weight(whole_weight(projection), self.pair())
+        factors = gains(changed, magnitudes)
+        plain = y if bias is None else y - bias
+        # y itself with what is to be added to it: where nothing has been learned yet, y keeps its bits.
+        return (wide(y) + (factors - 1.0) * wide(plain) + factors * wide(low)).to(y.dtype)
 
 
 @dataclass(eq=False)

@@ -31,8 +31,8 @@ HEAD, EMBEDDING = "lm_head", "embed_tokens.weight"
 SCORED_ROWS = 512  # whose logits are in memory at once when given tokens are scored
 
 
-def quantisation_named(word: str | None) -> Quantisation | None:
-    """Return the quantisation that the command line calls `word`; None for None.
+def quantisation_named(word: str | None, head: Kind | None = "int8") -> Quantisation | None:
+    """Return the quantisation that the command line calls `word`, and of the head; None for None.
 
     Raises:
         LiaoyuanError: there is no such one.
@@ -42,7 +42,7 @@ def quantisation_named(word: str | None) -> Quantisation | None:
     if word not in GROUPS:
         hint = nearest(word, GROUPS) or f": {', '.join(GROUPS)}."
         raise LiaoyuanError(f"Weights cannot be quantised to '{word}'{hint}")
-    return Quantisation(cast(Kind, word))
+    return Quantisation(cast(Kind, word), head=head)
 
 
 Held = Callable[[Tensor], Sequence[int]]  # the shape of what is held here of a weight; distribution supplies its own

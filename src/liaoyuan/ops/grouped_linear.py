@@ -58,8 +58,10 @@ def _fake_backward(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(experts if with_bias else 0, out)
 
 
-def _apply(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:
+def _apply(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, Tensor | None]:
     x, weight, sizes, bias = saved_inputs(ctx)
+    if not ctx.needs_input_grad[1] and not ctx.needs_input_grad[3]:  # frozen ones, below adapters
+        return torch.ops.liaoyuan.grouped_linear(grad, weight.mT, sizes, None), None, None, None
     found = torch.ops.liaoyuan.grouped_linear_backward(grad, x, weight, sizes, bias is not None)
     return found[0], found[1], None, None if bias is None else found[2]
 

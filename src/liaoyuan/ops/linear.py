@@ -68,6 +68,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _apply(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     with_bias, with_residual = ctx.added
+    if not ctx.needs_input_grad[1] and not ctx.needs_input_grad[2]:  # a frozen one, below adapters
+        grad_x = torch.ops.liaoyuan.linear(grad, ctx.saved_tensors[1].t(), None, None)
+        return grad_x, None, None, grad if with_residual else None
     grad_x, grad_weight, grad_bias = torch.ops.liaoyuan.linear_backward(grad, *ctx.saved_tensors, with_bias)
     return grad_x, grad_weight, grad_bias if with_bias else None, grad if with_residual else None
 

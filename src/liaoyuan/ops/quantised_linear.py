@@ -1,4 +1,4 @@
-"""The linear layer with weights of 8 or 4 bits, for inference: fewer bytes to read for every token.
+"""The linear layer with weights of 8 or 4 bits: fewer bytes to read for every token, fewer to hold beside adapters.
 
 Weights alone are quantised, activations stay as they are (round to nearest with a scale per output or per group of
 the depth, as in Dettmers et al. 2022, arXiv 2208.07339, sec. 2.1, and Frantar et al. 2022, arXiv 2210.17323, sec. 4;
@@ -16,7 +16,7 @@ from torch import Tensor
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.choice import takes
 from liaoyuan.ops.kernels import ASCEND, NATIVE, TILED, triton
-from liaoyuan.ops.operator import Operator, Product, register, wide
+from liaoyuan.ops.operator import Gradient, Operator, Product, register, save_inputs, saved_inputs, wide
 from liaoyuan.ops.shapes import ShapeError, takes_shapes
 
 Kind = Literal["int8", "int4", "fp8"]
@@ -24,6 +24,7 @@ GROUPS = {"int8": (None, 32, 64, 128), "int4": (32, 64, 128), "fp8": (None,)}
 LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}  # of a quantised weight, in steps
 ZERO = 8  # of int4 without zeros
 BLOCK = 128  # weights of int4 that are packed together
+WIDENED_ROWS = 256  # outputs whose weights are fp32 at once in a backward pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +125,28 @@ def _quantised_linear(
     return product(y, weight.to(y.dtype), None if bias is None else bias.to(y.dtype)).to(x.dtype)
 
 
+def _backward(
+    grad: Tensor, data: Tensor, scales: Tensor, zeros: Tensor | None, with_bias: bool, kind: str, group: int, depth: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and bias. A weight of few bits has none: they flow through it to adapters (Dettmers et
+    al. 2023, arXiv 2305.14314, sec. 3).
+    """
+    # In the gradient's own dtype, and widened some rows at a time: the few bits are there to save memory.
+    weight = grad.new_empty(len(data), depth)
+    for first in range(0, len(data), WIDENED_ROWS):
+        rows = slice(first, first + WIDENED_ROWS)
+        few = (data[rows], scales[rows], None if zeros is None else zeros[rows])
+        weight[rows] = _dequantise(*few, kind, group, depth)
+    return grad @ weight, grad.sum(0) if with_bias else grad.new_empty(0)
+
+
+def _apply(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, data, scales, zeros, bias, kind, group = saved_inputs(ctx)
+    backward = torch.ops.liaoyuan.quantised_linear_backward
+    grad_x, grad_bias = backward(grad, data, scales, zeros, bias is not None, kind, group, x.shape[1])
+    return grad_x, None, None, None, None if bias is None else grad_bias, None, None
+
+
 def _dequantise(data: Tensor, scales: Tensor, zeros: Tensor | None, kind: str, group: int, depth: int) -> Tensor:
     size = group or max(depth, 1)
     if kind == "fp8":
@@ -203,5 +226,18 @@ QUANTISED_LINEAR = register(
         flops=lambda x, data, *_: 2 * x.numel() * data.shape[0],
         workload=_workload,
         traffic=_traffic,
+        gradient=Gradient(
+            inputs=(0, 4),
+            schema="(Tensor grad, Tensor data, Tensor scales, Tensor? zeros, bool with_bias, str kind, int group, "
+            "int depth) -> (Tensor, Tensor)",
+            reference=_backward,
+            fake=lambda grad, data, scales, zeros, with_bias, kind, group, depth: (
+                grad.new_empty(grad.shape[0], depth),
+                grad.new_empty(grad.shape[1] if with_bias else 0),
+            ),
+            save=save_inputs,
+            apply=_apply,
+            flops=lambda grad, data, scales, zeros, with_bias, kind, group, depth: 2 * grad.numel() * depth,
+        ),
     )
 )

@@ -42,6 +42,7 @@ from liaoyuan.parallel.world import World
 # A loss other than the cross-entropy of a microbatch: (log-probabilities fp32 [N], microbatch) -> [1 + K], the loss,
 # which has the gradient, and K values that have none; all are sums.
 Losses = Callable[[Tensor, Batch], Tensor]
+SCORED_ROWS = 512  # whose logits are in memory at once where the most probable tokens are asked for
 
 
 class Program:
@@ -201,6 +202,20 @@ class Program:
         loss = self._counted(self._losses(batch, scale, None, losses))
         reshard(self.models)
         return loss
+
+    @torch.no_grad()
+    def predictions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return of each token of a microbatch the log-probability of its target, fp32 [N], and whether no other token
+        is more probable, bool [N]. For layouts that cut no layer, no vocabulary and no sequence (`dp` and `fsdp`).
+        """
+        (model,) = self.models
+        x = self._own(batch)
+        context = self.context(batch.boundaries, len(batch.tokens))
+        hidden = model(x["tokens"], x["positions"], context, hidden=True)
+        log_probs = model.score(hidden, x["targets"])
+        first = torch.cat([model.logits(rows).argmax(-1) for rows in hidden.split(SCORED_ROWS)])
+        reshard(self.models)
+        return log_probs, first == x["targets"]
 
     def _losses(
         self, batch: Batch, scale: float, penalties: Penalties | None = None, losses: Losses | None = None

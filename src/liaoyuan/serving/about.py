@@ -1,7 +1,7 @@
 """What a model can do and what it cannot, in the words of whoever made it: `liaoyuan.json` beside the weights."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
@@ -32,6 +32,7 @@ class About(Config):
     about, cannot: what it can do, and what it cannot. examples: questions that it can answer.
     single_turn: it was taught single questions, so the page sends each one without those before it.
     temperature, max_tokens: what the page starts with.
+    card: where the model comes from, which the page does not say; see `tuning.card`.
     """
 
     about: AnyWords = Words()
@@ -43,6 +44,7 @@ class About(Config):
     single_turn: bool = False
     temperature: float = Field(default=0.6, ge=0, le=2)
     max_tokens: int | None = Field(default=None, ge=1)
+    card: dict[str, Any] = Field(default_factory=dict, exclude=True)
 
 
 def read_about(folder: Path) -> About:

@@ -187,6 +187,7 @@ class Outcome:
     tokens: int
     flops: float
     dropped: bool  # a spike, which changed nothing
+    padding: float  # share of the tokens that only filled up rows
     shown: dict[str, float] = field(default_factory=dict)  # penalties, or what an objective shows
 
 
@@ -206,9 +207,10 @@ def take_step(
     A step whose loss or gradient norm is above `limits` changes nothing.
     """
     counted = batches if world.counts else []
-    weight, tokens, flops = world.sum_numbers(
+    weight, tokens, padding, flops = world.sum_numbers(
         sum(objective.count(batch) if objective else float(batch.weights.sum()) for batch in counted),
         sum(len(batch.tokens) for batch in counted),
+        sum(batch.padding for batch in counted),
         sum(training_flops(program.config, batch.boundaries) for batch in counted),
     )
     losses = objective.losses(program, batches, world) if objective else None
@@ -216,7 +218,8 @@ def take_step(
     loss, *further = world.sum_numbers(*total.view(-1).tolist())
     norm = optimiser.step(rate, clip, limits[1] if loss <= limits[0] else -1.0)
     shown = objective.values(further) if objective else dict(zip(("penalty",), further, strict=False))
-    return Outcome(loss, norm, int(tokens), flops, loss > limits[0] or norm > limits[1], shown)
+    spike = loss > limits[0] or norm > limits[1]
+    return Outcome(loss, norm, int(tokens), flops, spike, padding / max(tokens, 1.0), shown)
 
 
 def _resume(
@@ -282,6 +285,7 @@ def _row(outcome: Outcome, rate: float, speed: float, done: TrainResult) -> dict
         "tokens_per_second": round(speed, 1),
         "cpu_seconds": round(done.cpu_seconds, 3),
         "flops": done.flops,
+        **({"padding": round(outcome.padding, 4)} if outcome.padding else {}),
         **outcome.shown,
         **({"dropped": 1} if outcome.dropped else {}),
     }

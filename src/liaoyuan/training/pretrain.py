@@ -4,8 +4,7 @@ The run folder gets `config.toml`, `metrics.jsonl`, `state/` while it runs, and 
 once it is done. Every stage goes on from where a kill left it.
 """
 
-import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from pydantic import Field
 
 from liaoyuan.checkpoint import load_weights, save_program
 from liaoyuan.checkpoint.training_state import CheckpointConfig
-from liaoyuan.config import Config, to_toml
+from liaoyuan.config import Config
 from liaoyuan.data import Corpus, TokenBatches, Tokenizer, load_corpus
 from liaoyuan.device import Device, select_device
 from liaoyuan.errors import LiaoyuanError
@@ -23,13 +22,12 @@ from liaoyuan.models import Decoder, ModelConfig, config_from_dict, read_config
 from liaoyuan.models.config import DTYPES
 from liaoyuan.ops import configure
 from liaoyuan.parallel import Layout, Program, Shape, World, lay_out, resolve
-from liaoyuan.rundir import Report, silent, write_atomic
+from liaoyuan.rundir import Report, remember, silent
 from liaoyuan.training.guard import SpikeGuard
 from liaoyuan.training.loop import STATE, TrainConfig, TrainResult, extra_of, make_optimiser, train
 from liaoyuan.training.optimiser import Optimiser
 
 MODEL = "model"
-CONFIG = "config.toml"
 FREE = ("layout.", "checkpoint.")  # sections that may change when a run goes on: states know no layout
 
 
@@ -89,7 +87,7 @@ def pretrain(config: PretrainConfig, folder: Path, report: Report = silent, worl
     layout = resolve(config.layout, world.size, layout_shape(config, shape))
     world = world.arrange(layout)
     if world.is_first:
-        _remember(config, folder)
+        remember(config, folder, (folder / STATE).exists(), FREE)
     program = _start(config, shape, layout, world)
     batches = _batches(corpus, config, world)
     measure = held_out_loss(corpus, config, world)
@@ -164,27 +162,6 @@ def held_out_loss(
         return {"held_out_loss": here.sum_numbers(sum(losses))[0] / (rows * here.data_size)}
 
     return measure
-
-
-def _remember(config: PretrainConfig, folder: Path) -> None:
-    """Write the resolved config into the run folder, unless a run under another one has begun there."""
-    path, text = folder / CONFIG, to_toml(config)
-    if (folder / STATE).exists() and path.exists():
-        before, now = _flat(tomllib.loads(path.read_text(encoding="utf-8"))), _flat(tomllib.loads(text))
-        for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key) and not key.startswith(FREE):
-                raise LiaoyuanError(
-                    f"{folder} holds a run with {key} = {before.get(key)}, not {now.get(key)}: "
-                    "give the same value to go on with it, or choose another folder."
-                )
-    write_atomic(path, text)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def _start(config: PretrainConfig, shape: ModelConfig, layout: Layout, world: World) -> Program:

@@ -4,7 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from liaoyuan.data import RecordBatches, TokenisedRecord, Tokenizer, tokenise
+import torch
+
+from liaoyuan.data import Batch, RecordBatches, TokenisedRecord, Tokenizer, tokenise
+from liaoyuan.data.permutation import number
 from liaoyuan.models import Decoder
 from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import Report, silent
@@ -21,11 +24,13 @@ def finetune(
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     world: World | None = None,
     sequence_length: int | None = None,
+    seeded: bool = False,
 ) -> TrainResult:
     """Fine-tune `model` in place on tokenised records, going on from `folder` if it holds a state; see `train`.
 
     Records are packed into rows of `sequence_length` tokens (one row a batch if None). Where it is given, any number
-    of processes that divides the rows of a batch gets the same batches.
+    of processes that divides the rows of a batch gets the same batches. `seeded`: torch's random numbers begin anew
+    with each step, so that a resumed run drops out the same.
     """
     here = world or World()
     batches = RecordBatches(
@@ -37,7 +42,19 @@ def finetune(
         here.data_rank,
         here.data_size,
     )
-    return train(model, batches, config, folder, report, evaluate, world)
+    given = SeededBatches(batches, config.seed, here.rank) if seeded else batches
+    return train(model, given, config, folder, report, evaluate, world)
+
+
+class SeededBatches:
+    """Batches that set the random numbers of dropout before each step."""
+
+    def __init__(self, batches: RecordBatches, seed: int, rank: int) -> None:
+        self._batches, self._seed, self._rank = batches, seed, rank
+
+    def __call__(self, step: int) -> list[Batch]:
+        torch.manual_seed(number(2**63, self._seed, step, self._rank))
+        return self._batches(step)
 
 
 def worked_solutions(

@@ -79,12 +79,16 @@ struct Linear : Function<Linear> {
     context->save_for_backward({x, weight});
     context->saved_data["bias"] = bias.has_value();
     context->saved_data["residual"] = residual.has_value();
+    context->saved_data["learned"] = wanted(weight) || wanted(bias);
     return call_linear(x, weight, bias, residual);
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
     static auto op = find<Three(const Tensor&, const Tensor&, const Tensor&, bool)>("liaoyuan::linear_backward");
     auto saved = context->get_saved_variables();
     bool with_bias = context->saved_data["bias"].toBool(), with_residual = context->saved_data["residual"].toBool();
+    if (!context->saved_data["learned"].toBool())  // a frozen one, below adapters
+      return {call_linear(grads[0], saved[1].t(), std::nullopt, std::nullopt), Tensor(), Tensor(),
+              with_residual ? grads[0] : Tensor()};
     auto [grad_x, grad_weight, grad_bias] = op.call(grads[0], saved[0], saved[1], with_bias);
     return {grad_x, grad_weight, with_bias ? grad_bias : Tensor(), with_residual ? grads[0] : Tensor()};
   }

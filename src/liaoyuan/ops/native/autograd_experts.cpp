@@ -19,6 +19,7 @@ struct GroupedLinear : Function<GroupedLinear> {
                         const OptionalTensor& bias) {
     context->save_for_backward({x, weight, sizes});
     context->saved_data["bias"] = bias.has_value();
+    context->saved_data["learned"] = wanted(weight) || wanted(bias);
     return call_grouped_linear(x, weight, sizes, bias);
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
@@ -26,6 +27,9 @@ struct GroupedLinear : Function<GroupedLinear> {
         "liaoyuan::grouped_linear_backward");
     auto saved = context->get_saved_variables();
     bool with_bias = context->saved_data["bias"].toBool();
+    if (!context->saved_data["learned"].toBool())  // frozen ones, below adapters
+      return {call_grouped_linear(grads[0], saved[1].mT(), saved[2], std::nullopt), Tensor(), Tensor(),
+              Tensor()};
     auto [grad_x, grad_weight, grad_bias] = op.call(grads[0], saved[0], saved[1], saved[2], with_bias);
     return {grad_x, grad_weight, Tensor(), with_bias ? grad_bias : Tensor()};
   }
