@@ -87,6 +87,12 @@ def test_what_fails_has_no_value_and_says_why(source: Path) -> None:
     assert moody.count.calls == 9 and moody.count.failed == 6  # None is its own verdict
 
 
+def test_a_path_from_here_is_as_good(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(source.parent)
+    score = FunctionReward(FunctionConfig(path=f"{source.name}:moody"))(rollout("raise"))
+    assert "no such mood (line" in score.reason
+
+
 def test_too_many_failures_stop_the_run(source: Path) -> None:
     moody = reward(source, "moody", failures=0.2)
     moody.score_all([rollout("fine")] * 30 + [rollout("raise")] * 7)

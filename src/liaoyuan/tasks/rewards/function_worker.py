@@ -60,7 +60,9 @@ def _call(function: Any, fields: dict[str, Any]) -> dict[str, Any]:
 
 def _words(error: BaseException) -> str:
     """Return an exception as one line, with the place in the user's file if it is known."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == sys.argv[1]]
+    own = Path(sys.argv[1]).resolve()
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == own]
     place = f" (line {lines[-1]})" if lines else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:REASON] + place
 

@@ -33,7 +33,7 @@ from liaoyuan.tasks.rewards.latex import (
     words_of,
 )
 from liaoyuan.tasks.rewards.number import same
-from liaoyuan.tasks.rewards.numbers import plain, read_number
+from liaoyuan.tasks.rewards.numbers import Number, plain, read_number
 from liaoyuan.tasks.rewards.workers import Reply, Workers
 
 PATIENCE = 10.0  # times its limit, by the clock: a worker on a busy machine is not ended for that
@@ -114,8 +114,8 @@ def _compare_values(gold: str, answer: str, question: str) -> Score | _Question:
     if gold_name and name and bare(gold_name) != bare(name):
         return Score(0.0, answer, f"it says what {name} is, not {gold_name}")
     relations = sides(wanted), sides(found)
-    numbers = read_number(wanted), read_number(found)
-    if numbers[0] and numbers[1] and not any(relations):
+    numbers = _number(wanted), _number(found)
+    if numbers[0] and numbers[1]:
         right = same(numbers[1], numbers[0], question)
         if right and plain(wanted) != plain(found) and any(plain(one) == plain(found) for one in formulas):
             return Score(0.0, answer, "it is what the question says")
@@ -143,13 +143,19 @@ def _refused(gold: str, answer: str) -> str:
     return ""
 
 
+def _number(text: str) -> Number | None:
+    """Return a number with its unit, if it has one of several letters: the s of "3s^2" is a quantity."""
+    letters = re.sub(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+", " ", text)
+    return None if sides(text) or re.search(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", letters) else read_number(text)
+
+
 def _list(text: str) -> str:
     """Return "1, 2 and 3" as "1,2,3"."""
     return re.sub(r",\s*,", ",", ALTERNATIVE.sub(",", text))
 
 
 def _alike(one: str, other: str) -> bool:
-    numbers = read_number(one), read_number(other)
+    numbers = _number(named(one)[1]), _number(named(other)[1])
     return bare(one) == bare(other) or (None not in numbers and numbers[0] == numbers[1])
 
 
