@@ -6,7 +6,6 @@ import pytest
 
 from liaoyuan import safety
 
-
 COUNTED = "not so: its threads are counted"  # of a root in a user namespace who is the host's own root
 
 
