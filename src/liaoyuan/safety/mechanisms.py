@@ -101,7 +101,7 @@ def first_lacking() -> tuple[str | None, str]:
     try:
         result = jail.finish([jail.start(jail.Job(PROOF))])[0]
     except jail.RefusedError as error:
-        return error.mechanism if error.mechanism in REMEDIES else "limits", error.why
+        return error.mechanism if error.mechanism in REMEDIES else "proof", error.why
     try:
         broken = [name for name, held in json.loads(result.output).items() if not held]
     except ValueError:
