@@ -1,51 +1,100 @@
 """Records: what tuning and evaluation read, one JSON object per line.
 
 A `Record` is a conversation, a prompt with a checkable answer, a preference or a text, with its history (source,
-licence). `read_records` and `write_records` are the only way in and out; a `.zst` file is compressed.
+licence). `read_records` and `write_records` are the way in and out; a `.zst` file is compressed. Files in other
+layouts come in through `formats`.
 """
 
 import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import zstandard
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import write_atomic
 
 Kind = Literal["chat", "preference", "unpaired", "prompt", "text"]
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class ToolCall(Config):
+    """A call of a function that the assistant writes; a tool's answer names it by `id`, if it has one."""
+
+    name: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    id: str = ""
 
 
 class Message(Config):
-    """One turn. `think` is the assistant's thought before the answer (empty: answered at once); `weight` its loss's."""
+    """One turn. `think` is the assistant's thought before the answer (empty: answered at once); `weight` its loss's.
 
-    role: Literal["system", "user", "assistant"]
-    content: str
+    tool_calls: what the assistant calls after its content. tool_call_id, name: of the call that a tool answers.
+    """
+
+    role: Role
+    content: str = ""
     think: str = ""
-    weight: float = 1.0
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
 
 
 class Record(Config):
     """One example.
 
-    kind: "chat" (learn the assistant's turns), "prompt" (ends with the user), "preference" (`messages` is better than
-        `rejected`), "unpaired" (`messages` judged alone by its weight), "text" (one message whose content is a text).
+    kind: "chat" (learn the assistant's turns), "preference" (after `messages`, `chosen` is better than `rejected`),
+        "unpaired" (the answer that ends `messages` is good or bad, as `label` says), "prompt" (`messages` ends where
+        the model is to answer), "text" (the content of the one message, as it stands).
+    tools: what the assistant may call, as OpenAI's API describes it.
     task, answer, level: which verifier checks the answer, the right one, and how hard it is.
+    split: "train", "validation" or "test", where whoever made the record has decided it.
     """
 
     id: str
     kind: Kind = "chat"
     messages: tuple[Message, ...] = ()
+    chosen: tuple[Message, ...] = ()
     rejected: tuple[Message, ...] = ()
+    label: bool | None = None
+    tools: tuple[dict[str, Any], ...] = ()
     task: str = ""
     answer: str = ""
     level: int = 0
     source: str = ""
     licence: str = ""
+    split: str = ""
+
+
+def conversations(record: Record) -> tuple[Record, ...]:
+    """Return the conversations that are learned from a record: of a preference the better one, then the worse one.
+
+    Where answers are judged, only what is judged is learned: the assistant's turns before it have the weight 0.
+
+    Raises:
+        LiaoyuanError: the record is a prompt, which shows no answer.
+    """
+    if record.kind == "prompt":
+        raise LiaoyuanError(
+            f"Record {record.id!r} is a prompt without an answer, so there is nothing to learn from it."
+        )
+    if record.kind == "preference":
+        asked = tuple(_unlearned(message) for message in record.messages)
+        sides = (asked + record.chosen, asked + record.rejected)
+        return tuple(record.model_copy(update={"messages": side, "chosen": (), "rejected": ()}) for side in sides)
+    if record.kind == "unpaired":
+        messages = (*(_unlearned(message) for message in record.messages[:-1]), *record.messages[-1:])
+        return (record.model_copy(update={"messages": messages}),)
+    return (record,)
+
+
+def _unlearned(message: Message) -> Message:
+    return message.model_copy(update={"weight": 0.0}) if message.role == "assistant" else message
 
 
 def read_records(path: Path) -> list[Record]:
