@@ -1,0 +1,75 @@
+"""Where the answers stand in a rendered conversation, found by rendering the prompt of each as a server would.
+
+What follows a prompt in the whole conversation, up to the token that ends the turn, is the model's own.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from liaoyuan.data.template import Tools
+from liaoyuan.data.tokenizer import Tokenizer
+from liaoyuan.errors import LiaoyuanError
+
+Piece = tuple[str, int | None]  # a text, and the number of the message that is learned there
+
+
+def outline(tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], tools: Tools | None) -> list[Piece]:
+    """Return the rendered conversation of guarded messages in pieces, each of one loss weight.
+
+    Templates leave the thoughts of earlier turns out; such a turn is learned as a fast answer, or not at all where the
+    template gives it no form that could be asked for.
+
+    Raises:
+        LiaoyuanError: no assistant's turn, or the template does not show where the last one begins or ends.
+    """
+    turns = [place for place, row in enumerate(rows) if row["role"] == "assistant"]
+    if not turns:
+        raise LiaoyuanError("The conversation has no message of the assistant to learn from.")
+    text = tokenizer.fill(rows, True, False, tools)
+    ends = tokenizer.end_texts
+    pieces: list[Piece] = []
+    done = 0
+    for place in turns:
+        begin = _prompt_length(tokenizer, rows, place, tools, text)
+        end = None if begin is None else _end_of_turn(text, begin, ends)
+        if begin is None or end is None or begin < done:
+            if place != turns[-1]:
+                continue
+            raise LiaoyuanError(
+                "The model's chat template does not show where the answer is: "
+                + ("no token ends it." if begin else "what it writes does not begin with its own prompt.")
+            )
+        pieces += [(text[done:begin], None), (text[begin:end], place)]
+        done = end
+    return [piece for piece in [*pieces, (text[done:], None)] if piece[0]]
+
+
+def _prompt_length(
+    tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], place: int, tools: Tools | None, text: str
+) -> int | None:
+    """Return the length of the longest prompt, slow or fast, with which `text` begins; None if with neither.
+
+    A turn whose thought the template left out does not answer a prompt that asks for one.
+    """
+    slow, fast = (tokenizer.fill(rows[:place], thinking, True, tools) for thinking in (True, False))
+    if text.startswith(fast) and len(fast) >= len(slow):
+        return len(fast)
+    if not text.startswith(slow):
+        return len(fast) if text.startswith(fast) else None
+    thought = rows[place].get("reasoning_content")
+    is_shown = not thought or text.startswith(thought.strip(), _after_opening(text, len(slow)))
+    return len(slow) if is_shown or place == len(rows) - 1 else None
+
+
+def _after_opening(text: str, place: int) -> int:
+    """Return where a thought begins that stands at `place`, perhaps after the mark that opens it."""
+    rest = text[place:].lstrip()
+    place = len(text) - len(rest)
+    rest = rest.removeprefix("<think>").lstrip()
+    return len(text) - len(rest) if rest else place
+
+
+def _end_of_turn(text: str, begin: int, ends: Sequence[str]) -> int | None:
+    """Return the place after the first of these tokens from `begin` on; None if there is none."""
+    found = [(place, place + len(token)) for token in ends if (place := text.find(token, begin)) >= 0]
+    return min(found)[1] if found else None
