@@ -21,6 +21,7 @@ RunFile = Annotated[Path | None, typer.Argument(help="TOML file with the setting
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run file.")]
 Model = Annotated[Path | None, typer.Option(help="Folder of the model to begin with, with its tokenizer.")]
 Out = Annotated[Path, typer.Option(help="Run folder; the result is its folder model.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on with the good records if there are bad ones.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -29,8 +30,9 @@ def sft(
     run_file: RunFile = None,
     set_: Set = None,
     model: Model = None,
-    data: Annotated[Path | None, typer.Option(help="Records to learn: .jsonl or .jsonl.zst.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Examples to learn: .jsonl or .json, also .zst.")] = None,
     out: Out = Path("runs/sft"),
+    skip_bad: SkipBad = False,
     json: Json = False,
 ) -> None:
     """Fine-tune on conversations; only the assistant's tokens are learned. Also under torchrun (FSDP)."""
@@ -39,7 +41,7 @@ def sft(
     from liaoyuan.parallel import start
     from liaoyuan.tuning.sft_run import run_sft
 
-    config = sft_config(run_file, set_, model, data)
+    config = sft_config(run_file, [*(set_ or []), *(["skip_bad=true"] if skip_bad else [])], model, data)
     world = start(select_device(config.device))
     try:
         with bar("SFT", quiet=not world.is_first) as report:

@@ -3,10 +3,12 @@
 Batch `i` is a function of (seed, i) alone, so the whole state of the data is one integer.
 """
 
-from liaoyuan.data.batches import Batch, RecordBatches, TokenBatches, TokenisedRecord, TokenStream
+from liaoyuan.data.batches import Batch, RecordBatches, TokenBatches, TokenStream
 from liaoyuan.data.chat import segments, tokenise
 from liaoyuan.data.corpus import Corpus, CorpusConfig, load_corpus, prepare_corpus
 from liaoyuan.data.formats import Examples, Tally, read_examples
+from liaoyuan.data.record_cache import TokenisedFile, tokenise_file
+from liaoyuan.data.record_tokens import RecordTokens, TokenisedRecord
 from liaoyuan.data.records import Message, Record, ToolCall, conversations, read_records, write_records
 from liaoyuan.data.tokenizer import IncrementalDecoder, Tokenizer, train_tokenizer
 
@@ -19,9 +21,11 @@ __all__ = [
     "Message",
     "Record",
     "RecordBatches",
+    "RecordTokens",
     "Tally",
     "TokenBatches",
     "TokenStream",
+    "TokenisedFile",
     "TokenisedRecord",
     "Tokenizer",
     "ToolCall",
@@ -32,6 +36,7 @@ __all__ = [
     "read_records",
     "segments",
     "tokenise",
+    "tokenise_file",
     "train_tokenizer",
     "write_records",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from liaoyuan.data.permutation import Permutation, number, permutation
+from liaoyuan.data.record_tokens import RecordTokens, TokenisedRecord
 from liaoyuan.errors import LiaoyuanError
 
 
@@ -41,14 +42,6 @@ class TokenStream:
 
     tokens: np.ndarray
     starts: np.ndarray
-
-
-@dataclass(frozen=True)
-class TokenisedRecord:
-    """A conversation of L + 1 tokens; `weights[n]` is the loss weight of predicting token n (the first has none)."""
-
-    tokens: tuple[int, ...]
-    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -171,17 +164,16 @@ class RecordBatches:
         padding: int = 0,
     ) -> None:
         length = sequence_length or batch_tokens
-        self.records, self.seed, self.padding = records, seed, padding
+        self.records, self.seed, self.padding = RecordTokens.of(records), seed, padding
         self.division = Division(batch_tokens, length, microbatches, rank, world_size)
-        sizes = [len(record.tokens) - 1 for record in records]
-        if not records or min(sizes) < 1:
+        sizes = (self.records.sizes - 1).tolist()
+        if not sizes or min(sizes) < 1:
             raise LiaoyuanError("There are no records to learn from, or one of them is empty.")
         if max(sizes) > length:
             raise LiaoyuanError(
                 f"Record {sizes.index(max(sizes))} has {max(sizes)} tokens, more than sequence_length ({length})."
             )
-        self._tokens = [np.array(record.tokens, dtype=np.int64) for record in records]
-        self._weights = [np.array(record.weights, dtype=np.float32) for record in records]
+        self._weights = self.records.total_weights()
         self._sizes, self._documents = sizes, length // min(sizes) + 1
         self._begins = [0]
 
@@ -196,7 +188,7 @@ class RecordBatches:
 
     def total_weight(self, step: int) -> float:
         """Return the sum of the weights of the global batch `step`."""
-        return float(sum(self._weights[record][1:].sum() for row in self.rows(step) for record in row))
+        return float(sum(self._weights[record] for row in self.rows(step) for record in row))
 
     def rows(self, step: int) -> list[list[int]]:
         """Return the records of each row of the global batch `step`."""
@@ -234,8 +226,9 @@ class RecordBatches:
             begin = place * length
             for record in row:
                 end = begin + self._sizes[record]
-                tokens[0, begin:end], tokens[1, begin:end] = self._tokens[record][:-1], self._tokens[record][1:]
-                weights[begin:end] = self._weights[record][1:]
+                ids = self.records.ids(record)
+                tokens[0, begin:end], tokens[1, begin:end] = ids[:-1], ids[1:]
+                weights[begin:end] = self.records.weights(record)[1:]
                 cuts.append(begin)
                 begin = end
             if begin < (place + 1) * length:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from liaoyuan.data.batches import TokenisedRecord
 from liaoyuan.data.opaque import GUARD, Seen, stand_in
 from liaoyuan.data.outline import Piece, outline
+from liaoyuan.data.record_tokens import TokenisedRecord
 from liaoyuan.data.records import Message, Record, conversations
 from liaoyuan.data.template import only_places_texts, plain_messages
 from liaoyuan.data.tokenizer import Tokenizer

@@ -6,8 +6,8 @@ JSON lines and JSON, compressed if the name ends with `.zst`.
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,18 @@ class Tally:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
-        return asdict(self)
+        bad, left_out = ({what: vars(place) for what, place in places.items()} for places in (self.bad, self.left_out))
+        counts = {"layouts": dict(self.layouts), "kinds": {kind: n for kind, n in self.kinds.items() if n}}
+        return {"rows": self.rows, "records": self.records, **counts, "bad": bad, "left_out": left_out}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Tally":
+        """Return what `to_dict` made JSON of."""
+        kinds, layouts = Counter(values["kinds"]), Counter(values["layouts"])
+        bad, left_out = (
+            {what: Places(**place) for what, place in values[name].items()} for name in ("bad", "left_out")
+        )
+        return cls(values["rows"], values["records"], layouts, kinds, bad, left_out)
 
     def note(self, kept: dict[str, Places], what: str, line: int, found: str = "") -> None:
         """Count `what` among the kept."""
@@ -63,19 +74,36 @@ class Tally:
 
 
 class Examples:
-    """The records of a file, made one after another; `tally` is whole when they have all been."""
+    """The records of a file, made one after another; `tally` is whole when they have all been.
+
+    line: of the newest record. position: how many bytes of the file have been read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.tally = path, Tally()
+        self.line = self.position = 0
 
     def __iter__(self) -> Iterator[Record]:
         self.tally = Tally()
-        for line, row in read_rows(self.path):
+        for line, row in read_rows(self.path, self._at):
+            self.line = line
             self.tally.rows += 1
             try:
                 yield from self._records(line, row)
-            except RowError as flaw:
-                self.tally.note(self.tally.bad, flaw.expected, line, flaw.found)
+            except RowError as error:
+                self._bad(error)
+
+    def reject(self, record: Record, error: RowError) -> None:
+        """Count the record that came last as a bad one."""
+        self.tally.records -= 1
+        self.tally.kinds[record.kind] -= 1
+        self._bad(error)
+
+    def _bad(self, error: RowError) -> None:
+        self.tally.note(self.tally.bad, error.expected, self.line, error.found)
+
+    def _at(self, position: int) -> None:
+        self.position = position
 
     def _records(self, line: int, row: Any) -> list[Record]:
         if isinstance(row, RowError):
@@ -131,8 +159,10 @@ def describe(bad: dict[str, Places]) -> list[str]:
     ]
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def read_rows(path: Path, at: Callable[[int], None] | None = None) -> Iterator[tuple[int, Any]]:
     """Yield (line, value) of each row of a file; of a row that is no JSON the value is its `RowError`.
+
+    at: told before each row how many bytes of the file have been read.
 
     Raises:
         LiaoyuanError: the file is missing, torn, not UTF-8, or of a kind that is not read.
@@ -141,11 +171,11 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     if name.endswith(".parquet"):
         raise LiaoyuanError(f"{path}: Parquet is not read here. Write it as JSON lines first, one object a line.")
     if name.endswith(".json"):
-        text = "".join(line for _, line in read_lines(path))
+        text = "".join(line for _, line in read_lines(path, at))
         if text.lstrip("\ufeff \t\r\n").startswith("["):
             yield from _array(text)
             return
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, at):
         if line.strip():
             yield number, _value(line.lstrip("\ufeff") if number == 1 else line)
 

@@ -7,7 +7,7 @@ layouts come in through `formats`.
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,8 +116,10 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     write_atomic(path, zstandard.compress(data) if path.suffix == ".zst" else data)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path, at: Callable[[int], None] | None = None) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line) of a UTF-8 file, decompressed if its name ends with `.zst`.
+
+    at: told before each line how many bytes of the file have been read.
 
     Raises:
         LiaoyuanError: it is missing, unreadable, no UTF-8, or its compression is torn.
@@ -129,7 +131,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 if path.suffix == ".zst"
                 else raw
             )
-            yield from enumerate(io.TextIOWrapper(data, encoding="utf-8", newline="\n"), start=1)
+            for number, line in enumerate(io.TextIOWrapper(data, encoding="utf-8", newline="\n"), start=1):
+                if at:
+                    at(raw.tell())
+                yield number, line
     except (FileNotFoundError, IsADirectoryError):
         raise LiaoyuanError(f"The file {path} does not exist.") from None
     except UnicodeDecodeError as error:

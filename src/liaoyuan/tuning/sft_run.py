@@ -9,22 +9,23 @@ from pydantic import Field
 
 from liaoyuan.checkpoint import load_weights, save_program
 from liaoyuan.config import Config, to_toml
-from liaoyuan.data import Tokenizer, read_records, tokenise
+from liaoyuan.data import Examples, Tokenizer, tokenise_file
 from liaoyuan.device import select_device
 from liaoyuan.models import Decoder, read_config
 from liaoyuan.ops import configure
 from liaoyuan.parallel import Layout, Shape, World, lay_out, resolve
-from liaoyuan.rundir import Report, silent, write_atomic
+from liaoyuan.rundir import Report, silent, write_atomic, write_json
 from liaoyuan.tasks.seen import Seen, read_seen, write_seen
 from liaoyuan.training import TrainConfig
 from liaoyuan.tuning.finetune import finetune
 
 
 class SftConfig(Config):
-    """`model` to begin with, `data` to learn (records), how to train, on which device."""
+    """`model` to begin with, `data` to learn (examples in any known layout), how to train, on which device."""
 
     model: Path
     data: Path
+    skip_bad: bool = False  # learn from the good records of a file that has bad ones, or too long ones
     train: TrainConfig = TrainConfig(steps=300, batch_tokens=4096, learning_rate=5e-4, weight_decay=0.01)
     layout: Layout = Layout()
     sequence_length: int = Field(512, gt=0)  # of the rows into which records are packed; no record may be longer
@@ -42,8 +43,8 @@ def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: Wor
     """
     configure(config.ops)
     world = world or World(device=select_device(config.device))
-    examples = read_records(config.data)
-    records = tokenise(Tokenizer.load(config.model), examples)
+    data = tokenise_file(config.data, Tokenizer.load(config.model), skip_bad=config.skip_bad, report=report)
+    data = data.within(config.sequence_length, config.skip_bad)
     with torch.device("meta"):
         model = Decoder(read_config(config.model))
     rows = config.train.batch_tokens // config.sequence_length
@@ -54,9 +55,10 @@ def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: Wor
     load_weights(program, config.model)
     if world.is_first:
         write_atomic(folder / "config.toml", to_toml(config))
-        Seen(folder, config.model).add_records(examples)
-    done = finetune(program, records, config.train, folder, report, None, world, config.sequence_length)
+        write_json(folder / "data.json", data.to_dict())
+        Seen(folder, config.model).add_records(Examples(config.data))
+    done = finetune(program, data.records, config.train, folder, report, None, world, config.sequence_length)
     save_program(program, folder / "model", config.model, world)
     if world.is_first:
         write_seen(folder / "model", read_seen(folder))
-    return asdict(done)
+    return {"records": len(data.records), "left_out": data.left_out, **asdict(done)}
