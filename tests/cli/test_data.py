@@ -4,15 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
-from liaoyuan.cli.data import data
+from liaoyuan.cli.data import app
 from liaoyuan.data import load_corpus
 from liaoyuan.errors import LiaoyuanError
-
-app = typer.Typer()
-app.command()(data)
 
 
 @pytest.fixture

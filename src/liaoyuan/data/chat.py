@@ -5,6 +5,7 @@ learned is encoded as the model would write it; the ids of the whole are those t
 last character of a prompt would be joined to the first one of its answer, which no model can write.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from liaoyuan.data.template import only_places_texts, plain_messages
 from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.errors import LiaoyuanError
 
+MARKED = re.compile(f"{GUARD}(\\d+){GUARD}")
 Segment = tuple[list[int], float]  # ids, and the loss weight of each of them
 
 
@@ -27,6 +29,10 @@ class Rendered:
     texts: list[str]
     weights: list[float]
     hidden: Sequence[str] = ()
+
+    def shown(self) -> list[str]:
+        """Return the pieces as people read them, without stand-ins."""
+        return [MARKED.sub(lambda match: self.hidden[int(match[1])], text) for text in self.texts]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import shutil
 import time
 import zlib
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ import tokenizers
 from liaoyuan.data.chat import Rendered, Renderer, encode
 from liaoyuan.data.corpus import ENCODED_AT_ONCE, token_dtype
 from liaoyuan.data.fields import RowError
-from liaoyuan.data.formats import Examples, Tally, check_tally
+from liaoyuan.data.formats import Examples, Places, Tally, check_tally
 from liaoyuan.data.record_tokens import Growing, RecordTokens, map_arrays, save_arrays
 from liaoyuan.data.records import Kind, Record, conversations
 from liaoyuan.data.tokenizer import Tokenizer
@@ -33,13 +33,14 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.build import cache_folder
 from liaoyuan.rundir import Lock, Progress, Report, atomic_folder, read_json, silent, sweep, write_json
 
+KINDS: tuple[Kind, ...] = ("chat", "text", "preference", "unpaired")  # what can be learned from
 TURNS: frozenset[Kind] = frozenset(("chat", "text"))  # what supervised fine-tuning learns from
 PATIENCE = 24 * 3600.0  # seconds for which a process waits for another one that tokenises the same file
 KILOBYTE = 1000
 KEPT_SECONDS = 30 * 24 * 3600.0  # for which an entry is kept that nobody uses
 DATED = ("strftime_now", "date_string", "datetime")  # a template that writes the day: another one tomorrow
-ROWS = {"is_text": np.bool_, "lines": np.int64, "labels": np.int8}  # what is known of each record beside its tokens
-Waiting = tuple[tuple[bool, int, int], Rendered]  # `ROWS` of a record, and its text
+ROWS = {"kinds": np.int8, "lines": np.int64, "labels": np.int8}  # what is known of each record beside its tokens
+Waiting = tuple[tuple[int, int, int], Rendered]  # `ROWS` of a record, and its text
 Encoded = tuple[list[int], list[int]]  # ids, and where the pieces of one weight begin and end
 
 
@@ -48,12 +49,12 @@ class TokenisedFile:
     """What was made of a file of examples.
 
     records: R, of a preference the better conversation, then the worse one. lines: int64 [R], where each comes from.
-    is_text: bool [R], no conversation. labels: int8 [R], 1 good, 0 bad, -1 not judged. tally: what was in the file.
+    kinds: int8 [R], places in `KINDS`. labels: int8 [R], 1 good, 0 bad, -1 not judged. tally: what was in the file.
     folder: where it is kept. too_long: how many records are not here because they were.
     """
 
     records: RecordTokens
-    is_text: np.ndarray
+    kinds: np.ndarray
     lines: np.ndarray
     labels: np.ndarray
     tally: Tally
@@ -66,7 +67,7 @@ class TokenisedFile:
         Raises:
             LiaoyuanError: some do not and `skip_long` is not set, or none does.
         """
-        records, owner = self.records.cut(self.is_text, length)
+        records, owner = self.records.cut(self.kinds == KINDS.index("text"), length)
         fits = records.sizes - 1 <= length
         longest = int(records.sizes.argmax())
         if not fits.all() and not (skip_long and fits.any()):
@@ -109,7 +110,7 @@ def tokenise_file(
         LiaoyuanError: the file cannot be read, has nothing of use, or has bad rows and `skip_bad` is not set; the
             tokenizer has no chat template; the disk is full.
     """
-    key = _key(path, tokenizer, kinds)
+    key = _key(path, tokenizer)
     root = cache or cache_folder() / "records"
     folder = root / key
     _forget(root)
@@ -119,26 +120,40 @@ def tokenise_file(
         found = _open(folder / "tokens")
         if found is None:
             sweep(folder)
-            tally = _make(path, tokenizer, kinds, skip_bad, folder / "tokens", report)
+            tally = _make(path, tokenizer, skip_bad, folder / "tokens", report)
             check_tally(path, tally, skip_bad)
             found = _open(folder / "tokens")
             if found is None:
                 raise LiaoyuanError(f"{folder} cannot be read back. Delete it, and run again.")
     finally:
         lock.release()
+    found = _only(found, kinds)
     check_tally(path, found.tally, skip_bad)
     return found
 
 
-def _make(
-    path: Path, tokenizer: Tokenizer, kinds: Collection[Kind], skip_bad: bool, place: Path, report: Report
-) -> Tally:
+def _only(found: TokenisedFile, kinds: Collection[Kind]) -> TokenisedFile:
+    """Return the records of these kinds; the lines of others are bad ones."""
+    codes = [KINDS.index(kind) for kind in kinds]
+    is_wanted = np.isin(found.kinds, codes)
+    if is_wanted.all():
+        return found
+    kept, others = np.flatnonzero(is_wanted), np.unique(found.lines[~is_wanted])
+    kind = KINDS[found.kinds[~is_wanted][0]]
+    bad = {f"a record of kind {' or '.join(sorted(kinds))}": Places(len(others), int(others[0]), f"'{kind}'")}
+    counts = Counter({kind: count for kind, count in found.tally.kinds.items() if kind in kinds})
+    tally = replace(found.tally, bad=found.tally.bad | bad, kinds=counts, records=counts.total())
+    rows = {name: getattr(found, name)[kept] for name in ROWS}
+    return replace(found, records=found.records.select(kept), **rows, tally=tally)
+
+
+def _make(path: Path, tokenizer: Tokenizer, skip_bad: bool, place: Path, report: Report) -> Tally:
     """Tokenise the file into the folder `place`; with bad rows that may not be skipped, count them and make nothing."""
     examples = Examples(path)
     with atomic_folder(place) as folder:
         growing, rows = Growing(token_dtype(tokenizer)), {name: array("q") for name in ROWS}
         with (folder / "tokens.bin").open("wb") as file:
-            for batch, encoded in _encoded(examples, tokenizer, kinds, skip_bad, report):
+            for batch, encoded in _encoded(examples, tokenizer, skip_bad, report):
                 for (row, one), (ids, cuts) in zip(batch, encoded, strict=True):
                     runs = zip(cuts, cuts[1:], one.weights, strict=False)
                     file.write(growing.add(ids, runs).tobytes())
@@ -157,13 +172,13 @@ def _make(
 
 
 def _encoded(
-    examples: Examples, tokenizer: Tokenizer, kinds: Collection[Kind], skip_bad: bool, report: Report
+    examples: Examples, tokenizer: Tokenizer, skip_bad: bool, report: Report
 ) -> Iterator[tuple[list[Waiting], list[Encoded]]]:
     """Yield what is rendered and its ids, batch by batch; the next batch is rendered while one is encoded."""
     waiting: deque[tuple[list[Waiting], Future[list[Encoded]]]] = deque()
     total = max(1, examples.path.stat().st_size // KILOBYTE)
     with ThreadPoolExecutor(1) as encoder:
-        for batch in _batches(examples, tokenizer, kinds, skip_bad):
+        for batch in _batches(examples, tokenizer, skip_bad):
             waiting.append((batch, encoder.submit(encode, tokenizer, [one for _, one in batch])))
             if len(waiting) > 1:
                 first, future = waiting.popleft()
@@ -175,9 +190,7 @@ def _encoded(
     report(Progress(total, total, "kB", f"tokenised, {examples.tally.records:,} records"))
 
 
-def _batches(
-    examples: Examples, tokenizer: Tokenizer, kinds: Collection[Kind], skip_bad: bool
-) -> Iterator[list[Waiting]]:
+def _batches(examples: Examples, tokenizer: Tokenizer, skip_bad: bool) -> Iterator[list[Waiting]]:
     renderer = Renderer(tokenizer)
     batch: list[Waiting] = []
     size = 0
@@ -185,11 +198,11 @@ def _batches(
         if examples.tally.bad and not skip_bad:
             continue  # nothing will be made of it: the bad rows are counted, so that all can be told at once
         try:
-            rendered = _render(renderer, record, kinds)
+            rendered = _render(renderer, record)
         except RowError as error:
             examples.reject(record, error)
             continue
-        row = (record.kind == "text", examples.line, -1 if record.label is None else int(record.label))
+        row = (KINDS.index(record.kind), examples.line, -1 if record.label is None else int(record.label))
         batch += [(row, one) for one in rendered]
         size += sum(len(text) for one in rendered for text in one.texts)
         if size >= ENCODED_AT_ONCE:
@@ -199,9 +212,9 @@ def _batches(
         yield batch
 
 
-def _render(renderer: Renderer, record: Record, kinds: Collection[Kind]) -> list[Rendered]:
-    if record.kind not in kinds:
-        raise RowError(f"a record of kind {' or '.join(sorted(kinds))}", f"'{record.kind}'")
+def _render(renderer: Renderer, record: Record) -> list[Rendered]:
+    if record.kind not in KINDS:
+        raise RowError("an answer to learn from", "a prompt")
     if record.kind != "text" and not renderer.tokenizer.has_template:
         raise LiaoyuanError(
             "The model has no chat template, so it cannot be taught conversations: put one into its "
@@ -234,11 +247,11 @@ def _forget(root: Path) -> None:
                 shutil.rmtree(lock.parent)
 
 
-def _key(path: Path, tokenizer: Tokenizer, kinds: Collection[Kind]) -> str:
+def _key(path: Path, tokenizer: Tokenizer) -> str:
     template = tokenizer.template_text or ""
     parts = [
         *(_code(), tokenizers.__version__, _digest(path), path.suffixes, path.name.split(".")[0]),
-        *(tokenizer.hash, template, tokenizer.named_tokens, tokenizer.eos_ids, sorted(kinds)),
+        *(tokenizer.hash, template, tokenizer.named_tokens, tokenizer.eos_ids),
     ]
     if any(name in template for name in DATED):
         parts.append(datetime.date.today().isoformat())

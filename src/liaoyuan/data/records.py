@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.rundir import write_atomic
+from liaoyuan.rundir import atomic_file
 
 Kind = Literal["chat", "preference", "unpaired", "prompt", "text"]
 Role = Literal["system", "user", "assistant", "tool"]
@@ -111,9 +111,13 @@ def read_records(path: Path) -> list[Record]:
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write records as `.jsonl`, or compressed if the name ends with `.zst`; the file is whole or absent."""
-    rows = (json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) for record in records)
-    data = "".join(row + "\n" for row in rows).encode()
-    write_atomic(path, zstandard.compress(data) if path.suffix == ".zst" else data)
+    with atomic_file(path) as file:
+        packer = zstandard.ZstdCompressor().stream_writer(file, closefd=False) if path.suffix == ".zst" else None
+        for record in records:
+            row = json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n"
+            (packer or file).write(row.encode())
+        if packer:
+            packer.close()
 
 
 def read_lines(path: Path, at: Callable[[int], None] | None = None) -> Iterator[tuple[int, str]]:
