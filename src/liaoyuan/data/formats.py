@@ -141,7 +141,7 @@ def check_tally(path: Path, tally: Tally, skip_bad: bool) -> None:
     if tally.bad and not (skip_bad and tally.records):
         first = "; ".join(describe(tally.bad)[:TOLD])
         raise LiaoyuanError(
-            f"{path} has {tally.bad_rows:,} bad lines of {tally.rows:,}: {first}. "
+            f"{path}: {tally.bad_rows:,} of {tally.rows:,} lines are bad: {first}. "
             f"Mend them, or use --skip-bad to go on with the {tally.records:,} good records."
             if tally.records
             else f"{path} has no usable line of {tally.rows:,}: {first}."
@@ -268,11 +268,11 @@ def _array(text: str) -> Iterator[tuple[int, Any]]:
         if text.startswith("]", begin):
             return
         try:
-            value, place = DECODER.raw_decode(text, begin)
+            place = DECODER.raw_decode(text, begin)[1]
         except (ValueError, RecursionError) as error:
             yield line, RowError("a JSON array of objects", f"{shown(text[begin : begin + 80].strip())} ({error})")
             return  # nobody knows where the next item begins
-        yield line, value
+        yield line, _value(text[begin:place])
         line += text.count("\n", begin, place)
         place = _after_spaces(text, place)
         if text.startswith(",", place):

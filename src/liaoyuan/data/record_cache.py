@@ -195,13 +195,13 @@ def _batches(examples: Examples, tokenizer: Tokenizer, skip_bad: bool) -> Iterat
     batch: list[Waiting] = []
     size = 0
     for record in examples:
-        if examples.tally.bad and not skip_bad:
-            continue  # nothing will be made of it: the bad rows are counted, so that all can be told at once
         try:
             rendered = _render(renderer, record)
         except RowError as error:
             examples.reject(record, error)
             continue
+        if examples.tally.bad and not skip_bad:
+            continue  # nothing will be made of the file: the bad rows are counted, so that all can be told at once
         row = (KINDS.index(record.kind), examples.line, -1 if record.label is None else int(record.label))
         batch += [(row, one) for one in rendered]
         size += sum(len(text) for one in rendered for text in one.texts)
