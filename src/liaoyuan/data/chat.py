@@ -19,6 +19,7 @@ from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.errors import LiaoyuanError
 
 MARKED = re.compile(f"{GUARD}(\\d+){GUARD}")
+Mark = tuple[str, bool, bool]  # a message's role, and whether it has content and a thought
 Segment = tuple[list[int], float]  # ids, and the loss weight of each of them
 
 
@@ -46,7 +47,6 @@ class Form:
     items: list[str | int]
     ends: list[int]
     learned: list[int | None]
-    seen: Seen
 
 
 @dataclass
@@ -55,6 +55,8 @@ class Renderer:
 
     tokenizer: Tokenizer
     _forms: dict[tuple[str, ...], Form | None] = field(default_factory=dict)
+    _prompts: dict[tuple[Mark, ...], tuple[str, str]] = field(default_factory=dict)  # by the shape before them
+    _seen: Seen = field(default_factory=lambda: Seen(set(), set()))
 
     def __post_init__(self) -> None:
         self._is_plain = only_places_texts(self.tokenizer.template_text)
@@ -81,21 +83,22 @@ class Renderer:
 
     def _by_form(self, messages: Sequence[Message]) -> Rendered | None:
         """Return the conversation rendered by the form of its shape, if the template cannot tell it from that."""
-        shape, texts = [], []
+        shape: list[str] = []
+        texts: list[str] = []
         for message in messages:
-            if message.tool_calls or message.tool_call_id or message.name:
+            values = message.__dict__  # a million times over, the fields themselves are quicker than attributes
+            if values["tool_calls"] or values["tool_call_id"] or values["name"]:
                 return None
-            content, think = message.content, message.think
-            shape.append(f"{message.role}{'c' if content else ''}{'t' if think else ''}")
-            if content:
-                texts.append(content)
-            if think:
-                texts.append(think)
+            shape.append(values["role"])
+            for name in ("content", "think"):
+                if values[name]:
+                    shape.append(name)
+                    texts.append(values[name])
         key = tuple(shape)
         if key not in self._forms:
             self._forms[key] = self._form(messages)
         form = self._forms[key]
-        if form is None or not self._fits(form, texts):
+        if form is None or not self._fits(texts):
             return None
         filled = [item if isinstance(item, str) else texts[item] for item in form.items]
         begins = [0, *form.ends]
@@ -103,29 +106,34 @@ class Renderer:
         weights = [0.0 if number is None else messages[number].weight for number in form.learned]
         return Rendered(pieces, weights)
 
-    def _fits(self, form: Form, texts: Sequence[str]) -> bool:
+    def _fits(self, texts: Sequence[str]) -> bool:
         together = "\0".join(texts)
         return (
-            all(text.strip() is text or text.strip() == text for text in texts)
-            and form.seen.wholes.isdisjoint(texts)
-            and not any(part in together for part in form.seen.parts)
+            together == "\0".join(map(str.strip, texts))
+            and self._seen.wholes.isdisjoint(texts)
+            and not any(part in together for part in self._seen.parts)
             and not self.tokenizer.must_be_guarded(together)
         )
 
     def _form(self, messages: Sequence[Message]) -> Form | None:
         """Return the form of a shape; None if the template looks into texts, or refuses the shape."""
-        seen, rows, number = Seen(set(), set()), [], 0
+        rows, number = [], 0
         for message in messages:
             row: dict[str, Any] = {"role": message.role, "content": ""}
             for name, text in (("content", message.content), ("reasoning_content", message.think)):
                 if text:
-                    row[name] = stand_in(number, seen)
+                    row[name] = stand_in(number, self._seen)
                     number += 1
             rows.append(row)
+        marks = [(message.role, bool(message.content), bool(message.think)) for message in messages]
+        beginnings = [tuple(marks[:place]) for place in range(len(marks))]
+        known = {place: self._prompts[key] for place, key in enumerate(beginnings) if key in self._prompts}
         try:
-            return _as_form(outline(self.tokenizer, rows, None), seen)
+            form = _as_form(outline(self.tokenizer, rows, None, known))
         except Exception:  # the template can do whatever it likes with the stand-ins: it gets the texts themselves
             return None
+        self._prompts |= {beginnings[place]: prompts for place, prompts in known.items()}
+        return form
 
     def _text(self, record: Record) -> Rendered:
         """A text stands between two tokens that end a text, as in a corpus."""
@@ -198,7 +206,7 @@ def _weights(pieces: Sequence[Piece], messages: Sequence[Message]) -> list[float
     return [0.0 if number is None else messages[number].weight for _, number in pieces]
 
 
-def _as_form(pieces: Sequence[Piece], seen: Seen) -> Form:
+def _as_form(pieces: Sequence[Piece]) -> Form:
     items: list[str | int] = []
     ends: list[int] = []
     for text, _ in pieces:
@@ -208,4 +216,4 @@ def _as_form(pieces: Sequence[Piece], seen: Seen) -> Form:
             elif part:
                 items.append(part)
         ends.append(len(items))
-    return Form(items, ends, [number for _, number in pieces], seen)
+    return Form(items, ends, [number for _, number in pieces])

@@ -10,11 +10,16 @@ from liaoyuan.data.template import Tools
 from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.errors import LiaoyuanError
 
+Prompts = dict[int, tuple[str, str]]
 Piece = tuple[str, int | None]  # a text, and the number of the message that is learned there
 
 
-def outline(tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], tools: Tools | None) -> list[Piece]:
+def outline(
+    tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], tools: Tools | None, known: Prompts | None = None
+) -> list[Piece]:
     """Return the rendered conversation of guarded messages in pieces, each of one loss weight.
+
+    known: slow and fast prompts by the number of messages before the answer, filled with those that are rendered.
 
     Templates leave the thoughts of earlier turns out; such a turn is learned as a fast answer, or not at all where the
     template gives it no form that could be asked for.
@@ -28,9 +33,12 @@ def outline(tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], tools: Tools |
     text = tokenizer.fill(rows, True, False, tools)
     ends = tokenizer.end_texts
     pieces: list[Piece] = []
+    prompts = {} if known is None else known
     done = 0
     for place in turns:
-        begin = _prompt_length(tokenizer, rows, place, tools, text)
+        if place not in prompts:
+            prompts[place] = _prompts(tokenizer, rows[:place], tools)
+        begin = _prompt_length(prompts[place], rows, place, text)
         end = None if begin is None else _end_of_turn(text, begin, ends)
         if begin is None or end is None or begin < done:
             if place != turns[-1]:
@@ -44,14 +52,18 @@ def outline(tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], tools: Tools |
     return [piece for piece in [*pieces, (text[done:], None)] if piece[0]]
 
 
-def _prompt_length(
-    tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], place: int, tools: Tools | None, text: str
-) -> int | None:
+def _prompts(tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], tools: Tools | None) -> tuple[str, str]:
+    """Return what a server would render of these messages for an answer with a thought, and for one without."""
+    slow, fast = (tokenizer.fill(rows, thinking, True, tools) for thinking in (True, False))
+    return slow, fast
+
+
+def _prompt_length(prompts: tuple[str, str], rows: Sequence[dict[str, Any]], place: int, text: str) -> int | None:
     """Return the length of the longest prompt, slow or fast, with which `text` begins; None if with neither.
 
     A turn whose thought the template left out does not answer a prompt that asks for one.
     """
-    slow, fast = (tokenizer.fill(rows[:place], thinking, True, tools) for thinking in (True, False))
+    slow, fast = prompts
     if text.startswith(fast) and len(fast) >= len(slow):
         return len(fast)
     if not text.startswith(slow):

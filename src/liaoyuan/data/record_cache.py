@@ -13,7 +13,7 @@ import time
 import zlib
 from array import array
 from collections import Counter, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,16 +154,13 @@ def _make(path: Path, tokenizer: Tokenizer, skip_bad: bool, place: Path, report:
         growing, rows = Growing(token_dtype(tokenizer)), {name: array("q") for name in ROWS}
         with (folder / "tokens.bin").open("wb") as file:
             for batch, encoded in _encoded(examples, tokenizer, skip_bad, report):
-                for (row, one), (ids, cuts) in zip(batch, encoded, strict=True):
-                    runs = zip(cuts, cuts[1:], one.weights, strict=False)
-                    file.write(growing.add(ids, runs).tobytes())
-                    for name, value in zip(ROWS, row, strict=True):
-                        rows[name].append(value)
+                file.write(growing.extend(encoded, [one.weights for _, one in batch]).tobytes())
+                for values, column in zip(rows.values(), zip(*(row for row, _ in batch), strict=True), strict=True):
+                    values.extend(column)
         tally = examples.tally
         if not tally.records or (tally.bad and not skip_bad):
             check_tally(path, tally, skip_bad)
-        records = growing.whole(np.zeros(0, growing.dtype))
-        save_arrays(records, folder)
+        save_arrays(growing.whole(np.zeros(0, growing.dtype)), folder)
         for name, dtype in ROWS.items():
             np.save(folder / f"{name}.npy", np.array(rows[name], dtype=dtype))
         sums = {item.name: _sum(item) for item in sorted(folder.iterdir())}
@@ -171,29 +168,52 @@ def _make(path: Path, tokenizer: Tokenizer, skip_bad: bool, place: Path, report:
     return tally
 
 
+def tokenise_in_memory(tokenizer: Tokenizer, records: Iterable[Record]) -> RecordTokens:
+    """Return the tokens of records as `tokenise_file` makes them, without a file and without the cache.
+
+    Raises:
+        LiaoyuanError: nothing can be learned from a record, or the template does not show its answers.
+    """
+    renderer, growing = Renderer(tokenizer), Growing(token_dtype(tokenizer))
+    rendered = (((0, 0, 0), renderer(part)) for record in records for part in conversations(record))
+    kept = [
+        growing.extend(encoded, [one.weights for _, one in batch])
+        for batch, encoded in _ahead(_grouped(rendered), tokenizer)
+    ]
+    return growing.whole(np.concatenate(kept) if kept else np.zeros(0, growing.dtype))
+
+
 def _encoded(
     examples: Examples, tokenizer: Tokenizer, skip_bad: bool, report: Report
 ) -> Iterator[tuple[list[Waiting], list[Encoded]]]:
-    """Yield what is rendered and its ids, batch by batch; the next batch is rendered while one is encoded."""
-    waiting: deque[tuple[list[Waiting], Future[list[Encoded]]]] = deque()
+    """Yield what is rendered and its ids, batch by batch, and say how far the file is read."""
     total = max(1, examples.path.stat().st_size // KILOBYTE)
+    for batch in _ahead(_batches(examples, tokenizer, skip_bad), tokenizer):
+        yield batch
+        done = min(examples.position // KILOBYTE, total)
+        report(Progress(done, total, "kB", f"tokenising, {examples.tally.records:,} records"))
+    report(Progress(total, total, "kB", f"tokenised, {examples.tally.records:,} records"))
+
+
+def _ahead(batches: Iterable[list[Waiting]], tokenizer: Tokenizer) -> Iterator[tuple[list[Waiting], list[Encoded]]]:
+    """Yield each batch with its ids; the next one is rendered while the library encodes this one on all cores."""
+    waiting: deque[tuple[list[Waiting], Future[list[Encoded]]]] = deque()
     with ThreadPoolExecutor(1) as encoder:
-        for batch in _batches(examples, tokenizer, skip_bad):
+        for batch in batches:
             waiting.append((batch, encoder.submit(encode, tokenizer, [one for _, one in batch])))
             if len(waiting) > 1:
                 first, future = waiting.popleft()
                 yield first, future.result()
-                done = min(examples.position // KILOBYTE, total)
-                report(Progress(done, total, "kB", f"tokenising, {examples.tally.records:,} records"))
         for first, future in waiting:
             yield first, future.result()
-    report(Progress(total, total, "kB", f"tokenised, {examples.tally.records:,} records"))
 
 
 def _batches(examples: Examples, tokenizer: Tokenizer, skip_bad: bool) -> Iterator[list[Waiting]]:
     renderer = Renderer(tokenizer)
-    batch: list[Waiting] = []
-    size = 0
+    return _grouped(_rendered(examples, renderer, skip_bad))
+
+
+def _rendered(examples: Examples, renderer: Renderer, skip_bad: bool) -> Iterator[Waiting]:
     for record in examples:
         try:
             rendered = _render(renderer, record)
@@ -203,8 +223,16 @@ def _batches(examples: Examples, tokenizer: Tokenizer, skip_bad: bool) -> Iterat
         if examples.tally.bad and not skip_bad:
             continue  # nothing will be made of the file: the bad rows are counted, so that all can be told at once
         row = (KINDS.index(record.kind), examples.line, -1 if record.label is None else int(record.label))
-        batch += [(row, one) for one in rendered]
-        size += sum(len(text) for one in rendered for text in one.texts)
+        yield from ((row, one) for one in rendered)
+
+
+def _grouped(rendered: Iterable[Waiting]) -> Iterator[list[Waiting]]:
+    """Yield conversations in groups of about `ENCODED_AT_ONCE` characters."""
+    batch: list[Waiting] = []
+    size = 0
+    for row, one in rendered:
+        batch.append((row, one))
+        size += sum(map(len, one.texts))
         if size >= ENCODED_AT_ONCE:
             yield batch
             batch, size = [], 0

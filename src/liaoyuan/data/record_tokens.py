@@ -150,6 +150,16 @@ class Growing:
         self._counts.append(count)
         return np.asarray(ids, dtype=self.dtype)
 
+    def extend(
+        self, encoded: Sequence[tuple[Sequence[int], Sequence[int]]], weights: Sequence[Sequence[float]]
+    ) -> np.ndarray:
+        """Add records, each its ids, where its pieces begin and end, and their weights; return all their tokens."""
+        kept = [
+            self.add(ids, zip(cuts, cuts[1:], each, strict=False))
+            for (ids, cuts), each in zip(encoded, weights, strict=True)
+        ]
+        return np.concatenate(kept) if kept else np.zeros(0, self.dtype)
+
     def whole(self, tokens: np.ndarray) -> RecordTokens:
         """Return the records whose tokens, one after another, are these."""
         ends, span_ends = (np.cumsum(counts, dtype=np.int64) for counts in (self._sizes, self._counts))
