@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from liaoyuan.data.packing import Cursor, pack
 from liaoyuan.data.permutation import Permutation, number, permutation
 from liaoyuan.data.record_tokens import RecordTokens, TokenisedRecord
 from liaoyuan.errors import LiaoyuanError
@@ -148,8 +149,7 @@ class TokenBatches:
 class RecordBatches:
     """Batches of conversations: the records come epoch after epoch, each in an order of its own drawn by the seed.
 
-    A batch takes records in that order into the first row with room, until one fits in no row: that one begins the
-    next batch. Rows are filled up with padding of weight 0.
+    Rows are packed with whole records (see `packing`) and filled up with padding of weight 0.
     """
 
     def __init__(
@@ -174,8 +174,9 @@ class RecordBatches:
                 f"Record {sizes.index(max(sizes))} has {max(sizes)} tokens, more than sequence_length ({length})."
             )
         self._weights = self.records.total_weights()
-        self._sizes, self._documents = sizes, length // min(sizes) + 1
-        self._begins = [0]
+        self._sizes: list[int] = sizes
+        self._documents = length // min(sizes) + 1
+        self._begins = [Cursor()]
 
     def __call__(self, step: int) -> list[Batch]:
         """Return this process's microbatches of the global batch `step`."""
@@ -197,25 +198,19 @@ class RecordBatches:
         rows, end = self._pack(self._begins[step])
         if len(self._begins) == step + 1:
             self._begins.append(end)
-        return rows
+        return [[self._record(sample) for sample in row] for row in rows]
 
     def _record(self, sample: int) -> int:
         epoch, index = divmod(sample, len(self.records))
         return _shuffled(len(self.records), self.seed, epoch)[index]
 
-    def _pack(self, sample: int) -> tuple[list[list[int]], int]:
-        """Return the rows of the batch that begins with `sample`, and with which sample the next one begins."""
-        rows: list[list[int]] = [[] for _ in range(self.division.rows)]
-        room = [self.division.sequence_length] * self.division.rows
-        while True:
-            record = self._record(sample)
-            size = self._sizes[record]
-            row = next((row for row, free in enumerate(room) if free >= size), None)
-            if row is None:
-                return rows, sample
-            rows[row].append(record)
-            room[row] -= size
-            sample += 1
+    def _pack(self, begin: Cursor) -> tuple[list[list[int]], Cursor]:
+        """Return the samples in each row of the batch that begins so, and how the next one begins."""
+        division = self.division
+        return pack(begin, division.rows, division.sequence_length, len(self.records), self._size)
+
+    def _size(self, sample: int) -> int:
+        return self._sizes[self._record(sample)]
 
     def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
         length = self.division.sequence_length
