@@ -301,5 +301,5 @@ def _without_numbers(place: str) -> str:
 def _names(row: dict[str, Any]) -> str:
     names = ", ".join(f"'{name}'" for name in row) or "none"
     known = [name for layout in LAYOUTS for name in layout.fields]
-    hints = [nearest(name, known) for name in row]
+    hints = [nearest(name, known) for name in row if name not in known]
     return names + next((hint.rstrip("?") for hint in hints if hint), "")

@@ -6,6 +6,7 @@ whole or absent; one that is torn is made again. While the library encodes on al
 
 import contextlib
 import datetime
+import gc
 import hashlib
 import json
 import shutil
@@ -150,7 +151,7 @@ def _only(found: TokenisedFile, kinds: Collection[Kind]) -> TokenisedFile:
 def _make(path: Path, tokenizer: Tokenizer, skip_bad: bool, place: Path, report: Report) -> Tally:
     """Tokenise the file into the folder `place`; with bad rows that may not be skipped, count them and make nothing."""
     examples = Examples(path)
-    with atomic_folder(place) as folder:
+    with atomic_folder(place) as folder, _without_collector():
         growing, rows = Growing(token_dtype(tokenizer)), {name: array("q") for name in ROWS}
         with (folder / "tokens.bin").open("wb") as file:
             for batch, encoded in _encoded(examples, tokenizer, skip_bad, report):
@@ -176,11 +177,24 @@ def tokenise_in_memory(tokenizer: Tokenizer, records: Iterable[Record]) -> Recor
     """
     renderer, growing = Renderer(tokenizer), Growing(token_dtype(tokenizer))
     rendered = (((0, 0, 0), renderer(part)) for record in records for part in conversations(record))
-    kept = [
-        growing.extend(encoded, [one.weights for _, one in batch])
-        for batch, encoded in _ahead(_grouped(rendered), tokenizer)
-    ]
+    with _without_collector():
+        kept = [
+            growing.extend(encoded, [one.weights for _, one in batch])
+            for batch, encoded in _ahead(_grouped(rendered), tokenizer)
+        ]
     return growing.whole(np.concatenate(kept) if kept else np.zeros(0, growing.dtype))
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Keep Python from looking for cycles: millions of ids come and go, none of them in one."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _encoded(
