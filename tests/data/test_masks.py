@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from liaoyuan.data import Message, Record, Tokenizer, conversations, segments, tokenise
+from liaoyuan.data import Message, Record, Tokenizer, conversations, segments, tokenise, train_tokenizer
 from liaoyuan.data.chat import Renderer
 from liaoyuan.errors import LiaoyuanError
 
@@ -157,6 +157,17 @@ def test_a_template_that_looks_into_texts_is_given_them(tokenizer: Tokenizer, lo
         talk = (Message(role="user", content=text), Message(role="assistant", content=text))
         shown = "".join(renderer(Record(id="r", messages=talk)).shown())
         assert shown == other.render_text(talk, generation_prompt=False)
+
+
+def test_an_answer_that_would_be_joined_to_its_prompt_is_cut_where_the_model_begins() -> None:
+    base = train_tokenizer(["assistant\n\n\n\nyes\n\n\nno\n\n"] * 20, 300)
+    tokenizer = family_tokenizer(base, FAMILIES["ChatML"])
+    talk = (Message(role="user", content="q"), Message(role="assistant", content="\n\nyes"))
+    (prompt, _), (answer, weight), _ = segments(tokenizer, Record(id="r", messages=talk))
+    whole = tokenizer.render(talk, generation_prompt=False)
+    assert prompt + answer != whole[: len(prompt + answer)]  # else nothing would be joined, and nothing shown here
+    assert prompt == tokenizer.render(talk[:1])
+    assert (tokenizer.decode(answer, skip_special=False), weight) == ("\n\nyes<|im_end|>", 1.0)
 
 
 @pytest.mark.parametrize("scheme", ["always", "first", "never"])
