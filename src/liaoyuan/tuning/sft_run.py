@@ -55,7 +55,7 @@ def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: Wor
     load_weights(program, config.model)
     if world.is_first:
         write_atomic(folder / "config.toml", to_toml(config))
-        write_json(folder / "data.json", data.to_dict())
+        write_json(folder / "data_report.json", data.to_dict())
         Seen(folder, config.model).add_records(Examples(config.data))
     done = finetune(program, data.records, config.train, folder, report, None, world, config.sequence_length)
     save_program(program, folder / "model", config.model, world)
