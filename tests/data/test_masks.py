@@ -159,6 +159,17 @@ def test_a_template_that_looks_into_texts_is_given_them(tokenizer: Tokenizer, lo
         assert shown == other.render_text(talk, generation_prompt=False)
 
 
+def test_an_answer_that_begins_like_its_lost_thought_is_not_taken_for_it(tokenizer: Tokenizer) -> None:
+    qwen = family_tokenizer(tokenizer, FAMILIES["Qwen"])
+    turns = (("user", "q", ""), ("assistant", "yes, no", "yes"), ("user", "q", ""), ("assistant", "a", ""))
+    talk = tuple(Message(role=role, content=text, think=think) for role, text, think in turns)
+    for is_plain in (True, False):
+        renderer = Renderer(qwen)
+        renderer._is_plain = is_plain
+        found = renderer(Record(id="r", messages=talk))
+        assert [text for text, weight in zip(found.shown(), found.weights, strict=True) if weight] == ["a<|im_end|>"]
+
+
 def test_an_answer_that_would_be_joined_to_its_prompt_is_cut_where_the_model_begins() -> None:
     base = train_tokenizer(["assistant\n\n\n\nyes\n\n\nno\n\n"] * 20, 300)
     tokenizer = family_tokenizer(base, FAMILIES["ChatML"])

@@ -3,7 +3,7 @@
 What follows a prompt in the whole conversation, up to the token that ends the turn, is the model's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from liaoyuan.data.template import Tools
@@ -38,7 +38,13 @@ def outline(
     for place in turns:
         if place not in prompts:
             prompts[place] = _prompts(tokenizer, rows[:place], tools)
-        begin = _prompt_length(prompts[place], rows, place, text)
+
+        def shows_thought(place: int = place) -> bool:
+            bare = [*rows[:place], {**rows[place], "reasoning_content": ""}, *rows[place + 1 :]]
+            has_thought = place < len(rows) - 1 and bool(rows[place].get("reasoning_content"))
+            return not has_thought or tokenizer.fill(bare, True, False, tools) != text
+
+        begin = _prompt_length(prompts[place], text, shows_thought)
         end = None if begin is None else _end_of_turn(text, begin, ends)
         if begin is None or end is None or begin < done:
             if place != turns[-1]:
@@ -58,7 +64,7 @@ def _prompts(tokenizer: Tokenizer, rows: Sequence[dict[str, Any]], tools: Tools 
     return slow, fast
 
 
-def _prompt_length(prompts: tuple[str, str], rows: Sequence[dict[str, Any]], place: int, text: str) -> int | None:
+def _prompt_length(prompts: tuple[str, str], text: str, shows_thought: Callable[[], bool]) -> int | None:
     """Return the length of the longest prompt, slow or fast, with which `text` begins; None if with neither.
 
     A turn whose thought the template left out does not answer a prompt that asks for one.
@@ -66,19 +72,9 @@ def _prompt_length(prompts: tuple[str, str], rows: Sequence[dict[str, Any]], pla
     slow, fast = prompts
     if text.startswith(fast) and len(fast) >= len(slow):
         return len(fast)
-    if not text.startswith(slow):
-        return len(fast) if text.startswith(fast) else None
-    thought = rows[place].get("reasoning_content")
-    is_shown = not thought or text.startswith(thought.strip(), _after_opening(text, len(slow)))
-    return len(slow) if is_shown or place == len(rows) - 1 else None
-
-
-def _after_opening(text: str, place: int) -> int:
-    """Return where a thought begins that stands at `place`, perhaps after the mark that opens it."""
-    rest = text[place:].lstrip()
-    place = len(text) - len(rest)
-    rest = rest.removeprefix("<think>").lstrip()
-    return len(text) - len(rest) if rest else place
+    if text.startswith(slow):
+        return len(slow) if shows_thought() else None
+    return len(fast) if text.startswith(fast) else None
 
 
 def _end_of_turn(text: str, begin: int, ends: Sequence[str]) -> int | None:
