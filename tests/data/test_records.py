@@ -29,7 +29,7 @@ def test_records_come_back(tmp_path_factory: pytest.TempPathFactory, records: li
         ('{"id": "a"', "line 2"),
         ('{"id": "a", "kind": "song"}', "line 2: kind"),
         ('{"id": "a", "colour": 1}', "line 2: colour"),
-        ('{"id": "a", "messages": [{"role": "tool", "content": ""}]}', r"messages\.0\.role"),
+        ('{"id": "a", "messages": [{"role": "moderator", "content": ""}]}', r"messages\.0\.role"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, reason: str) -> None:

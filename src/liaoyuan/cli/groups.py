@@ -1,8 +1,8 @@
-"""A command with many options shows them in groups, all on one screen."""
+"""Commands with many options, shown in groups on one screen, and groups of commands of which one is meant by itself."""
 
 from typing import Any
 
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 
 class GroupedCommand(TyperCommand):
@@ -21,3 +21,11 @@ class GroupedCommand(TyperCommand):
         for title, records in groups.items():
             with formatter.section(title):
                 formatter.write_dl(records)
+
+
+class DefaultCommand(TyperGroup):
+    """A group whose first command is meant where none is named: `liaoyuan data run.toml` is `data corpus run.toml`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = args and (args[0] in self.commands or args[0] == "--help")
+        return super().parse_args(ctx, args if named else [next(iter(self.commands)), *args])

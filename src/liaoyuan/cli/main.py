@@ -10,7 +10,7 @@ import typer
 from liaoyuan.cli.chat import chat
 from liaoyuan.cli.console import console
 from liaoyuan.cli.convert import convert
-from liaoyuan.cli.data import data
+from liaoyuan.cli.data import app as data
 from liaoyuan.cli.doctor import doctor
 from liaoyuan.cli.eval import evaluate
 from liaoyuan.cli.groups import GroupedCommand
@@ -36,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(quickstart)
-app.command()(data)
+app.add_typer(data, name="data")
 app.command()(train)
 app.add_typer(tasks, name="tasks")
 app.add_typer(tune, name="tune")

@@ -24,6 +24,7 @@ RunFile = Annotated[Path | None, typer.Argument(help="TOML file with the setting
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run file.")]
 Model = Annotated[Path | None, typer.Option(help="Folder of the model to begin with, with its tokenizer.")]
 Out = Annotated[Path, typer.Option(help="Run folder; the result is its folder model.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on with the good records if there are bad ones.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -32,10 +33,11 @@ def sft(
     run_file: RunFile = None,
     set_: Set = None,
     model: Model = None,
-    data: Annotated[Path | None, typer.Option(help="Records to learn: .jsonl or .jsonl.zst.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Examples to learn: .jsonl or .json, also .zst.")] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Train an adapter alone (method = lora).")] = False,
-    validation: Annotated[Path | None, typer.Option(help="Held-out records; else 5% of the data.")] = None,
+    validation: Annotated[Path | None, typer.Option(help="Held-out examples; else 5% of the data.")] = None,
     out: Out = Path("runs/sft"),
+    skip_bad: SkipBad = False,
     json: Json = False,
 ) -> None:
     """Fine-tune on conversations, of which the assistant's tokens are learned, or texts. Also under torchrun (FSDP)."""
@@ -44,7 +46,7 @@ def sft(
     from liaoyuan.parallel import start
     from liaoyuan.tuning.sft_run import run_sft
 
-    config = sft_config(run_file, set_, model, data, lora, validation)
+    config = sft_config(run_file, _skipping(set_, skip_bad), model, data, lora, validation)
     world = start(select_device(config.device))
     try:
         with followed("SFT", out, quiet=not world.is_first) as report:
@@ -55,7 +57,7 @@ def sft(
         world.close()
 
 
-Judged = Annotated[Path | None, typer.Option(help="Records with a chosen and a rejected answer: .jsonl or .zst.")]
+Judged = Annotated[Path | None, typer.Option(help="Examples with a chosen and a rejected answer.")]
 HeldOut = Annotated[Path | None, typer.Option(help="Such records to measure on (none: a tenth of the prompts).")]
 
 
@@ -70,10 +72,12 @@ def dpo(
     task: Annotated[str | None, typer.Option(help="Also ask the models test problems of this task.")] = None,
     control: Annotated[bool, typer.Option("--control", help="Also SFT on the chosen answers, same compute.")] = False,
     out: Out = Path("runs/dpo"),
+    skip_bad: SkipBad = False,
     json: Json = False,
 ) -> None:
     """Learn which of two answers is better, and measure it against the start. Also under torchrun (FSDP)."""
-    config = preference_config(run_file, set_, model, data, held_out, loss, task, control)
+    overrides = [*_skipping(set_, skip_bad), *(["control=true"] if control else [])]
+    config = preference_config(run_file, overrides, model, data, held_out, loss, task)
     _prefer("DPO", config, out, json)
 
 
@@ -85,10 +89,12 @@ def reward(
     data: Judged = None,
     held_out: HeldOut = None,
     out: Out = Path("runs/reward"),
+    skip_bad: SkipBad = False,
     json: Json = False,
 ) -> None:
     """Train a reward model on judged answers: the better one gets the higher reward (Bradley and Terry)."""
-    _prefer("Reward", preference_config(run_file, set_, model, data, held_out, "reward"), out, json)
+    config = preference_config(run_file, _skipping(set_, skip_bad), model, data, held_out, "reward")
+    _prefer("Reward", config, out, json)
 
 
 def preference_config(
@@ -99,15 +105,13 @@ def preference_config(
     held_out: Path | None,
     loss: str | None,
     task: str | None = None,
-    control: bool = False,
 ) -> "PreferenceConfig":
     """Return the resolved config of the verbs' arguments."""
     from liaoyuan.tuning.preference import PreferenceConfig
 
-    overrides = [*(set_ or []), *(["control=true"] if control else [])]
     files = {"model": model, "data": data, "held_out": held_out}
     shortcuts = {**files, "preference.loss": loss, "ask.task": task}
-    config: PreferenceConfig = _config(PreferenceConfig, run_file, overrides, shortcuts)
+    config: PreferenceConfig = _config(PreferenceConfig, run_file, set_, shortcuts)
     return config
 
 
@@ -179,6 +183,10 @@ def sft_config(
     shortcuts = {"model": model, "data": data, "method": "lora" if lora else None, "validation": validation}
     config: SftConfig = _config(SftConfig, run_file, set_, shortcuts)
     return config
+
+
+def _skipping(overrides: list[str] | None, skip_bad: bool) -> list[str]:
+    return [*(overrides or []), *(["skip_bad=true"] if skip_bad else [])]
 
 
 def _config(schema: Any, run_file: Path | None, overrides: list[str] | None, shortcuts: dict[str, Any]) -> Any:

@@ -8,14 +8,15 @@ import bisect
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from liaoyuan.data.packing import Cursor, pack
 from liaoyuan.data.permutation import Permutation, number, permutation
+from liaoyuan.data.record_tokens import RecordTokens, TokenisedRecord
 from liaoyuan.errors import LiaoyuanError
 
 
@@ -46,14 +47,6 @@ class TokenStream:
 
     tokens: np.ndarray
     starts: np.ndarray
-
-
-@dataclass(frozen=True)
-class TokenisedRecord:
-    """A conversation of L + 1 tokens; `weights[n]` is the loss weight of predicting token n (the first has none)."""
-
-    tokens: tuple[int, ...]
-    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -160,8 +153,7 @@ class TokenBatches:
 class RecordBatches:
     """Batches of conversations: the records come epoch after epoch, each in an order of its own drawn by the seed.
 
-    A batch takes records in that order into the first row with room, until one fits in no row: that one begins the
-    next batch. Rows are filled up with padding of weight 0.
+    Rows are packed with whole records (see `packing`) and filled up with padding of weight 0.
 
     groups: how many records one after another are taken together, into one row (each alone if None).
     """
@@ -179,23 +171,23 @@ class RecordBatches:
         groups: Sequence[int] | None = None,
     ) -> None:
         length = sequence_length or batch_tokens
-        self._first = np.cumsum([0, *(groups or np.ones(len(records), np.int64))]).tolist()
-        self.records, self.seed, self.padding = records, seed, padding
+        self.records, self.seed, self.padding = RecordTokens.of(records), seed, padding
+        self._first: list[int] = np.cumsum([0, *(groups or np.ones(len(self.records), np.int64))]).tolist()
         self.division = Division(batch_tokens, length, microbatches, rank, world_size)
-        sizes = [len(record.tokens) - 1 for record in records]
-        if not records or min(sizes) < 1:
+        sizes = (self.records.sizes - 1).tolist()
+        if not sizes or min(sizes) < 1:
             raise LiaoyuanError("There are no records to learn from, or one of them is empty.")
         if max(sizes) > length:
             raise LiaoyuanError(
                 f"Record {sizes.index(max(sizes))} has {max(sizes)} tokens, more than sequence_length ({length})."
             )
-        self._tokens = [np.array(record.tokens, dtype=np.int64) for record in records]
-        self._weights = [np.array(record.weights, dtype=np.float32) for record in records]
-        self._sizes = [sum(sizes[first:last]) for first, last in pairwise(self._first)]
+        ends = np.cumsum([0, *sizes])
+        self._sizes: list[int] = np.diff(ends[self._first]).tolist()
         if max(self._sizes) > length:
             raise LiaoyuanError(f"Records that go together have {max(self._sizes)} tokens, more than a row ({length}).")
+        self._weights = self.records.total_weights()
         self._documents = length // min(sizes) + 1
-        self._begins = [0]
+        self._begins = [Cursor()]
 
     def __call__(self, step: int) -> list[Batch]:
         """Return this process's microbatches of the global batch `step`."""
@@ -208,7 +200,7 @@ class RecordBatches:
 
     def total_weight(self, step: int) -> float:
         """Return the sum of the weights of the global batch `step`."""
-        return float(sum(self._weights[record][1:].sum() for row in self.rows(step) for record in self._of(row)))
+        return float(sum(self._weights[record] for row in self.rows(step) for record in self._of(row)))
 
     def rows(self, step: int) -> list[list[int]]:
         """Return the records, or groups of them, of each row of the global batch `step`."""
@@ -217,14 +209,14 @@ class RecordBatches:
         rows, end = self._pack(self._begins[step])
         if len(self._begins) == step + 1:
             self._begins.append(end)
-        return rows
+        return [[self._record(sample) for sample in row] for row in rows]
 
     def steps_for(self, epochs: float) -> int:
         """Return in how many batches so many epochs are seen, the last one perhaps beyond."""
-        samples = epochs * len(self.records)
-        while self._begins[-1] < samples:
+        samples = epochs * len(self._sizes)
+        while self._begins[-1].oldest < samples:
             self.rows(len(self._begins) - 1)
-        return bisect.bisect_left(self._begins, samples)
+        return bisect.bisect_left(self._begins, samples, key=lambda begin: begin.oldest)
 
     def _record(self, sample: int) -> int:
         epoch, index = divmod(sample, len(self._sizes))
@@ -255,19 +247,13 @@ class RecordBatches:
             document += records + (sum(self._sizes[group] for group in row) < self.division.sequence_length)
         return found
 
-    def _pack(self, sample: int) -> tuple[list[list[int]], int]:
-        """Return the rows of the batch that begins with `sample`, and with which sample the next one begins."""
-        rows: list[list[int]] = [[] for _ in range(self.division.rows)]
-        room = [self.division.sequence_length] * self.division.rows
-        while True:
-            record = self._record(sample)
-            size = self._sizes[record]
-            row = next((row for row, free in enumerate(room) if free >= size), None)
-            if row is None:
-                return rows, sample
-            rows[row].append(record)
-            room[row] -= size
-            sample += 1
+    def _pack(self, begin: Cursor) -> tuple[list[list[int]], Cursor]:
+        """Return the samples in each row of the batch that begins so, and how the next one begins."""
+        division = self.division
+        return pack(begin, division.rows, division.sequence_length, len(self._sizes), self._size)
+
+    def _size(self, sample: int) -> int:
+        return self._sizes[self._record(sample)]
 
     def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
         """Return these rows of records, or groups of them, as one batch."""
@@ -278,9 +264,10 @@ class RecordBatches:
         for place, row in enumerate(rows):
             begin = place * length
             for record in self._of(row):
-                end = begin + len(self._tokens[record]) - 1
-                tokens[0, begin:end], tokens[1, begin:end] = self._tokens[record][:-1], self._tokens[record][1:]
-                weights[begin:end] = self._weights[record][1:]
+                ids = self.records.ids(record)
+                end = begin + len(ids) - 1
+                tokens[0, begin:end], tokens[1, begin:end] = ids[:-1], ids[1:]
+                weights[begin:end] = self.records.weights(record)[1:]
                 cuts.append(begin)
                 begin = end
             if begin < (place + 1) * length:

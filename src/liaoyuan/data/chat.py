@@ -1,17 +1,148 @@
 """Which tokens of a conversation are learned: exactly those that the model itself would write.
 
-The loss mask is not searched for in the text. The prompt of every assistant's turn is rendered as the server would
-render it; what follows it in the whole conversation, up to the token that ends the turn, is the model's own.
+The loss mask is not searched for in the text: `outline` finds where answers stand by rendering their prompts. What is
+learned is encoded as the model would write it; the ids of the whole are those that `Tokenizer.render` gives, unless the
+last character of a prompt would be joined to the first one of its answer, which no model can write.
 """
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from liaoyuan.data.batches import TokenisedRecord
+from liaoyuan.data.opaque import GUARD, Seen, stand_in
+from liaoyuan.data.outline import Piece, outline
+from liaoyuan.data.record_tokens import TokenisedRecord
 from liaoyuan.data.records import Message, Record, conversations
+from liaoyuan.data.template import only_places_texts, plain_messages
 from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.errors import LiaoyuanError
 
+MARKED = re.compile(f"{GUARD}(\\d+){GUARD}")
+Mark = tuple[str, bool, bool]  # a message's role, and whether it has content and a thought
 Segment = tuple[list[int], float]  # ids, and the loss weight of each of them
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text in pieces of one loss weight; `hidden`: what stand-ins in it stand for."""
+
+    texts: list[str]
+    weights: list[float]
+    hidden: Sequence[str] = ()
+
+    def shown(self) -> list[str]:
+        """Return the pieces as people read them, without stand-ins."""
+        return [MARKED.sub(lambda match: self.hidden[int(match[1])], text) for text in self.texts]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A shape of conversation, rendered: pieces of text and numbers of the texts that go between them.
+
+    items: literal text, or the number of a text of the conversation. ends: after which item each piece ends.
+    learned: the number of the message that is learned in each piece.
+    """
+
+    items: list[str | int]
+    ends: list[int]
+    learned: list[int | None]
+
+
+@dataclass
+class Renderer:
+    """Renders conversations of one tokenizer in pieces; what it has learned of their shapes makes it fast."""
+
+    tokenizer: Tokenizer
+    _forms: dict[tuple[str, ...], Form | None] = field(default_factory=dict)
+    _prompts: dict[tuple[Mark, ...], tuple[str, str]] = field(default_factory=dict)  # by the shape before them
+    _seen: Seen = field(default_factory=lambda: Seen(set(), set()))
+
+    def __post_init__(self) -> None:
+        self._is_plain = only_places_texts(self.tokenizer.template_text)
+
+    def __call__(self, record: Record) -> Rendered:
+        """Return the rendered conversation.
+
+        Raises:
+            LiaoyuanError: nothing is to be learned from it, or the template is missing, refuses it, or does not show
+                where its answer is; the record is named.
+        """
+        if record.kind == "text":
+            return self._text(record)
+        if self._is_plain and not record.tools:
+            found = self._by_form(record.messages)
+            if found:
+                return found
+        try:
+            guarded, tools, hidden = self.tokenizer.guard(plain_messages(record.messages), record.tools)
+            pieces = outline(self.tokenizer, guarded, tools)
+        except LiaoyuanError as error:
+            raise LiaoyuanError(f"Record {record.id!r}: {error}") from error
+        return Rendered([text for text, _ in pieces], _weights(pieces, record.messages), hidden)
+
+    def _by_form(self, messages: Sequence[Message]) -> Rendered | None:
+        """Return the conversation rendered by the form of its shape, if the template cannot tell it from that."""
+        shape: list[str] = []
+        texts: list[str] = []
+        for message in messages:
+            values = message.__dict__  # a million times over, the fields themselves are quicker than attributes
+            if values["tool_calls"] or values["tool_call_id"] or values["name"]:
+                return None
+            shape.append(values["role"])
+            for name in ("content", "think"):
+                if values[name]:
+                    shape.append(name)
+                    texts.append(values[name])
+        key = tuple(shape)
+        if key not in self._forms:
+            self._forms[key] = self._form(messages)
+        form = self._forms[key]
+        if form is None or not self._fits(texts):
+            return None
+        filled = [item if isinstance(item, str) else texts[item] for item in form.items]
+        begins = [0, *form.ends]
+        pieces = ["".join(filled[begin:end]) for begin, end in zip(begins, form.ends, strict=False)]
+        weights = [0.0 if number is None else messages[number].weight for number in form.learned]
+        return Rendered(pieces, weights)
+
+    def _fits(self, texts: Sequence[str]) -> bool:
+        together = "\0".join(texts)
+        return (
+            together == "\0".join(map(str.strip, texts))
+            and self._seen.wholes.isdisjoint(texts)
+            and not any(part in together for part in self._seen.parts)
+            and not self.tokenizer.must_be_guarded(together)
+        )
+
+    def _form(self, messages: Sequence[Message]) -> Form | None:
+        """Return the form of a shape; None if the template looks into texts, or refuses the shape."""
+        rows, number = [], 0
+        for message in messages:
+            row: dict[str, Any] = {"role": message.role, "content": ""}
+            for name, text in (("content", message.content), ("reasoning_content", message.think)):
+                if text:
+                    row[name] = stand_in(number, self._seen)
+                    number += 1
+            rows.append(row)
+        marks = [(message.role, bool(message.content), bool(message.think)) for message in messages]
+        beginnings = [tuple(marks[:place]) for place in range(len(marks))]
+        known = {place: self._prompts[key] for place, key in enumerate(beginnings) if key in self._prompts}
+        try:
+            form = _as_form(outline(self.tokenizer, rows, None, known))
+        except Exception:  # the template can do whatever it likes with the stand-ins: it gets the texts themselves
+            return None
+        self._prompts |= {beginnings[place]: prompts for place, prompts in known.items()}
+        return form
+
+    def _text(self, record: Record) -> Rendered:
+        """A text stands between two tokens that end a text, as in a corpus."""
+        end = self.tokenizer.end_of_text_id
+        token = None if end is None else self.tokenizer.spelling(end)
+        if token is None:
+            raise LiaoyuanError("The tokenizer has no token that ends a text (bos_token or eos_token).")
+        (row,), _, hidden = self.tokenizer.guard([{"role": "user", "content": record.messages[0].content}])
+        return Rendered([token, f"{row['content']}{token}"], [0.0, record.messages[0].weight], hidden)
 
 
 def segments(tokenizer: Tokenizer, record: Record) -> list[Segment]:
@@ -23,41 +154,66 @@ def segments(tokenizer: Tokenizer, record: Record) -> list[Segment]:
     Raises:
         LiaoyuanError: the record has no assistant's turn, or the template does not end turns with an end token.
     """
-    turns = [place for place, message in enumerate(record.messages) if message.role == "assistant"]
-    if not turns:
-        raise LiaoyuanError(f"Record {record.id!r} has no message of the assistant to learn from.")
-    ids = tokenizer.render(record.messages, generation_prompt=False)
-    pieces: list[Segment] = []
-    done = 0
-    for place in turns:
-        begin = _prompt_length(tokenizer, record.messages[:place], ids)
-        if begin is None and place != turns[-1]:
-            continue
-        end = None if begin is None else _end_of_turn(tokenizer, ids, begin)
-        if begin is None or end is None:
-            raise LiaoyuanError(f"The chat template does not show where the answer of record {record.id!r} is.")
-        pieces += [(ids[done:begin], 0.0), (ids[begin:end], record.messages[place].weight)]
-        done = end
-    return [piece for piece in [*pieces, (ids[done:], 0.0)] if piece[0]]
+    rendered = Renderer(tokenizer)(record)
+    (ids, cuts), *_ = encode(tokenizer, [rendered])
+    return [(ids[begin:end], weight) for begin, end, weight in zip(cuts, cuts[1:], rendered.weights, strict=False)]
 
 
 def tokenise(tokenizer: Tokenizer, records: Sequence[Record]) -> list[TokenisedRecord]:
     """Return the tokens and loss weights of what is learned from records; see `segments` and `conversations`."""
-    return [_tokenise(tokenizer, part) for record in records for part in conversations(record)]
+    renderer = Renderer(tokenizer)
+    rendered = [renderer(part) for record in records for part in conversations(record)]
+    return [
+        TokenisedRecord(tuple(ids), tuple(_spread(cuts, one.weights)))
+        for (ids, cuts), one in zip(encode(tokenizer, rendered), rendered, strict=True)
+    ]
 
 
-def _tokenise(tokenizer: Tokenizer, record: Record) -> TokenisedRecord:
-    pieces = segments(tokenizer, record)
-    tokens = tuple(index for ids, _ in pieces for index in ids)
-    return TokenisedRecord(tokens, tuple(weight for ids, weight in pieces for _ in ids))
+def encode(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> list[tuple[list[int], list[int]]]:
+    """Return the ids of each conversation, and where among them its pieces begin and end (one more than pieces)."""
+    plain = tokenizer.encode_rendered_batch(["".join(one.texts) for one in rendered if not one.hidden])
+    encodings = iter(plain)
+    return [_cut(tokenizer, one, None if one.hidden else next(encodings)) for one in rendered]
 
 
-def _prompt_length(tokenizer: Tokenizer, messages: Sequence[Message], ids: Sequence[int]) -> int | None:
-    """Return the length of the longest prompt, slow or fast, with which `ids` begins; None if with neither."""
-    prompts = (tokenizer.render(messages, thinking) for thinking in (True, False))
-    return max((len(prompt) for prompt in prompts if list(ids[: len(prompt)]) == prompt), default=None)
+def _cut(tokenizer: Tokenizer, one: Rendered, encoding: Any) -> tuple[list[int], list[int]]:
+    """Return ids and cuts of a conversation whose whole text the library has encoded, if nothing in it is hidden."""
+    if encoding is not None:
+        cuts, place = [0], 0
+        for text in one.texts[:-1]:
+            place += len(text)
+            token = encoding.char_to_token(place)
+            if token is None or encoding.token_to_chars(token)[0] != place:
+                break
+            cuts.append(token)
+        else:
+            ids = encoding.ids
+            return ids, [*cuts, len(ids)]
+        if tokenizer.strips_space:
+            raise LiaoyuanError("The tokenizer joins the end of a prompt and the beginning of its answer to one token.")
+    cuts, ids = [0], []
+    for text in one.texts:
+        ids += tokenizer.encode_rendered(text, one.hidden)
+        cuts.append(len(ids))
+    return ids, cuts
 
 
-def _end_of_turn(tokenizer: Tokenizer, ids: Sequence[int], begin: int) -> int | None:
-    """Return the place after the first token from `begin` on that ends a turn; None if there is none."""
-    return next((place + 1 for place in range(begin, len(ids)) if ids[place] in tokenizer.eos_ids), None)
+def _spread(cuts: Sequence[int], weights: Sequence[float]) -> list[float]:
+    return [weight for begin, end, weight in zip(cuts, cuts[1:], weights, strict=False) for _ in range(end - begin)]
+
+
+def _weights(pieces: Sequence[Piece], messages: Sequence[Message]) -> list[float]:
+    return [0.0 if number is None else messages[number].weight for _, number in pieces]
+
+
+def _as_form(pieces: Sequence[Piece]) -> Form:
+    items: list[str | int] = []
+    ends: list[int] = []
+    for text, _ in pieces:
+        for place, part in enumerate(str(text).split(GUARD)):
+            if place % 2:
+                items.append(int(part))
+            elif part:
+                items.append(part)
+        ends.append(len(items))
+    return Form(items, ends, [number for _, number in pieces])

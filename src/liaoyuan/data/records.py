@@ -1,41 +1,59 @@
 """Records: what tuning and evaluation read, one JSON object per line.
 
 A `Record` is a conversation, a prompt with a checkable answer, a preference or a text, with its history (source,
-licence). `read_records` and `write_records` are the only way in and out; a `.zst` file is compressed.
+licence). `read_records` and `write_records` are the way in and out; a `.zst` file is compressed. Files in other
+layouts come in through `formats`.
 """
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import zstandard
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.rundir import write_atomic
+from liaoyuan.rundir import atomic_file
 
 Kind = Literal["chat", "preference", "unpaired", "prompt", "text"]
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class ToolCall(Config):
+    """A call of a function that the assistant writes; a tool's answer names it by `id`, if it has one."""
+
+    name: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    id: str = ""
 
 
 class Message(Config):
-    """One turn. `think` is the assistant's thought before the answer (empty: answered at once); `weight` its loss's."""
+    """One turn. `think` is the assistant's thought before the answer (empty: answered at once); `weight` its loss's.
 
-    role: Literal["system", "user", "assistant"]
-    content: str
+    tool_calls: what the assistant calls after its content. tool_call_id, name: of the call that a tool answers.
+    """
+
+    role: Role
+    content: str = ""
     think: str = ""
-    weight: float = 1.0
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
 
 
 class Record(Config):
     """One example.
 
     kind: "chat" (learn the assistant's turns), "preference" (after `messages`, `chosen` is better than `rejected`),
-        "unpaired" (the answer that ends `messages` is good or bad, as `label` says), "prompt" (ends with the user),
-        "text" (one message whose content is a text).
+        "unpaired" (the answer that ends `messages` is good or bad, as `label` says), "prompt" (`messages` ends where
+        the model is to answer), "text" (the content of the one message, as it stands).
+    tools: what the assistant may call, as OpenAI's API describes it.
     task, answer, level: which verifier checks the answer, the right one, and how hard it is.
+    split: "train", "validation" or "test", where whoever made the record has decided it.
     """
 
     id: str
@@ -44,18 +62,27 @@ class Record(Config):
     chosen: tuple[Message, ...] = ()
     rejected: tuple[Message, ...] = ()
     label: bool | None = None
+    tools: tuple[dict[str, Any], ...] = ()
     task: str = ""
     answer: str = ""
     level: int = 0
     source: str = ""
     licence: str = ""
+    split: str = ""
 
 
 def conversations(record: Record) -> tuple[Record, ...]:
     """Return the conversations that are learned from a record: of a preference the better one, then the worse one.
 
     Where answers are judged, only what is judged is learned: the assistant's turns before it have the weight 0.
+
+    Raises:
+        LiaoyuanError: the record is a prompt, which shows no answer.
     """
+    if record.kind == "prompt":
+        raise LiaoyuanError(
+            f"Record {record.id!r} is a prompt without an answer, so there is nothing to learn from it."
+        )
     if record.kind == "preference":
         asked = tuple(_unlearned(message) for message in record.messages)
         sides = (asked + record.chosen, asked + record.rejected)
@@ -84,13 +111,19 @@ def read_records(path: Path) -> list[Record]:
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write records as `.jsonl`, or compressed if the name ends with `.zst`; the file is whole or absent."""
-    rows = (json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) for record in records)
-    data = "".join(row + "\n" for row in rows).encode()
-    write_atomic(path, zstandard.compress(data) if path.suffix == ".zst" else data)
+    with atomic_file(path) as file:
+        packer = zstandard.ZstdCompressor().stream_writer(file, closefd=False) if path.suffix == ".zst" else None
+        for record in records:
+            row = json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n"
+            (packer or file).write(row.encode())
+        if packer:
+            packer.close()
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path, at: Callable[[int], None] | None = None) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line) of a UTF-8 file, decompressed if its name ends with `.zst`.
+
+    at: told before each line how many bytes of the file have been read.
 
     Raises:
         LiaoyuanError: it is missing, unreadable, no UTF-8, or its compression is torn.
@@ -102,7 +135,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 if path.suffix == ".zst"
                 else raw
             )
-            yield from enumerate(io.TextIOWrapper(data, encoding="utf-8", newline="\n"), start=1)
+            for number, line in enumerate(io.TextIOWrapper(data, encoding="utf-8", newline="\n"), start=1):
+                if at:
+                    at(raw.tell())
+                yield number, line
     except (FileNotFoundError, IsADirectoryError):
         raise LiaoyuanError(f"The file {path} does not exist.") from None
     except UnicodeDecodeError as error:

@@ -15,6 +15,7 @@ import jinja2.meta
 import jinja2.sandbox
 from jinja2 import nodes
 
+from liaoyuan.data.opaque import Inspected, is_opaque
 from liaoyuan.data.records import Message
 from liaoyuan.errors import LiaoyuanError
 
@@ -65,6 +66,9 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 """
 
+# Filters that read a text, if at all, by its own methods (`tojson` is ours).
+PLAIN_FILTERS = {"trim", "tojson", "length", "first", "last", "list", "default", "d", "selectattr", "rejectattr"}
+
 Tools = Sequence[Mapping[str, Any]]
 Template = Callable[[list[dict[str, Any]], bool, bool, Mapping[str, str], Tools | None], str]
 
@@ -114,6 +118,20 @@ def takes_tools(source: str | None) -> bool:
     if source is None:
         return False
     return bool({"tools", "functions"} & jinja2.meta.find_undeclared_variables(_environment().parse(source)))
+
+
+def only_places_texts(source: str | None) -> bool:
+    """Return whether a template has nothing that could read a text without calling one of the text's own methods.
+
+    What joins texts into one (`~`, macros, blocks that are set) hides from which texts the result was made.
+    """
+    if source is None:
+        return False
+    tree = _environment().parse(source)
+    joins = (nodes.Concat, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock, nodes.Include)
+    names = {node.name for node in tree.find_all(nodes.Filter)}
+    called = {node.attr for node in tree.find_all(nodes.Getattr)}
+    return not any(tree.find_all(joins)) and names <= PLAIN_FILTERS and not called & {"join", "format", "format_map"}
 
 
 def plain_messages(messages: Sequence[Message | Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -169,16 +187,25 @@ def _text(content: Any) -> str:
 
 def _environment() -> jinja2.Environment:
     """Return the environment that Hugging Face's templates are written for."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The sandbox, with a short way to what templates ask most often: a field of a message."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+            return obj[attribute]  # where the long way ends too, after a look for an attribute that a dict has not
+        return super().getattr(obj, attribute)
+
+
 def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **_: Any) -> str:
+    if is_opaque(value):
+        raise Inspected
     return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from liaoyuan.data.opaque import GUARD
 from liaoyuan.data.records import Message
 from liaoyuan.data.template import CHAT_TEMPLATE, Tools, compile_template, plain_messages, takes_tools
 from liaoyuan.errors import LiaoyuanError
@@ -33,7 +34,6 @@ SPLIT = (
 )
 MINIMUM_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-GUARD = "\ue000"  # stands for a special token's text inside a message while the template is filled in
 
 
 class Tokenizer:
@@ -51,6 +51,7 @@ class Tokenizer:
         special = [token.content for token in added.values() if token.special]
         self._added_pattern, self._hidden_pattern = _any_of([*self._added]), _any_of([*self._added, GUARD])
         self._hidden_of_assistant = _any_of([*special, GUARD])
+        self._first_of_added = {token[0] for token in [*self._added, GUARD] if token}
         self._settings = dict(settings)
         self.template_text = _template_of(settings)
         self._template = compile_template(self.template_text)
@@ -159,17 +160,12 @@ class Tokenizer:
         Raises:
             LiaoyuanError: there is no template, or it refuses the messages.
         """
-        rows = plain_messages(messages)
-        hidden: list[str] = []
-        guarded = [self._guard(row, hidden) for row in rows]
-        shown = [_guarded(dict(tool), self._hidden_pattern, hidden) for tool in tools or []]
-        text = self._fill(guarded, thinking, generation_prompt, shown or None)
+        guarded, shown, hidden = self.guard(plain_messages(messages), tools)
+        text = self.fill(guarded, thinking, generation_prompt, shown)
         if begun:
             closed = END_OF_THINK if text.rstrip().endswith(THINK) else ""
             text += closed + self._guard({"role": "assistant", "content": begun}, hidden)["content"]
-        if not hidden:
-            return self._library.encode(text, add_special_tokens=False).ids
-        return [index for piece in self._pieces(text, hidden) for index in piece]
+        return self.encode_rendered(text, hidden)
 
     def render_text(
         self,
@@ -179,13 +175,42 @@ class Tokenizer:
         tools: Tools | None = None,
     ) -> str:
         """Return the text that the chat template makes of the messages; see `render`."""
-        return self._fill(plain_messages(messages), thinking, generation_prompt, tools)
+        return self.fill(plain_messages(messages), thinking, generation_prompt, tools)
 
-    def _fill(self, rows: list[dict[str, Any]], thinking: bool, generation_prompt: bool, tools: Tools | None) -> str:
+    def guard(
+        self, rows: Sequence[dict[str, Any]], tools: Tools | None = None
+    ) -> tuple[list[dict[str, Any]], Tools | None, list[str]]:
+        """Return messages and tools with stand-ins for the special tokens written in them, and what those stand for."""
+        hidden: list[str] = []
+        guarded = [self._guard(row, hidden) for row in rows]
+        shown = [_guarded(dict(tool), self._hidden_pattern, hidden) for tool in tools or []]
+        return guarded, shown or None, hidden
+
+    def must_be_guarded(self, text: str) -> bool:
+        """Return whether a special token, or what could be a stand-in, is written in a text."""
+        return any(first in text for first in self._first_of_added) and bool(self._hidden_pattern.search(text))
+
+    def encode_rendered(self, text: str, hidden: Sequence[str] = ()) -> list[int]:
+        """Return the ids of text that the template made; special tokens are those of the template alone."""
+        if not hidden:
+            return self._library.encode(text, add_special_tokens=False).ids
+        return [index for piece in self._pieces(text, hidden) for index in piece]
+
+    def encode_rendered_batch(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """Return the library's encodings of texts that the template made, with places, on all cores."""
+        return self._library.encode_batch(list(texts), add_special_tokens=False)
+
+    @property
+    def end_texts(self) -> tuple[str, ...]:
+        """How the tokens that end a turn are written."""
+        return tuple(token for token, index in self._added.items() if index in self.eos_ids)
+
+    def fill(self, rows: Sequence[dict[str, Any]], thinking: bool, generation_prompt: bool, tools: Tools | None) -> str:
+        """Return what the template makes of messages as it takes them; see `render`."""
         if self._template is None:
             raise LiaoyuanError("This tokenizer has no chat template, so it cannot render messages.")
         tokens = {name: token for name, token in self.named_tokens.items() if token}
-        text = self._template(rows, generation_prompt, thinking, tokens, tools)
+        text = self._template([*rows], generation_prompt, thinking, tokens, tools)
         if generation_prompt and not thinking and text.rstrip().endswith(THINK):
             text += END_OF_THINK  # many a template opens a thought whatever it is told
         try:
@@ -203,7 +228,7 @@ class Tokenizer:
         pattern = self._hidden_of_assistant if row["role"] == "assistant" else self._hidden_pattern
         return {key: value if key == "role" else _guarded(value, pattern, hidden) for key, value in row.items()}
 
-    def _pieces(self, text: str, hidden: list[str]) -> Iterator[list[int]]:
+    def _pieces(self, text: str, hidden: Sequence[str]) -> Iterator[list[int]]:
         """Yield the ids of filled-in text: the template's special tokens as ids, the rest as plain text."""
         for piece in self._added_pattern.split(text):
             if piece in self._added:

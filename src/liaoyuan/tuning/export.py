@@ -156,7 +156,7 @@ def compare_exported(
     """Return how far `exported` is from `trained`: log-probabilities, and accuracy on learned tokens (and a task)."""
     tokenizer = Tokenizer.load(request.base)
     texts = tokenise_all(tokenizer, records, trained.config.max_position_embeddings - 1)
-    found = agreement(trained, exported, [text.tokens for text in texts], report)
+    found = agreement(trained, exported, [tuple(text.tokens) for text in texts], report)
     before, after = (measure(Program([model]), texts, World()) for model in (trained, exported))
     figures: dict[str, Any] = {
         "records": len(records),

@@ -30,7 +30,8 @@ def content_hash(record: Record) -> str:
     of one that asks nothing: a question that is answered in two ways, slowly and fast, has one hash.
     """
     asked = [message for message in record.messages if message.role != "assistant"]
-    rows = [[message.role, normalised(message.content)] for message in asked or (*record.messages, *record.rejected)]
+    answers = (*record.messages, *record.chosen, *record.rejected)
+    rows = [[message.role, normalised(message.content)] for message in asked or answers]
     return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
 
 
@@ -71,7 +72,7 @@ def split_off(records: Sequence[Record], held_out: Sequence[Record], most: int) 
 
 def _different(records: Iterable[Record]) -> list[Record]:
     """Return the records without those that say the same as an earlier one."""
-    return list({record.messages: record for record in records}.values())
+    return list({(one.messages, one.chosen, one.rejected): one for one in records}.values())
 
 
 def refuse_other_data(folder: Path, records: Sequence[TokenisedRecord], has_begun: bool) -> None:

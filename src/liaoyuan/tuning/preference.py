@@ -14,7 +14,7 @@ from pydantic import Field
 
 from liaoyuan.checkpoint import load_weights, save_program
 from liaoyuan.config import Config, to_toml
-from liaoyuan.data import Tokenizer, read_records
+from liaoyuan.data import Tokenizer, read_examples
 from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.evaluation import score
@@ -45,6 +45,7 @@ class PreferenceConfig(Config):
     data: Path
     held_out: Path | None = None
     held_out_share: float = Field(0.1, gt=0, lt=1)
+    skip_bad: bool = False  # learn from the good records of a file that has bad ones
     preference: PreferenceLoss = PreferenceLoss()
     train: TrainConfig = TrainConfig(steps=300, batch_tokens=4096, learning_rate=1e-5, weight_decay=0.0)
     layout: Layout = Layout()
@@ -72,7 +73,7 @@ def run_preference(
     configure(config.ops)
     world = world or World(device=select_device(config.device))
     tokenizer = Tokenizer.load(config.model)
-    learned, held_out = _items(config, tokenizer)
+    (learned, held_out), left_out = _items(config, tokenizer)
     program, world = _laid_out(config, world)
     if world.is_first:
         write_atomic(folder / "config.toml", to_toml(config))
@@ -110,7 +111,7 @@ def run_preference(
     if world.is_first:
         write_json(folder / "comparison.json", comparison)
     world.barrier()
-    return asdict(done) | {"comparison": read_json(folder / "comparison.json")}
+    return asdict(done) | {"left_out": left_out, "comparison": read_json(folder / "comparison.json")}
 
 
 def reward_of(model: Decoder, mark: int, conversations: Sequence[Sequence[int]]) -> list[float]:
@@ -144,17 +145,24 @@ def check(config: PreferenceConfig) -> None:
         )
 
 
-def _items(config: PreferenceConfig, tokenizer: Tokenizer) -> tuple[list[Judged], list[Judged]]:
-    """Return what is learned from and what is held out."""
+def _items(config: PreferenceConfig, tokenizer: Tokenizer) -> tuple[tuple[list[Judged], list[Judged]], int]:
+    """Return what is learned from and what is held out, and how many bad rows and long records were left out."""
     mark = tokenizer.eos_ids[0] if config.preference.loss == "reward" else None
+    left_out = 0
 
     def items(path: Path) -> list[Judged]:
-        found = judge(tokenizer, read_records(path), config.preference.is_paired, mark)
-        return fitting(found, config.sequence_length, config.skip_long)
+        nonlocal left_out
+        records, tally = read_examples(path, config.skip_bad)
+        found = judge(tokenizer, records, config.preference.is_paired, mark)
+        kept = fitting(found, config.sequence_length, config.skip_long)
+        left_out += tally.bad_rows + len(found) - len(kept)
+        return kept
 
     if config.held_out is None:
-        return split(items(config.data), config.held_out_share)
-    return items(config.data), items(config.held_out)
+        parts = split(items(config.data), config.held_out_share)
+    else:
+        parts = items(config.data), items(config.held_out)
+    return parts, left_out
 
 
 def _laid_out(config: PreferenceConfig, world: World) -> tuple[Program, World]:

@@ -28,16 +28,17 @@ class SftTrain(TrainConfig):
 
 
 class SftConfig(Config):
-    """`model` to begin with, `data` to learn (records), how to train, on which device.
+    """`model` to begin with, `data` to learn (examples in any known layout), how to train, on which device.
 
     method: "full" trains every weight, "lora", "rslora" and "dora" adapters alone.
-    validation: a file of held-out records; without it `validation_share` of the data is held out, by content.
-    replay: records of general text, of which so much is mixed in that it makes `replay_share` of the tokens.
+    validation: a file of held-out examples; without it `validation_share` of the data is held out, by content.
+    replay: examples of general text, of which so much is mixed in that it makes `replay_share` of the tokens.
     keep: the checkpoint with the lowest held-out loss, or the last one.
     """
 
     model: Path
     data: Path
+    skip_bad: bool = False  # learn from the good records of a file that has bad ones, or too long ones
     method: Method = "full"
     lora: LoraConfig = LoraConfig()
     validation: Path | None = None

@@ -1,12 +1,56 @@
 """What supervised fine-tuning reads: conversations, plain texts, and general text mixed in against forgetting."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from liaoyuan.data import Record, TokenisedRecord, Tokenizer, tokenise
+import numpy as np
+
+from liaoyuan.data import (
+    Examples,
+    Record,
+    RecordTokens,
+    TokenisedFile,
+    TokenisedRecord,
+    Tokenizer,
+    tokenise,
+    tokenise_file,
+)
 from liaoyuan.data.permutation import permutation
+from liaoyuan.data.records import Kind
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.rundir import Report
 
-LEARNED = ("chat", "text")
+LEARNED: tuple[Kind, ...] = ("chat", "text")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The records of a file that are fit to be learned, and their tokens; `numbers`: which of the file's each one is,
+    by the identity of the object.
+    """
+
+    records: list[Record]
+    numbers: dict[int, int]
+    tokens: TokenisedFile
+
+    def tokens_of(self, records: Iterable[Record]) -> RecordTokens:
+        """Return the tokens of some of the records, in the order of the file."""
+        chosen = [self.numbers[id(record)] for record in records]
+        return self.tokens.records.select(np.flatnonzero(np.isin(self.tokens.numbers, chosen)))
+
+
+def read_source(path: Path, tokenizer: Tokenizer, length: int, skip_bad: bool, report: Report) -> Source:
+    """Read and tokenise a file of conversations and texts; texts are cut into pieces of at most `length` predictions.
+
+    Raises:
+        LiaoyuanError: the file is missing or wrong, or has records that are bad, of another kind or too long, and
+            `skip_bad` is not set.
+    """
+    tokens = tokenise_file(path, tokenizer, LEARNED, skip_bad, report).within(length, skip_bad)
+    kept = set(tokens.numbers.tolist())
+    numbered = [(number, record) for number, record in enumerate(Examples(path)) if number in kept]
+    return Source([record for _, record in numbered], {id(record): number for number, record in numbered}, tokens)
 
 
 def tokenise_all(tokenizer: Tokenizer, records: Sequence[Record], length: int) -> list[TokenisedRecord]:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from liaoyuan.checkpoint import load_model, load_weights
-from liaoyuan.data import Record, TokenisedRecord, Tokenizer, read_records, write_records
+from liaoyuan.data import Record, TokenisedRecord, Tokenizer, write_records
 from liaoyuan.device import select_device
 from liaoyuan.models import Decoder, ModelConfig, Quantisation, read_config
 from liaoyuan.ops import configure
 from liaoyuan.parallel import Program, Shape, World, lay_out, resolve
-from liaoyuan.rundir import Report, remember, silent
+from liaoyuan.rundir import Report, remember, silent, write_json
 from liaoyuan.tasks.seen import Seen, read_seen, write_seen
 from liaoyuan.training.loop import STATE
 from liaoyuan.tuning.card import Card, sources_of, write_card
@@ -26,19 +26,31 @@ from liaoyuan.tuning.held_out import Split, refuse_other_data, split, split_off
 from liaoyuan.tuning.kept import Kept
 from liaoyuan.tuning.lora import add_adapters, begin, refuse_layout, trained_parameters
 from liaoyuan.tuning.sft_config import SftConfig, resolved
-from liaoyuan.tuning.sft_data import tokenise_all, with_replay
+from liaoyuan.tuning.sft_data import Source, read_source, with_replay
 
 HELD_OUT = "held_out.jsonl.zst"  # the records in a run folder that were never trained on
+DATA_REPORT = "data_report.json"  # what was in each file, and what of it is not learned
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a run learns and what it is measured on, as records and as tokens."""
+    """What a run learns and what it is measured on, as records and as tokens, and the files it is from, by setting."""
 
     records: Split
     general: Split
-    learned: list[TokenisedRecord]
-    measured: dict[str, list[TokenisedRecord]]
+    learned: Sequence[TokenisedRecord]
+    measured: dict[str, Sequence[TokenisedRecord]]
+    sources: dict[str, Source]
+
+    @property
+    def left_out(self) -> int:
+        """How many rows and records of all files are neither learned nor measured, being bad or too long."""
+        return sum(source.tokens.left_out for source in self.sources.values())
+
+    def report(self) -> dict[str, Any]:
+        """Return what `DATA_REPORT` holds: what was in the data, and under their settings in the other files."""
+        files = {name: source.tokens.to_dict() for name, source in self.sources.items()}
+        return files.pop("data") | files
 
 
 def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: World | None = None) -> dict[str, Any]:
@@ -51,7 +63,7 @@ def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: Wor
     """
     configure(config.ops)
     world = world or World(device=select_device(config.device))
-    lesson = read_lesson(config, Tokenizer.load(config.model))
+    lesson = read_lesson(config, Tokenizer.load(config.model), report)
     shape = read_config(config.model)
     config = resolved(config, shape, lesson.learned)
     program, world = start_program(config, shape, world)
@@ -60,6 +72,7 @@ def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: Wor
         remember(config, folder, has_begun, ("layout.", "ops.", "device"))
         refuse_other_data(folder, lesson.learned, has_begun)
         write_records(folder / HELD_OUT, lesson.records.held_out)
+        write_json(folder / DATA_REPORT, lesson.report())
         Seen(folder, config.model).add_records([*lesson.records.train, *lesson.general.train])
     kept = Kept(program, config, folder, lesson.measured if config.can_measure else {}, world)
     kept.measure_start()
@@ -76,7 +89,8 @@ def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: Wor
     )
     compared = kept.finish()
     trained = trained_parameters(program)
-    figures = {**asdict(done), "trained_parameters": trained, "parameters": shape.num_parameters()}
+    counts = {"records": len(lesson.learned), "left_out": lesson.left_out}
+    figures = {**counts, **asdict(done), "trained_parameters": trained, "parameters": shape.num_parameters()}
     if world.is_first:
         write_seen(kept.result, read_seen(folder))
         write_card(kept.result, _card(config, folder, lesson, compared))
@@ -84,26 +98,31 @@ def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: Wor
     return figures | ({"comparison": compared} if compared else {})
 
 
-def read_lesson(config: SftConfig, tokenizer: Tokenizer) -> Lesson:
-    """Read and tokenise the records; what is held out is not learned.
+def read_lesson(config: SftConfig, tokenizer: Tokenizer, report: Report = silent) -> Lesson:
+    """Read and tokenise the examples; what is held out is not learned.
 
     Raises:
         LiaoyuanError: a file is missing or wrong, or nothing is left to learn.
     """
-    records, length = read_records(config.data), config.sequence_length
-    if config.validation:
-        chosen = split_off(records, read_records(config.validation), config.validation_records)
+    paths = {"data": config.data, "validation": config.validation, "replay": config.replay}
+    sources = {
+        name: read_source(path, tokenizer, config.sequence_length, config.skip_bad, report)
+        for name, path in paths.items()
+        if path
+    }
+    data, given, general = sources["data"], sources.get("validation"), sources.get("replay")
+    if given:
+        chosen = split_off(data.records, given.records, config.validation_records)
     else:
-        chosen = split(records, config.validation_share, config.validation_records)
-    general = read_records(config.replay) if config.replay else []
-    other = split(general, config.validation_share, config.validation_records) if general else Split([], [])
-    learned = tokenise_all(tokenizer, chosen.train, length)
+        chosen = split(data.records, config.validation_share, config.validation_records)
+    learned: Sequence[TokenisedRecord] = data.tokens_of(chosen.train)
+    measured: dict[str, Sequence[TokenisedRecord]] = {"held_out": (given or data).tokens_of(chosen.held_out)}
+    other = Split([], [])
     if general:
-        texts = tokenise_all(tokenizer, other.train, length)
-        learned = with_replay(learned, texts, config.replay_share, config.train.seed)
-    measured = {"held_out": chosen.held_out, "general": other.held_out}
-    tokens = {name: tokenise_all(tokenizer, some, length) for name, some in measured.items() if some}
-    return Lesson(chosen, other, learned, tokens)
+        other = split(general.records, config.validation_share, config.validation_records)
+        learned = with_replay(learned, general.tokens_of(other.train), config.replay_share, config.train.seed)
+        measured["general"] = general.tokens_of(other.held_out)
+    return Lesson(chosen, other, learned, {name: some for name, some in measured.items() if len(some)}, sources)
 
 
 def start_program(config: SftConfig, shape: ModelConfig, world: World) -> tuple[Program, World]:

@@ -1,0 +1,321 @@
+"""Files in the layouts that people have become records; what is dropped is counted, and named by its line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from liaoyuan.data import Examples, Message, Record, read_examples, read_records
+from liaoyuan.data.converting import convert_file
+from liaoyuan.data.formats import convert, flaw_of
+from liaoyuan.errors import LiaoyuanError
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+CALL = {"name": "weather", "arguments": {"place": "合肥"}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def one(row: dict[str, Any]) -> Record:
+    _, (record,), _ = convert(row, "file-1")
+    assert flaw_of(record) is None
+    return record
+
+
+def talk(record: Record) -> list[tuple[str, str, str]]:
+    return [(message.role, message.think, message.content) for message in record.messages]
+
+
+QUESTION = [("user", "", "q"), ("assistant", "", "a")]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"instruction": "q", "output": "a"}, QUESTION),
+        ({"instruction": "q", "input": "", "output": "a"}, QUESTION),
+        ({"instruction": "q", "input": "i", "output": "a"}, [("user", "", "q\n\ni"), ("assistant", "", "a")]),
+        (
+            {"instruction": "q", "output": "a", "system": "s", "history": [["q0", "a0"]]},
+            [("system", "", "s"), ("user", "", "q0"), ("assistant", "", "a0"), *QUESTION],
+        ),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, QUESTION),
+        (
+            {"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            [("system", "", "s"), *QUESTION],
+        ),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, QUESTION),
+        (
+            {
+                "messages": [
+                    {"role": "developer", "content": "s"},
+                    {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                    {"role": "assistant", "content": "a", "reasoning_content": "t"},
+                ]
+            },
+            [("system", "", "s"), ("user", "", "q"), ("assistant", "t", "a")],
+        ),
+        ({"prompt": "q", "completion": "a"}, QUESTION),
+        ({"prompt": "q", "response": "<think>\nt\n</think>\n\na"}, [("user", "", "q"), ("assistant", "t", "a")]),
+        (
+            {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+            QUESTION,
+        ),
+        ({"query": "q", "response": "a"}, QUESTION),
+        ({"question": "q", "answer": "a"}, QUESTION),
+        ({"instruction": "q", "instances": [{"input": "", "output": "a"}]}, QUESTION),
+        ({"text": "whole"}, [("user", "", "whole")]),
+    ],
+)
+def test_a_row_is_recognised_by_its_fields(row: dict[str, Any], expected: list[tuple[str, str, str]]) -> None:
+    assert talk(one(row)) == expected
+
+
+USER, GOOD, BAD = (
+    {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "g"), ("assistant", "b"))
+)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "g", "rejected": "b"},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": "q", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"messages": [USER], "chosen": GOOD, "rejected": BAD},
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "g"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        {"instruction": "q", "input": "", "chosen": "g", "rejected": "b"},
+        {"question": "q", "chosen": "g", "rejected": "b"},
+        {"chosen": "\n\nHuman: q\n\nAssistant: g", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+    ],
+)
+def test_preferences_come_in_all_shapes(row: dict[str, Any]) -> None:
+    record = one(row)
+    assert record.kind == "preference"
+    assert talk(record) == [("user", "", "q")]
+    assert [message.content for message in (*record.chosen, *record.rejected)] == ["g", "b"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "completion": "a", "label": False},
+        {"messages": [USER, {"role": "assistant", "content": "a"}], "label": False},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "kto_tag": False},
+        {"instruction": "q", "output": "a", "kto_tag": False},
+    ],
+)
+def test_an_answer_with_a_label_is_unpaired(row: dict[str, Any]) -> None:
+    record = one(row)
+    assert (record.kind, record.label, talk(record)) == ("unpaired", False, QUESTION)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "tools": json.dumps([TOOL["function"]]),
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "I look."},
+                {"from": "function_call", "value": json.dumps(CALL)},
+                {"from": "observation", "value": "rain"},
+                {"from": "gpt", "value": "Rain."},
+            ],
+        },
+        {
+            "tools": [TOOL],
+            "messages": [
+                {"role": "user", "content": "q"},
+                {
+                    "role": "assistant",
+                    "content": "I look.",
+                    "tool_calls": [
+                        {"type": "function", "function": {**CALL, "arguments": json.dumps(CALL["arguments"])}}
+                    ],
+                },
+                {"role": "tool", "content": "rain"},
+                {"role": "assistant", "content": "Rain."},
+            ],
+        },
+    ],
+)
+def test_calls_of_tools_are_calls_and_not_text(row: dict[str, Any]) -> None:
+    record = one(row)
+    assert record.tools == (TOOL,)
+    assert [message.role for message in record.messages] == ["user", "assistant", "tool", "assistant"]
+    (call,) = record.messages[1].tool_calls
+    assert (record.messages[1].content, call.name, call.arguments) == ("I look.", "weather", {"place": "合肥"})
+
+
+def test_a_turn_may_have_a_weight_of_its_own() -> None:
+    rows = [USER, {**GOOD, "weight": 0}, USER, {**GOOD, "train": False}, USER, {**GOOD, "weight": 0.5}]
+    assert [message.weight for message in one({"messages": rows}).messages[1::2]] == [0.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected", "found"),
+    [
+        ('{"messages": [', "JSON", "EOF"),
+        ("[1]", "a JSON object", "[1]"),
+        ('{"mesages": []}', "the fields of a known layout", "did you mean 'messages'"),
+        ('{"messages": []}', "a list of turns in 'messages'", "[]"),
+        (
+            '{"messages": [{"role": "narrator", "content": "x"}]}',
+            "a role of user, assistant, system or tool",
+            "narrator",
+        ),
+        ('{"messages": [{"role": "user", "content": 3}]}', "text in 'messages'", "3"),
+        ('{"messages": [{"role": "user", "content": "q"}]}', "a message of the assistant at the end", "user"),
+        ('{"instruction": "q", "output": ""}', "an answer", "an empty one"),
+        ('{"prompt": "q", "completion": "a", "label": "maybe"}', "true or false in 'label'", "maybe"),
+        ('{"prompt": "q", "chosen": "a", "rejected": "a"}', "two different answers", "the same one twice"),
+        ('{"prompt": "q", "chosen": "a", "rejected": ""}', "an answer at the end of 'rejected'", "none"),
+        ('{"conversations": [{"from": "function_call", "value": "x"}]}', "the JSON of a call", "x"),
+        ('{"id": "a", "kind": "chat", "mesages": []}', "fields of a record", "did you mean 'messages'"),
+        ('{"id": "a", "kind": "song"}', "kind", "song"),
+        ('{"problem": "p", "solution": "no box"}', "a solution with a \\boxed{} answer", "no box"),
+        ('{"text": " "}', "a text", "an empty one"),
+        ('{"text": "half \\ud800"}', "JSON", "hex escape"),
+    ],
+)
+def test_a_malformed_line_says_its_number_what_was_expected_and_what_was_found(
+    tmp_path: Path, row: str, expected: str, found: str
+) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text('{"instruction": "q", "output": "a"}\n\n' + row + "\n", encoding="utf-8")
+    with pytest.raises(LiaoyuanError, match="line 3") as caught:
+        read_examples(path)
+    assert expected in str(caught.value)
+    assert found in str(caught.value)
+    assert "--skip-bad to go on with the 1 good records" in str(caught.value)
+    records, tally = read_examples(path, skip_bad=True)
+    assert (len(records), tally.rows, tally.bad_rows, tally.records) == (1, 2, 1, 1)
+
+
+def test_a_file_with_nothing_of_use_is_refused_even_so(tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text("{}\n" * 3)
+    with pytest.raises(LiaoyuanError, match=r"no usable line of 3: line 1: .*3 such lines"):
+        read_examples(path, skip_bad=True)
+    with pytest.raises(LiaoyuanError, match="Parquet"):
+        read_examples(tmp_path / "examples.parquet")
+
+
+def test_bad_lines_are_counted_by_what_is_wrong(tmp_path: Path) -> None:
+    good, torn, empty = '{"prompt": "q", "completion": "a"}', '{"prompt"', '{"prompt": "q", "completion": ""}'
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join([good, torn, empty, torn, good, empty, torn]))
+    examples = Examples(path)
+    assert len(list(examples)) == 2
+    assert {what: (place.count, place.line) for what, place in examples.tally.bad.items()} == {
+        "JSON": (3, 2),
+        "an answer": (2, 3),
+    }
+
+
+def test_what_is_left_out_of_good_rows_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    rows = [{"messages": [USER, GOOD, USER], "mood": "good"}, {"messages": [USER, GOOD], "mood": "bad", "source": "me"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    records, tally = read_examples(path)
+    assert {what: (place.count, place.line) for what, place in tally.left_out.items()} == {
+        "turns after the last answer": (1, 1),
+        "field 'mood'": (2, 1),
+    }
+    assert [record.source for record in records] == ["", "me"]
+
+
+def test_a_json_array_is_read_item_by_item_with_line_numbers(tmp_path: Path) -> None:
+    rows = [{"instruction": "q\n1", "output": "a"}, {"instruction": "q"}, {"instruction": "q", "output": "a"}]
+    for name, text in (("a.json", json.dumps(rows, indent=1)), ("b.json", "\n".join(map(json.dumps, rows)))):
+        (tmp_path / name).write_text(text)
+        records, tally = read_examples(tmp_path / name, skip_bad=True)
+        assert len(records) == 2
+        ((_, place),) = tally.bad.items()
+        assert place.line == (6 if name == "a.json" else 2)
+    (tmp_path / "half.json").write_text('[{"text": "half \\ud800"}]')
+    with pytest.raises(LiaoyuanError, match=r"line 1: expected JSON, .*hex escape"):
+        read_examples(tmp_path / "half.json")
+    (tmp_path / "torn.json").write_text('[{"instruction": "q", "output": "a"},\n {"instr')
+    with pytest.raises(LiaoyuanError, match="line 2: expected a JSON array of objects"):
+        read_examples(tmp_path / "torn.json")
+
+
+def test_converting_gives_records_that_are_read_as_they_were_made(tmp_path: Path) -> None:
+    source, out = tmp_path / "alpaca.jsonl.zst", tmp_path / "records.jsonl.zst"
+    rows = [{"instruction": f"q{n}", "output": "a"} for n in range(5)] + [
+        {"prompt": "q", "chosen": "g", "rejected": "b"}
+    ]
+    source.write_bytes(zstandard.compress("\n".join(map(json.dumps, rows)).encode()))
+    tally = convert_file(source, out, licence="MIT")
+    assert dict(tally.layouts) == {"Alpaca": 5, "preference": 1}
+    records, again = read_examples(out)
+    assert records == read_records(out)
+    assert {record.licence for record in records} == {"MIT"}
+    assert dict(again.layouts) == {"record": 6}
+    with pytest.raises(LiaoyuanError, match="another name"):
+        convert_file(out, out)
+    source.write_bytes(zstandard.compress(b'{"instruction": "q", "output": "a"}\n{}'))
+    with pytest.raises(LiaoyuanError, match="line 2"):
+        convert_file(source, tmp_path / "none.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["alpaca.jsonl.zst", "records.jsonl.zst"] or not (
+        tmp_path / "none.jsonl"
+    ).exists()
+
+
+def test_records_of_before_are_read_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(
+        '{"id": "1/slow", "messages": [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2", '
+        '"think": "t", "weight": 0.5}], "task": "addition", "answer": "2", "level": 1, "source": "generated"}\n'
+    )
+    (record,) = read_records(path)
+    assert read_examples(path)[0] == [record]
+    assert record.messages[1] == Message(role="assistant", content="2", think="t", weight=0.5)
+
+
+COUNTS = {
+    "sft/crosswoz_task_zh": 1000,
+    "sft/dpo_en": 300,
+    "sft/dpo_zh": 300,
+    "sft/identity_template": 91,
+    "sft/kdconv_multiturn_zh": 900,
+    "sft/llamafactory_en": 999,
+    "sft/llamafactory_zh": 1000,
+    "sft/pubmedqa_train": 500,
+    "sft/selfinstruct_seed": 175,
+    "sft/toolcall_en": 300,
+    "sft/toolcall_zh": 300,
+    "reason/ape210k_valid_zh": 4995,
+    "reason/code_exercism_py": 140,
+    "reason/code_mbpp_train": 347,
+    "reason/folio_train": 1004,
+    "reason/gsm8k_train": 7471,
+    "reason/math_train4500": 4456,
+    "reason/strategyqa_train": 2061,
+    "reason/tal_scq_en_train": 2896,
+    "reason/tal_scq_zh_train": 2689,
+}
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared data is not on this machine")
+@pytest.mark.parametrize("name", COUNTS)
+def test_public_files_are_converted_whole(name: str) -> None:
+    examples = Examples(SHARED / f"{name}.jsonl.zst")
+    records = list(examples)
+    assert len(records) == examples.tally.rows == COUNTS[name]
+    assert not examples.tally.bad
+    if name.startswith("reason"):
+        assert all(record.answer for record in records)
+    if "gsm8k" in name:
+        assert records[0].answer == "72"
+        assert "<<" not in records[0].messages[1].think
+    if "toolcall" in name:
+        assert sum(len(message.tool_calls) for record in records for message in record.messages) > 200
