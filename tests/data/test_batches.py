@@ -52,7 +52,8 @@ def stream() -> TokenStream:
 
 
 def equal(left: Batch, right: Batch) -> bool:
-    return all(torch.equal(getattr(left, name), getattr(right, name)) for name in Batch.__dataclass_fields__)
+    parts = ([torch.as_tensor(getattr(one, name)) for name in Batch.__dataclass_fields__] for one in (left, right))
+    return all(map(torch.equal, *parts))
 
 
 def joined(batches: list[Batch], name: str) -> torch.Tensor:
