@@ -229,6 +229,19 @@ def test_packing_takes_every_record_once_before_any_comes_again(sizes: list[int]
         assert max(counts.values()) - min(counts[record] for record in range(len(sizes))) <= 1
 
 
+@pytest.mark.parametrize("groups", [None, [1, 2, 3] * 5])
+def test_so_many_epochs_take_no_step_too_few_and_none_too_many(groups: list[int] | None) -> None:
+    batches = RecordBatches(records_of(30), 3, 128, 64, groups=groups)
+    for epochs in (1, 2, 3):
+        steps = batches.steps_for(epochs)
+        seen, before = (
+            Counter(one for step in range(end) for row in batches.rows(step) for one in row)
+            for end in (steps, steps - 1)
+        )
+        count = len(groups or range(30))
+        assert min(seen[one] for one in range(count)) >= epochs > min(before[one] for one in range(count))
+
+
 def test_packing_leaves_little_padding() -> None:
     """First fit, which packs in the order given, leaves a fifth of such rows empty."""
     generator = np.random.default_rng(0)

@@ -341,3 +341,21 @@ def test_public_preferences_are_judged_by_their_answers_alone(language: str, tok
         for answer, side in zip(item.answers, (record.chosen, record.rejected), strict=True):
             text = tokenizer.decode([one for one, weight in zip(answer.tokens, answer.weights, strict=True) if weight])
             assert text.strip() == side[0].content.strip()
+
+
+def test_pairs_in_other_layouts_are_learned_and_bad_lines_left_out_on_demand(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": one.messages[-1].content, "chosen": one.chosen[0].content, "rejected": one.rejected[0].content}
+        for one in pairs()
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join([*map(json.dumps, rows), "{"]))
+    given = ["dpo", "--model", str(model_folder), "--data", str(data), "--out", str(tmp_path / "out"), "--json"]
+    settings = [part for one in ("train.steps=1", "train.batch_tokens=256", "device=cpu") for part in ("--set", one)]
+    given += [*settings, "--set", "sequence_length=128"]
+    with pytest.raises(LiaoyuanError, match=r"1 of \d+ lines are bad: line \d+: expected JSON"):
+        RUNNER.invoke(app, given, catch_exceptions=False)
+    result = RUNNER.invoke(app, [*given, "--skip-bad"], catch_exceptions=False)
+    assert json.loads(result.stdout.splitlines()[-1])["left_out"] == 1

@@ -36,6 +36,7 @@ from liaoyuan.rundir import Lock, Progress, Report, atomic_folder, read_json, si
 
 KINDS: tuple[Kind, ...] = ("chat", "text", "preference", "unpaired")  # what can be learned from
 TURNS: frozenset[Kind] = frozenset(("chat", "text"))  # what supervised fine-tuning learns from
+LEARNED_BY: dict[Kind, str] = {"chat": "sft", "text": "sft", "preference": "dpo", "unpaired": "dpo"}  # verbs of tune
 PATIENCE = 24 * 3600.0  # seconds for which a process waits for another one that tokenises the same file
 KILOBYTE = 1000
 KEPT_SECONDS = 30 * 24 * 3600.0  # for which an entry is kept that nobody uses
@@ -143,7 +144,8 @@ def _only(found: TokenisedFile, kinds: Collection[Kind]) -> TokenisedFile:
         return found
     kept, others = np.flatnonzero(is_wanted), np.unique(found.lines[~is_wanted])
     kind = KINDS[found.kinds[~is_wanted][0]]
-    bad = {f"a record of kind {' or '.join(sorted(kinds))}": Places(len(others), int(others[0]), f"'{kind}'")}
+    met = f"'{kind}', which tune {LEARNED_BY[kind]} learns from"
+    bad = {f"a record of kind {' or '.join(sorted(kinds))}": Places(len(others), int(others[0]), met)}
     counts = Counter({kind: count for kind, count in found.tally.kinds.items() if kind in kinds})
     tally = replace(found.tally, bad=found.tally.bad | bad, kinds=counts, records=counts.total())
     rows = {name: getattr(found, name)[kept] for name in ROWS}
