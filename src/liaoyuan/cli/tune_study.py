@@ -6,12 +6,16 @@ from typing import Annotated
 
 import typer
 
+LEVELS = ("study.lesson.levels", "study.rl.levels")  # what --levels sets
+
 
 def study(
     model: Annotated[Path, typer.Option(help="Folder of the model to begin with, with its tokenizer.")],
-    task: Annotated[str, typer.Option(help="Task that is taught and measured.")] = "addition",
-    levels: Annotated[str, typer.Option(help="Levels of difficulty: '2-4', or '3'.")] = "2-4",
-    seeds: Annotated[int, typer.Option(min=1, help="Repeat it all with other worked solutions and draws.")] = 3,
+    task: Annotated[str | None, typer.Option(help="Task that is taught and measured; else addition.")] = None,
+    levels: Annotated[str | None, typer.Option(help="Levels of difficulty: '2-4', or '3'; else 2-4.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Repeat it all with other worked solutions and draws; else 3 times.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder; the same command goes on from what is there.")] = Path(
         "runs/study"
     ),
@@ -34,23 +38,19 @@ def study(
     from liaoyuan.tasks import check_levels, find_task
     from liaoyuan.tuning.study_run import StudyRunConfig, run_study
 
-    chosen, wanted = find_task(task), read_levels(levels)
-    check_levels(chosen, wanted, f"--levels {levels}")
-    given = {
-        "model": str(model),
-        "seeds": seeds,
-        "study.lesson.task": task,
-        "study.lesson.levels": wanted,
-        "study.rl.levels": wanted,
-    }
-    overrides = [f"{key}={json_format.dumps(value)}" for key, value in given.items()]
+    wanted = read_levels(levels) if levels else None
+    given = {"model": str(model), "seeds": seeds, "study.lesson.task": task} | dict.fromkeys(LEVELS, wanted)
+    overrides = [f"{key}={json_format.dumps(value)}" for key, value in given.items() if value is not None]
     config = configuration.load(StudyRunConfig, run_file, [*overrides, *(set_ or [])])
+    taught = config.study.lesson
+    for place, chosen in zip(LEVELS, (taught.levels, config.study.rl.levels), strict=True):
+        check_levels(find_task(taught.task), chosen, f"--levels {levels}" if levels else place)
     with bar("Study", quiet=json) as report:
         summary = run_study(config, out, report, tune_allocator)
     words = Text(
-        f"{task}: one model, taught in the same way with {seeds} seeds, and measured against controls that were given "
-        "the same compute.",
-        f"{task}：同一个模型，用 {seeds} 个随机种子同样教学，并与获得同等算力的对照组比较。",
+        f"{taught.task}: one model, taught in the same way with {config.seeds} seeds, and measured against controls "
+        "that were given the same compute.",
+        f"{taught.task}：同一个模型，用 {config.seeds} 个随机种子同样教学，并与获得同等算力的对照组比较。",
     )
     page = write_report(out, words)
     if json:
