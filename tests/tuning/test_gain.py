@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from liaoyuan.cli.tune import app
+from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import Progress, read_json, read_metrics, write_json
 from liaoyuan.tasks import Right, find_task, held_out_problems
 from liaoyuan.tasks.seen import Seen
@@ -16,6 +17,7 @@ from liaoyuan.tuning.rl_run import RlConfig, run_rl
 
 RUNNER = CliRunner()
 FEW = ReinforceConfig(levels=(1,), steps=2, problems=2, group=2, max_tokens=6, checkpoint_every=1)
+LATE = FEW.model_copy(update={"checkpoint_every": 9})  # its first state is that of the end
 
 
 def test_differences_are_paired_and_what_was_measured_is_not_asked_again(model_folder: Path, tmp_path: Path) -> None:
@@ -56,6 +58,31 @@ def test_a_run_that_makes_nothing_better_ends_with_the_model_it_began_with(
     assert weights[0] == weights[1]
     assert set(result["accuracy"]) == {"start", "model", "difference"}
     assert result["accuracy"]["difference"]["sampled"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"task": "addition-zh"}, "task = addition, not addition-zh"),
+        ({"test_problems": 6}, "test_problems = 4, not 6"),
+        ({"rl": LATE.model_copy(update={"learning_rate": 1e-5})}, "rl.learning_rate = 0.0008, not 1e-05"),
+    ],
+)
+def test_another_run_is_refused_and_the_folder_still_says_what_it_holds(
+    model_folder: Path, tmp_path: Path, changed: dict[str, object], said: str
+) -> None:
+    """Also before the first state is saved: the best checkpoint and the start's value are there already."""
+    config = RlConfig(model=model_folder, rl=LATE, validation_problems=4, test_problems=4, test_samples=2, device="cpu")
+
+    def kill(_: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_rl(config, tmp_path / "run", kill)
+    kept = (tmp_path / "run" / "config.toml").read_text()
+    with pytest.raises(LiaoyuanError, match=f"holds a run with {said}.*choose another folder"):
+        run_rl(config.model_copy(update=changed), tmp_path / "run")
+    assert (tmp_path / "run" / "config.toml").read_text() == kept
 
 
 def test_the_command_line_takes_a_task_file_and_shows_the_gain(model_folder: Path, tmp_path: Path) -> None:

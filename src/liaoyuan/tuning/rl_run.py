@@ -8,21 +8,22 @@ from typing import Any
 from pydantic import Field
 
 from liaoyuan.checkpoint import load_model
-from liaoyuan.config import Config, to_toml
+from liaoyuan.config import Config
 from liaoyuan.data import Tokenizer
 from liaoyuan.device import select_device
 from liaoyuan.inference import require_exact
 from liaoyuan.models import Decoder
 from liaoyuan.ops import configure
-from liaoyuan.rundir import Report, atomic_folder, read_json, silent, write_atomic, write_json
+from liaoyuan.rundir import Report, atomic_folder, read_json, remember, silent, write_json
 from liaoyuan.tasks import Right, Task, check_levels, held_out_problems, open_task, spread
 from liaoyuan.tasks.seen import Seen, read_seen, seen_among, write_seen
 from liaoyuan.tuning.gain import Exam, gain
-from liaoyuan.tuning.recipe import ReinforceConfig
+from liaoyuan.tuning.recipe import KEPT, ReinforceConfig
 from liaoyuan.tuning.reinforce import reinforce
 from liaoyuan.tuning.validation import Best
 
 START = "start.json"  # in the run folder: what the model that it began with reached on the validation problems
+FREE = (*(f"rl.{key}" for key in KEPT), "exact", "ops.", "device")  # keys that may change when a run goes on
 
 
 class RlConfig(Config):
@@ -46,15 +47,15 @@ def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str,
     The model that it began with is one of the checkpoints. What is returned is also `folder/result.json`.
 
     Raises:
-        LiaoyuanError: the model is missing or wrong, the task is unknown or lacks a level, or the model is not exact
-            and must be.
+        LiaoyuanError: the model is missing or wrong, the task is unknown or lacks a level, the folder holds a run with
+            other settings, or the model is not exact and must be.
     """
     configure(config.ops)
     assignment, tokenizer = open_task(config.task, config.data), Tokenizer.load(config.model)
     task = assignment.task
     config = config.model_copy(update={"rl": _with_levels(config.rl, task)})
     check_levels(task, config.rl.levels, "rl.levels")
-    write_atomic(folder / "config.toml", to_toml(config))
+    remember(config, folder, (folder / START).exists(), FREE)
     problems = spread(task, 7, config.rl.levels, config.validation_problems, "validation")
     best = Best(tokenizer, config.model, Right(task), problems, folder, config.rl.max_tokens)
     model = load_model(config.model, device=select_device(config.device).torch)
