@@ -24,5 +24,5 @@ def test_seeds_can_be_added_and_settings_cannot_change(model_folder: Path, tmp_p
     assert all((tmp_path / "run" / path).exists() for path in second["metrics"]["rl"])
     more_processes = QUICK.model_copy(update={"workers": 1})
     assert run_study(config.model_copy(update={"study": more_processes}), tmp_path / "run")["seeds"] == 1
-    with pytest.raises(LiaoyuanError, match="other settings"):
+    with pytest.raises(LiaoyuanError, match=r"study\.sft_steps = 4, not 5"):
         run_study(config.model_copy(update={"study": QUICK.model_copy(update={"sft_steps": 5})}), tmp_path / "run")

@@ -6,11 +6,12 @@ from typing import Any
 
 from pydantic import Field
 
-from liaoyuan.config import Config, to_toml
-from liaoyuan.errors import LiaoyuanError
-from liaoyuan.rundir import Progress, Report, silent, write_atomic, write_json
+from liaoyuan.config import Config
+from liaoyuan.rundir import Progress, Report, remember, silent, write_json
 from liaoyuan.tuning.study import StudyConfig, study
 from liaoyuan.tuning.summary import summarise
+
+FREE = ("seeds", "study.workers")  # on these the result of a seed does not depend
 
 
 class StudyRunConfig(Config):
@@ -29,10 +30,7 @@ def run_study(
     Raises:
         LiaoyuanError: the folder holds a study with other settings.
     """
-    path, text = folder / "config.toml", to_toml(_what_counts(config))
-    if path.exists() and path.read_text() != text:
-        raise LiaoyuanError(f"{folder} holds a study with other settings: give them again, or choose another --out.")
-    write_atomic(path, text)
+    remember(config, folder, has_begun=True, free=FREE)
     studies = []
     for seed in range(config.seeds):
 
@@ -46,9 +44,3 @@ def run_study(
     summary = summarise(studies) | {"metrics": curves}
     write_json(folder / "summary.json", summary)
     return summary
-
-
-def _what_counts(config: StudyRunConfig) -> StudyRunConfig:
-    """Return the settings on which the result of a seed depends: more seeds may follow, on more processes."""
-    plain = config.study.model_copy(update={"workers": StudyConfig().workers})
-    return config.model_copy(update={"seeds": 1, "study": plain})
