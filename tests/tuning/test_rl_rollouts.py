@@ -1,5 +1,6 @@
 """What is rolled out: who may be judged, what long answers cost, what is drawn again, and what is kept."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from liaoyuan.data import Tokenizer
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder
 from liaoyuan.rundir import Progress, read_metrics
+from liaoyuan.runs import Curves, Folder
 from liaoyuan.tasks import Right, Rollout, Score, find_task
 from liaoyuan.training import Stopped
 from liaoyuan.tuning import ReinforceConfig, reinforce
@@ -166,6 +168,9 @@ def test_every_rollout_of_every_step_is_kept_as_a_line(
     assert sum(line["tokens"] for line in lines) / 32 == row["length"]
     learned = [line["advantage"] for line in lines if line["advantage"] is not None]
     assert learned and sum(learned) == pytest.approx(0.0, abs=1e-4)
+    counts = itertools.accumulate(sum(line["tokens"] for line in read_rollouts(file)) for file in files)
+    curve = Curves(Folder(tmp_path)).follow().curve("reward", "tokens")  # the console draws over what was generated
+    assert curve.x == list(counts) and len(curve.y) == 6
 
 
 def test_rollouts_are_kept_as_often_and_as_much_as_is_asked_for(

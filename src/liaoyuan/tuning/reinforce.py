@@ -185,6 +185,7 @@ def _speeds(done: ReinforceResult, drawn: Drawn, rows: int, learning: float) -> 
     """Return what the run has spent so far, and the step's tokens per CPU second."""
     generated = drawn.rollouts.generated_tokens / max(drawn.cpu_seconds, 1e-9)
     return {
+        "generated_tokens": done.generated_tokens,
         "cpu_seconds": round(done.cpu_seconds, 3),
         "flops": done.flops,
         "rollout_tokens_per_second": round(generated, 1),
