@@ -4,7 +4,9 @@ import itertools
 
 import torch
 
-from liaoyuan.tuning.losses import group_advantages, has_signal, most_different, policy_gradient_loss, sft_loss
+from liaoyuan.tuning import ReinforceConfig
+from liaoyuan.tuning.losses import clipped_losses, group_advantages, has_signal, most_different
+from liaoyuan.tuning.update import advantages_of
 
 
 def test_a_bandit_learns_its_best_arm() -> None:
@@ -17,7 +19,7 @@ def test_a_bandit_learns_its_best_arm() -> None:
         arms = torch.multinomial(policy.exp().detach(), 16, replacement=True, generator=generator)
         rewards = torch.bernoulli(chances[arms], generator=generator)[None]
         advantages = group_advantages(rewards)[0]
-        loss = policy_gradient_loss(policy[arms], policy[arms].detach(), advantages, torch.ones(16)) / 16
+        loss = clipped_losses(policy[arms] - policy[arms].detach(), advantages).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -28,7 +30,7 @@ def test_a_bandit_learns_its_best_arm() -> None:
 def test_on_policy_gradient_is_reinforce() -> None:
     log_probs = torch.randn(10).requires_grad_()
     advantages, mask = torch.randn(10), (torch.arange(10) > 3).float()
-    policy_gradient_loss(log_probs, log_probs.detach(), advantages, mask).backward()
+    (clipped_losses(log_probs - log_probs.detach(), advantages) * mask).sum().backward()
     assert log_probs.grad is not None
     torch.testing.assert_close(log_probs.grad, -advantages * mask)
 
@@ -37,7 +39,7 @@ def test_clipping_stops_the_gradient_only_where_the_policy_has_gone_far_enough()
     before = torch.zeros(4)
     log_probs = torch.tensor([1.0, 1.0, -1.0, -1.0], requires_grad=True)  # ratios 2.7 and 0.37
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    policy_gradient_loss(log_probs, before, advantages, torch.ones(4)).backward()
+    clipped_losses(log_probs - before, advantages).sum().backward()
     assert log_probs.grad is not None
     assert (log_probs.grad != 0).tolist() == [False, True, True, False]
 
@@ -66,12 +68,7 @@ def test_both_kinds_of_answers_are_kept_and_compared_with_each_other_alone() -> 
     rewards = torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0, 1.0, 0.0], [1.0] * 6])
     chosen = most_different(rewards, 4)
     assert [int(row[mask].sum()) for row, mask in zip(rewards, chosen, strict=True)] == [1, 2, 4]
-    advantages = group_advantages(rewards, True, chosen)
+    advantages = advantages_of(rewards, chosen, ReinforceConfig())
     torch.testing.assert_close(advantages[0, 2], torch.tensor(3.0).sqrt())  # (1 - 1/4) / sqrt(3/16)
     torch.testing.assert_close(advantages[1][chosen[1]].abs(), torch.ones(4))
     assert not advantages[2].any()
-
-
-def test_sft_loss_counts_weighted_tokens_only() -> None:
-    log_probs = torch.tensor([-1.0, -2.0, -9.0])
-    assert sft_loss(log_probs, torch.tensor([1.0, 1.0, 0.0])) == 1.5

@@ -33,7 +33,7 @@ class ReinforceConfig(Config):
     warmup_steps: int = Field(10, ge=0)
     decay: float = Field(0.9, ge=0, le=1)  # share of the learning rate that is gone, linearly, at the last step
     clip: float = Field(0.5, gt=0)  # of the gradient's norm
-    clip_low: float = Field(0.2, gt=0)  # of the ratio, see `policy_gradient_loss`
+    clip_low: float = Field(0.2, gt=0)  # of the ratio, see `clipped_losses`
     clip_high: float = Field(0.28, gt=0)
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = "grpo"  # see `losses.policy`, as for the next two
     ratio: Literal["token", "sequence", "cispo"] = "token"

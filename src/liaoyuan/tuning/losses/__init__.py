@@ -1,6 +1,6 @@
 """The algorithms of tuning as pure functions of log-probabilities, rewards and masks; see the papers they name.
 
-`supervised` learns given tokens, `preference` which of two answers is better, `policy` what is rewarded.
+`preference` learns which of two answers is better, `policy` what is rewarded.
 """
 
 from liaoyuan.tuning.losses.policy import (
@@ -12,9 +12,7 @@ from liaoyuan.tuning.losses.policy import (
     has_signal,
     kl_estimate,
     leave_one_out_advantages,
-    masked_weights,
     most_different,
-    policy_gradient_loss,
     sequence_log_ratio,
     token_weights,
     truncated_weights,
@@ -30,7 +28,6 @@ from liaoyuan.tuning.losses.preference import (
     simpo_loss,
 )
 from liaoyuan.tuning.losses.sums import spread, sums
-from liaoyuan.tuning.losses.supervised import sft_loss
 
 __all__ = [
     "batch_advantages",
@@ -45,13 +42,10 @@ __all__ = [
     "kto_loss",
     "leave_one_out_advantages",
     "log_odds",
-    "masked_weights",
     "most_different",
     "orpo_loss",
-    "policy_gradient_loss",
     "reward_model_loss",
     "sequence_log_ratio",
-    "sft_loss",
     "simpo_loss",
     "spread",
     "sums",

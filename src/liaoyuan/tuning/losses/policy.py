@@ -3,6 +3,8 @@ tokens, and corrections for rollouts whose log-probabilities are not those of tr
 
 Tokens are packed: [N], in documents whose `boundaries`, int [M + 1], rise from 0 to N. `mask` is 1 where a token was
 generated. Losses are sums, which the caller divides by what the whole update has; see `token_weights`.
+
+`generalised_advantages` and `value_loss` are what PPO has beside these; no run has a critic yet.
 """
 
 import itertools
@@ -17,18 +19,15 @@ from liaoyuan.tuning.losses.sums import spread, sums
 Aggregation = Literal["token", "sequence", "constant"]
 
 
-def group_advantages(rewards: Tensor, normalise: bool = True, chosen: Tensor | None = None) -> Tensor:
+def group_advantages(rewards: Tensor, normalise: bool = True) -> Tensor:
     """Return each sample's advantage over its group: rewards [P, G] -> [P, G], zero for a group of equal rewards.
-
-    chosen, bool [P, G], as many in each group: only these samples count; the others' advantages mean nothing.
 
     A = (r - mean(r)) / std(r), GRPO (Shao et al. 2024, arXiv 2402.03300, sec. 4.1.2); without the division it is
     Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, sec. 3.2), which gives hard and easy problems their own weight.
     """
-    counted = rewards if chosen is None else rewards[chosen].view(len(rewards), -1)
     # A mean of equal numbers may be off in its last bit, which the division would make much of.
-    centred = torch.where(has_signal(counted)[:, None], rewards - counted.mean(1, keepdim=True), 0.0)
-    return centred / counted.std(1, keepdim=True, correction=0).clamp(min=1e-6) if normalise else centred
+    centred = torch.where(has_signal(rewards)[:, None], rewards - rewards.mean(1, keepdim=True), 0.0)
+    return centred / rewards.std(1, keepdim=True, correction=0).clamp(min=1e-6) if normalise else centred
 
 
 def leave_one_out_advantages(rewards: Tensor) -> Tensor:
@@ -40,14 +39,12 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     return group_advantages(rewards, normalise=False) * (group / (group - 1))
 
 
-def batch_advantages(rewards: Tensor, baseline: bool = False) -> Tensor:
+def batch_advantages(rewards: Tensor) -> Tensor:
     """Return rewards [P, G] normalised over the whole batch, zero if all are equal.
 
-    REINFORCE++ (Hu 2025, arXiv 2501.03262, sec. 3): A = (r - mean) / std, both over all samples. `baseline` takes the
-    group's mean away first, as its variant for several samples of a prompt does.
+    REINFORCE++ (Hu 2025, arXiv 2501.03262, sec. 3): A = (r - mean) / std, both over all samples.
     """
-    values = group_advantages(rewards, normalise=False) if baseline else rewards
-    return group_advantages(values.view(1, -1)).view_as(rewards)
+    return group_advantages(rewards.view(1, -1)).view_as(rewards)
 
 
 def generalised_advantages(
@@ -96,21 +93,6 @@ def most_different(rewards: Tensor, count: int) -> Tensor:
         best = torch.where(found > variance, mask, best)
         variance = torch.maximum(found, variance)
     return torch.zeros_like(best).scatter(1, order, best)
-
-
-def policy_gradient_loss(
-    log_probs: Tensor,
-    rollout_log_probs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-) -> Tensor:
-    """Return the clipped policy-gradient loss, summed over the masked tokens; all arguments fp32 [N].
-
-    `clipped_losses` with DAPO's token-level sum. The caller divides by the number of tokens of the whole update.
-    """
-    return (clipped_losses(log_probs - rollout_log_probs, advantages, clip_low, clip_high) * mask).sum()
 
 
 def clipped_losses(log_ratio: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.28) -> Tensor:
@@ -171,14 +153,6 @@ def truncated_weights(log_ratio: Tensor, cap: float = 2.0) -> Tensor:
     document's tokens. Without a bias where the ratio is below the cap.
     """
     return log_ratio.detach().exp().clamp(max=cap)
-
-
-def masked_weights(log_ratio: Tensor, low: float = 0.5, high: float = 2.0) -> Tensor:
-    """Return exp(log_ratio) where it lies between the bounds, else 0, no part of the gradient: what training and
-    rollout disagree about is left out rather than held at a cap.
-    """
-    ratio = log_ratio.detach().exp()
-    return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
 
 
 def kl_estimate(log_probs: Tensor, reference: Tensor) -> Tensor:
