@@ -17,9 +17,6 @@ WINDOW = 10  # steps whose mean counts as "now"; so many at the beginning count 
 Severity = Literal["note", "warning", "error"]
 Row = dict[str, Any]
 
-MANY = 0.6  # share of groups without signal of one kind from which it is a warning
-NEARLY_ALL = 0.9  # from which it is an error: there is next to nothing to learn from
-TRUNCATED, UNPARSED, UNJUDGED = 0.1, 0.2, 0.05  # shares from which something is wrong
 COLLAPSED = 0.3  # entropy now, as a share of what it was
 STEADY = 0.03  # change of a share over a window that counts as none
 GROWN = 1.3  # length of wrong answers now, as a multiple of what it was
@@ -27,7 +24,6 @@ LONGER = 1.2  # and as a multiple of that of right ones
 GAP = 0.02  # nats between rollout and training, 99th percentile (about 2% of the probability)
 SPIKE = 8.0  # gradient norm as a multiple of the median before
 FAR = 0.5  # nats a token from the start policy
-SAME, COPIED = 0.3, 0.2  # shares of one wrong answer, and of answers copied from the question
 LONG_RUN = 1800.0  # seconds left from which it is worth saying
 
 
@@ -87,50 +83,59 @@ def diagnose(rows: Sequence[Row]) -> list[Finding]:
     return [finding for finding in found if finding is not None]
 
 
-def all_wrong(rows: Sequence[Row]) -> Finding | None:
-    share = _now(rows, "all_wrong")
-    if share is None or share < MANY:
-        return None
-    do = "Lower rl.levels, give SFT more steps or more solutions first, or raise rl.group."
-    return Finding("all_wrong", _graver(share > NEARLY_ALL), f"{_percent(share)} of the groups are all wrong.", do)
+@dataclass(frozen=True)
+class Limit:
+    """A share, averaged over a window, of which there is a finding from `least` on, and a graver one above `grave`.
+
+    name: of the column, and of the finding. what: the words around the share, `{}`.
+    """
+
+    name: str
+    least: float
+    grave: float
+    what: str
+    do: str
+    severities: tuple[Severity, Severity] = ("warning", "error")
+
+    def check(self, rows: Sequence[Row]) -> Finding | None:
+        share = _now(rows, self.name)
+        if share is None or share < self.least:
+            return None
+        return Finding(self.name, self.severities[share > self.grave], self.what.format(_percent(share)), self.do)
 
 
-def all_right(rows: Sequence[Row]) -> Finding | None:
-    share = _now(rows, "all_right")
-    if share is None or share < MANY:
-        return None
-    what = f"{_percent(share)} of the groups are all right: there is little left to learn."
-    do = "Add harder levels to rl.levels, or stop here."
-    return Finding("all_right", "warning" if share > NEARLY_ALL else "note", what, do)
-
-
-def truncated(rows: Sequence[Row]) -> Finding | None:
-    share = _now(rows, "truncated")
-    if share is None or share < TRUNCATED:
-        return None
-    what = f"{_percent(share)} of the answers meet the limit of tokens and are not whole."
-    do = (
-        "Raise rl.max_tokens; or have thoughts closed by rl.thought_tokens, or long answers cost by rl.overlong_tokens."
-    )
-    return Finding("truncated", _graver(share > 0.5), what, do)
-
-
-def unparsed(rows: Sequence[Row]) -> Finding | None:
-    share = _now(rows, "unparsed")
-    if share is None or share < UNPARSED:
-        return None
-    what = f"In {_percent(share)} of the whole answers no answer was found."
-    do = "Look at their reasons in rollouts/; teach the form by SFT, or reward it."
-    return Finding("unparsed", _graver(share > 0.8), what, do)
-
-
-def unjudged(rows: Sequence[Row]) -> Finding | None:
-    share = _now(rows, "unjudged")
-    if share is None or share < UNJUDGED:
-        return None
-    what = f"The reward gave no value to {_percent(share)} of the rollouts, which teach nothing."
-    do = "Their reasons are in rollouts/: a reward that raises or ends late, or problems that cannot be checked."
-    return Finding("unjudged", _graver(share > 0.5), what, do)
+LIMITS = (
+    Limit(
+        "all_wrong", 0.6, 0.9, "{} of the groups are all wrong.",
+        "Lower rl.levels, give SFT more steps or more solutions first, or raise rl.group.",
+    ),
+    Limit(
+        "all_right", 0.6, 0.9, "{} of the groups are all right: there is little left to learn.",
+        "Add harder levels to rl.levels, or stop here.",
+        ("note", "warning"),
+    ),
+    Limit(
+        "truncated", 0.1, 0.5, "{} of the answers meet the limit of tokens and are not whole.",
+        "Raise rl.max_tokens; or have thoughts closed by rl.thought_tokens, or long answers cost by "
+        "rl.overlong_tokens.",
+    ),
+    Limit(
+        "unparsed", 0.2, 0.8, "In {} of the whole answers no answer was found.",
+        "Look at their reasons in rollouts/; teach the form by SFT, or reward it.",
+    ),
+    Limit(
+        "unjudged", 0.05, 0.5, "The reward gave no value to {} of the rollouts, which teach nothing.",
+        "Their reasons are in rollouts/: a reward that raises or ends late, or problems that cannot be checked.",
+    ),
+    Limit(
+        "one_answer", 0.3, 0.8, "{} of the rollouts give one and the same answer where another is right.",
+        "See that the reward does not pay it; lower rl.learning_rate.",
+    ),
+    Limit(
+        "copied", 0.2, 0.8, "{} of the answers are copied from the question, in which the right one does not stand.",
+        "See that the reward does not pay it; teach the form by SFT.",
+    ),
+)  # fmt: skip
 
 
 def no_update(rows: Sequence[Row]) -> Finding | None:
@@ -139,7 +144,7 @@ def no_update(rows: Sequence[Row]) -> Finding | None:
         return None
     what = f"{_percent(share)} of the last {WINDOW} steps changed nothing: too few groups had signal."
     do = "Raise rl.problems or rl.further_draws, or choose levels that are solved now and then."
-    return Finding("no_update", _graver(share == 1.0), what, do)
+    return Finding("no_update", "error" if share == 1.0 else "warning", what, do)
 
 
 def entropy_collapse(rows: Sequence[Row]) -> Finding | None:
@@ -227,24 +232,6 @@ def reward_without_accuracy(rows: Sequence[Row]) -> Finding | None:
     return Finding("reward_without_accuracy", "error", what, "Read the best-paid rollouts, and mend the reward.")
 
 
-def one_answer(rows: Sequence[Row]) -> Finding | None:
-    share = _now(rows, "one_answer")
-    if share is None or share < SAME:
-        return None
-    what = f"{_percent(share)} of the rollouts give one and the same answer where another is right."
-    return Finding(
-        "one_answer", _graver(share > 0.8), what, "See that the reward does not pay it; lower rl.learning_rate."
-    )
-
-
-def copied(rows: Sequence[Row]) -> Finding | None:
-    share = _now(rows, "copied")
-    if share is None or share < COPIED:
-        return None
-    what = f"{_percent(share)} of the answers are copied from the question, in which the right one does not stand."
-    return Finding("copied", _graver(share > 0.8), what, "See that the reward does not pay it; teach the form by SFT.")
-
-
 def reward_falls(rows: Sequence[Row]) -> Finding | None:
     windows = [rows[at : at + WINDOW] for at in range(0, len(rows) - WINDOW + 1, WINDOW)]
     means = [_mean([row["reward"] for row in window if "reward" in row]) for window in windows]
@@ -269,20 +256,14 @@ def time_left(rows: Sequence[Row]) -> Finding | None:
 CHECKS: tuple[Callable[[Sequence[Row]], Finding | None], ...] = (
     reward_without_accuracy,
     reward_falls,
-    all_wrong,
-    all_right,
+    *(limit.check for limit in LIMITS),
     no_update,
-    unjudged,
-    truncated,
-    unparsed,
     entropy_collapse,
     wrong_answers_grow,
     ratio_gap,
     corrected,
     gradient_spike,
     far_from_start,
-    one_answer,
-    copied,
     time_left,
 )
 
@@ -303,7 +284,3 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f}%"
-
-
-def _graver(is_grave: bool) -> Severity:
-    return "error" if is_grave else "warning"
