@@ -192,6 +192,7 @@ def test_another_config_in_the_same_folder_is_refused(
     other = CONFIG.model_copy(update={"group": 4})
     with pytest.raises(LiaoyuanError, match="group = 8, not 4"):
         reinforce(small_model, tokenizer, EndSoon(), other, tmp_path)
+    assert reinforce(small_model, tokenizer, EndSoon(), CONFIG, tmp_path).steps == CONFIG.steps  # the folder is free
 
 
 def test_control_b_samples_the_very_problems_that_rl_drew(

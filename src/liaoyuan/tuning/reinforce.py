@@ -9,6 +9,7 @@ importance weights correct for it. What happens in a step is a function of the s
 killed run ends with the same weights and the same files of rollouts bit for bit.
 """
 
+import contextlib
 import copy
 import time
 from dataclasses import asdict, dataclass, replace
@@ -118,25 +119,32 @@ class _Run:
         self._about = (tokenizer, task, reward)
 
     def __enter__(self) -> "_Run":
+        with contextlib.ExitStack() as opened:
+            self._open(opened)
+            self._opened = opened.pop_all()
+        return self
+
+    def _open(self, opened: contextlib.ExitStack) -> None:
+        """Open the files and the source; what is open already is closed if one of them cannot be."""
         model, config, folder = self._model, self._config, self._folder
         self._lock.take()
+        opened.callback(self._lock.release)
         self._start = copy.deepcopy(model).eval().requires_grad_(False) if config.measure_kl else None
         done = _resume(model, self._optimiser, config, folder)
         self.done = replace(done, exact=prove(model.eval(), QUICK).exact)
         self._seen = Seen(folder)
         self._metrics = Metrics(folder / METRICS, resume_from=done.steps)
+        opened.callback(self._metrics.close)
         self._doctor = Doctor(folder, resume_from=done.steps)
+        opened.callback(self._doctor.close)
         self._log = RolloutLog(folder, config.keep_rollouts_every, config.keep_rollouts_mb * 2**20, done.steps)
         arguments = (model, *self._about, config)
         self._source: Source = WorkerRollouts(*arguments, folder) if config.workers else LocalRollouts(*arguments)
+        opened.callback(self._source.close)
         self._source.load(folder, done.steps)
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        self._source.close()
-        self._doctor.close()
-        self._metrics.close()
-        self._lock.release()
+        self._opened.close()
 
     def step(self, must_be_exact: bool) -> dict[str, Any]:
         """Roll out, learn, and keep what was rolled out; return the step's measures."""
