@@ -22,6 +22,7 @@ from liaoyuan.models import Decoder, read_config
 from liaoyuan.ops import configure
 from liaoyuan.parallel import Layout, Program, Shape, World, lay_out, resolve
 from liaoyuan.rundir import Progress, Report, read_json, silent, write_atomic, write_json
+from liaoyuan.tasks.seen import Seen, read_seen, write_seen
 from liaoyuan.training import TrainConfig, train
 from liaoyuan.tuning.finetune import finetune
 from liaoyuan.tuning.losses import log_odds
@@ -76,6 +77,7 @@ def run_preference(
     (learned, held_out), left_out = _items(config, tokenizer)
     program, world = _laid_out(config, world)
     if world.is_first:
+        Seen(folder, config.model).add_records(item.record for item in learned)
         write_atomic(folder / "config.toml", to_toml(config))
     others = strangers(learned, config.sequence_length) if config.preference.loss == "kto" else []
     needed = [answer for item in learned for answer in item.answers] if config.preference.has_reference else []
@@ -109,6 +111,8 @@ def run_preference(
         folders["control"] = folder / "control" / "model"
     comparison = compare(judgement, found, folders, config.ask, report) if world.is_first else {}
     if world.is_first:
+        for name in found.keys() - {"start"}:
+            write_seen(folders[name], read_seen(folder))
         write_json(folder / "comparison.json", comparison)
     world.barrier()
     return asdict(done) | {"left_out": left_out, "comparison": read_json(folder / "comparison.json")}
