@@ -218,6 +218,19 @@ def test_the_reference_is_computed_once_for_the_same_weights_and_answers(
     assert any(passes)
 
 
+def test_a_run_goes_on_only_as_what_it_was(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    run_preference(config(model_folder, data), tmp_path / "out")
+    with pytest.raises(LiaoyuanError, match=r"holds a run with preference.beta = .*, not 0.5"):
+        run_preference(config(model_folder, data, preference={"beta": 0.5}), tmp_path / "out")
+    later = config(model_folder, data, control=True)
+    assert "control" in run_preference(later, tmp_path / "out")["comparison"]
+    with pytest.raises(LiaoyuanError, match="holds a run with control_learning_rate"):
+        run_preference(later.model_copy(update={"control_learning_rate": 1e-3}), tmp_path / "out")
+    write_records(data, pairs(20))
+    with pytest.raises(LiaoyuanError, match="holds a run on other data"):
+        run_preference(later, tmp_path / "out")
+
+
 def verb(*given: object) -> list[str]:
     settings = [f"train.{key}={value}" for key, value in TRAIN.model_dump(exclude_defaults=True).items()]
     settings += [f"sequence_length={LENGTH}", "device=cpu", "held_out_share=0.3"]

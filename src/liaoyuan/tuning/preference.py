@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from liaoyuan.checkpoint import load_weights, save_program
-from liaoyuan.config import Config, to_toml
+from liaoyuan.config import Config
 from liaoyuan.data import Tokenizer, read_examples
 from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
@@ -21,16 +21,19 @@ from liaoyuan.evaluation import score
 from liaoyuan.models import Decoder, read_config
 from liaoyuan.ops import configure
 from liaoyuan.parallel import Layout, Program, Shape, World, lay_out, resolve
-from liaoyuan.rundir import Progress, Report, read_json, silent, write_atomic, write_json
+from liaoyuan.rundir import Progress, Report, read_json, remember, silent, write_json
 from liaoyuan.tasks.seen import Seen, read_seen, write_seen
 from liaoyuan.training import TrainConfig, train
+from liaoyuan.training.loop import STATE
 from liaoyuan.tuning.finetune import finetune
+from liaoyuan.tuning.held_out import refuse_other_data
 from liaoyuan.tuning.losses import log_odds
 from liaoyuan.tuning.preference_batches import AnswerBatches, Judged, fitting, judge, split, strangers
 from liaoyuan.tuning.preference_comparison import Judgement, Questions, compare
 from liaoyuan.tuning.preference_objective import PreferenceLoss, PreferenceObjective
 from liaoyuan.tuning.reference import answer_log_probs, reference_log_probs
 
+FREE = ("layout.", "ops.", "device", "ask.")  # may change when a run goes on; and "control", before there is one
 FORWARD = 1 / 3  # cost of a forward pass, in tokens that are trained on
 REWARD_FILE = "liaoyuan_reward.json"  # beside a reward model's weights: the token whose log-odds are the reward
 
@@ -68,7 +71,8 @@ def run_preference(
     holds, and figures of the run.
 
     Raises:
-        LiaoyuanError: model or data are missing or wrong, a record fits in no row, or the layout cuts documents.
+        LiaoyuanError: model or data are missing or wrong, a record fits in no row, the layout cuts documents, or
+            `folder` holds a run of other settings or data.
     """
     check(config)
     configure(config.ops)
@@ -77,8 +81,10 @@ def run_preference(
     (learned, held_out), left_out = _items(config, tokenizer)
     program, world = _laid_out(config, world)
     if world.is_first:
+        has_begun, control = (folder / STATE).exists(), folder / "control"
+        remember(config, folder, has_begun, FREE if control.exists() else (*FREE, "control"))
+        refuse_other_data(folder, [answer for item in learned for answer in item.answers], has_begun)
         Seen(folder, config.model).add_records(item.record for item in learned)
-        write_atomic(folder / "config.toml", to_toml(config))
     others = strangers(learned, config.sequence_length) if config.preference.loss == "kto" else []
     needed = [answer for item in learned for answer in item.answers] if config.preference.has_reference else []
     asked = [answer for item in held_out for answer in item.answers]
