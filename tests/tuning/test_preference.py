@@ -50,7 +50,9 @@ def pairs(count: int = 40) -> list[Record]:
         wrong = str(int(problem.answer) + 1) + "0" * (index % 3)
         given = {"messages": turns(problem.question), "rejected": (Message(role="assistant", content=wrong),)}
         chosen = (Message(role="assistant", content=problem.answer),)
-        found.append(Record(id=problem.key, kind="preference", chosen=chosen, **given))
+        found.append(
+            Record(id=problem.key, kind="preference", chosen=chosen, source="pairs of sums", licence="CC0", **given)
+        )
     return found
 
 
@@ -82,6 +84,9 @@ def test_what_was_chosen_becomes_more_likely_than_what_was_not(
     assert found["model - start"]["margin"]["low"] > 0, "on problems that it did not learn from"
     assert found["start"]["margin"]["mean"] < found["model"]["margin"]["mean"]
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert f"preference tuning ({loss})" in card and "| held out | pairs of sums | CC0 |" in card
+    assert f"liaoyuan tune {'reward' if loss == 'reward' else 'dpo'} " in card and "| model - start, margin |" in card
 
 
 def test_a_run_begins_where_its_reference_is(model_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from liaoyuan.rundir import Progress, Report, read_json, remember, silent, write
 from liaoyuan.tasks.seen import Seen, read_seen, write_seen
 from liaoyuan.training import TrainConfig, train
 from liaoyuan.training.loop import STATE
+from liaoyuan.tuning.card import Card, sources_of, write_card
 from liaoyuan.tuning.finetune import finetune
 from liaoyuan.tuning.held_out import refuse_other_data
 from liaoyuan.tuning.losses import log_odds
@@ -119,9 +120,32 @@ def run_preference(
     if world.is_first:
         for name in found.keys() - {"start"}:
             write_seen(folders[name], read_seen(folder))
+        write_card(folder / "model", _card(config, folder, learned, held_out, comparison))
         write_json(folder / "comparison.json", comparison)
     world.barrier()
     return asdict(done) | {"left_out": left_out, "comparison": read_json(folder / "comparison.json")}
+
+
+def _card(
+    config: PreferenceConfig,
+    folder: Path,
+    learned: Sequence[Judged],
+    held_out: Sequence[Judged],
+    comparison: dict[str, Any],
+) -> Card:
+    verb = "reward" if config.preference.loss == "reward" else "dpo"
+    parts = ((learned, "learned"), (held_out, "held out"))
+    return Card(
+        title=folder.name,
+        relation="finetune",
+        base=config.model,
+        method=f"preference tuning ({config.preference.loss})",
+        command=f"liaoyuan tune {verb} {folder / 'config.toml'} --out {folder}",
+        data=[source for items, use in parts for source in sources_of((item.record for item in items), use)],
+        config=config.model_dump(mode="json", exclude_none=True),
+        scores={"held-out records": len(held_out), "model": comparison["model"]},
+        controls={name: values for name, values in comparison.items() if name not in ("model", "held_out")},
+    )
 
 
 def reward_of(model: Decoder, mark: int, conversations: Sequence[Sequence[int]]) -> list[float]:
