@@ -50,7 +50,9 @@ def pairs(count: int = 40) -> list[Record]:
         wrong = str(int(problem.answer) + 1) + "0" * (index % 3)
         given = {"messages": turns(problem.question), "rejected": (Message(role="assistant", content=wrong),)}
         chosen = (Message(role="assistant", content=problem.answer),)
-        found.append(Record(id=problem.key, kind="preference", chosen=chosen, **given))
+        found.append(
+            Record(id=problem.key, kind="preference", chosen=chosen, source="pairs of sums", licence="CC0", **given)
+        )
     return found
 
 
@@ -82,6 +84,9 @@ def test_what_was_chosen_becomes_more_likely_than_what_was_not(
     assert found["model - start"]["margin"]["low"] > 0, "on problems that it did not learn from"
     assert found["start"]["margin"]["mean"] < found["model"]["margin"]["mean"]
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert f"preference tuning ({loss})" in card and "| held out | pairs of sums | CC0 |" in card
+    assert f"liaoyuan tune {'reward' if loss == 'reward' else 'dpo'} " in card and "| model - start, margin |" in card
 
 
 def test_a_run_begins_where_its_reference_is(model_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -216,6 +221,19 @@ def test_the_reference_is_computed_once_for_the_same_weights_and_answers(
     write_records(data, pairs(39))
     run_preference(config(model_folder, data), tmp_path / "other", count)
     assert any(passes)
+
+
+def test_a_run_goes_on_only_as_what_it_was(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    run_preference(config(model_folder, data), tmp_path / "out")
+    with pytest.raises(LiaoyuanError, match=r"holds a run with preference.beta = .*, not 0.5"):
+        run_preference(config(model_folder, data, preference={"beta": 0.5}), tmp_path / "out")
+    later = config(model_folder, data, control=True)
+    assert "control" in run_preference(later, tmp_path / "out")["comparison"]
+    with pytest.raises(LiaoyuanError, match="holds a run with control_learning_rate"):
+        run_preference(later.model_copy(update={"control_learning_rate": 1e-3}), tmp_path / "out")
+    write_records(data, pairs(20))
+    with pytest.raises(LiaoyuanError, match="holds a run on other data"):
+        run_preference(later, tmp_path / "out")
 
 
 def verb(*given: object) -> list[str]:

@@ -9,10 +9,10 @@ from liaoyuan.checkpoint import load_model
 from liaoyuan.checkpoint.convert import FURTHER_FILES
 from liaoyuan.cli.eval import evaluate
 from liaoyuan.cli.tune import app
-from liaoyuan.data import Tokenizer, write_records
+from liaoyuan.data import Message, Record, Tokenizer, write_records
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.tasks import find_task, held_out_problems, to_record
-from liaoyuan.tasks.seen import NAME, marks_of, read_seen
+from liaoyuan.tasks.seen import NAME, marks_of, read_seen, refuse_seen
 from liaoyuan.tuning.reinforce import ReinforceConfig, reinforce
 from liaoyuan.tuning.sources import problems_of
 
@@ -45,6 +45,39 @@ def test_eval_refuses_what_was_trained_on_and_says_so_where_it_is_asked_to_go_on
     assert "NOT A TEST: the model was trained on 3 of these 6 problems" in capsys.readouterr().out
     evaluate(model=model, json=True, seen=True, **asked)  # type: ignore[arg-type]
     assert '"seen": 3' in capsys.readouterr().out
+
+
+def pairs(level: int) -> list[Record]:
+    """Return answers to 12 test problems, of which the right one is chosen."""
+    return [
+        Record(
+            id=str(number),
+            kind="preference",
+            messages=(Message(role="user", content=problem.question),),
+            chosen=(Message(role="assistant", content=problem.answer),),
+            rejected=(Message(role="assistant", content="none"),),
+        )
+        for number, problem in enumerate(held_out_problems(ADDITION, (level,), 12))
+    ]
+
+
+@pytest.mark.parametrize("verb", ["dpo", "reward"])
+def test_eval_refuses_what_was_learned_from_judged_answers(verb: str, model_folder: Path, tmp_path: Path) -> None:
+    """And what the model it began from had learned; not what was held out. The control has learned the same."""
+    write_records(tmp_path / "data.jsonl", [to_record(ADDITION.problem(9, 0, 1))])
+    start = sft(model_folder, tmp_path / "data.jsonl", tmp_path / "sft")
+    for name, level in (("learn", 1), ("held_out", 2)):
+        write_records(tmp_path / f"{name}.jsonl", pairs(level))
+    settings = ("train.steps=2", "train.batch_tokens=256", "sequence_length=128", "device=cpu", "control=true")
+    told = [verb, "--model", start, "--data", tmp_path / "learn.jsonl", "--held-out", tmp_path / "held_out.jsonl"]
+    told += ["--out", tmp_path / verb, *(part for setting in settings for part in ("--set", setting))]
+    assert CliRunner().invoke(app, [str(part) for part in told], catch_exceptions=False).exit_code == 0
+    learning, held_out = (held_out_problems(ADDITION, (level,), 12) for level in (1, 2))
+    for model in (tmp_path / verb / "model", tmp_path / verb / "control" / "model"):
+        with pytest.raises(LiaoyuanError, match="was trained on 12 of these 12 problems"):
+            refuse_seen(model, learning)
+        assert refuse_seen(model, held_out) == 0
+        assert learned(start) < learned(model) == learned(tmp_path / verb)
 
 
 def test_rl_keeps_what_every_step_and_the_start_model_learned(model_folder: Path, tmp_path: Path) -> None:

@@ -9,16 +9,25 @@ import pytest
 import torch
 
 from liaoyuan.checkpoint import load_model
-from liaoyuan.data import Message, Record, TokenisedRecord, Tokenizer, read_records, tokenise, write_records
+from liaoyuan.data import (
+    Message,
+    Record,
+    RecordTokens,
+    TokenisedRecord,
+    Tokenizer,
+    read_records,
+    tokenise,
+    write_records,
+)
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, packed_context, read_config
 from liaoyuan.parallel import Program, World
-from liaoyuan.rundir import read_metrics
+from liaoyuan.rundir import read_metrics, silent
 from liaoyuan.tuning.held_out import Outcomes, compare, content_hash, measure, split, split_off
 from liaoyuan.tuning.lora import LoraConfig
 from liaoyuan.tuning.rates import learning_rate_for
 from liaoyuan.tuning.sft_config import SftConfig, SftTrain, resolved
-from liaoyuan.tuning.sft_data import tokenise_all, with_replay
+from liaoyuan.tuning.sft_data import read_source, with_replay
 from liaoyuan.tuning.sft_run import run_sft
 
 
@@ -36,6 +45,13 @@ def problems(count: int) -> list[Record]:
 
 def text(words: str, name: str = "t") -> Record:
     return Record(id=name, kind="text", messages=(Message(role="user", content=words),), source="books", licence="CC0")
+
+
+def tokens_of(records: list[Record], tokenizer: Tokenizer, length: int, path: Path) -> RecordTokens:
+    """Return what is learned from a file of these records."""
+    write_records(path, records)
+    source = read_source(path, tokenizer, length, False, silent)
+    return source.tokens_of(source.records)
 
 
 def config(model: Path, data: Path, **given: object) -> SftConfig:
@@ -180,9 +196,9 @@ def test_the_learning_rate_falls_with_the_size_and_is_higher_for_adapters() -> N
 # ---- texts
 
 
-def test_every_token_of_a_text_is_learned_once(tokenizer: Tokenizer) -> None:
+def test_every_token_of_a_text_is_learned_once(tokenizer: Tokenizer, tmp_path: Path) -> None:
     words = "the answer is 12+34=46, " * 20
-    pieces = tokenise_all(tokenizer, [text(words)], 32)
+    pieces = tokens_of([text(words)], tokenizer, 32, tmp_path / "data.jsonl")
     end = tokenizer.end_of_text_id
     learned = [token for piece in pieces for token, weight in zip(piece.tokens, piece.weights, strict=True) if weight]
     assert learned == [*tokenizer.encode(words), end] and pieces[0].tokens[0] == end
@@ -203,18 +219,21 @@ def test_general_text_is_mixed_in_and_measured(model_folder: Path, tmp_path: Pat
     )
 
 
-def test_the_share_of_general_text_is_one_of_tokens(tokenizer: Tokenizer) -> None:
-    chats = tokenise_all(tokenizer, problems(40), 64)
-    general = tokenise_all(tokenizer, [text("the answer " * 30, str(n)) for n in range(80)], 64)
+def test_the_share_of_general_text_is_one_of_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    chats = tokens_of(problems(40), tokenizer, 64, tmp_path / "chats.jsonl")
+    general = tokens_of([text("the answer " * 30, str(n)) for n in range(80)], tokenizer, 64, tmp_path / "texts.jsonl")
     mixed = with_replay(chats, general, 0.25, seed=0)
     size = sum(len(record.tokens) for record in mixed)
     share = sum(len(record.tokens) for record in mixed[len(chats) :]) / size
-    assert mixed[: len(chats)] == chats and 0.25 <= share < 0.28
+    assert RecordTokens.of(mixed[: len(chats)]) == chats and 0.25 <= share < 0.28
 
 
-def test_records_of_other_methods_are_refused_by_name(tokenizer: Tokenizer) -> None:
-    record = Record(id="7", kind="preference", messages=(Message(role="user", content="x"),))
-    with pytest.raises(LiaoyuanError, match="'7' is of the kind 'preference', which tune dpo learns from"):
-        tokenise_all(tokenizer, [record], 32)
-    with pytest.raises(LiaoyuanError, match=r"tokens, more than sequence_length \(5\)"):
-        tokenise_all(tokenizer, problems(1), 5)
+def test_records_of_other_methods_are_refused_by_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    sides = {side: (Message(role="assistant", content=side),) for side in ("chosen", "rejected")}
+    record = Record(id="7", kind="preference", messages=(Message(role="user", content="x"),), **sides)
+    with pytest.raises(LiaoyuanError, match=r"line 1: expected a .* found 'preference', which tune dpo learns from"):
+        tokens_of([record], tokenizer, 32, tmp_path / "data.jsonl")
+    with pytest.raises(
+        LiaoyuanError, match=r"1 of 1 records do not fit in a sequence_length of 5; the longest \(line 1\)"
+    ):
+        tokens_of(problems(1), tokenizer, 5, tmp_path / "data.jsonl")

@@ -19,10 +19,10 @@ from liaoyuan.checkpoint.adapters import put_adapter
 from liaoyuan.checkpoint.convert import FURTHER_FILES, convert_to_folder
 from liaoyuan.checkpoint.hugging_face import MAX_SHARD_BYTES, copy_files
 from liaoyuan.checkpoint.sources import FolderSource, MergedSource
-from liaoyuan.data import Record, Tokenizer, read_records
+from liaoyuan.data import Record, RecordTokens, Tokenizer
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.evaluation import agreement, measure_accuracy, ratio
-from liaoyuan.models import Decoder
+from liaoyuan.models import Decoder, read_config
 from liaoyuan.models.quantised import quantisation_named
 from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import Report, atomic_folder, silent
@@ -30,7 +30,7 @@ from liaoyuan.tasks import Right, find_task, held_out_problems
 from liaoyuan.tasks.seen import read_seen, write_seen
 from liaoyuan.tuning.card import Card, DataSource, read_card, sources_of, write_card
 from liaoyuan.tuning.held_out import measure
-from liaoyuan.tuning.sft_data import tokenise_all
+from liaoyuan.tuning.sft_data import read_source
 from liaoyuan.tuning.sft_run import HELD_OUT
 from liaoyuan.tuning.validation import tuning_engine
 
@@ -99,7 +99,8 @@ def export(request: Export, report: Report = silent) -> dict[str, Any]:
         LiaoyuanError: there are no held-out records, something is torn or of another model, or the exported model is
             further from the trained one than is tolerated.
     """
-    few, records = quantisation_named(request.quantise), held_out_of(request)
+    few = quantisation_named(request.quantise)
+    records, texts = held_out_of(request, report)
     with atomic_folder(request.target) as part:
         whole = part / "whole"
         with FolderSource(request.base) as base:
@@ -110,7 +111,8 @@ def export(request: Export, report: Report = silent) -> dict[str, Any]:
             copy_files(whole, part / "few", FURTHER_FILES)
             shutil.rmtree(whole)
         made = part / ("whole" if few is None else "few")
-        figures = compare_exported(trained_model(request), load_model(made), request, records, report)
+        compared = compare_exported(trained_model(request), load_model(made), request, texts, report)
+        figures = {"records": len(records), **compared}
         refusal = objection(figures, request.tolerance)
         if refusal and not request.force:
             raise LiaoyuanError(f"{request.target} was not written: {refusal} --force writes it, and says so.")
@@ -123,11 +125,11 @@ def export(request: Export, report: Report = silent) -> dict[str, Any]:
     return {**figures, "tolerated": not refusal}
 
 
-def held_out_of(request: Export) -> list[Record]:
-    """Return the records on which the gate compares.
+def held_out_of(request: Export, report: Report = silent) -> tuple[list[Record], RecordTokens]:
+    """Return the records on which the gate compares, and their tokens, a text perhaps in pieces.
 
     Raises:
-        LiaoyuanError: there are none.
+        LiaoyuanError: there are none, or they are bad, of another kind than is learned from, or too long for the model.
     """
     run = (request.adapter or request.base).absolute().parent / HELD_OUT
     path = request.texts or (run if run.exists() else None)
@@ -136,7 +138,10 @@ def held_out_of(request: Export) -> list[Record]:
             "The exported model is compared with the trained one on held-out records, and there are none beside "
             f"{request.adapter or request.base}: name a file of records with --texts."
         )
-    return read_records(path)[:MOST_RECORDS]
+    length = read_config(request.base).max_position_embeddings - 1
+    source = read_source(path, Tokenizer.load(request.base), length, False, report)
+    records = source.records[:MOST_RECORDS]
+    return records, source.tokens_of(records)
 
 
 def trained_model(request: Export) -> Decoder:
@@ -151,15 +156,12 @@ def trained_model(request: Export) -> Decoder:
 
 
 def compare_exported(
-    trained: Decoder, exported: Decoder, request: Export, records: Sequence[Record], report: Report = silent
+    trained: Decoder, exported: Decoder, request: Export, texts: RecordTokens, report: Report = silent
 ) -> dict[str, Any]:
     """Return how far `exported` is from `trained`: log-probabilities, and accuracy on learned tokens (and a task)."""
-    tokenizer = Tokenizer.load(request.base)
-    texts = tokenise_all(tokenizer, records, trained.config.max_position_embeddings - 1)
-    found = agreement(trained, exported, [tuple(text.tokens) for text in texts], report)
+    found = agreement(trained, exported, [texts.ids(number).tolist() for number in range(len(texts))], report)
     before, after = (measure(Program([model]), texts, World()) for model in (trained, exported))
     figures: dict[str, Any] = {
-        "records": len(records),
         "tokens": found.places,
         "divergence": found.divergence,
         "divergence_99th": found.worst,
@@ -173,6 +175,7 @@ def compare_exported(
             "difference": ratio(after.right - before.right, after.tokens).to_dict(),
         },
     }
+    tokenizer = Tokenizer.load(request.base)
     return figures | (_task_figures(trained, exported, request.task, tokenizer, report) if request.task else {})
 
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from liaoyuan.checkpoint import load_weights, save_program
-from liaoyuan.config import Config, to_toml
+from liaoyuan.config import Config
 from liaoyuan.data import Tokenizer, read_examples
 from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
@@ -21,15 +21,20 @@ from liaoyuan.evaluation import score
 from liaoyuan.models import Decoder, read_config
 from liaoyuan.ops import configure
 from liaoyuan.parallel import Layout, Program, Shape, World, lay_out, resolve
-from liaoyuan.rundir import Progress, Report, read_json, silent, write_atomic, write_json
+from liaoyuan.rundir import Progress, Report, read_json, remember, silent, write_json
+from liaoyuan.tasks.seen import Seen, read_seen, write_seen
 from liaoyuan.training import TrainConfig, train
+from liaoyuan.training.loop import STATE
+from liaoyuan.tuning.card import Card, sources_of, write_card
 from liaoyuan.tuning.finetune import finetune
+from liaoyuan.tuning.held_out import refuse_other_data
 from liaoyuan.tuning.losses import log_odds
 from liaoyuan.tuning.preference_batches import AnswerBatches, Judged, fitting, judge, split, strangers
 from liaoyuan.tuning.preference_comparison import Judgement, Questions, compare
 from liaoyuan.tuning.preference_objective import PreferenceLoss, PreferenceObjective
 from liaoyuan.tuning.reference import answer_log_probs, reference_log_probs
 
+FREE = ("layout.", "ops.", "device", "ask.")  # may change when a run goes on; and "control", before there is one
 FORWARD = 1 / 3  # cost of a forward pass, in tokens that are trained on
 REWARD_FILE = "liaoyuan_reward.json"  # beside a reward model's weights: the token whose log-odds are the reward
 
@@ -67,7 +72,8 @@ def run_preference(
     holds, and figures of the run.
 
     Raises:
-        LiaoyuanError: model or data are missing or wrong, a record fits in no row, or the layout cuts documents.
+        LiaoyuanError: model or data are missing or wrong, a record fits in no row, the layout cuts documents, or
+            `folder` holds a run of other settings or data.
     """
     check(config)
     configure(config.ops)
@@ -76,7 +82,10 @@ def run_preference(
     (learned, held_out), left_out = _items(config, tokenizer)
     program, world = _laid_out(config, world)
     if world.is_first:
-        write_atomic(folder / "config.toml", to_toml(config))
+        has_begun, control = (folder / STATE).exists(), folder / "control"
+        remember(config, folder, has_begun, FREE if control.exists() else (*FREE, "control"))
+        refuse_other_data(folder, [answer for item in learned for answer in item.answers], has_begun)
+        Seen(folder, config.model).add_records(item.record for item in learned)
     others = strangers(learned, config.sequence_length) if config.preference.loss == "kto" else []
     needed = [answer for item in learned for answer in item.answers] if config.preference.has_reference else []
     asked = [answer for item in held_out for answer in item.answers]
@@ -109,9 +118,34 @@ def run_preference(
         folders["control"] = folder / "control" / "model"
     comparison = compare(judgement, found, folders, config.ask, report) if world.is_first else {}
     if world.is_first:
+        for name in found.keys() - {"start"}:
+            write_seen(folders[name], read_seen(folder))
+        write_card(folder / "model", _card(config, folder, learned, held_out, comparison))
         write_json(folder / "comparison.json", comparison)
     world.barrier()
     return asdict(done) | {"left_out": left_out, "comparison": read_json(folder / "comparison.json")}
+
+
+def _card(
+    config: PreferenceConfig,
+    folder: Path,
+    learned: Sequence[Judged],
+    held_out: Sequence[Judged],
+    comparison: dict[str, Any],
+) -> Card:
+    verb = "reward" if config.preference.loss == "reward" else "dpo"
+    parts = ((learned, "learned"), (held_out, "held out"))
+    return Card(
+        title=folder.name,
+        relation="finetune",
+        base=config.model,
+        method=f"preference tuning ({config.preference.loss})",
+        command=f"liaoyuan tune {verb} {folder / 'config.toml'} --out {folder}",
+        data=[source for items, use in parts for source in sources_of((item.record for item in items), use)],
+        config=config.model_dump(mode="json", exclude_none=True),
+        scores={"held-out records": len(held_out), "model": comparison["model"]},
+        controls={name: values for name, values in comparison.items() if name not in ("model", "held_out")},
+    )
 
 
 def reward_of(model: Decoder, mark: int, conversations: Sequence[Sequence[int]]) -> list[float]:

@@ -18,10 +18,11 @@ from liaoyuan.errors import LiaoyuanError
 class Judged:
     """What is judged together: the better and the worse answer to a prompt, or one answer that is liked or not.
 
-    answers: whole conversations; their weights are above 0 for what is judged alone. liked: of each answer.
+    record: what says so. answers: whole conversations; their weights are above 0 for what is judged alone. liked: of
+    each answer.
     """
 
-    name: str
+    record: Record
     answers: tuple[TokenisedRecord, ...]
     liked: tuple[bool, ...]
 
@@ -77,7 +78,7 @@ def judge(tokenizer: Tokenizer, records: Sequence[Record], paired: bool, mark: i
         answers = tuple(_marked(next(tokenised), mark) for _ in liked)
         if not all(any(weight > 0 for weight in answer.weights) for answer in answers):
             raise LiaoyuanError(f"Record {record.id!r} has an answer of no weight, so nothing of it would be learned.")
-        found.append(Judged(record.id, answers, liked))
+        found.append(Judged(record, answers, liked))
     return found
 
 
@@ -99,8 +100,8 @@ def fitting(items: Sequence[Judged], length: int, skip: bool) -> list[Judged]:
     if len(kept) < len(items) and not skip:
         long = next(item for item in items if item.size > length)
         raise LiaoyuanError(
-            f"{len(items) - len(kept)} records do not fit in a row, the first is {long.name!r}: with its prompt it has "
-            f"{long.size} tokens, both answers together if it has two, more than sequence_length ({length}). "
+            f"{len(items) - len(kept)} records do not fit in a row, the first is {long.record.id!r}: with its prompt "
+            f"it has {long.size} tokens, both answers together if it has two, more than sequence_length ({length}). "
             "Raise sequence_length, or leave them out with skip_long = true."
         )
     return kept

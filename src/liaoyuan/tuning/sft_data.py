@@ -13,12 +13,10 @@ from liaoyuan.data import (
     TokenisedFile,
     TokenisedRecord,
     Tokenizer,
-    tokenise,
     tokenise_file,
 )
 from liaoyuan.data.permutation import permutation
 from liaoyuan.data.records import Kind
-from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import Report
 
 LEARNED: tuple[Kind, ...] = ("chat", "text")
@@ -51,47 +49,6 @@ def read_source(path: Path, tokenizer: Tokenizer, length: int, skip_bad: bool, r
     kept = set(tokens.numbers.tolist())
     numbered = [(number, record) for number, record in enumerate(Examples(path)) if number in kept]
     return Source([record for _, record in numbered], {id(record): number for number, record in numbered}, tokens)
-
-
-def tokenise_all(tokenizer: Tokenizer, records: Sequence[Record], length: int) -> list[TokenisedRecord]:
-    """Return the tokens of conversations and texts in the order of the records; a text is cut into pieces of at most
-    `length` predictions, each token of which is learned.
-
-    Raises:
-        LiaoyuanError: a record is of another kind, or a conversation is longer than `length`.
-    """
-    found = []
-    for record in records:
-        if record.kind not in LEARNED:
-            verb = {"preference": "tune dpo", "unpaired": "tune dpo", "prompt": "tune rl"}[record.kind]
-            raise LiaoyuanError(
-                f"Record {record.id!r} is of the kind '{record.kind}', which {verb} learns from; tune sft learns from "
-                "'chat' and 'text'."
-            )
-        found += _pieces(tokenizer, record, length) if record.kind == "text" else [_whole(tokenizer, record, length)]
-    return found
-
-
-def _whole(tokenizer: Tokenizer, record: Record, length: int) -> TokenisedRecord:
-    (one,) = tokenise(tokenizer, [record])
-    if len(one.tokens) - 1 > length:
-        raise LiaoyuanError(
-            f"Record {record.id!r} has {len(one.tokens) - 1} tokens, more than sequence_length ({length}): raise it "
-            "(and train.batch_tokens), or shorten the record."
-        )
-    return one
-
-
-def _pieces(tokenizer: Tokenizer, record: Record, length: int) -> list[TokenisedRecord]:
-    """Return a text between two tokens that end texts, as pretraining has it; every piece goes on where one ended."""
-    separator = tokenizer.end_of_text_id
-    if separator is None:
-        raise LiaoyuanError("The tokenizer has no token that ends a text (bos_token or eos_token).")
-    text = "".join(message.content for message in record.messages)
-    ids = [separator, *tokenizer.encode(text), separator]
-    cuts = range(0, len(ids) - 1, length)
-    pieces = [tuple(ids[cut : cut + length + 1]) for cut in cuts]
-    return [TokenisedRecord(piece, (0.0,) + (1.0,) * (len(piece) - 1)) for piece in pieces]
 
 
 def with_replay(
