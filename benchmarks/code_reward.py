@@ -2,9 +2,9 @@
 
 False negatives: the sets' own solutions that it does not call right. False positives: wrong programs that it calls
 right: each solution changed in one place, in fifteen ways, and programs that cheat. A changed program that passes may
-be no worse, or its tests see no difference: so those that pass are run a second time in the ordinary way, code and
-tests in one process (of a jail), and only what passes here and fails there is a mistake of the reward. For the cheats
-the ordinary way shows what they do to a reward that has no jail for the tests.
+be no worse, or its tests see no difference: so all are run a second time in the ordinary way, code and tests in one
+process (of a jail), and only what is judged otherwise there is a mistake of the reward. For the cheats the ordinary
+way shows what they do to a reward that has no jail for the tests.
 
     python benchmarks/code_reward.py DATA/code_mbpp_train.jsonl.zst DATA/code_exercism_py.jsonl.zst --json rates.json
 """
@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +82,7 @@ def measure(reward: UnitTests, problems: list[Problem], options: Any) -> dict[st
     ]
     verdicts = judge(reward, wrong)
     passed = [case for case, score in zip(wrong, verdicts, strict=True) if score.value == 1]
-    ordinary = set_of(passes_in_one_process(passed + [case for case in wrong if case.kind == "cheat"], options.at_once))
+    apart, ordinary = set_of(passed), set_of(passes_in_one_process(wrong, options.at_once))
     return {
         "problems": len(problems),
         "broken": broken,
@@ -91,6 +91,9 @@ def measure(reward: UnitTests, problems: list[Problem], options: Any) -> dict[st
         "mutants": Counter(case.way for case in wrong if case.kind == "mutant"),
         "mutants_passed": Counter(case.way for case in passed if case.kind == "mutant"),
         "mutants_wrongly": [name_of(case) for case in passed if case.kind == "mutant" and id(case) not in ordinary],
+        "mutants_refused": [
+            name_of(case) for case in wrong if case.kind == "mutant" and id(case) in ordinary and id(case) not in apart
+        ],
         "cheats": Counter(case.way for case in wrong if case.kind == "cheat"),
         "cheats_passed": Counter(case.way for case in passed if case.kind == "cheat"),
         "cheats_in_one_process": Counter(case.way for case in wrong if case.kind == "cheat" and id(case) in ordinary),
@@ -136,7 +139,7 @@ def _passes(case: Case) -> bool:
     return run("\n".join([case.code, tests.setup, *tests.tests]), limits=limits).is_well
 
 
-def set_of(cases: Iterator[Case]) -> set[int]:
+def set_of(cases: Iterable[Case]) -> set[int]:
     return {id(case) for case in cases}
 
 
@@ -156,6 +159,8 @@ def text(name: str, found: dict[str, Any]) -> str:
         f"programs changed in one place: {wrong}; pass their tests: {passed} ({passed / max(1, wrong):.1%}); "
         f"of these fail where code and tests are one process: {len(found['mutants_wrongly'])}",
         *(f"  {row}" for row in found["mutants_wrongly"]),
+        f"fail their tests, but pass where code and tests are one process: {len(found['mutants_refused'])}",
+        *(f"  {row}" for row in found["mutants_refused"]),
         "",
         "| changed | programs | pass |",
         "|---|---|---|",

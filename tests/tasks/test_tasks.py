@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.tasks import TASKS, Problem, Task, find_task, held_out_problems, split_of, spread, to_record
-from liaoyuan.tasks.countdown import evaluate
+from liaoyuan.tasks.countdown import read_answer
 from tests.tasks.checkers import CHECKERS, value_of
 
 SPLITS = ("train", "validation", "test")
@@ -132,9 +132,9 @@ def test_an_unknown_task_names_the_nearest() -> None:
 
 @given(st.text(alphabet="0123456789+-*() x", max_size=80))
 def test_the_parser_of_countdown_equals_pythons_on_what_both_accept(text: str) -> None:
-    found = evaluate(text)
+    found = read_answer(text)
     if found is not None:
-        assert found[1] == value_of(ast.parse(re.sub(r"\b0+(?=\d)", "", text.strip()), mode="eval").body)
+        assert found.value == value_of(ast.parse(re.sub(r"\b0+(?=\d)", "", text.strip()), mode="eval").body)
 
 
 def _mutated(problem: Problem, chance: random.Random) -> str:

@@ -1,7 +1,6 @@
 """Countdown: reach a target with each of `level` numbers once, by +, - and *.
 
-The answer is an expression. It is read by a small parser of our own with hard limits: text that a model wrote is
-never handed to `eval`.
+The answer is an expression; text that a model wrote is never handed to `eval` (see `expression`).
 """
 
 import random
@@ -9,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from liaoyuan.tasks.expression import Expression, read_expression
 from liaoyuan.tasks.generated import Wording, Written, content_of, phrase
 from liaoyuan.tasks.problem import Problem, Score
 
@@ -17,7 +17,8 @@ TARGETS = range(1, 100)
 LONGEST = 64  # characters of an answer
 DEEPEST = 8  # nested brackets
 SHAPE = re.compile(r"[0-9+\-*() ]+")
-TOKEN = re.compile(r"[0-9]{1,4}|[-+*()]")
+SIGNED = re.compile(r"(?:^|\() *[-+]")  # a sign that joins no two terms
+TOKEN = re.compile(r" *([0-9]{1,4}|[-+*()])")
 PHRASES = {
     "compact": ("{content}",),
     "en": (
@@ -55,75 +56,20 @@ class Countdown:
 
     def check(self, problem: Problem, text: str) -> Score:
         numbers, target = content_of(problem).split(" > ")
-        found = evaluate(text.strip())
+        found = read_answer(text.strip())
         if found is None:
             return Score(0.0, None, "no expression")
-        used, value = found
-        if sorted(used) != sorted(int(number) for number in numbers.split()):
+        if sorted(found.numbers) != sorted(int(number) for number in numbers.split()):
             return Score(0.0, text.strip(), "other numbers than the given ones")
-        return Score(float(value == int(target)), text.strip(), "" if value == int(target) else f"it is {value}")
+        is_right = found.value == int(target)
+        return Score(float(is_right), text.strip(), "" if is_right else f"it is {found.value}")
 
 
-def evaluate(text: str) -> tuple[list[int], int] | None:
-    """Return the numbers that an expression uses and its value; None if it is no expression within the limits."""
-    if not text.isascii() or len(text) > LONGEST or not SHAPE.fullmatch(text):
+def read_answer(text: str) -> Expression | None:
+    """Return the expression that an answer is; None if it is none of +, - and * within the limits."""
+    if len(text) > LONGEST or not SHAPE.fullmatch(text) or SIGNED.search(text):
         return None
-    tokens = TOKEN.findall(text)
-    if "".join(tokens) != text.replace(" ", ""):
-        return None
-    reader = _Reader(tokens)
-    try:
-        value = reader.sum(0)
-    except _Malformed:
-        return None
-    return (reader.numbers, value) if reader.place == len(tokens) else None
-
-
-class _Malformed(Exception):  # noqa: N818  (never leaves this file)
-    """The tokens are no expression."""
-
-
-class _Reader:
-    """Recursive descent: sum := product (+|- product)*, product := atom (* atom)*, atom := number | ( sum )."""
-
-    def __init__(self, tokens: list[str]) -> None:
-        self.tokens, self.place, self.numbers = tokens, 0, list[int]()
-
-    def sum(self, depth: int) -> int:
-        value = self._product(depth)
-        while self._next() in ("+", "-"):
-            sign = 1 if self._take() == "+" else -1
-            value += sign * self._product(depth)
-        return value
-
-    def _product(self, depth: int) -> int:
-        value = self._atom(depth)
-        while self._next() == "*":
-            self._take()
-            value *= self._atom(depth)
-        return value
-
-    def _atom(self, depth: int) -> int:
-        token = self._take()
-        if token.isdigit():
-            self.numbers.append(int(token))
-            return int(token)
-        if token != "(" or depth >= DEEPEST:
-            raise _Malformed
-        value = self.sum(depth + 1)
-        if self._take() != ")":
-            raise _Malformed
-        return value
-
-    def _next(self) -> str:
-        return self.tokens[self.place] if self.place < len(self.tokens) else ""
-
-    def _take(self) -> str:
-        token = self._next()
-        if not token:
-            raise _Malformed
-        self.place += 1
-        return token
+    return read_expression(text, TOKEN, DEEPEST)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from liaoyuan.tasks import Problem, Rollout
+from liaoyuan.tasks.expression import read_expression
 from liaoyuan.tasks.rewards import NumberReward
-from liaoyuan.tasks.rewards.expression import value_of
 from liaoyuan.tasks.rewards.number import NumberConfig
-from liaoyuan.tasks.rewards.numbers import read_number
+from liaoyuan.tasks.rewards.numbers import plain, read_number
 
 RIGHT = [
     ("42", "42"),
@@ -143,6 +143,11 @@ def test_a_tolerance_is_relative() -> None:
     assert scored("1/3", "0.3333", tolerance=1e-3) == 1.0
     assert scored("1/3", "0.33", tolerance=1e-3) == 0.0
     assert scored("300", "300.2", tolerance=1e-3) == 1.0
+
+
+def value_of(text: str) -> Fraction | None:
+    found = read_expression(plain(text))
+    return Fraction(found.value) if found else None
 
 
 @given(

@@ -6,9 +6,9 @@ from fractions import Fraction
 from typing import Literal
 
 from liaoyuan.config import Config
+from liaoyuan.tasks.expression import read_expression
 from liaoyuan.tasks.problem import Score
 from liaoyuan.tasks.reward import Rollout
-from liaoyuan.tasks.rewards.expression import value_of
 from liaoyuan.tasks.rewards.marks import final_answers
 from liaoyuan.tasks.rewards.numbers import Number, only_number, plain, read_number
 
@@ -90,5 +90,5 @@ def written(number: Number) -> str:
 
 
 def _reckoned(text: str) -> Number | None:
-    value = value_of(text)
-    return None if value is None else Number(value)
+    found = read_expression(plain(text))
+    return None if found is None else Number(Fraction(found.value))
