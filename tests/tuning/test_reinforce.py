@@ -192,7 +192,22 @@ def test_another_config_in_the_same_folder_is_refused(
     other = CONFIG.model_copy(update={"group": 4})
     with pytest.raises(LiaoyuanError, match="group = 8, not 4"):
         reinforce(small_model, tokenizer, EndSoon(), other, tmp_path)
-    assert reinforce(small_model, tokenizer, EndSoon(), CONFIG, tmp_path).steps == CONFIG.steps  # the folder is free
+
+
+def test_a_run_that_cannot_begin_closes_what_it_has_opened(
+    small_model: Decoder, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+
+    def fail(*_: object) -> None:
+        raise LiaoyuanError("nothing to go on from")
+
+    monkeypatch.setattr("liaoyuan.tuning.sources.LocalRollouts.load", fail)
+    for place in ("tuning.sources.LocalRollouts.close", "tuning.doctor.Doctor.close", "rundir.Lock.release"):
+        monkeypatch.setattr(f"liaoyuan.{place}", lambda _, place=place: closed.append(place.split(".")[-2]))
+    with pytest.raises(LiaoyuanError, match="nothing to go on from"):
+        reinforce(small_model, tokenizer, EndSoon(), CONFIG, tmp_path)
+    assert closed == ["LocalRollouts", "Doctor", "Lock"]
 
 
 def test_control_b_samples_the_very_problems_that_rl_drew(
