@@ -46,6 +46,8 @@ export class Chart {
       return element("li", {}, element("i", { class: `swatch c${line.colour}` }), element("span", {}, line.shown), line.value);
     });
     this.legend.replaceChildren(...items);
+    const last = this.lines.map((line) => `${line.shown}: ${this.text(this.height(line).at(-1))}`).join(", ");
+    this.svg.setAttribute("aria-label", say("chart", this.figure.title, last));
     this.draw();
     this.point(null);
   }
@@ -57,8 +59,6 @@ export class Chart {
     this.scale(width, height);
     this.cursor = shape("g", { class: "cursor" });
     this.svg.replaceChildren(this.axes(width, height), ...this.curves(width, height), this.cursor);
-    const last = this.lines.map((line) => `${line.shown}: ${this.text(this.height(line).at(-1))}`).join(", ");
-    this.svg.setAttribute("aria-label", say("chart", this.figure.title, last));
     if (this.at !== undefined) this.point(this.at);
   }
 
