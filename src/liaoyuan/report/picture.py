@@ -6,6 +6,7 @@ import re
 from liaoyuan.report.plot import Plot, has_data, legend, svg
 from liaoyuan.report.text import asset, plain
 
+SCALE = 1.5  # pixels a point, where the document does not say how large the picture is
 POINTS_A_LETTER = 5.6  # of a legend's text, about: the reader's font is not known here
 TITLE, ROW, EDGE, SWATCH = 30, 16, 14, 14  # points: height of the title, of a row of the legend; margin; colour and gap
 
@@ -25,8 +26,9 @@ def picture(plot: Plot) -> str:
     key, rows = _legend(plot, width)
     top = TITLE + ROW * rows
     place = f'<svg x="{EDGE}" y="{top}" width="{box[1]}" height="{box[2]}" overflow="visible" '
+    sizes = f'viewBox="0 0 {width:g} {top + height:g}" width="{SCALE * width:g}" height="{SCALE * (top + height):g}"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {top + height:g}" width="{1.5 * width:g}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" {sizes}>'
         f'<style>{asset("colours.css")}text {{ font-family: var(--sans); }} [lang="zh"] {{ display: none; }}</style>'
         f'<rect width="100%" height="100%" rx="8" style="fill: var(--paper)"/>'
         f'<text x="{EDGE}" y="20" style="font-size: 11px; font-weight: 600; fill: var(--ink)">'
