@@ -3,6 +3,7 @@
 import math
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 
@@ -26,8 +27,10 @@ from liaoyuan.report import (
     Section,
     Table,
     Text,
+    picture,
 )
 
+SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "<script>alert('1')</script> & \"$x_1^{\" @0@ 燎原"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -151,3 +154,17 @@ def test_a_long_curve_is_thinned_but_keeps_its_end():
     curve = Line("", list(range(10_000)), [float(x) for x in range(10_000)])
     page = Page("t", [Section("s", [Plot("p", Lines("x", "y", [curve]))])]).html()
     assert len(page) < 60_000
+
+
+def test_a_picture_is_one_svg_file_with_title_legend_and_both_colour_schemes():
+    curve = Line(Text("greedy", "贪心"), [0.0, 8.0, 16.0], [0.1, 0.5, 0.9], [0.0, 0.4, 0.8], [0.2, 0.6, 1.0])
+    drawn = Lines("tokens", Text("% right", "正确率 %"), [curve, Line(HOSTILE, [0.0, 16.0], [0.2, 0.2])], percent=True)
+    file = picture(Plot(Text("Accuracy & budget", "正确率"), drawn))
+    root = ElementTree.fromstring(file)  # it is well-formed XML, which an SVG that stands alone must be
+    texts = ["".join(text.itertext()) for text in root.iter(f"{SVG}text")]
+    assert {"Accuracy & budget", "greedy", HOSTILE} <= set(texts)
+    assert len(list(root.iter(f"{SVG}script"))) == 0 and "prefers-color-scheme: dark" in file
+    assert not re.search(r'(?:src|href)="(?!#)|@import|url\((?!#)', file), "it needs nothing but itself"
+    assert file == picture(Plot(Text("Accuracy & budget", "正确率"), drawn))
+    with pytest.raises(ValueError, match="nothing to draw"):
+        picture(Plot("empty", Lines("x", "y", [])))

@@ -70,9 +70,32 @@ def test_a_thinking_budget_closes_every_thought(model: Path, tmp_path: Path) -> 
     assert len(rows) == 18 and all(row["thought_tokens"] <= 3 < row["tokens"] for row in rows)
 
 
+def test_several_budgets_are_a_curve_with_the_fast_and_the_free_answers_beside_it(model: Path, tmp_path: Path) -> None:
+    kept, drawn = tmp_path / "answers.jsonl", tmp_path / "budgets.svg"
+    run = ["eval", "--model", str(model), "--problems", "6", "--samples", "2", "--max-tokens", "12"]
+    curve = [*run, "--thinking-budget", "3, 0,6", "--answers", str(kept), "--plot", str(drawn)]
+    ways = json.loads(invoke(*curve, "--json"))["ways"]
+    assert list(ways) == ["fast", "0", "3", "6", "any"]
+    alone = json.loads(invoke(*run, "--thinking-budget", "6", "--json"))
+    assert ways["6"] == {name: alone[name] for name in ways["6"]}
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert len(rows) == 5 * 18 and all(row["thought_tokens"] <= int(row["way"]) for row in rows if row["way"].isdigit())
+    fast, none = ([row["text"] for row in rows if row["way"] == way] for way in ("fast", "0"))
+    pairs = [*zip(fast, none, strict=True)]  # the mark that closes the thought takes one of the tokens
+    assert any(none) and all(one.startswith(other.rstrip("\N{REPLACEMENT CHARACTER}")) for one, other in pairs)
+    picture = drawn.read_text(encoding="utf-8")
+    assert picture.startswith("<svg") and "accuracy by thinking budget" in picture
+    shown = invoke(*curve).splitlines()
+    assert [line.split()[0] for line in shown[-6:-1]] == list(ways) and shown[-1].startswith("Of 90 answers")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--thinking-budget", "3,many"], "must be a number of tokens, or several"),
+        (["--thinking-budget", "0,3,126", "--max-tokens", "127"], "126 leaves no room for the answer"),
+        (["--thinking-budget", "3", "--plot", "one.svg"], "give several"),
+        (["--plot", "none.svg"], "give several"),
         (["--task", "addditon"], "did you mean 'addition'"),
         (["--task", "nowhere.toml"], "nowhere.toml does not exist"),
         (["--levels", "99"], "has the levels 1 to 8, not 99"),

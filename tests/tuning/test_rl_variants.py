@@ -162,3 +162,5 @@ def test_how_many_tokens_are_clipped_is_counted(
     assert 0.2 < values["clipped_high"] < 0.8 and values["clipped_low"] == 0.0
     assert values["ratio_max"] == pytest.approx(torch.tensor(1.0).exp().item(), rel=1e-4)
     assert values["log_prob_gap"] == pytest.approx(1.0, rel=1e-4)
+    share = values["gap_mean"]  # of tokens that are one nat apart; for them ratio - log(ratio) - 1 is e - 2
+    assert values["gap_kl"] == pytest.approx(share * (torch.e - 2.0), rel=1e-3)

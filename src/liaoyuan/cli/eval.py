@@ -2,7 +2,7 @@
 
 import json as json_format
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,13 +11,11 @@ import typer
 from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
-    from liaoyuan.data import Tokenizer
     from liaoyuan.evaluation import Answers, Interval, Line
-    from liaoyuan.inference import SamplingParams
-    from liaoyuan.models import Decoder
     from liaoyuan.tasks import Task
 
 USUAL_LEVELS = range(2, 5)  # of a task that makes its problems itself, where none are asked for
+COUNTS = ("answers", "unparsed", "unjudged")  # of a line, which add up over ways to answer
 
 
 def evaluate(
@@ -30,17 +28,21 @@ def evaluate(
     pass_at: Annotated[str, typer.Option(help="k of pass@k: '1,4'; none: the number of samples.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Of one answer, its thought included.")] = 128,
     fast: Annotated[bool, typer.Option("--fast", help="Answer at once, without a thought.")] = False,
-    thinking_budget: Annotated[int | None, typer.Option(min=0, help="Tokens of a thought; it is closed then.")] = None,
+    thinking_budget: Annotated[
+        str | None, typer.Option(metavar="N[,N...]", help="Tokens of a thought; it is closed then. Several: a curve.")
+    ] = None,
     quantise: Annotated[str | None, typer.Option(help="Quantise the weights first: int8, int4 or fp8.")] = None,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     seen: Annotated[bool, typer.Option("--seen", help="Also problems that the model was trained on.")] = False,
     answers: Annotated[Path | None, typer.Option(help="Write every answer with its score here (.jsonl, .zst).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curve of several budgets here (.svg).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure accuracy on test problems that no training has seen: greedy, sampled and pass@k, with intervals."""
     import torch
 
     from liaoyuan.checkpoint import load_model
+    from liaoyuan.cli.eval_budgets import draw, ways_of
     from liaoyuan.cli.progress import bar
     from liaoyuan.data import Tokenizer
     from liaoyuan.device import select_device
@@ -56,13 +58,17 @@ def evaluate(
     known = refuse_seen(model, asked, allow=seen)
     few_bits, tokenizer = quantisation_named(quantise), Tokenizer.load(model)
     loaded = load_model(model, device=select_device().torch, quantisation=few_bits)
-    sampling = _sampling(tokenizer, loaded, thinking_budget, fast, max_tokens)
-    judge, engine = assignment.right, Engine(loaded)
-    with bar("Answering") as report, torch.inference_mode():
-        found = measure_accuracy(engine, tokenizer, judge, asked, samples, not fast, seed, max_tokens, report, sampling)
+    ways = ways_of(tokenizer, loaded, thinking_budget, fast, max_tokens, plot)
+    found, engine = {}, Engine(loaded)
+    for name, (thinks, sampling) in ways.items():
+        arguments = (engine, tokenizer, assignment.right, asked, samples, thinks, seed, max_tokens)
+        with bar(f"Answering ({name})" if name else "Answering") as report, torch.inference_mode():
+            found[name] = measure_accuracy(*arguments, report, sampling)
     if answers:
         write_answers(answers, found)
-    lines = breakdown(found, ks)
+    lines = {name: breakdown(one, ks) for name, one in found.items()}
+    if plot:
+        draw(plot, lines, task)
     if known and not json:
         print(f"NOT A TEST: the model was trained on {known:,} of these {len(asked):,} problems.")
     figures = {"task": task, "samples": samples, "seen": known}
@@ -92,36 +98,20 @@ def _ks(text: str, samples: int) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def _sampling(
-    tokenizer: "Tokenizer", model: "Decoder", budget: int | None, fast: bool, max_tokens: int
-) -> "SamplingParams | None":
-    """Return how thoughts are held to their budget, if they have one."""
-    from liaoyuan.inference import AfterThinking, Grammars, SamplingParams, ThinkMarks
-
-    if budget is None:
-        return None
-    if fast or tokenizer.think_ids is None:
-        why = "--fast asks for none" if fast else "this model's tokenizer has no marks of thoughts"
-        raise LiaoyuanError(f"--thinking-budget is for a thought, but {why}.")
-    if budget + 1 >= max_tokens:
-        raise LiaoyuanError(
-            f"--thinking-budget {budget} leaves no room for the answer: give --max-tokens more than {budget + 1}."
-        )
-    vocabulary = Grammars(tokenizer, model.config.vocab_size, tokenizer.eos_ids).vocabulary
-    return SamplingParams(constraint=AfterThinking(None, ThinkMarks(*tokenizer.think_ids), vocabulary, budget))
-
-
-def table(lines: "list[Line]", ks: list[int]) -> Iterator[str]:
-    """Yield the lines of the table as text."""
+def table(ways: "dict[str, list[Line]]", ks: list[int]) -> Iterator[str]:
+    """Yield the lines of the table as text: of one way to answer all that it breaks down to, of several the whole."""
+    (_, lines), *others = ways.items()
+    if others:
+        lines = [replace(whole, name=name) for name, (whole, *_) in ways.items()]
     width = max(len(line.name) for line in lines)
     heads = "".join(f"{f'pass@{k}':>24}" for k in ks)
     yield f"{'':{width}} {'problems':>9}{'greedy':>24}{'sampled':>24}{heads}{'tokens':>9}"
     for line in lines:
         cells = "".join(f"{_cell(value):>24}" for value in (line.greedy, line.sampled, *line.passes.values()))
         yield f"{line.name:{width}} {line.problems:>9,}{cells}{line.length:>9.1f}"
-    whole = lines[0]
-    unread, left_out = f"{whole.unparsed:,} could not be read (wrong)", f"{whole.unjudged:,} not be judged (left out)"
-    yield f"Of {whole.answers:,} answers {unread}, {left_out}."
+    wholes = [whole for whole, *_ in ways.values()]
+    count, unparsed, unjudged = (sum(getattr(whole, name) for whole in wholes) for name in COUNTS)
+    yield f"Of {count:,} answers {unparsed:,} could not be read (wrong), {unjudged:,} not be judged (left out)."
 
 
 def _cell(value: "Interval | None") -> str:
@@ -130,7 +120,12 @@ def _cell(value: "Interval | None") -> str:
     return f"{100 * value.mean:.1f}% ({100 * value.low:.1f} to {100 * value.high:.1f})"
 
 
-def _figures(lines: "list[Line]") -> dict[str, Any]:
+def _figures(ways: "dict[str, list[Line]]") -> dict[str, Any]:
+    """Return what `--json` prints of one way to answer, or of several by name."""
+    if len(ways) > 1:
+        return {"ways": {name: _figures({"": lines}) for name, lines in ways.items()}}
+    (lines,) = ways.values()
+
     def accuracy(line: "Line") -> dict[str, Any]:
         named = {"greedy": line.greedy, "sampled": line.sampled}
         named |= {f"pass_at_{k}": value for k, value in line.passes.items()}
@@ -144,22 +139,25 @@ def _figures(lines: "list[Line]") -> dict[str, Any]:
     return {**whole, "breakdown": rest}
 
 
-def write_answers(path: Path, answers: "Answers") -> None:
-    """Write a line for each answer: the question, thought and text, its score and why."""
+def write_answers(path: Path, ways: "dict[str, Answers]") -> None:
+    """Write a line for each answer: the question, thought and text, its score and why; of several ways, which one."""
     import zstandard
 
     from liaoyuan.rundir import write_atomic
 
+    rows = [row | ({"way": name} if name else {}) for name, answers in ways.items() for row in _rows(answers)]
+    data = "".join(json_format.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
+    write_atomic(path, zstandard.compress(data) if path.suffix == ".zst" else data)
+
+
+def _rows(answers: "Answers") -> Iterator[dict[str, Any]]:
     pairs = [*zip(answers.rollouts, answers.scores, strict=True)]
     pairs += zip(answers.sampled_rollouts, answers.sampled_scores, strict=True)
-    samples, rows = answers.sampled.shape[1], []
+    samples = answers.sampled.shape[1]
     for place, (rollout, score) in enumerate(pairs):
         problem, sample = rollout.problem, (place - len(answers.rollouts)) % max(1, samples)
         row = {"problem": problem.key, "task": problem.task, "level": problem.level, "question": problem.question}
         row |= {"gold": problem.answer, "sample": "greedy" if place < len(answers.rollouts) else sample}
         row |= {"thought": rollout.thought, "text": rollout.text, "flaw": rollout.flaw, "tokens": rollout.length}
         row |= {"thought_tokens": rollout.thought_length}
-        row |= {"reward": score.value, "parsed": score.parsed, "reason": score.reason}
-        rows.append(json_format.dumps(row, ensure_ascii=False) + "\n")
-    data = "".join(rows).encode("utf-8", "replace")
-    write_atomic(path, zstandard.compress(data) if path.suffix == ".zst" else data)
+        yield row | {"reward": score.value, "parsed": score.parsed, "reason": score.reason}

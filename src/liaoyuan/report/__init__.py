@@ -2,6 +2,7 @@
 
 A `Page` has sections, a section has parts. Whatever is shown may be a `Text` in English and Chinese: the reader's
 browser chooses, a switch changes it. `Page.html()` needs no network, no other file, and is the same every time.
+`picture` gives one plot as a file of its own, for a document.
 """
 
 from liaoyuan.report.page import (
@@ -20,6 +21,7 @@ from liaoyuan.report.page import (
     Side,
     Table,
 )
+from liaoyuan.report.picture import picture
 from liaoyuan.report.plot import Bar, Bars, Interval, Intervals, Line, Lines, Plot, Point, Points
 from liaoyuan.report.text import Text, Words
 
@@ -49,4 +51,5 @@ __all__ = [
     "Table",
     "Text",
     "Words",
+    "picture",
 ]

@@ -3,10 +3,9 @@
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 
 from liaoyuan.report.plot import Plot
-from liaoyuan.report.text import Text, Words, markup, plain
+from liaoyuan.report.text import Text, Words, asset, markup, plain
 
 
 @dataclass(frozen=True)
@@ -202,12 +201,8 @@ class Page:
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<meta name="color-scheme" content="light dark">{refresh}'
-            f"<title>{html.escape(plain(self.title))}</title><style>{_asset('page.css')}</style></head><body>"
+            f"<title>{html.escape(plain(self.title))}</title><style>{asset('colours.css')}{asset('page.css')}</style></head><body>"
             f'<header class="top"><div><h1>{markup(self.title)}</h1>'
             f'<p class="subtitle">{markup(self.subtitle)}</p></div>{switch}</header>'
-            f"<main>{body}</main><script>{_asset('page.js')}</script></body></html>\n"
+            f"<main>{body}</main><script>{asset('page.js')}</script></body></html>\n"
         )
-
-
-def _asset(name: str) -> str:
-    return resources.files("liaoyuan.report").joinpath(name).read_text(encoding="utf-8")

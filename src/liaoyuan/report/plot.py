@@ -119,13 +119,13 @@ class Plot:
         title = f"<h3>{markup(self.title)}</h3>"
         note = f"<figcaption>{markup(self.note)}</figcaption>" if self.note else ""
         kind = "plot wide" if self.wide else "plot"
-        body = _svg(self, prefix) if _has_data(self.drawing) else f"<p>{markup(NO_DATA)}</p>"
+        body = svg(self, prefix) if has_data(self.drawing) else f"<p>{markup(NO_DATA)}</p>"
         return f'<figure class="{kind}">{title}{_legend(self.drawing)}{body}{note}</figure>'
 
 
 @dataclass
 class _Labels:
-    """Texts of one picture, drawn as short markers that `_svg` replaces afterwards."""
+    """Texts of one picture, drawn as short markers that `svg` replaces afterwards."""
 
     words: list[Words] = field(default_factory=list)
 
@@ -134,7 +134,7 @@ class _Labels:
         return f"@{len(self.words) - 1}@"
 
 
-def _has_data(drawing: Drawing) -> bool:
+def has_data(drawing: Drawing) -> bool:
     if isinstance(drawing, Lines):
         return any(_finite(line) for line in drawing.lines)
     if isinstance(drawing, Bars):
@@ -152,22 +152,25 @@ def _is_finite(value: Interval | None) -> bool:
     return value is not None and all(math.isfinite(number) for number in (value.mean, value.low, value.high))
 
 
-def _legend(drawing: Drawing) -> str:
+def legend(drawing: Drawing) -> list[tuple[Words, int]]:
+    """Return what the colours mean, name and number of each; nothing where there is one alone."""
     if isinstance(drawing, Bars):
-        return ""
+        return []
     if isinstance(drawing, Lines):
         entries = [(line.name, i if line.colour is None else line.colour) for i, line in enumerate(drawing.lines)]
     elif isinstance(drawing, Points):
         entries = [(line.name, i + 1) for i, line in enumerate(drawing.curves)]
     else:
         entries = [(name, i) for i, name in enumerate(drawing.series)]
-    if len(entries) < 2:
-        return ""
-    items = (f'<li><i class="swatch s{colour % SERIES}"></i>{markup(name)}</li>' for name, colour in entries)
-    return f'<ul class="legend">{"".join(items)}</ul>'
+    return [(name, colour % SERIES) for name, colour in entries] if len(entries) > 1 else []
 
 
-def _svg(plot: Plot, prefix: str) -> str:
+def _legend(drawing: Drawing) -> str:
+    items = [f'<li><i class="swatch s{colour}"></i>{markup(name)}</li>' for name, colour in legend(drawing)]
+    return f'<ul class="legend">{"".join(items)}</ul>' if items else ""
+
+
+def svg(plot: Plot, prefix: str) -> str:
     """Draw and return `<svg>`: marker colours and texts replaced, ids prefixed, matplotlib's own frame removed."""
     import matplotlib
     from matplotlib.figure import Figure

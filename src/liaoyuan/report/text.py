@@ -1,7 +1,8 @@
-"""A text in English and Chinese, and how it becomes escaped HTML of which the page shows one language."""
+"""Texts in English and Chinese, how they become escaped HTML of which the page shows one language; style sheets."""
 
 import html
 from dataclasses import dataclass
+from importlib import resources
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,8 @@ def markup(words: Words, tag: str = "span") -> str:
 def plain(words: Words) -> str:
     """Return the English text: for a place where no element may stand, such as the page's title."""
     return words if isinstance(words, str) else words.en
+
+
+def asset(name: str) -> str:
+    """Return a file of this room, such as the colours, as text."""
+    return resources.files("liaoyuan.report").joinpath(name).read_text(encoding="utf-8")

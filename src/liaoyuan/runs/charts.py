@@ -104,6 +104,11 @@ CHARTS = (
         },
     ),
     Chart(
+        Text("Divergence of training from rollouts, first update", "首次更新时训练与采样的散度"),
+        NATS,
+        {"gap_kl": Text("KL", "KL 散度")},
+    ),
+    Chart(
         Text("Ratio of training to rollout probabilities, first update", "首次更新时训练与采样概率之比"),
         Text("1 is exact", "1 为精确"),
         {"ratio_max": Text("largest", "最大"), "ratio_min": Text("smallest", "最小")},

@@ -15,6 +15,7 @@ from liaoyuan.tuning.losses import (
     cispo_losses,
     clipped_losses,
     group_advantages,
+    kl_estimate,
     leave_one_out_advantages,
     most_different,
     sequence_log_ratio,
@@ -154,7 +155,7 @@ class _Seen:
     """What the updates of a step show, gathered over their tokens."""
 
     def __init__(self) -> None:
-        self._gaps, self._ratios = list[Tensor](), list[Tensor]()
+        self._log_ratios = list[Tensor]()  # of training to rollout, before the first update
         self._low = self._high = self._tokens = 0.0
 
     def note(self, log_probs: Tensor, old: Tensor, part: PackedRollouts, config: ReinforceConfig, first: bool) -> None:
@@ -164,15 +165,18 @@ class _Seen:
         self._high += float(((ratio > 1.0 + config.clip_high) & gain).sum())
         self._tokens += len(ratio)
         if first:
-            self._gaps.append((log_probs - part.rollout_log_probs).abs())
-            self._ratios.append((log_probs - part.rollout_log_probs).exp())
+            self._log_ratios.append(log_probs - part.rollout_log_probs)
 
     def measures(self) -> dict[str, float]:
-        gaps, ratios = torch.cat(self._gaps).cpu().numpy(), torch.cat(self._ratios)
+        log_ratios = torch.cat(self._log_ratios)
+        gaps, ratios = log_ratios.abs().cpu().numpy(), log_ratios.exp()
+        # In fp64, where a ratio that is hardly not 1 still leaves something of the divergence.
+        divergence = kl_estimate(torch.zeros_like(log_ratios, dtype=torch.float64), log_ratios.double())
         return {
             "log_prob_gap": float(gaps.max()),
             "gap_mean": float(gaps.mean()),
             "gap_p99": float(np.quantile(gaps, 0.99)),
+            "gap_kl": float(divergence.mean()),
             "ratio_min": float(ratios.min()),
             "ratio_max": float(ratios.max()),
             "clipped": (self._low + self._high) / self._tokens,
