@@ -24,9 +24,9 @@ from liaoyuan.models import Decoder
 from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import Progress, read_metrics
 from liaoyuan.tasks import TASKS
-from liaoyuan.training import TrainConfig
-from liaoyuan.tuning.preference import PreferenceConfig, reward_of, run_preference
+from liaoyuan.tuning.preference import reward_of, run_preference
 from liaoyuan.tuning.preference_batches import AnswerBatches, Judged, judge, strangers
+from liaoyuan.tuning.preference_config import PreferenceConfig, PreferenceTrain
 from liaoyuan.tuning.preference_objective import PreferenceLoss, PreferenceObjective
 from liaoyuan.tuning.reference import answer_log_probs
 from tests.conftest import ROOT
@@ -34,7 +34,7 @@ from tests.conftest import ROOT
 RUNNER = CliRunner()
 LENGTH = 96
 LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "reward")
-TRAIN = TrainConfig(steps=8, batch_tokens=4 * LENGTH, learning_rate=3e-3, warmup_steps=0, checkpoint_every=2)
+TRAIN = PreferenceTrain(steps=8, batch_tokens=4 * LENGTH, learning_rate=3e-3, warmup_steps=0, checkpoint_every=2)
 
 
 def turns(*texts: str) -> tuple[Message, ...]:
@@ -169,7 +169,8 @@ import os, sys
 from pathlib import Path
 import torch
 from liaoyuan.training import loop
-from liaoyuan.tuning.preference import PreferenceConfig, run_preference
+from liaoyuan.tuning.preference import run_preference
+from liaoyuan.tuning.preference_config import PreferenceConfig
 torch.set_num_threads(1)
 loop.REPORT_SECONDS = 0.0
 def kill(progress):

@@ -20,6 +20,7 @@ from liaoyuan.tasks.seen import Seen, read_seen, seen_among, write_seen
 from liaoyuan.tuning.gain import Exam, gain
 from liaoyuan.tuning.recipe import KEPT, ReinforceConfig
 from liaoyuan.tuning.reinforce import reinforce
+from liaoyuan.tuning.start import Start
 from liaoyuan.tuning.validation import Best
 
 START = "start.json"  # in the run folder: what the model that it began with reached on the validation problems
@@ -39,6 +40,10 @@ class RlConfig(Config):
     device: str = "auto"
     ops: dict[str, str] = Field(default_factory=dict)  # kernels, where not those chosen
     exact: bool = False  # no run unless rollouts have training's bits; where no compiler is, that takes slower kernels
+
+    @property
+    def start(self) -> Start:
+        return Start(self.model)
 
 
 def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str, Any]:
