@@ -158,6 +158,9 @@ def rl(
     model: Model = None,
     task: Annotated[str | None, typer.Option(help="A task by its name, or a task file (TOML).")] = None,
     data: Annotated[Path | None, typer.Option(help="Problems, in place of the task file's own.")] = None,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train an adapter alone; rl.learning_rate is then 4e-3, else 8e-4.")
+    ] = False,
     out: Out = Path("runs/rl"),
     json: Json = False,
 ) -> None:
@@ -166,7 +169,8 @@ def rl(
     from liaoyuan.cli.live_report import followed
     from liaoyuan.tuning.rl_run import RlConfig, run_rl
 
-    config = _config(RlConfig, run_file, set_, {"model": model, "task": task, "data": data})
+    shortcuts = {"model": model, "task": task, "data": data, "method": "lora" if lora else None}
+    config = _config(RlConfig, run_file, set_, shortcuts)
     with followed("RL", out) as report:
         result = run_rl(config, out, report)
     _show(result, out, json, config.start)
