@@ -17,9 +17,10 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models.lora import adapters_of, kept_adapters, without_adapters
 from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import read_metrics
+from liaoyuan.tasks.rewards.judged import log_odds_of
 from liaoyuan.tuning.card import read_card
 from liaoyuan.tuning.lora import LoraConfig, Method
-from liaoyuan.tuning.preference import reward_of, run_preference
+from liaoyuan.tuning.preference import run_preference
 from liaoyuan.tuning.preference_batches import AnswerBatches, judge
 from liaoyuan.tuning.reference import ReferredBatches, answer_log_probs
 from liaoyuan.tuning.start import Start
@@ -103,7 +104,7 @@ def test_the_adapter_is_merged_as_what_was_trained(base: str, model_folder: Path
     items = judge(Tokenizer.load(tmp_path / "m"), pairs(60)[40:], True)
     conversations = [one.tokens for item in items for one in item.answers]
     trained = Start(model_folder, "lora", LoraConfig(base=base)).trained(out / "adapter")  # type: ignore[arg-type]
-    rewards = [torch.tensor(reward_of(one, mark, conversations)) for one in (trained, load_model(tmp_path / "m"))]
+    rewards = [torch.tensor(log_odds_of(one, mark, conversations)) for one in (trained, load_model(tmp_path / "m"))]
     torch.testing.assert_close(*rewards, atol=1e-4 if base == "whole" else 0.2, rtol=1e-4)
 
 

@@ -26,11 +26,11 @@ from liaoyuan.models.quantised import quantisation_named
 from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import Report, atomic_folder, silent
 from liaoyuan.tasks import Right, find_task, held_out_problems
+from liaoyuan.tasks.rewards.judged import REWARD_FILE
 from liaoyuan.tasks.seen import read_seen, write_seen
 from liaoyuan.tuning.card import Card, DataSource, read_card, sources_of, write_card
 from liaoyuan.tuning.held_out import HELD_OUT, measure
 from liaoyuan.tuning.lora import LoraConfig
-from liaoyuan.tuning.preference import REWARD_FILE
 from liaoyuan.tuning.sft_data import read_source
 from liaoyuan.tuning.start import Start
 from liaoyuan.tuning.validation import tuning_engine

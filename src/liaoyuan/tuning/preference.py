@@ -16,19 +16,17 @@ from torch import Tensor
 
 from liaoyuan.data import Batch, TokenisedRecord, Tokenizer, read_examples, write_records
 from liaoyuan.device import select_device
-from liaoyuan.evaluation import score
-from liaoyuan.models import Decoder
 from liaoyuan.models.lora import without_adapters
 from liaoyuan.ops import configure
 from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import Progress, Report, read_json, remember, silent, write_json
+from liaoyuan.tasks.rewards.judged import REWARD_FILE, Reading
 from liaoyuan.tasks.seen import Seen, read_seen, write_seen
 from liaoyuan.training import train
 from liaoyuan.training.loop import STATE
 from liaoyuan.tuning.card import Card, sources_of, write_card
 from liaoyuan.tuning.finetune import SeededBatches, finetune
 from liaoyuan.tuning.held_out import HELD_OUT, refuse_other_data
-from liaoyuan.tuning.losses import log_odds
 from liaoyuan.tuning.preference_batches import (
     AnswerBatches,
     Judged,
@@ -40,12 +38,11 @@ from liaoyuan.tuning.preference_batches import (
 )
 from liaoyuan.tuning.preference_comparison import Judgement, compare
 from liaoyuan.tuning.preference_config import PreferenceConfig, check, resolved
-from liaoyuan.tuning.preference_objective import PreferenceObjective
+from liaoyuan.tuning.preference_objective import PreferenceLoss, PreferenceObjective
 from liaoyuan.tuning.reference import ReferredBatches, answer_log_probs, reference_log_probs
 
 FREE = ("layout.", "ops.", "device", "ask.")  # may change when a run goes on; and "control", before there is one
 FORWARD = 1 / 3  # cost of a forward pass, in tokens that are trained on
-REWARD_FILE = "liaoyuan_reward.json"  # beside a reward model's weights: the token whose log-odds are the reward
 
 
 def run_preference(
@@ -85,9 +82,10 @@ def run_preference(
     done = train(program, batches, config.train, folder, report, measure, world, None, objective)
     result = folder / start.name
     start.save(program, result, world)
-    if config.preference.loss == "reward" and world.is_first:
-        write_json(result / REWARD_FILE, {"mark": tokenizer.eos_ids[0]})
     found = {"start": before, "model": answer_log_probs(program, asked, config.sequence_length, world)}
+    if config.preference.loss == "reward" and world.is_first:
+        reading = _reading(tokenizer.eos_ids[0], config.preference, held_out, found["model"])
+        write_json(result / REWARD_FILE, reading.model_dump())
     del program
     results = {"model": result}
     if config.control:
@@ -159,14 +157,11 @@ def _card(
     )
 
 
-def reward_of(model: Decoder, mark: int, conversations: Sequence[Sequence[int]]) -> list[float]:
-    """Return a reward model's reward of each tokenised conversation: the log-odds of `mark` after its last token.
-
-    mark: what `REWARD_FILE` in the model's folder says. Higher is better; only differences mean something.
-    """
-    scores = score(model, [[*tokens, mark] for tokens in conversations])
-    found: list[float] = log_odds(torch.tensor([one[-1] for one in scores])).tolist()
-    return found
+def _reading(mark: int, settings: PreferenceLoss, items: Sequence[Judged], total: Tensor) -> Reading:
+    """Return how the reward model is to be read; total: the log-probabilities of the held-out answers [A]."""
+    answers = [message for item in items for message in (*item.record.chosen, *item.record.rejected)]
+    rewards = settings.rewards(total, torch.ones_like(total), torch.zeros_like(total))
+    return Reading(mark=mark, middle=float(rewards.mean()), thoughts=any(message.think for message in answers))
 
 
 def _items(config: PreferenceConfig, tokenizer: Tokenizer) -> tuple[tuple[list[Judged], list[Judged]], int]:
