@@ -37,8 +37,9 @@ from liaoyuan.tasks import Problem, Right, Rollout, find_task, held_out_problems
 from liaoyuan.training import TrainConfig  # noqa: E402
 from liaoyuan.tuning.finetune import finetune, worked_solutions  # noqa: E402
 from liaoyuan.tuning.jobs import Job, run_jobs  # noqa: E402
-from liaoyuan.tuning.preference import FORWARD, PreferenceConfig, run_preference  # noqa: E402
+from liaoyuan.tuning.preference import FORWARD, run_preference  # noqa: E402
 from liaoyuan.tuning.preference_batches import Judged, judge  # noqa: E402
+from liaoyuan.tuning.preference_config import PreferenceConfig, PreferenceTrain  # noqa: E402
 from liaoyuan.tuning.preference_objective import PreferenceLoss  # noqa: E402
 from liaoyuan.tuning.reference import answer_log_probs  # noqa: E402
 from liaoyuan.tuning.validation import tuning_engine  # noqa: E402
@@ -218,7 +219,7 @@ def learn(folder: Path, report: Any, seed: int, options: dict[str, Any], way: st
             data=given / "learn.jsonl",
             held_out=given / "held_out.jsonl",
             preference=PreferenceLoss.model_validate({"loss": way}),
-            train=train,
+            train=PreferenceTrain.model_validate(train.model_dump()),
             sequence_length=ROW,
             device="cpu",
         )

@@ -1,12 +1,15 @@
 """A run ends with what it has gained: its result beside the model that it began with, on the same test problems."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from liaoyuan.checkpoint import load_model
 from liaoyuan.cli.tune import app
+from liaoyuan.data import Tokenizer
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import Progress, read_json, read_metrics, write_json
 from liaoyuan.tasks import Right, find_task, held_out_problems
@@ -20,22 +23,30 @@ FEW = ReinforceConfig(levels=(1,), steps=2, problems=2, group=2, max_tokens=6, c
 LATE = FEW.model_copy(update={"checkpoint_every": 9})  # its first state is that of the end
 
 
-def test_differences_are_paired_and_what_was_measured_is_not_asked_again(model_folder: Path, tmp_path: Path) -> None:
+def test_differences_are_paired_and_what_was_measured_is_not_asked_again(
+    model_folder: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     task = find_task("addition")
     exam = Exam(Right(task), held_out_problems(task, (1,), 6), samples=2, max_tokens=4)
     before = {"greedy": [1, 0, 0, 1, 0, 0], "sampled": [0.5] * 6, "pass_at_2": [1] * 6, "thought_tokens": [3] * 6}
     after = {"greedy": [1, 1, 1, 1, 0, 0], "sampled": [1.0] * 6, "pass_at_2": [1] * 6, "thought_tokens": [5] * 6}
     write_json(tmp_path / "measured" / "start.json", before)
     write_json(tmp_path / "measured" / "model.json", after)
-    models = {"start": tmp_path / "nowhere", "model": tmp_path / "nowhere"}
-    found = gain(exam, models, tmp_path)
+    models = {name: partial(load_model, tmp_path / "nowhere") for name in ("start", "model")}
+    found = gain(exam, models, tokenizer, tmp_path)
     assert [found[name]["greedy"]["mean"] for name in models] == pytest.approx([2 / 6, 4 / 6])
     assert found["difference"]["greedy"]["mean"] == pytest.approx(np.mean([0, 1, 1, 0, 0, 0]))
     assert found["difference"]["sampled"] == {"mean": 0.5, "low": 0.5, "high": 0.5}  # no problem differs from another
     assert 0.0 <= found["difference"]["greedy"]["low"] < 1 / 3 < found["difference"]["greedy"]["high"]
     (tmp_path / "measured" / "model.json").unlink()
     shares = list[int]()
-    found = gain(exam, models | {"model": model_folder}, tmp_path, lambda p: shares.append(p.done))
+    found = gain(
+        exam,
+        models | {"model": partial(load_model, model_folder)},
+        tokenizer,
+        tmp_path,
+        lambda p: shares.append(p.done),
+    )
     assert found["model"]["greedy"]["mean"] == 0.0  # a random model
     assert min(shares) >= 500 and shares[-1] == 1000
 

@@ -24,9 +24,10 @@ from liaoyuan.models import Decoder
 from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import Progress, read_metrics
 from liaoyuan.tasks import TASKS
-from liaoyuan.training import TrainConfig
-from liaoyuan.tuning.preference import PreferenceConfig, reward_of, run_preference
+from liaoyuan.tasks.rewards.judged import log_odds_of, read_reading
+from liaoyuan.tuning.preference import run_preference
 from liaoyuan.tuning.preference_batches import AnswerBatches, Judged, judge, strangers
+from liaoyuan.tuning.preference_config import PreferenceConfig, PreferenceTrain
 from liaoyuan.tuning.preference_objective import PreferenceLoss, PreferenceObjective
 from liaoyuan.tuning.reference import answer_log_probs
 from tests.conftest import ROOT
@@ -34,7 +35,7 @@ from tests.conftest import ROOT
 RUNNER = CliRunner()
 LENGTH = 96
 LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "reward")
-TRAIN = TrainConfig(steps=8, batch_tokens=4 * LENGTH, learning_rate=3e-3, warmup_steps=0, checkpoint_every=2)
+TRAIN = PreferenceTrain(steps=8, batch_tokens=4 * LENGTH, learning_rate=3e-3, warmup_steps=0, checkpoint_every=2)
 
 
 def turns(*texts: str) -> tuple[Message, ...]:
@@ -168,8 +169,10 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import torch
+from liaoyuan.tasks.rewards.judged import log_odds_of, read_reading
 from liaoyuan.training import loop
-from liaoyuan.tuning.preference import PreferenceConfig, run_preference
+from liaoyuan.tuning.preference import run_preference
+from liaoyuan.tuning.preference_config import PreferenceConfig
 torch.set_num_threads(1)
 loop.REPORT_SECONDS = 0.0
 def kill(progress):
@@ -333,8 +336,10 @@ def test_a_reward_model_is_an_ordinary_model_folder(model_folder: Path, data: Pa
     assert RUNNER.invoke(app, given, catch_exceptions=False).exit_code == 0
     mark = json.loads((out / "model" / "liaoyuan_reward.json").read_text())["mark"]
     model, items = load_model(out / "model"), judge(Tokenizer.load(out / "model"), pairs(60)[40:], True)
-    rewards = torch.tensor(reward_of(model, mark, [one.tokens for item in items for one in item.answers]))
+    rewards = torch.tensor(log_odds_of(model, mark, [one.tokens for item in items for one in item.answers]))
     better = rewards[0::2] - rewards[1::2]
+    reading = read_reading(out / "model")
+    assert reading.middle == pytest.approx(float(rewards.mean()), abs=1e-3) and not reading.thoughts
     comparison = json.loads((out / "comparison.json").read_text())
     assert float(better.mean()) == pytest.approx(comparison["model"]["margin"]["mean"], rel=1e-4)
     assert float((better > 0).float().mean()) > 0.7 > comparison["start"]["accuracy"]["mean"]

@@ -8,9 +8,13 @@ import torch
 
 from liaoyuan.checkpoint import load_model
 from liaoyuan.data import TokenisedRecord, Tokenizer
+from liaoyuan.models.lora import adapters_of
 from liaoyuan.parallel import Program, World
+from liaoyuan.tuning.lora import LoraConfig
 from liaoyuan.tuning.preference_batches import AnswerBatches, Judged, judge, strangers
 from liaoyuan.tuning.preference_objective import PreferenceLoss, PreferenceObjective
+from liaoyuan.tuning.reference import ReferredBatches
+from liaoyuan.tuning.start import Start
 from tests.tuning.test_preference import LENGTH, pairs
 
 pytest.importorskip("trl", reason="TRL is not installed")
@@ -48,7 +52,7 @@ def padded(answers: list[TokenisedRecord], prefix: str = "") -> dict[str, torch.
     return {prefix + name: torch.tensor(value) for name, value in values.items()}
 
 
-def trainer_of(kind: str, folder: Path, tmp_path: Path, **settings: Any) -> Any:
+def trainer_of(kind: str, folder: Path, tmp_path: Path, precompute: bool = True, **settings: Any) -> Any:
     import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,7 +60,7 @@ def trainer_of(kind: str, folder: Path, tmp_path: Path, **settings: Any) -> Any:
     row = {"prompt": "1+1=?", "completion": "2", "label": True} if kind == "KTO" else {}
     row = row or {"prompt": "1+1=?", "chosen": "2", "rejected": "3"}
     arguments = getattr(trl, f"{kind}Config")(
-        output_dir=str(tmp_path / "trl"), report_to=[], use_cpu=True, precompute_ref_log_probs=True, **settings
+        output_dir=str(tmp_path / "trl"), report_to=[], use_cpu=True, precompute_ref_log_probs=precompute, **settings
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -104,3 +108,38 @@ def test_single_answers(model_folder: Path, tokenizer: Tokenizer, tmp_path: Path
     assert shown["kto_divergence"] == pytest.approx(trainer._metrics["train"]["kl"][-1], rel=1e-4)
     assert found == pytest.approx(expected.item(), rel=1e-4)
     torch.testing.assert_close(table, trainer.model.get_input_embeddings().weight.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_adapters_whose_reference_is_the_base(model_folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """TRL switches the adapter off for the reference too: the same loss, margin and gradients of A and B."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    start = Start(model_folder, "lora", LoraConfig(rank=3))
+    model = start.load()
+    with torch.no_grad():
+        for adapter in adapters_of(model):
+            for b in adapter.lora_B:
+                b.copy_(torch.linspace(-1, 1, b.numel()).view_as(b).sin())
+    program = Program([model.train()])
+    start.save(program, tmp_path / "adapter")
+    items = judge(tokenizer, pairs(6), True)
+    batches = AnswerBatches(items, torch.zeros(12), 0, 9 * LENGTH, 9 * LENGTH)
+    referred = ReferredBatches(batches, program)
+    own = [referred.of(batches.batch([[*range(6)]]))]
+    objective = PreferenceObjective(PreferenceLoss(beta=0.3))
+    found = program.backward(own, 1.0 / 6, losses=objective.losses(program, own, World())).tolist()
+    trainer = trainer_of("DPO", model_folder, tmp_path, precompute=False, beta=0.3)
+    trainer.model = peft.PeftModel.from_pretrained(trainer.model, tmp_path / "adapter", is_trainable=True).train()
+    batch = padded([item.answers[0] for item in items] + [item.answers[1] for item in items])
+    expected = trainer._compute_loss(trainer.model, batch, False)
+    expected.backward()
+    assert found[0] == pytest.approx(expected.item(), rel=1e-4)
+    assert objective.values(found[1:])["margin"] == pytest.approx(
+        trainer._metrics["train"]["rewards/margins"][-1], rel=1e-3, abs=1e-3
+    )
+    theirs = {name: weight.grad for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    for part, a, b in (
+        (p, *pair) for one in adapters_of(model) for p, *pair in zip(one.parts, one.lora_A, one.lora_B, strict=True)
+    ):
+        for half, weight in (("A", a), ("B", b)):
+            gradient = theirs[f"base_model.model.{part.name}.lora_{half}.default.weight"]
+            torch.testing.assert_close(weight.grad, gradient, atol=1e-4, rtol=1e-3)

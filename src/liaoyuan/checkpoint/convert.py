@@ -26,6 +26,7 @@ from liaoyuan.rundir import Report, atomic_folder, silent
 FURTHER_FILES = (  # of tokenizers that have several files, and what must go wherever the weights go
     *("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "chat_template.json"),
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md", "liaoyuan.json", "trained_on.bin"),
+    "liaoyuan_reward.json",
 )
 
 

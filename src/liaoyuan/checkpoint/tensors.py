@@ -41,18 +41,21 @@ class Optimiser(Protocol):
 
 def local_tensors(model: Decoder | Program, optimiser: Optimiser) -> dict[str, Tensor]:
     """Return all that this process holds of the state, by name, without copies: weights, buffers, moments."""
-    tensors = {MODEL + name: local(tensor) for name, tensor in _named(model).items()}
+    tensors = {MODEL + name: local(tensor) for name, tensor in state_tensors(model).items()}
     return tensors | {OPTIMISER + name: value for name, value in optimiser.state().items()}
 
 
 def whole_tensors(model: Decoder | Program, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `tensors` (of `local_tensors`) with the sharded ones as DTensors, which know their place in the whole."""
-    named = _named(model)
+    named = state_tensors(model)
     return {name: _placed(value, named[parameter_of(name)]) for name, value in tensors.items()}
 
 
-def _named(model: Decoder | Program) -> dict[str, Tensor]:
-    """Return weights and persistent buffers. `state_dict` first cuts what FSDP has left whole after a forward pass."""
+def state_tensors(model: Decoder | Program) -> dict[str, Tensor]:
+    """Return what is state of a model, by name: weights and persistent buffers, or its adapters alone.
+
+    `state_dict` first cuts what FSDP has left whole after a forward pass.
+    """
     tensors = dict(model.named_tensors() if isinstance(model, Program) else model.state_dict())
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     frozen = any(not parameter.requires_grad for _, parameter in model.named_parameters())

@@ -31,10 +31,12 @@ def test(
         Path | None, typer.Option(help="Labelled answers of your own (.jsonl): text, gold, right.")
     ] = None,
     reward: Annotated[
-        str | None, typer.Option(help="path.py:function, or a reward's name; else the task's own.")
+        str | None, typer.Option(help="path.py:function, a reward model's folder or a reward's name; else the task's.")
     ] = None,
     problems: Annotated[int, typer.Option(min=1, help="Training problems for which answers are made.")] = 300,
-    right_from: Annotated[float, typer.Option(help="Value from which on an answer is taken for right.")] = 1.0,
+    right_from: Annotated[
+        float | None, typer.Option(help="Value from which on an answer is taken for right (1; a reward model: 0.5).")
+    ] = None,
     show: Annotated[int, typer.Option(min=0, help="Misjudged answers to show.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the answers that are made.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -49,7 +51,8 @@ def test(
     assignment = open_task(task, data) if task else None
     tested = _reward(reward, assignment)
     cases = read_labelled(answers) if answers else _made(assignment, problems, seed)
-    found = rates_of(tested, cases, right_from)
+    usual = 0.5 if tested.name == "model" else 1.0
+    found = rates_of(tested, cases, usual if right_from is None else right_from)
     if json:
         print(json_module.dumps(_figures(found)))
         return
@@ -70,6 +73,8 @@ def _reward(name: str | None, assignment: "Assignment | None") -> "Reward":
         if assignment is None:
             raise LiaoyuanError("Give --reward, or --task, whose reward is tested.")
         return assignment.right
+    if Path(name).is_dir():
+        return make_reward("model", {"path": name}, "--reward")
     if ":" in name:
         return make_reward("function", {"path": name}, "--reward")
     return make_reward(name, {}, "--reward")

@@ -9,8 +9,9 @@ import typer
 from liaoyuan.cli.tune_study import study
 
 if TYPE_CHECKING:
-    from liaoyuan.tuning.preference import PreferenceConfig
+    from liaoyuan.tuning.preference_config import PreferenceConfig
     from liaoyuan.tuning.sft_config import SftConfig
+    from liaoyuan.tuning.start import Start
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,7 +24,8 @@ app.command()(study)
 RunFile = Annotated[Path | None, typer.Argument(help="TOML file with the settings (none: defaults).")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run file.")]
 Model = Annotated[Path | None, typer.Option(help="Folder of the model to begin with, with its tokenizer.")]
-Out = Annotated[Path, typer.Option(help="Run folder; the result is its folder model.")]
+Out = Annotated[Path, typer.Option(help="Run folder; the result is its folder model, or adapter.")]
+Lora = Annotated[bool, typer.Option("--lora", help="Train an adapter alone (method = lora).")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on with the good records if there are bad ones.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -34,7 +36,7 @@ def sft(
     set_: Set = None,
     model: Model = None,
     data: Annotated[Path | None, typer.Option(help="Examples to learn: .jsonl or .json, also .zst.")] = None,
-    lora: Annotated[bool, typer.Option("--lora", help="Train an adapter alone (method = lora).")] = False,
+    lora: Lora = False,
     validation: Annotated[Path | None, typer.Option(help="Held-out examples; else 5% of the data.")] = None,
     out: Out = Path("runs/sft"),
     skip_bad: SkipBad = False,
@@ -67,6 +69,7 @@ def dpo(
     set_: Set = None,
     model: Model = None,
     data: Judged = None,
+    lora: Lora = False,
     loss: Annotated[str | None, typer.Option(help="dpo, ipo, kto, orpo or simpo.")] = None,
     held_out: HeldOut = None,
     task: Annotated[str | None, typer.Option(help="Also ask the models test problems of this task.")] = None,
@@ -77,7 +80,7 @@ def dpo(
 ) -> None:
     """Learn which of two answers is better, and measure it against the start. Also under torchrun (FSDP)."""
     overrides = [*_skipping(set_, skip_bad), *(["control=true"] if control else [])]
-    config = preference_config(run_file, overrides, model, data, held_out, loss, task)
+    config = preference_config(run_file, overrides, model, data, held_out, loss, lora, task)
     _prefer("DPO", config, out, json)
 
 
@@ -87,13 +90,14 @@ def reward(
     set_: Set = None,
     model: Model = None,
     data: Judged = None,
+    lora: Lora = False,
     held_out: HeldOut = None,
     out: Out = Path("runs/reward"),
     skip_bad: SkipBad = False,
     json: Json = False,
 ) -> None:
     """Train a reward model on judged answers: the better one gets the higher reward (Bradley and Terry)."""
-    config = preference_config(run_file, _skipping(set_, skip_bad), model, data, held_out, "reward")
+    config = preference_config(run_file, _skipping(set_, skip_bad), model, data, held_out, "reward", lora)
     _prefer("Reward", config, out, json)
 
 
@@ -104,13 +108,14 @@ def preference_config(
     data: Path | None,
     held_out: Path | None,
     loss: str | None,
+    lora: bool = False,
     task: str | None = None,
 ) -> "PreferenceConfig":
     """Return the resolved config of the verbs' arguments."""
-    from liaoyuan.tuning.preference import PreferenceConfig
+    from liaoyuan.tuning.preference_config import PreferenceConfig
 
     files = {"model": model, "data": data, "held_out": held_out}
-    shortcuts = {**files, "preference.loss": loss, "ask.task": task}
+    shortcuts = {**files, "preference.loss": loss, "method": "lora" if lora else None, "ask.task": task}
     config: PreferenceConfig = _config(PreferenceConfig, run_file, set_, shortcuts)
     return config
 
@@ -129,7 +134,7 @@ def _prefer(title: str, config: "PreferenceConfig", out: Path, json: bool) -> No
             print(json_format.dumps(result))
         elif world.is_first:
             _show_comparison(result.pop("comparison"))
-            _show(result, out, json)
+            _show(result, out, json, config.start)
     finally:
         world.close()
 
@@ -153,6 +158,9 @@ def rl(
     model: Model = None,
     task: Annotated[str | None, typer.Option(help="A task by its name, or a task file (TOML).")] = None,
     data: Annotated[Path | None, typer.Option(help="Problems, in place of the task file's own.")] = None,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train an adapter alone; rl.learning_rate is then 4e-3, else 8e-4.")
+    ] = False,
     out: Out = Path("runs/rl"),
     json: Json = False,
 ) -> None:
@@ -161,10 +169,11 @@ def rl(
     from liaoyuan.cli.live_report import followed
     from liaoyuan.tuning.rl_run import RlConfig, run_rl
 
-    config = _config(RlConfig, run_file, set_, {"model": model, "task": task, "data": data})
+    shortcuts = {"model": model, "task": task, "data": data, "method": "lora" if lora else None}
+    config = _config(RlConfig, run_file, set_, shortcuts)
     with followed("RL", out) as report:
         result = run_rl(config, out, report)
-    _show(result, out, json)
+    _show(result, out, json, config.start)
     if not json and "accuracy" in result:
         print("\n".join(gain_lines(result["accuracy"], result["test_problems"])))
 
@@ -203,12 +212,7 @@ def _show_sft(result: dict[str, Any], config: "SftConfig", out: Path, json: bool
         print(json_format.dumps(result))
         return
     compared = result.pop("comparison", None)
-    if config.method == "full":
-        _show(result, out, json)
-    else:
-        print("\n".join(_figures(result)))
-        print(f"The adapter is in {out / 'adapter'}; a model of its own is made of it by")
-        print(f"  liaoyuan convert --merge {out / 'adapter'} --model {config.model} --out DIR")
+    _show(result, out, json, config.start)
     if compared:
         print("\n".join(comparison_lines(compared)))
     else:
@@ -223,9 +227,14 @@ def _figures(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _show(result: dict[str, Any], out: Path, json: bool) -> None:
+def _show(result: dict[str, Any], out: Path, json: bool, start: "Start") -> None:
     if json:
         print(json_format.dumps(result))
         return
     print("\n".join(_figures(result)))
-    print(f"The model is in {out / 'model'}.")
+    place = out / start.name
+    if start.has_adapters:
+        print(f"The adapter is in {place}; a model of its own is made of it by")
+        print(f"  liaoyuan convert --merge {place} --model {start.model} --out DIR")
+    else:
+        print(f"The model is in {place}.")

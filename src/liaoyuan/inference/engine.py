@@ -31,6 +31,7 @@ from liaoyuan.inference.speculation import Drafter, NGramDrafter, Speculation
 from liaoyuan.inference.spread.memory import Memory, OwnMemory
 from liaoyuan.inference.weights import Weights
 from liaoyuan.models import Decoder
+from liaoyuan.models.lora import adapters_of
 from liaoyuan.rundir import Progress, Report, silent
 
 State = Literal["ready", "draining", "paused", "asleep", "broken"]
@@ -89,8 +90,9 @@ class Engine:
         self.adapters = Adapters(self._memory.adapter_stacks())
         on_device = Device(self._device.type).captures_graphs if config.graphs is None else config.graphs
         observe = drafter.observe if isinstance(drafter, FurtherDrafter) else None
-        # A graph makes no calls that other processes could follow, and keeps no stream to observe.
-        graphs = on_device and memory is None and observe is None
+        # A graph makes no calls that other processes could follow, keeps no stream to observe, and computes with what
+        # adapters in training were.
+        graphs = on_device and memory is None and observe is None and not adapters_of(model)
         self._step = ModelStep(model, self._new_cache(), self._scheduler, self._drawing, self.adapters, graphs, observe)
         self._ended: list[tuple[Sequence, str]] = []  # without a token of this step, and not told yet
         self._arrivals = self._added = self._prompt_tokens = 0

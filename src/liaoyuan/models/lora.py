@@ -6,7 +6,8 @@ them are two products. `LowRank` is one adapter for all rows, with parameters th
 among them (Liu et al. 2024, arXiv 2402.09353); a `Stack` holds many of one shape, and each row takes its own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +25,7 @@ from liaoyuan.ops import dequantise, grouped_linear, linear, wide
 
 Projection = Linear | QuantisedLinear
 Pair = tuple[Tensor, Tensor]  # A [r, K] and B [O, r]
+Prepared = tuple[Tensor, Tensor, Tensor | None]  # a pair of our projection, and DoRA's gains [O]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +121,8 @@ class LowRank(nn.Module):
         super().__init__()
         self.parts, self.scale, self.out = [part for part in parts if part.name in pairs], scale, out
         self.dropout = dropout
+        self.is_on = True  # off, the projection is the base's own
+        self._kept: Prepared | None = None
         self.lora_A = nn.ParameterList([nn.Parameter(pairs[part.name][0]) for part in self.parts])
         self.lora_B = nn.ParameterList([nn.Parameter(pairs[part.name][1]) for part in self.parts])
         self.lora_magnitude_vector = nn.ParameterList()
@@ -148,21 +152,68 @@ class LowRank(nn.Module):
         return [part.name for part in self.parts]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        a, b = (half.to(x.dtype) for half in self.pair())
+        if not self.is_on:
+            return y
+        a, b, factors = self._kept or self._prepare(x.dtype)
         seen = F.dropout(x, self.dropout, self.training) if self.dropout else x
         low = linear(linear(seen, a), b)
-        return y + low if self._projection is None else self._scaled(y, low, self._projection())
+        return y + low if factors is None else self._scaled(y, low, factors)
 
-    def _scaled(self, y: Tensor, low: Tensor, projection: Projection) -> Tensor:
-        """Return y + low with each row of the weight at its magnitude; a bias stays as it is."""
-        magnitudes, bias = self.magnitudes(), projection.bias
-        assert magnitudes is not None
+    def keep(self, dtype: torch.dtype | None) -> None:
+        """Compute once what passes in `dtype` need of the parameters, which must not change until that ends (None)."""
         with torch.no_grad():
-            changed = merged_weight(whole_weight(projection), self.pair())
-        factors = gains(changed, magnitudes)
+            self._kept = None if dtype is None else self._prepare(dtype)
+
+    def _prepare(self, dtype: torch.dtype) -> "Prepared":
+        a, b = self.pair()
+        magnitudes, factors = self.magnitudes(), None
+        if magnitudes is not None:
+            assert self._projection is not None
+            with torch.no_grad():
+                changed = merged_weight(whole_weight(self._projection()), (a, b))
+            factors = gains(changed, magnitudes)
+        return a.to(dtype), b.to(dtype), factors
+
+    def _scaled(self, y: Tensor, low: Tensor, factors: Tensor) -> Tensor:
+        """Return y + low with each row of the weight at its magnitude; a bias stays as it is."""
+        assert self._projection is not None
+        bias = self._projection().bias
         plain = y if bias is None else y - bias
         # y itself with what is to be added to it: where nothing has been learned yet, y keeps its bits.
         return (wide(y) + (factors - 1.0) * wide(plain) + factors * wide(low)).to(y.dtype)
+
+
+def adapters_of(model: Decoder) -> list[LowRank]:
+    """Return the adapters that a model is trained with."""
+    return [module for module in model.modules() if isinstance(module, LowRank)]
+
+
+@contextmanager
+def without_adapters(models: Sequence[Decoder]) -> Iterator[None]:
+    """Within this, models are what they are without the adapters that they are trained with, bit for bit."""
+    adapters = [adapter for model in models for adapter in adapters_of(model)]
+    for adapter in adapters:
+        adapter.is_on = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.is_on = True
+
+
+@contextmanager
+def kept_adapters(model: Decoder) -> Iterator[None]:
+    """Within this, no adapter changes, and what follows from its parameters alone is computed once for all passes,
+    which have no gradients; their bits are the same.
+    """
+    adapters = adapters_of(model)
+    for adapter in adapters:
+        adapter.keep(model.embed_tokens.weight.dtype)
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.keep(None)
 
 
 @dataclass(eq=False)

@@ -166,7 +166,7 @@ def _reward(task: Task, rewards: tuple[dict[str, Any], ...], path: Path) -> Rewa
         where = f"{path}, reward {place}"
         own = parse(RewardConfig, {key: values[key] for key in ("name", "weight") if key in values}, where)
         options = {key: value for key, value in values.items() if key not in ("name", "weight")}
-        if own.name == "function" and "path" in options:
+        if own.name in ("function", "model") and "path" in options:
             options["path"] = str(path.parent / str(options["path"]))
         made = _right(task, options, where) if own.name == "right" else make_reward(own.name, options, where)
         parts.append((made, own.weight))

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from liaoyuan.checkpoint import load_model, save_model
-from liaoyuan.checkpoint.adapters import put_adapter
 from liaoyuan.checkpoint.convert import FURTHER_FILES, convert_to_folder
 from liaoyuan.checkpoint.hugging_face import MAX_SHARD_BYTES, copy_files
 from liaoyuan.checkpoint.sources import FolderSource, MergedSource
@@ -27,11 +26,13 @@ from liaoyuan.models.quantised import quantisation_named
 from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import Report, atomic_folder, silent
 from liaoyuan.tasks import Right, find_task, held_out_problems
+from liaoyuan.tasks.rewards.judged import REWARD_FILE
 from liaoyuan.tasks.seen import read_seen, write_seen
 from liaoyuan.tuning.card import Card, DataSource, read_card, sources_of, write_card
-from liaoyuan.tuning.held_out import measure
+from liaoyuan.tuning.held_out import HELD_OUT, measure
+from liaoyuan.tuning.lora import LoraConfig
 from liaoyuan.tuning.sft_data import read_source
-from liaoyuan.tuning.sft_run import HELD_OUT
+from liaoyuan.tuning.start import Start
 from liaoyuan.tuning.validation import tuning_engine
 
 MOST_RECORDS = 200  # of the held-out ones that the gate reads
@@ -106,6 +107,8 @@ def export(request: Export, report: Report = silent) -> dict[str, Any]:
         with FolderSource(request.base) as base:
             source = MergedSource(base, request.adapter) if request.adapter else base
             convert_to_folder(source, whole, request.dtype, request.max_shard_bytes, None, report)
+        if request.adapter:
+            copy_files(request.adapter, whole, [REWARD_FILE])  # of a reward model
         if few is not None:
             save_model(load_model(whole, quantisation=few), part / "few", whole)
             copy_files(whole, part / "few", FURTHER_FILES)
@@ -149,10 +152,7 @@ def trained_model(request: Export) -> Decoder:
     if request.adapter is None:
         return load_model(request.base)
     bits = read_card(request.adapter).get("config", {}).get("lora", {}).get("base", "whole")
-    few = quantisation_named(None if bits == "whole" else bits, head=None)
-    model = load_model(request.base, quantisation=few)
-    put_adapter(request.adapter, model)
-    return model
+    return Start(request.base, "lora", LoraConfig(base=bits)).trained(request.adapter)
 
 
 def compare_exported(

@@ -49,10 +49,10 @@ def finetune(
 class SeededBatches:
     """Batches that set the random numbers of dropout before each step."""
 
-    def __init__(self, batches: RecordBatches, seed: int, rank: int) -> None:
+    def __init__(self, batches: Callable[[int], Sequence[Batch]], seed: int, rank: int) -> None:
         self._batches, self._seed, self._rank = batches, seed, rank
 
-    def __call__(self, step: int) -> list[Batch]:
+    def __call__(self, step: int) -> Sequence[Batch]:
         torch.manual_seed(number(2**63, self._seed, step, self._rank))
         return self._batches(step)
 

@@ -1,6 +1,6 @@
 """What a run has gained: its model and the one that it began with, on the same test problems."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from liaoyuan.checkpoint import load_model
 from liaoyuan.data import Tokenizer
 from liaoyuan.evaluation import bootstrap, measure_accuracy
+from liaoyuan.models import Decoder
+from liaoyuan.models.lora import kept_adapters
 from liaoyuan.rundir import Progress, Report, read_json, silent, write_json
 from liaoyuan.tasks import Problem, Right
 from liaoyuan.tuning.validation import tuning_engine
@@ -28,17 +29,23 @@ class Exam:
     max_tokens: int
 
 
-def gain(exam: Exam, models: Mapping[str, Path], folder: Path, report: Report = silent) -> dict[str, dict[str, Any]]:
+def gain(
+    exam: Exam,
+    models: Mapping[str, Callable[[], Decoder]],
+    tokenizer: Tokenizer,
+    folder: Path,
+    report: Report = silent,
+) -> dict[str, dict[str, Any]]:
     """Return for each model, and for the last less the first, its accuracies with 95% intervals over the problems.
 
-    Differences are paired by problem. A model whose outcomes are in `folder` is not asked again.
+    models: what loads each; one whose outcomes are in `folder` is not asked again. Differences are paired by problem.
     """
     found = {}
-    for place, (name, model) in enumerate(models.items()):
+    for place, (name, load) in enumerate(models.items()):
         told = _told(report, name, place, len(models))
         kept = folder / FOLDER / f"{name}.json"
         if not kept.exists():
-            write_json(kept, _outcomes(exam, model, told))
+            write_json(kept, _outcomes(exam, load(), tokenizer, told))
         found[name] = {key: np.array(values) for key, values in read_json(kept).items()}
     first, last = (found[name] for name in (next(iter(models)), list(models)[-1]))
     found["difference"] = {key: last[key] - first[key] for key in last}
@@ -47,12 +54,11 @@ def gain(exam: Exam, models: Mapping[str, Path], folder: Path, report: Report = 
     }
 
 
-def _outcomes(exam: Exam, model: Path, report: Report) -> dict[str, list[float]]:
-    with torch.inference_mode():
-        engine = tuning_engine(load_model(model).eval(), exam.max_tokens)
+def _outcomes(exam: Exam, model: Decoder, tokenizer: Tokenizer, report: Report) -> dict[str, list[float]]:
+    with torch.inference_mode(), kept_adapters(model):
         answers = measure_accuracy(
-            engine,
-            Tokenizer.load(model),
+            tuning_engine(model.eval(), exam.max_tokens),
+            tokenizer,
             exam.right,
             exam.problems,
             exam.samples,

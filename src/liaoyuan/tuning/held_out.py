@@ -21,6 +21,7 @@ from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import read_json, write_json
 from liaoyuan.tasks.seen import normalised
 
+HELD_OUT = "held_out.jsonl.zst"  # the records in a run folder that were never trained on
 DATA = "data.json"  # in a run folder: what tells its training data from others
 PASS_TOKENS = 4096  # at least a record, of one pass
 

@@ -6,17 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from liaoyuan.checkpoint import save_program
 from liaoyuan.data import TokenisedRecord
 from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import atomic_folder, read_json, read_metrics, write_json
 from liaoyuan.training.loop import METRICS
 from liaoyuan.tuning.held_out import Outcomes, compare, measure
-from liaoyuan.tuning.lora import ADAPTER, save_adapters
 from liaoyuan.tuning.sft_config import SftConfig
 
 BEST, START, COMPARISON = "best", "start.json", "comparison.json"
-MODEL = "model"
 Sets = Mapping[str, Sequence[TokenisedRecord]]  # what is measured, by name
 
 
@@ -36,7 +33,7 @@ class Kept:
     @property
     def result(self) -> Path:
         """The folder of the model or the adapter that the run ends with."""
-        return self.folder / (MODEL if self.config.method == "full" else ADAPTER)
+        return self.folder / self.config.start.name
 
     def measure_start(self) -> None:
         """Measure the model that the run begins with, unless that has been done."""
@@ -89,11 +86,7 @@ class Kept:
         return {name: measure(self.program, records, self.world) for name, records in self.sets.items()}
 
     def _save(self, place: Path) -> None:
-        config = self.config
-        if config.method == "full":
-            save_program(self.program, place, config.model, self.world)
-        else:
-            save_adapters(self.program, place, config.model, config.method, config.lora, self.world)
+        self.config.start.save(self.program, place, self.world)
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.folder / name

@@ -26,7 +26,6 @@ from liaoyuan.ops import wide
 from liaoyuan.parallel import Layout, Program, World, full_weights, local, take_part
 
 Method = Literal["full", "lora", "rslora", "dora"]
-ADAPTER = "adapter"  # in a run folder
 SCALE = 2.0  # alpha / rank of LoRA's usual 32 and 16
 GROUPS = {"all": "", "attention": ".self_attn.", "feed_forward": ".mlp."}  # what a projection's name has in it
 

@@ -119,6 +119,16 @@ def split(items: Sequence[Judged], share: float) -> tuple[list[Judged], list[Jud
     return parts[0], parts[1]
 
 
+def liked_conversations(items: Sequence[Judged]) -> list[Record]:
+    """Return the records as conversations that end with the answer that is liked; those without one are left out."""
+    found = []
+    for record in (item.record for item in items if any(item.liked)):
+        messages = (*record.messages, *record.chosen)
+        plain = {"kind": "chat", "messages": messages, "chosen": (), "rejected": (), "label": None}
+        found.append(record.model_copy(update=plain))
+    return found
+
+
 def strangers(items: Sequence[Judged], length: int) -> list[TokenisedRecord]:
     """Return for each item its prompt with an answer of the next one, cut to `length`: what the policy has no reason
     to say, from which KTO estimates how far it has gone from the reference (arXiv 2402.01306, sec. 4.1).

@@ -1,8 +1,7 @@
 """What preference tuning did, measured on answers that it did not learn from, and on a task's test problems."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from liaoyuan.checkpoint import load_model
 from liaoyuan.config import Config
 from liaoyuan.data import Tokenizer
 from liaoyuan.evaluation import bootstrap, measure_accuracy
 from liaoyuan.inference import Engine
+from liaoyuan.models import Decoder
+from liaoyuan.models.lora import kept_adapters
 from liaoyuan.rundir import Progress, Report
 from liaoyuan.tasks import Right, Task, check_levels, find_task, held_out_problems
 from liaoyuan.tuning.preference_batches import Judged
@@ -93,18 +93,19 @@ class Judgement:
 def compare(
     judgement: Judgement,
     found: Mapping[str, Tensor],
-    folders: Mapping[str, Path],
+    models: Mapping[str, Callable[[], Decoder]],
+    tokenizer: Tokenizer,
     ask: Questions,
     report: Report,
 ) -> dict[str, Any]:
     """Return measures of each model with intervals, and paired differences of "model" to each of the others.
 
-    found: of each model the log-probabilities of the held-out answers; folders: where its weights are.
+    found: of each model the log-probabilities of the held-out answers; models: what loads it.
     """
     outcomes = {name: judgement.outcomes(total) for name, total in found.items()}
     if ask.task:
-        for name, folder in folders.items():
-            outcomes[name] |= _of_task(name, folder, ask, report)
+        for name, load in models.items():
+            outcomes[name] |= _of_task(name, load(), tokenizer, ask, report)
     measures = {
         name: {key: bootstrap(value[None]).to_dict() for key, value in of_one.items() if len(value)}
         for name, of_one in outcomes.items()
@@ -121,15 +122,14 @@ def compare(
     return {"held_out": len(judgement.items), **measures, **differences}
 
 
-def _of_task(name: str, folder: Path, ask: Questions, report: Report) -> dict[str, np.ndarray]:
-    """Return what a model folder reaches on a task's test problems, greedy and sampled."""
+def _of_task(name: str, model: Decoder, tokenizer: Tokenizer, ask: Questions, report: Report) -> dict[str, np.ndarray]:
+    """Return what a model reaches on a task's test problems, greedy and sampled."""
     task, levels = ask.chosen
 
     def tell(progress: Progress) -> None:
         report(replace(progress, text=f"{ask.task} asked of {name}"))
 
     problems = held_out_problems(task, levels, ask.problems)
-    with torch.inference_mode():
-        engine = Engine(load_model(folder).eval())
-        answers = measure_accuracy(engine, Tokenizer.load(folder), Right(task), problems, ask.samples, report=tell)
+    with torch.inference_mode(), kept_adapters(model):
+        answers = measure_accuracy(Engine(model.eval()), tokenizer, Right(task), problems, ask.samples, report=tell)
     return {"greedy": answers.greedy.astype(float), "sampled": answers.sampled_mean}

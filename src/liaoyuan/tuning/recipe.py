@@ -53,7 +53,7 @@ class ReinforceConfig(Config):
     seed: int = 0
     validate_every: int = Field(20, gt=0)
     checkpoint_every: int = Field(20, gt=0)
-    measure_kl: bool = True  # to the weights that the run began with, of which a copy is held
+    measure_kl: bool = True  # to what the run began with: a copy of the weights, or the model without its adapters
     keep_rollouts_every: int = Field(1, ge=0)  # steps whose rollouts are kept in `rollouts/` (0: none)
     keep_rollouts_mb: int = Field(1024, gt=0)  # at most; the oldest give way
 

@@ -1,7 +1,10 @@
-"""Log-probabilities of given answers under a laid-out model, and those of the model to begin with, computed once."""
+"""Log-probabilities of given answers under a laid-out model, and those of the model to begin with: computed once, or
+for each batch where its adapters can be switched off.
+"""
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,9 +12,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from liaoyuan.data import Batch, RecordBatches, TokenisedRecord
+from liaoyuan.models.lora import without_adapters
 from liaoyuan.parallel import Program, World
 from liaoyuan.rundir import Progress, Report, silent, write_atomic
 from liaoyuan.tuning.losses import sums
+from liaoyuan.tuning.preference_batches import AnswerBatch, AnswerBatches
+from liaoyuan.tuning.start import Start
 
 PASS_TOKENS = 4096  # of one forward pass, or one row if that is longer
 NAME = "log_probs"
@@ -41,18 +47,19 @@ def answer_log_probs(
 
 def reference_log_probs(
     program: Program,
-    model: Path,
+    start: Start,
     answers: Sequence[TokenisedRecord],
     length: int,
     world: World,
     folder: Path,
     report: Report = silent,
 ) -> Tensor:
-    """Return `answer_log_probs` of a program that holds the weights of the folder `model`, kept in `folder`.
+    """Return `answer_log_probs` of a program that is what `start` says, kept in `folder`.
 
     What was computed once for the same weights, answers and number type is read again.
     """
-    name = content_hash(model, answers, str(next(iter(program.named_parameters()))[1].dtype)) if world.is_first else ""
+    about = f"{next(iter(program.named_parameters()))[1].dtype} {start.bits}"
+    name = content_hash(start.model, answers, about) if world.is_first else ""
     path = folder / f"reference-{world.broadcast(name)}.safetensors"
     there = world.broadcast(str(path.exists()) if world.is_first else "") == "True"
     if there:
@@ -62,6 +69,26 @@ def reference_log_probs(
         write_atomic(path, save({NAME: found}))
     world.barrier()
     return found
+
+
+class ReferredBatches:
+    """Batches of answers with their reference, which the program gives with its adapters off: the same pass over the
+    same rows, so that adapters that have learned nothing have a margin of exactly 0.
+    """
+
+    def __init__(self, batches: AnswerBatches, program: Program) -> None:
+        self._batches, self._program = batches, program
+
+    def __call__(self, step: int) -> list[AnswerBatch]:
+        """Return this process's microbatches of the global batch `step`. Every process makes the call."""
+        return [self.of(batch) for batch in self._batches(step)]
+
+    def of(self, batch: AnswerBatch) -> AnswerBatch:
+        """Return a batch with its reference."""
+        with without_adapters(self._program.models):
+            found = self._program.loss(batch, losses=_document_sums).cpu()[batch.documents]
+            apart = -float(self._program.loss(batch.strangers)) if batch.strangers else 0.0
+        return replace(batch, reference=found, strangers_reference=apart)
 
 
 def content_hash(model: Path, answers: Sequence[TokenisedRecord], more: str) -> str:

@@ -22,6 +22,7 @@ from liaoyuan.data import Tokenizer
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import QUICK, prove
 from liaoyuan.models import Decoder
+from liaoyuan.models.lora import adapters_of, without_adapters
 from liaoyuan.rundir import Lock, Metrics, Progress, Report, silent
 from liaoyuan.tasks import Reward, Right, Task
 from liaoyuan.tasks.seen import Seen
@@ -34,6 +35,7 @@ from liaoyuan.tuning.recipe import KEPT, ReinforceConfig, learning_rate_of
 from liaoyuan.tuning.rollout_log import RolloutLog
 from liaoyuan.tuning.rollout_workers import WorkerRollouts
 from liaoyuan.tuning.sources import Drawn, LocalRollouts, Source
+from liaoyuan.tuning.start import Start
 from liaoyuan.tuning.update import learn, lesson_of, teaches
 from liaoyuan.tuning.validation import Best
 
@@ -77,19 +79,22 @@ def reinforce(
     until: int | None = None,
     reward: Reward | None = None,
     must_be_exact: bool = False,
+    start: Start | None = None,
 ) -> ReinforceResult:
     """Train `model` in place for `config.steps` steps (or only up to step `until`), going on from `folder`.
 
     Args:
         reward: what answers are worth; what the task calls right if None.
         must_be_exact: end the run where a rollout has other bits than training.
+        start: what `model` began as, if it has adapters, which rollout workers need to make it.
 
     Raises:
         Stopped: Ctrl-C or SIGTERM came; the state is saved.
         LiaoyuanError: the state in `folder` is of a run with another config, or another process writes there.
     """
     end = min(config.steps, until or config.steps)
-    with _Run(model, tokenizer, task, reward or Right(task), config, folder) as run, stop_asked() as is_asked:
+    rewarded = reward or Right(task)
+    with _Run(model, tokenizer, task, rewarded, config, folder, start) as run, stop_asked() as is_asked:
         first, begun = run.done.steps, time.monotonic()
         while run.done.steps < end:
             values = run.step(must_be_exact)
@@ -111,12 +116,19 @@ class _Run:
     """A run between its steps: the model, the optimiser, what was done so far, and the files in its folder."""
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, task: Task, reward: Reward, config: ReinforceConfig, folder: Path
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        task: Task,
+        reward: Reward,
+        config: ReinforceConfig,
+        folder: Path,
+        start: Start | None,
     ) -> None:
         self._model, self._config, self._folder, self._lock = model, config, folder, Lock(folder)
         settings = TrainConfig(steps=config.steps, optimiser=config.optimiser, weight_decay=0.0)
         self._optimiser = make_optimiser(model, settings)
-        self._about = (tokenizer, task, reward)
+        self._about, self._made_of = (tokenizer, task, reward), start
 
     def __enter__(self) -> "_Run":
         with contextlib.ExitStack() as opened:
@@ -129,7 +141,9 @@ class _Run:
         model, config, folder = self._model, self._config, self._folder
         self._lock.take()
         opened.callback(self._lock.release)
-        self._start = copy.deepcopy(model).eval().requires_grad_(False) if config.measure_kl else None
+        self._copy = None  # with adapters, the model without them is what the run began with
+        if config.measure_kl and not adapters_of(model):
+            self._copy = copy.deepcopy(model).eval().requires_grad_(False)
         done = _resume(model, self._optimiser, config, folder)
         self.done = replace(done, exact=prove(model.eval(), QUICK).exact)
         self._seen = Seen(folder)
@@ -139,7 +153,9 @@ class _Run:
         opened.callback(self._doctor.close)
         self._log = RolloutLog(folder, config.keep_rollouts_every, config.keep_rollouts_mb * 2**20, done.steps)
         arguments = (model, *self._about, config)
-        self._source: Source = WorkerRollouts(*arguments, folder) if config.workers else LocalRollouts(*arguments)
+        self._source: Source = (
+            WorkerRollouts(*arguments, folder, self._made_of) if config.workers else LocalRollouts(*arguments)
+        )
         opened.callback(self._source.close)
         self._source.load(folder, done.steps)
 
@@ -170,8 +186,10 @@ class _Run:
     def _measures(self, drawn: Drawn) -> dict[str, Any]:
         values = measure_rollouts(drawn.rollouts, self._config)
         values |= {"level": sum(drawn.levels) / len(drawn.levels), "problems": len(drawn.levels)}
-        kl = {} if self._start is None else {"kl_start": kl_to(self._start, drawn.rollouts, self._config)}
-        return values | kl
+        if not self._config.measure_kl:
+            return values
+        with without_adapters([self._model]):
+            return values | {"kl_start": kl_to(self._copy or self._model, drawn.rollouts, self._config)}
 
     def write(self, values: dict[str, Any]) -> str:
         """Write the measures of the last step; return what the doctor has to say of them, if anything."""

@@ -1,37 +1,49 @@
-"""A user's own reinforcement learning: a run folder whose result is `model`, with what it has gained."""
+"""A user's own reinforcement learning: a run folder whose result is `model`, or `adapter`, with what it has gained."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from liaoyuan.checkpoint import load_model
 from liaoyuan.config import Config
-from liaoyuan.data import Tokenizer
+from liaoyuan.data import Tokenizer, write_records
 from liaoyuan.device import select_device
+from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import require_exact
 from liaoyuan.models import Decoder
 from liaoyuan.ops import configure
 from liaoyuan.rundir import Report, atomic_folder, read_json, remember, silent, write_json
-from liaoyuan.tasks import Right, Task, check_levels, held_out_problems, open_task, spread
+from liaoyuan.tasks import Right, Task, check_levels, held_out_problems, open_task, spread, to_record
 from liaoyuan.tasks.seen import Seen, read_seen, seen_among, write_seen
+from liaoyuan.tuning.card import Card, write_card
 from liaoyuan.tuning.gain import Exam, gain
+from liaoyuan.tuning.held_out import HELD_OUT
+from liaoyuan.tuning.lora import LoraConfig, Method
 from liaoyuan.tuning.recipe import KEPT, ReinforceConfig
 from liaoyuan.tuning.reinforce import reinforce
+from liaoyuan.tuning.start import Start, refuse_whole
 from liaoyuan.tuning.validation import Best
 
+ADAPTER_RATE = 4e-3  # of adapters, where none is given; docs/rl.md has the sweep
 START = "start.json"  # in the run folder: what the model that it began with reached on the validation problems
 FREE = (*(f"rl.{key}" for key in KEPT), "exact", "ops.", "device")  # keys that may change when a run goes on
 
 
 class RlConfig(Config):
-    """`model` to begin with, the task, how to reinforce, and how many problems choose the checkpoint and measure it."""
+    """`model` to begin with, the task, how to reinforce, and how many problems choose the checkpoint and measure it.
+
+    method: "full" trains every weight, "lora", "rslora" and "dora" adapters alone.
+    """
 
     model: Path
     task: str = "addition"  # the name of a task, or a task file
     data: Path | None = None  # in place of the one file of problems that the task file names
+    method: Method = "full"
+    lora: LoraConfig = LoraConfig()
     rl: ReinforceConfig = ReinforceConfig()
     validation_problems: int = Field(200, gt=0)
     test_problems: int = Field(500, ge=0)  # on which the result is compared with `model` at the end (0: it is not)
@@ -40,41 +52,71 @@ class RlConfig(Config):
     ops: dict[str, str] = Field(default_factory=dict)  # kernels, where not those chosen
     exact: bool = False  # no run unless rollouts have training's bits; where no compiler is, that takes slower kernels
 
+    @property
+    def start(self) -> Start:
+        return Start(self.model, self.method, self.lora, self.rl.seed)
+
 
 def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str, Any]:
-    """Reinforce and export the best checkpoint as `folder/model`; goes on from what is in `folder`.
+    """Reinforce and export the best checkpoint as `folder/model` or `folder/adapter`; goes on from what is in `folder`.
 
     The model that it began with is one of the checkpoints. What is returned is also `folder/result.json`.
 
     Raises:
         LiaoyuanError: the model is missing or wrong, the task is unknown or lacks a level, the folder holds a run with
-            other settings, or the model is not exact and must be.
+            other settings, a setting does not go with adapters, or the model is not exact and must be.
     """
     configure(config.ops)
     assignment, tokenizer = open_task(config.task, config.data), Tokenizer.load(config.model)
     task = assignment.task
-    config = config.model_copy(update={"rl": _with_levels(config.rl, task)})
+    config = config.model_copy(update={"rl": _resolved(config, task)})
     check_levels(task, config.rl.levels, "rl.levels")
     remember(config, folder, (folder / START).exists(), FREE)
     problems = spread(task, 7, config.rl.levels, config.validation_problems, "validation")
-    best = Best(tokenizer, config.model, Right(task), problems, folder, config.rl.max_tokens)
-    model = load_model(config.model, device=select_device(config.device).torch)
+    best = Best(tokenizer, config.start, Right(task), problems, folder, config.rl.max_tokens)
+    write_records(folder / HELD_OUT, [to_record(problem) for problem in problems])
+    model = config.start.load(select_device(config.device).torch)
     if config.exact:
         require_exact(model.eval())
     start = _measure_start(model, best, folder)
     Seen(folder, config.model)
-    rewarded = (assignment.reward, config.exact)
+    rewarded = (assignment.reward, config.exact, config.start)
     done = reinforce(model, tokenizer, task, config.rl, folder, report, best, None, *rewarded)
-    with atomic_folder(folder / "model") as part:
+    del model
+    result = folder / config.start.name
+    with atomic_folder(result) as part:
         shutil.copytree(best.model_folder, part, dirs_exist_ok=True)
         write_seen(part, read_seen(folder))
     figures = {name: value for name, value in asdict(done).items() if isinstance(value, int | float)}
-    result = figures | {"validation": best.value, "validation_start": start} | _compare(config, task, folder, report)
-    write_json(folder / "result.json", result)
-    return result
+    figures |= {"validation": best.value, "validation_start": start}
+    figures |= _compare(config, task, tokenizer, folder, report)
+    write_card(result, _card(config, folder, figures))
+    write_json(folder / "result.json", figures)
+    return figures
 
 
-def _compare(config: RlConfig, task: Task, folder: Path, report: Report) -> dict[str, Any]:
+def _card(config: RlConfig, folder: Path, figures: dict[str, Any]) -> Card:
+    """Return the card: what was asked is made by the task, or comes from its files."""
+    known = ("validation", "test_problems", "test_problems_seen")
+    scores: dict[str, Any] = {key: figures[key] for key in known if key in figures}
+    accuracy = figures.get("accuracy", {})
+    scores |= {key: accuracy[key] for key in ("model", "difference") if key in accuracy}
+    start = {"validation": figures["validation_start"]} | ({"test": accuracy["start"]} if accuracy else {})
+    notes = [] if accuracy else ["It was not compared with the model it began with on test problems."]
+    return Card(
+        title=folder.name,
+        relation="adapter" if config.start.has_adapters else "finetune",
+        base=config.model,
+        method=f"reinforcement learning on {config.task} ({config.rl.advantage}, {config.method})",
+        command=f"liaoyuan tune rl {folder / 'config.toml'} --out {folder}",
+        config=config.model_dump(mode="json", exclude_none=True),
+        scores=scores,
+        controls={"the model that was begun with": start},
+        notes=notes,
+    )
+
+
+def _compare(config: RlConfig, task: Task, tokenizer: Tokenizer, folder: Path, report: Report) -> dict[str, Any]:
     """Compare the result with `config.model` on test problems, of which those that it was trained on are left out."""
     if not config.test_problems:
         return {}
@@ -85,14 +127,32 @@ def _compare(config: RlConfig, task: Task, folder: Path, report: Report) -> dict
     if not asked:
         return found
     exam = Exam(Right(task), asked, config.test_samples, config.rl.max_tokens)
-    return found | {"accuracy": gain(exam, {"start": config.model, "model": folder / "model"}, folder, report)}
+    models: dict[str, Callable[[], Decoder]] = {
+        "start": config.start.base,
+        "model": partial(config.start.trained, folder / config.start.name),
+    }
+    return found | {"accuracy": gain(exam, models, tokenizer, folder, report)}
 
 
-def _with_levels(config: ReinforceConfig, task: Task) -> ReinforceConfig:
-    """Return the config with all of the task's levels, where none were given and it lacks one of the usual ones."""
-    if "levels" in config.model_fields_set or set(config.levels) <= set(task.levels):
-        return config
-    return config.model_copy(update={"levels": tuple(task.levels)})
+def _resolved(config: RlConfig, task: Task) -> ReinforceConfig:
+    """Return the config with what follows from the task and the method: all of its levels, where none were given and it
+    lacks one of the usual ones, and the rate of adapters.
+
+    Raises:
+        LiaoyuanError: a setting does not go with adapters.
+    """
+    rl, given, filled = config.rl, config.rl.model_fields_set, dict[str, Any]()
+    if "levels" not in given and not set(rl.levels) <= set(task.levels):
+        filled["levels"] = tuple(task.levels)
+    if config.start.has_adapters:
+        refuse_whole(rl.optimiser, "rl")
+        if config.lora.dropout:
+            raise LiaoyuanError(
+                "lora.dropout is not for RL: what is trained would not be what rolled out. Set it to 0."
+            )
+        if "learning_rate" not in given:
+            filled["learning_rate"] = ADAPTER_RATE
+    return rl.model_copy(update=filled)
 
 
 def _measure_start(model: Decoder, best: Best, folder: Path) -> float:

@@ -2,7 +2,8 @@
 
 Each worker has a process group with the trainer (gloo) over which it gets the weights, with their version, and a pipe
 through which records come back. What is rolled out depends on the weights that were sent, on the seed and on the step,
-never on which worker does it or when: a worker that dies is replaced, gets the same weights and the same work again,
+never on which worker does it or when. Of a model that is trained by adapters these alone are sent: a worker reads what
+lies below them from its folder. A worker that dies is replaced, gets the same weights and the same work again,
 and the run ends as if nothing had been. Rollouts are one step old from the second step on (staleness 1; one-step
 off-policy: Noukhovitch et al. 2024, arXiv 2410.18252), which truncated importance weights correct for.
 """
@@ -25,10 +26,12 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]  # (not in __all__)
 
+from liaoyuan.checkpoint.tensors import state_tensors
 from liaoyuan.data import Tokenizer
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder
 from liaoyuan.models.config import ModelConfig
+from liaoyuan.models.lora import adapters_of
 from liaoyuan.ops import is_exactness_sought, seek_exactness
 from liaoyuan.rundir import write_atomic
 from liaoyuan.tasks import Reward, Task
@@ -36,6 +39,7 @@ from liaoyuan.tuning.curriculum import Shares
 from liaoyuan.tuning.recipe import ReinforceConfig
 from liaoyuan.tuning.rollout import Rollouts, join
 from liaoyuan.tuning.sources import Drawn, LocalRollouts, levels_of, missing
+from liaoyuan.tuning.start import Start
 
 PATIENCE = timedelta(seconds=60)  # of a process that meets the other one of its group
 REPLACEMENTS = 5  # of workers in a row, after which it is not chance that they die
@@ -48,14 +52,26 @@ class WorkerRollouts:
     """A source of rollouts whose work `config.workers` processes do."""
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, task: Task, reward: Reward, config: ReinforceConfig, folder: Path
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        task: Task,
+        reward: Reward,
+        config: ReinforceConfig,
+        folder: Path,
+        start: Start | None = None,
     ) -> None:
-        """folder: of the run, where the workers find the tokenizer."""
+        """folder: of the run, where the workers find the tokenizer. start: what the model began as, if it has adapters,
+        so that the workers can make it too.
+        """
         if model.embed_tokens.weight.device.type != "cpu":
             raise LiaoyuanError("Rollout workers compute on the CPU, and the model is elsewhere: set rl.workers = 0.")
         tokenizer.save(folder / TOKENIZER)
         self._model, self._config = model, config
-        self._about = (model.config, folder / TOKENIZER, tokenizer.eos_ids, task, reward, config)
+        made_of = start if start and start.has_adapters else model.config
+        if adapters_of(model) and not isinstance(made_of, Start):
+            raise ValueError("the workers of a model with adapters must be told what it began as")
+        self._about = (made_of, folder / TOKENIZER, tokenizer.eos_ids, task, reward, config)
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._sent = _flat(model), 0  # the weights that workers have, and their version
         self._count = 0  # of workers so far, which numbers their groups
@@ -226,9 +242,9 @@ def work(pipe: Connection, port: int, number: int, threads: int, is_exact: bool,
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends its step first
     torch.set_num_threads(threads)
     seek_exactness(is_exact)
-    shape, folder, eos_ids, task, reward, config = about
+    made_of, folder, eos_ids, task, reward, config = about
     group = _group(TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False), number, rank=1)
-    model = _empty(shape)
+    model = _made(made_of)
     tokenizer = Tokenizer.load(folder)
     tokenizer.eos_ids = eos_ids
     source = LocalRollouts(model, tokenizer, task, reward, config)
@@ -257,22 +273,25 @@ def _group(store: TCPStore, number: int, rank: int) -> Any:
     return ProcessGroupGloo(PrefixStore(f"rollouts/{number}", store), rank, 2, PATIENCE)
 
 
-def _empty(shape: ModelConfig) -> Decoder:
-    model = Decoder(shape).eval().requires_grad_(False)
+def _made(of: Start | ModelConfig) -> Decoder:
+    """Return the model of a worker, whose weights, or adapters, are still to come."""
+    if isinstance(of, Start):
+        return of.load().eval()
+    model = Decoder(of).eval().requires_grad_(False)
     for buffer in model.buffers():
         buffer.zero_()
     return model
 
 
 def _flat(model: Decoder) -> Tensor:
-    """Return a copy of all weights and buffers as bytes, uint8 [B]."""
-    tensors = model.state_dict().values()
+    """Return a copy of what is state of the model as bytes, uint8 [B]."""
+    tensors = state_tensors(model).values()
     return torch.cat([tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in tensors])
 
 
 def _fill(model: Decoder, weights: Tensor) -> None:
     begin = 0
-    for tensor in model.state_dict().values():
+    for tensor in state_tensors(model).values():
         part = weights[begin : begin + tensor.nbytes].clone()  # for the alignment of a wider dtype
-        tensor.copy_(part.view(tensor.dtype).view_as(tensor))
+        tensor.detach().copy_(part.view(tensor.dtype).view_as(tensor))
         begin += tensor.nbytes

@@ -8,12 +8,12 @@ from pydantic import Field
 
 from liaoyuan.config import Config
 from liaoyuan.data import RecordBatches, TokenisedRecord
-from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import ModelConfig
 from liaoyuan.parallel import Layout
 from liaoyuan.training import TrainConfig
 from liaoyuan.tuning.lora import LoraConfig, Method
 from liaoyuan.tuning.rates import learning_rate_for
+from liaoyuan.tuning.start import Start, refuse_whole
 
 FEWEST_STEPS = 20  # where `epochs` say how many: fewer move nothing
 EVALUATIONS = 10  # in a whole run, where `train.evaluate_every` is not given
@@ -55,6 +55,10 @@ class SftConfig(Config):
     ops: dict[str, str] = Field(default_factory=dict)  # kernels, where not those chosen
 
     @property
+    def start(self) -> Start:
+        return Start(self.model, self.method, self.lora, self.train.seed)
+
+    @property
     def can_measure(self) -> bool:
         """Whether held-out records can be measured: that needs whole layers, sequences and vocabulary in a process."""
         return self.layout.tp * self.layout.pp * self.layout.context * self.layout.ep == 1
@@ -81,14 +85,6 @@ def resolved(config: SftConfig, model: ModelConfig, records: Sequence[TokenisedR
     if "weight_decay" not in given:  # decay would pull adapters to where they began, and whole weights to zero
         filled["weight_decay"] = 0.01 if config.method == "full" else 0.0
     if config.method != "full":
-        _refuse_whole(train)
+        refuse_whole(train.optimiser, master_dtype=train.master_dtype)
         filled["balance_rate"] = 0.0  # it would move the base's routers
     return config.model_copy(update={"train": train.model_copy(update=filled)})
-
-
-def _refuse_whole(train: TrainConfig) -> None:
-    """Raise LiaoyuanError for what makes sense of whole weights alone."""
-    if train.optimiser == "muon":
-        raise LiaoyuanError("train.optimiser = 'muon' is for whole matrices: adapters are trained with 'adamw'.")
-    if train.master_dtype == "bfloat16":
-        raise LiaoyuanError("train.master_dtype = 'bfloat16' is for whole weights: adapters are few, and kept in fp32.")

@@ -9,26 +9,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from liaoyuan.checkpoint import load_model, load_weights
 from liaoyuan.data import Record, TokenisedRecord, Tokenizer, write_records
 from liaoyuan.device import select_device
-from liaoyuan.models import Decoder, ModelConfig, Quantisation, read_config
+from liaoyuan.models import read_config
 from liaoyuan.ops import configure
-from liaoyuan.parallel import Program, Shape, World, lay_out, resolve
+from liaoyuan.parallel import World
 from liaoyuan.rundir import Report, remember, silent, write_json
 from liaoyuan.tasks.seen import Seen, read_seen, write_seen
 from liaoyuan.training.loop import STATE
 from liaoyuan.tuning.card import Card, sources_of, write_card
 from liaoyuan.tuning.finetune import finetune
-from liaoyuan.tuning.held_out import Split, refuse_other_data, split, split_off
+from liaoyuan.tuning.held_out import HELD_OUT, Split, refuse_other_data, split, split_off
 from liaoyuan.tuning.kept import Kept
-from liaoyuan.tuning.lora import add_adapters, begin, refuse_layout, trained_parameters
+from liaoyuan.tuning.lora import trained_parameters
 from liaoyuan.tuning.sft_config import SftConfig, resolved
 from liaoyuan.tuning.sft_data import Source, read_source, with_replay
 
-HELD_OUT = "held_out.jsonl.zst"  # the records in a run folder that were never trained on
 DATA_REPORT = "data_report.json"  # what was in each file, and what of it is not learned
 
 
@@ -66,7 +62,7 @@ def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: Wor
     lesson = read_lesson(config, Tokenizer.load(config.model), report)
     shape = read_config(config.model)
     config = resolved(config, shape, lesson.learned)
-    program, world = start_program(config, shape, world)
+    program, world = config.start.lay_out(config.layout, config.train, config.sequence_length, world)
     if world.is_first:
         has_begun = (folder / STATE).exists()
         remember(config, folder, has_begun, ("layout.", "ops.", "device"))
@@ -123,34 +119,6 @@ def read_lesson(config: SftConfig, tokenizer: Tokenizer, report: Report = silent
         learned = with_replay(learned, general.tokens_of(other.train), config.replay_share, config.train.seed)
         measured["general"] = general.tokens_of(other.held_out)
     return Lesson(chosen, other, learned, {name: some for name, some in measured.items() if len(some)}, sources)
-
-
-def start_program(config: SftConfig, shape: ModelConfig, world: World) -> tuple[Program, World]:
-    """Return the model laid out over the processes, with the weights to begin with, and the processes in that layout.
-
-    Raises:
-        LiaoyuanError: the layout does not fit, or is none for adapters.
-    """
-    rows = config.train.batch_tokens // config.sequence_length
-    fits = Shape(shape, config.sequence_length, rows, config.train.microbatches)
-    layout = resolve(config.layout, world.size, fits)
-    if config.method != "full":
-        refuse_layout(layout, config.lora, world.size)
-    world = world.arrange(layout)
-    if config.method != "full" and config.lora.base != "whole":
-        few = Quantisation(config.lora.base, head=None)
-        model = load_model(config.model, device=world.device.torch, quantisation=few)
-        program = lay_out(add_adapters(model, config.method, config.lora), layout, world)
-    else:
-        with torch.device("meta"):
-            model = Decoder(shape)
-        if config.method != "full":
-            add_adapters(model, config.method, config.lora)
-        program = lay_out(model, layout, world)
-        load_weights(program, config.model)
-    if config.method != "full":
-        begin(program, config.train.seed)
-    return program, world
 
 
 def _card(config: SftConfig, folder: Path, lesson: Lesson, compared: dict[str, Any]) -> Card:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from liaoyuan.data import Tokenizer
 from liaoyuan.models import Decoder
+from liaoyuan.models.lora import kept_adapters
 from liaoyuan.tasks import Problem, Reward, Task
 from liaoyuan.tuning.curriculum import Shares, draw_levels, level_weights
 from liaoyuan.tuning.recipe import ReinforceConfig, sample_seed, sampling_of
@@ -53,7 +54,7 @@ class LocalRollouts:
     def __init__(
         self, model: Decoder, tokenizer: Tokenizer, task: Task, reward: Reward, config: ReinforceConfig
     ) -> None:
-        self._engine = tuning_engine(model, config.max_tokens)
+        self._model, self._engine = model, tuning_engine(model, config.max_tokens)
         self._tokenizer, self._task, self._reward, self._config = tokenizer, task, reward, config
         self._sampling = sampling_of(config, tokenizer)
 
@@ -80,18 +81,19 @@ class LocalRollouts:
         config = self._config
         problems = problems_of(self._task, config, step, levels, begin)
         seed, sizes = sample_seed(config, step, number), (config.group, config.max_tokens)
-        return roll_out(
-            self._engine,
-            self._tokenizer,
-            self._reward,
-            problems,
-            sizes[0],
-            seed,
-            sizes[1],
-            self._sampling,
-            config.overlong_tokens,
-            first,
-        )
+        with kept_adapters(self._model):
+            return roll_out(
+                self._engine,
+                self._tokenizer,
+                self._reward,
+                problems,
+                sizes[0],
+                seed,
+                sizes[1],
+                self._sampling,
+                config.overlong_tokens,
+                first,
+            )
 
     def save(self, folder: Path, step: int) -> None:
         """Nothing is under way between two steps."""

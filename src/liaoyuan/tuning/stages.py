@@ -21,6 +21,7 @@ from liaoyuan.tuning.controls import own_samples
 from liaoyuan.tuning.finetune import finetune, worked_solutions
 from liaoyuan.tuning.recipe import ReinforceConfig
 from liaoyuan.tuning.reinforce import reinforce
+from liaoyuan.tuning.start import Start
 from liaoyuan.tuning.validation import Best, tuning_engine
 
 FP32 = torch.float32  # small models: bf16 is no faster, and rollouts then agree with training to 1e-5
@@ -68,7 +69,9 @@ def tune_supervised(
     tokenizer = Tokenizer.load(Path(start))
     model = _fresh(Path(start), lesson.seed) if fresh else load_model(Path(start), FP32)
     records = read_samples(Path(samples)) if samples else lesson.worked_solutions(tokenizer)
-    best = Best(tokenizer, Path(start), Right(lesson.chosen_task), lesson.validation(), folder, lesson.max_tokens)
+    best = Best(
+        tokenizer, Start(Path(start)), Right(lesson.chosen_task), lesson.validation(), folder, lesson.max_tokens
+    )
     best.begin_with(Path(start))
     done = finetune(model, records, train, folder, report, best)
     return {"value": best.value, "model": str(best.model_folder), **asdict(done), "rate": train.learning_rate}
@@ -79,7 +82,7 @@ def tune_reinforced(
 ) -> dict[str, Any]:
     """Reinforce the model in `start`, in the run folder `run`; its best checkpoint on validation is `run/best`."""
     tokenizer, place = Tokenizer.load(Path(start)), Path(run)
-    best = Best(tokenizer, Path(start), Right(lesson.chosen_task), lesson.validation(), place, lesson.max_tokens)
+    best = Best(tokenizer, Start(Path(start)), Right(lesson.chosen_task), lesson.validation(), place, lesson.max_tokens)
     best.begin_with(Path(start))
     done = reinforce(load_model(Path(start), FP32), tokenizer, lesson.chosen_task, rl, place, report, best, until)
     return {"value": best.value, "model": str(best.model_folder), **asdict(done), "rate": rl.learning_rate}

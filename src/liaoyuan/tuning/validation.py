@@ -6,20 +6,23 @@ from pathlib import Path
 
 import torch
 
-from liaoyuan.checkpoint import save_model
 from liaoyuan.data import Tokenizer
 from liaoyuan.evaluation import measure_accuracy
 from liaoyuan.inference import Engine, EngineConfig
 from liaoyuan.models import Decoder
+from liaoyuan.models.lora import kept_adapters
+from liaoyuan.parallel import Program
 from liaoyuan.rundir import atomic_folder, read_json, write_json
 from liaoyuan.tasks import Problem, Reward
+from liaoyuan.tuning.start import Start
 
 SEQUENCES = 256  # that are answered at once
 SAMPLES = 2  # of each validation problem, beside the greedy answer
 
 
 class Best:
-    """Called with a model: measures it on the validation problems and keeps it if none before was better.
+    """Called with a model: measures it on the validation problems and keeps it if none before was better, or its
+    adapters, if those alone are trained.
 
     The weights are in `folder/best`, the value in `folder/best.json`. A resumed run comes to the same choice: what
     it repeats has the same value as before, and only a better one replaces what is kept.
@@ -28,18 +31,13 @@ class Best:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        tokenizer_folder: Path,
+        start: Start,
         reward: Reward,
         problems: Sequence[Problem],
         folder: Path,
         max_tokens: int,
     ) -> None:
-        self.tokenizer, self.tokenizer_folder, self.reward, self.problems = (
-            tokenizer,
-            tokenizer_folder,
-            reward,
-            problems,
-        )
+        self.tokenizer, self.start, self.reward, self.problems = tokenizer, start, reward, problems
         self.folder, self.max_tokens = folder, max_tokens
 
     def begin_with(self, start: Path) -> None:
@@ -61,19 +59,20 @@ class Best:
         return float(read_json(path)["value"]) if path.exists() else -1.0
 
     def __call__(self, model: Decoder) -> dict[str, float]:
-        answers = measure_accuracy(
-            tuning_engine(model, self.max_tokens),
-            self.tokenizer,
-            self.reward,
-            self.problems,
-            SAMPLES,
-            seed=1,
-            max_tokens=self.max_tokens,
-        )
+        with kept_adapters(model):
+            answers = measure_accuracy(
+                tuning_engine(model, self.max_tokens),
+                self.tokenizer,
+                self.reward,
+                self.problems,
+                SAMPLES,
+                seed=1,
+                max_tokens=self.max_tokens,
+            )
         greedy, sampled = float(answers.greedy.mean()), float(answers.sampled.mean())
         value = (greedy + sampled) / 2
         if value > self.value:
-            save_model(model, self.model_folder, self.tokenizer_folder)
+            self.start.save(Program([model]), self.model_folder)
             write_json(self.folder / "best.json", {"value": value, "greedy": greedy, "sampled": sampled})
         return {"validation_greedy": greedy, "validation_sampled": sampled}
 

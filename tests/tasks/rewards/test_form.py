@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.tasks import Problem, Right, Rollout, Score, find_task, score_all
-from liaoyuan.tasks.rewards import FormatReward, Mixture, ModelReward, make_reward
+from liaoyuan.tasks.rewards import FormatReward, Mixture, make_reward
 from liaoyuan.tasks.rewards.form import FormatConfig, words_by_script
 
 PROBLEM = Problem("addition", "3+4=?", "7", "3407,", 1, "addition:3+4=?")
@@ -120,21 +120,6 @@ def test_what_a_reward_gives_does_not_depend_on_the_batch() -> None:
     mixture = Mixture(((Right(find_task("addition")), 1.0), (FormatReward(), 0.1)))
     together = score_all([mixture, FormatReward()], rollouts)
     assert together == [[mixture(one) for one in rollouts], [FormatReward()(one) for one in rollouts]]
-
-
-def test_a_reward_model_is_asked_once_for_all() -> None:
-    class Longer:
-        calls = 0
-
-        def value(self, texts: list[str]) -> list[float]:
-            self.calls += 1
-            return [float("nan") if "nan" in text else float(len(text)) for text in texts]
-
-    model = Longer()
-    reward = ModelReward(model)  # type: ignore[arg-type]
-    scores = reward.score_all([Rollout(PROBLEM, "", text) for text in ("a", "bb", "nan")])
-    assert model.calls == 1 and scores[2].value is None
-    assert scores[0].value is not None and scores[1].value == scores[0].value + 1
 
 
 @pytest.mark.parametrize(

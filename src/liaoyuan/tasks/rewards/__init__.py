@@ -18,7 +18,7 @@ from liaoyuan.tasks.rewards.form import (
     LengthReward,
 )
 from liaoyuan.tasks.rewards.function import FunctionConfig, FunctionReward
-from liaoyuan.tasks.rewards.judged import ModelReward, RewardModel
+from liaoyuan.tasks.rewards.judged import ModelReward, RewardModelConfig
 from liaoyuan.tasks.rewards.maths import MathsConfig, MathsReward
 from liaoyuan.tasks.rewards.mixture import Mixture
 from liaoyuan.tasks.rewards.number import NumberConfig, NumberReward
@@ -36,7 +36,6 @@ __all__ = [
     "Mixture",
     "ModelReward",
     "NumberReward",
-    "RewardModel",
     "UnitTests",
     "make_reward",
 ]
@@ -58,6 +57,7 @@ REWARDS: dict[str, tuple[type[Config], Callable[[Any], Reward]]] = CHECKS | {
     "length": (LengthConfig, LengthReward),
     "language": (LanguageConfig, LanguageReward),
     "function": (FunctionConfig, FunctionReward),
+    "model": (RewardModelConfig, ModelReward),
 }
 
 
