@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from liaoyuan.config import Config
 from liaoyuan.rundir import Progress, Report, silent, write_json
@@ -28,6 +28,7 @@ from liaoyuan.tuning.stages import (
     tune_reinforced,
     tune_supervised,
 )
+from liaoyuan.tuning.task_studies import filled_in
 
 WEIGHT_DECAY = 0.3  # of SFT and the controls: what few solutions teach generalises better, and stays open to RL
 
@@ -44,7 +45,10 @@ SHARES = {
 
 
 class StudyConfig(Config):
-    """Everything that a study does is fixed here in counts; no clock is read."""
+    """Everything that a study does is fixed here in counts; no clock is read.
+
+    What is not given is as it suits the task (see `task_studies`), else as it stands here.
+    """
 
     lesson: Lesson = Lesson()
     rl: ReinforceConfig = ReinforceConfig()
@@ -57,6 +61,11 @@ class StudyConfig(Config):
     trial: float = Field(0.15, gt=0, le=1)
     scratch: bool = True  # whether the same is done from random weights
     workers: int = Field(2, ge=0)  # processes at once; results do not depend on it
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suited(cls, values: Any) -> Any:
+        return filled_in(values) if isinstance(values, dict) else values
 
     def with_seed(self, seed: int) -> "StudyConfig":
         lesson = self.lesson.model_copy(update={"seed": seed})
