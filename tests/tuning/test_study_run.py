@@ -17,6 +17,8 @@ def test_seeds_can_be_added_and_settings_cannot_change(model_folder: Path, tmp_p
     config = StudyRunConfig(model=model_folder, study=QUICK, seeds=1)
     first = run_study(config, tmp_path / "run", told.append)
     assert told[-1].done == told[-1].total == 1000
+    (note,) = {progress.note for progress in told if progress.note}
+    assert note.startswith("seed 0: warning: SFT has left little for RL to choose at level 1")
     second = run_study(config.model_copy(update={"seeds": 2}), tmp_path / "run")
     assert second["seeds"] == 2 and len(second["difference_by_seed"]["greedy"]) == 2
     assert second["difference_by_seed"]["greedy"][0] == first["difference_by_seed"]["greedy"][0]

@@ -28,13 +28,15 @@ from liaoyuan.tuning.stages import (
     tune_reinforced,
     tune_supervised,
 )
+from liaoyuan.tuning.start_check import look_at_start
 from liaoyuan.tuning.task_studies import filled_in
 
 WEIGHT_DECAY = 0.3  # of SFT and the controls: what few solutions teach generalises better, and stays open to RL
 
 # Shares of the whole that the parts take, for the progress line (measured).
 SHARES = {
-    "sft": 0.16,
+    "sft": 0.15,
+    "start": 0.01,
     "rl trials": 0.12,
     "rl": 0.22,
     "control trials": 0.1,
@@ -86,10 +88,11 @@ def study(
     """
     steps = _Steps(config, start, folder, report, prepare)
     sft, scratch = steps.supervised()
+    start_check = steps.looked_at(sft)
     rl = steps.reinforced(sft, scratch)
     controls = steps.controls(sft, rl)
     found = {"sft": sft, **rl, **controls}
-    result = {"stages": found, "measured": steps.measured(found)}
+    result = {"stages": found, "start": start_check, "measured": steps.measured(found)}
     write_json(folder / "study.json", result)
     return result
 
@@ -119,6 +122,14 @@ class _Steps:
         ]
         results = self._run("sft", jobs)
         return results[0], results[1] if self.config.scratch else None
+
+    def looked_at(self, sft: dict[str, Any]) -> dict[str, Any]:
+        """Say whether SFT has left RL something to choose, before minutes are spent on it."""
+        found = self._run("start", [self._job("start", look_at_start, start=sft["model"])])[0]
+        if found["finding"]:
+            done = round(1000 * (SHARES["sft"] + SHARES["start"]))
+            self.report(Progress(done, 1000, "‰", "start", note=found["finding"]))
+        return found
 
     def reinforced(self, sft: dict[str, Any], scratch: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
         """Choose RL's learning rate and run it whole; the same rate is used from random weights beside it."""

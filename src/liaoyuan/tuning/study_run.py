@@ -35,8 +35,9 @@ def run_study(
     for seed in range(config.seeds):
 
         def tell(progress: Progress, seed: int = seed) -> None:
-            done = 1000 * seed + progress.done
-            report(Progress(done, 1000 * config.seeds, progress.unit, f"seed {seed}, {progress.text}"))
+            done, text = 1000 * seed + progress.done, f"seed {seed}, {progress.text}"
+            note = f"seed {seed}: {progress.note}" if progress.note else ""
+            report(Progress(done, 1000 * config.seeds, progress.unit, text, note=note))
 
         studies.append(study(config.study.with_seed(seed), config.model, folder / f"seed-{seed}", tell, prepare))
     rl = [Path(result["stages"]["rl"]["model"]).parent for result in studies]
