@@ -21,6 +21,7 @@ from liaoyuan.tuning.stages import VALIDATION_SEED, Lesson
 from liaoyuan.tuning.validation import tuning_engine
 
 ENOUGH = 1 / 3  # share of a way's samples that are right, from which RL was seen to lead in every seed
+LONG = 0.75  # of the way from the shortest worked thought to the longest: where long thoughts begin
 RARE = 0.05  # share of the samples below which a way is too rare to count
 
 Ways = dict[str, dict[str, float]]  # "long" and "short": the `share` of samples that think so, and that is `right`
@@ -38,29 +39,29 @@ def look_at_start(folder: Path, report: Report, lesson: Lesson, start: str) -> d
             engine, tokenizer, Right(task), lesson.validation(), lesson.samples, VALIDATION_SEED, lesson.max_tokens
         )
     right = [score.is_right for score in drawn.scores]
-    found = ways(drawn.answers, right, middles(lesson))
+    found = ways(drawn.answers, right, bounds(lesson))
     finding = finding_of(found)
     return {"ways": {str(level): way for level, way in found.items()}, "finding": str(finding) if finding else ""}
 
 
-def middles(lesson: Lesson) -> dict[int, float]:
-    """Return for each level the characters between its shortest and its longest worked thought, half the way."""
+def bounds(lesson: Lesson) -> dict[int, float]:
+    """Return for each level from how many characters on a thought is a long one, by its worked solutions."""
     given = (lesson.chosen_task, lesson.levels, lesson.solutions, lesson.seed, 0, lesson.hurried)
     lengths: dict[int, list[int]] = {}
     for record in solution_records(*given):
         lengths.setdefault(record.level, []).append(len(record.messages[-1].think))
-    return {level: (min(found) + max(found)) / 2 for level, found in lengths.items()}
+    return {level: min(found) + LONG * (max(found) - min(found)) for level, found in lengths.items()}
 
 
-def ways(answers: Sequence[Rollout], right: Sequence[bool], middle: Mapping[int, float]) -> dict[int, Ways]:
-    """Return of each level how many samples think longer and shorter than the middle, and how many of each are right.
+def ways(answers: Sequence[Rollout], right: Sequence[bool], long_from: Mapping[int, float]) -> dict[int, Ways]:
+    """Return of each level which share of the samples thinks long, which short, and how many of each are right.
 
-    A thought as long as the middle is a long one.
+    long_from: see `bounds`.
     """
     found = {}
-    for level in middle:
+    for level in long_from:
         placed = [
-            (len(answer.thought) >= middle[level], is_right)
+            (len(answer.thought) >= long_from[level], is_right)
             for answer, is_right in zip(answers, right, strict=True)
             if answer.problem.level == level
         ]
