@@ -24,6 +24,8 @@ def test_seeds_can_be_added_and_settings_cannot_change(model_folder: Path, tmp_p
     assert second["difference_by_seed"]["greedy"][0] == first["difference_by_seed"]["greedy"][0]
     assert read_json(tmp_path / "run" / "summary.json") == second
     assert all((tmp_path / "run" / path).exists() for path in second["metrics"]["rl"])
+    last = run_study(config.model_copy(update={"first_seed": 1}), tmp_path / "run")
+    assert last["difference_by_seed"]["greedy"] == second["difference_by_seed"]["greedy"][1:]
     more_processes = QUICK.model_copy(update={"workers": 1})
     assert run_study(config.model_copy(update={"study": more_processes}), tmp_path / "run")["seeds"] == 1
     with pytest.raises(LiaoyuanError, match=r"study\.sft_steps = 4, not 5"):
