@@ -21,7 +21,7 @@ TASK_STUDIES: dict[str, Values] = {
     },
     "modular": {
         "sft_steps": 900,
-        "lesson": {"levels": (3, 4, 5), "solutions": 2700, "problems": 1000},
+        "lesson": {"levels": (3, 4, 5), "solutions": 2700, "hurried": 0.6, "problems": 1000},
         "rl": {"levels": (3, 4, 5), **_SHORT},
         "scratch": False,
     },
