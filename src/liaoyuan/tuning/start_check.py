@@ -22,7 +22,7 @@ from liaoyuan.tuning.validation import tuning_engine
 
 ENOUGH = 1 / 3  # share of a way's samples that are right, from which RL was seen to lead in every seed
 LONG = 0.75  # of the way from the shortest worked thought to the longest: where long thoughts begin
-RARE = 0.05  # share of the samples below which a way is too rare to count
+RARE = 0.02  # share of the samples below which a way is too rare to count
 
 Ways = dict[str, dict[str, float]]  # "long" and "short": the `share` of samples that think so, and that is `right`
 
