@@ -17,11 +17,15 @@ def test_seeds_can_be_added_and_settings_cannot_change(model_folder: Path, tmp_p
     config = StudyRunConfig(model=model_folder, study=QUICK, seeds=1)
     first = run_study(config, tmp_path / "run", told.append)
     assert told[-1].done == told[-1].total == 1000
+    (note,) = {progress.note for progress in told if progress.note}
+    assert note.startswith("seed 0: warning: SFT has left little for RL to choose at level 1")
     second = run_study(config.model_copy(update={"seeds": 2}), tmp_path / "run")
     assert second["seeds"] == 2 and len(second["difference_by_seed"]["greedy"]) == 2
     assert second["difference_by_seed"]["greedy"][0] == first["difference_by_seed"]["greedy"][0]
     assert read_json(tmp_path / "run" / "summary.json") == second
     assert all((tmp_path / "run" / path).exists() for path in second["metrics"]["rl"])
+    last = run_study(config.model_copy(update={"first_seed": 1}), tmp_path / "run")
+    assert last["difference_by_seed"]["greedy"] == second["difference_by_seed"]["greedy"][1:]
     more_processes = QUICK.model_copy(update={"workers": 1})
     assert run_study(config.model_copy(update={"study": more_processes}), tmp_path / "run")["seeds"] == 1
     with pytest.raises(LiaoyuanError, match=r"study\.sft_steps = 4, not 5"):

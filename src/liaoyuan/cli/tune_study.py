@@ -12,7 +12,9 @@ LEVELS = ("study.lesson.levels", "study.rl.levels")  # what --levels sets
 def study(
     model: Annotated[Path, typer.Option(help="Folder of the model to begin with, with its tokenizer.")],
     task: Annotated[str | None, typer.Option(help="Task that is taught and measured; else addition.")] = None,
-    levels: Annotated[str | None, typer.Option(help="Levels of difficulty: '2-4', or '3'; else 2-4.")] = None,
+    levels: Annotated[
+        str | None, typer.Option(help="Levels of difficulty: '2-4', or '3'; else those that suit the task.")
+    ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Repeat it all with other worked solutions and draws; else 3 times.")
     ] = None,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from liaoyuan.config import Config
 from liaoyuan.rundir import Progress, Report, silent, write_json
@@ -28,12 +28,15 @@ from liaoyuan.tuning.stages import (
     tune_reinforced,
     tune_supervised,
 )
+from liaoyuan.tuning.start_check import look_at_start
+from liaoyuan.tuning.task_studies import filled_in
 
 WEIGHT_DECAY = 0.3  # of SFT and the controls: what few solutions teach generalises better, and stays open to RL
 
 # Shares of the whole that the parts take, for the progress line (measured).
 SHARES = {
-    "sft": 0.16,
+    "sft": 0.15,
+    "start": 0.01,
     "rl trials": 0.12,
     "rl": 0.22,
     "control trials": 0.1,
@@ -44,7 +47,10 @@ SHARES = {
 
 
 class StudyConfig(Config):
-    """Everything that a study does is fixed here in counts; no clock is read."""
+    """Everything that a study does is fixed here in counts; no clock is read.
+
+    What is not given is as it suits the task (see `task_studies`), else as it stands here.
+    """
 
     lesson: Lesson = Lesson()
     rl: ReinforceConfig = ReinforceConfig()
@@ -57,6 +63,11 @@ class StudyConfig(Config):
     trial: float = Field(0.15, gt=0, le=1)
     scratch: bool = True  # whether the same is done from random weights
     workers: int = Field(2, ge=0)  # processes at once; results do not depend on it
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suited(cls, values: Any) -> Any:
+        return filled_in(values) if isinstance(values, dict) else values
 
     def with_seed(self, seed: int) -> "StudyConfig":
         lesson = self.lesson.model_copy(update={"seed": seed})
@@ -77,10 +88,11 @@ def study(
     """
     steps = _Steps(config, start, folder, report, prepare)
     sft, scratch = steps.supervised()
+    start_check = steps.looked_at(sft)
     rl = steps.reinforced(sft, scratch)
     controls = steps.controls(sft, rl)
     found = {"sft": sft, **rl, **controls}
-    result = {"stages": found, "measured": steps.measured(found)}
+    result = {"stages": found, "start": start_check, "measured": steps.measured(found)}
     write_json(folder / "study.json", result)
     return result
 
@@ -110,6 +122,14 @@ class _Steps:
         ]
         results = self._run("sft", jobs)
         return results[0], results[1] if self.config.scratch else None
+
+    def looked_at(self, sft: dict[str, Any]) -> dict[str, Any]:
+        """Say whether SFT has left RL something to choose, before minutes are spent on it."""
+        found = self._run("start", [self._job("start", look_at_start, start=sft["model"])])[0]
+        if found["finding"]:
+            done = round(1000 * (SHARES["sft"] + SHARES["start"]))
+            self.report(Progress(done, 1000, "‰", "start", note=found["finding"]))
+        return found
 
     def reinforced(self, sft: dict[str, Any], scratch: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
         """Choose RL's learning rate and run it whole; the same rate is used from random weights beside it."""

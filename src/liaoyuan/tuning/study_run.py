@@ -11,15 +11,16 @@ from liaoyuan.rundir import Progress, Report, remember, silent, write_json
 from liaoyuan.tuning.study import StudyConfig, study
 from liaoyuan.tuning.summary import summarise
 
-FREE = ("seeds", "study.workers")  # on these the result of a seed does not depend
+FREE = ("seeds", "first_seed", "study.workers")  # on these the result of a seed does not depend
 
 
 class StudyRunConfig(Config):
-    """`model` to begin with, what a study does, and with how many seeds."""
+    """`model` to begin with, what a study does, and with how many seeds, the first of which is `first_seed`."""
 
     model: Path
     study: StudyConfig = StudyConfig()
     seeds: int = Field(3, gt=0)
+    first_seed: int = Field(0, ge=0)
 
 
 def run_study(
@@ -32,11 +33,12 @@ def run_study(
     """
     remember(config, folder, has_begun=True, free=FREE)
     studies = []
-    for seed in range(config.seeds):
+    for seed in range(config.first_seed, config.first_seed + config.seeds):
 
         def tell(progress: Progress, seed: int = seed) -> None:
-            done = 1000 * seed + progress.done
-            report(Progress(done, 1000 * config.seeds, progress.unit, f"seed {seed}, {progress.text}"))
+            done, text = 1000 * (seed - config.first_seed) + progress.done, f"seed {seed}, {progress.text}"
+            note = f"seed {seed}: {progress.note}" if progress.note else ""
+            report(Progress(done, 1000 * config.seeds, progress.unit, text, note=note))
 
         studies.append(study(config.study.with_seed(seed), config.model, folder / f"seed-{seed}", tell, prepare))
     rl = [Path(result["stages"]["rl"]["model"]).parent for result in studies]
