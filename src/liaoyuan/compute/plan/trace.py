@@ -113,9 +113,11 @@ class Recorder:
     def finish(self) -> Trace:
         """Return the trace, with what was held at its peak told by who made it, largest first."""
         live: Counter[int] = Counter()
+        total = 0
         for block, by in self._changes:
             live[block.number] += by
-            if live.total() == self.trace.peak:
+            total += by
+            if total == self.trace.peak:
                 break
         made = {block.number: block.call for block, _ in self._changes}
         parts: dict[tuple[str, str, Phase], list[int]] = {}
