@@ -106,7 +106,9 @@ class Watch(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if node is not None:
             self._phase = "backward"
-        elif self._phase == "backward" and not self._running:
+        elif self._running:
+            self._phase = "forward"
+        elif self._phase == "backward":
             self._phase = "update"
         if self._phase == "update":
             return ""

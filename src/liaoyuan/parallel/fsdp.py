@@ -31,7 +31,7 @@ def apply_fsdp(stage: nn.Module, model: Decoder, mesh: Mesh) -> Reduction | None
     """
     double = next(model.parameters()).dtype is torch.float64
     # Replicas add up what was reduced at once: it must be there, and wide.
-    reduction = Reduction(mesh.layout.overlap) if reduces_by_exchange(mesh.layout, mesh.dense.device_type) else None
+    reduction = Reduction(mesh.layout.overlap) if reduces_by_exchange(mesh.layout, mesh.device.type) else None
     policy = MixedPrecisionPolicy(reduce_dtype=None if double or reduction else torch.float32)
     dense = _replicated(mesh.dense, "dp", "shard")
     units: list[tuple[nn.Module, DeviceMesh]] = [

@@ -24,6 +24,7 @@ class Mesh:
     tokens: DeviceMesh
     experts: DeviceMesh
     stage: ProcessGroup  # those who hold the same stages of the pipeline
+    device: Device  # of each process
 
     def group(self, axis: str) -> ProcessGroup:
         """Return the process group of this process along an axis of `tokens`, or along "ep"."""
@@ -65,4 +66,4 @@ def build_mesh(layout: Layout, device: Device) -> Mesh:
         mesh_dim_names=("pp", "dp", "expert_shard", "ep"),
     )
     stage = dense["dp", "shard", "tp"]._flatten("stage").get_group()
-    return Mesh(layout, dense, tokens, experts, stage)
+    return Mesh(layout, dense, tokens, experts, stage, device)

@@ -300,11 +300,12 @@ def take_part(own: Tensor, whole: Tensor) -> None:
     local(own.detach()).copy_(whole)
 
 
-def lay_out(model: Decoder, layout: Layout, world: World) -> Program:
+def lay_out(model: Decoder, layout: Layout, world: World, hollow: bool = False) -> Program:
     """Lay out `model` (the same weights in every process) over the processes of `world`; it is taken apart.
 
     A model on the meta device gets memory on the world's device for this process's part alone: its weights hold
-    nothing yet, to be filled by `Program.initialise` or `checkpoint.load_weights`.
+    nothing yet, to be filled by `Program.initialise` or `checkpoint.load_weights`. With `hollow` it gets none, and
+    whoever asked for that does it (`give_memory`).
 
     `world` must know the layout (`World.arrange`). One process: nothing but recomputation and compiling is done.
     """
@@ -318,7 +319,7 @@ def lay_out(model: Decoder, layout: Layout, world: World) -> Program:
         _apply(program, model, model, world.mesh)
     else:
         program = _lay_out_stages(model, world.mesh)
-    if is_meta:
+    if is_meta and not hollow:
         give_memory(program, world.device.torch)
     return program
 

@@ -110,31 +110,56 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, mesh: Mesh | None) -> None:
         super().__init__()
         self.traffic: Traffic = {}
-        self.mesh, self.axes = mesh, _axes_by_group(mesh) if mesh else {}
+        self._known = Collectives(mesh)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if func.namespace in ("c10d", "_c10d_functional") and name not in SILENT:
-            self._count(name, args)
+        if found := self._known.of(func, args):
+            key = found.axis, found.kind
+            self.traffic[key] = self.traffic.get(key, Sent()) + Sent(1, found.bytes)
         return func(*args, **(kwargs or {}))
 
-    def _count(self, name: str, args: Sequence[Any]) -> None:
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective in which a process takes part: along which axis, of which kind, and the bytes that it sends."""
+
+    axis: str
+    kind: str
+    ranks: tuple[int, ...]  # of the world
+    bytes: int
+
+
+class Collectives:
+    """Tells what an operator's call exchanges between the processes of a mesh (None: of no layout)."""
+
+    def __init__(self, mesh: Mesh | None) -> None:
+        self.mesh, self._axes = mesh, _axes_by_group(mesh) if mesh else {}
+
+    def of(self, func: Any, args: Sequence[Any]) -> Collective | None:
+        """Return what this call exchanges, None if it is no collective or one of a group of one process.
+
+        Raises:
+            NotImplementedError: it is a collective whose bytes are not known.
+        """
+        name = func.overloadpacket.__name__
+        if func.namespace not in ("c10d", "_c10d_functional") or name in SILENT:
+            return None
         if name not in COLLECTIVES:
             raise NotImplementedError(f"the collective {name} is not among those whose bytes are known")
         group = _group(args)
-        if group.size() > 1:
-            collective, place = COLLECTIVES[name]
-            given = _tensors(args[place])
-            sent = _sent(collective, given, group, args)
-            counts = collective == "all-to-all" and given[0].dtype is torch.int64
-            axis = self._axis(group, collective, flat=given[0].ndim == 1 and not counts)
-            key = axis, COUNTS if counts else collective
-            self.traffic[key] = self.traffic.get(key, Sent()) + Sent(1, sent)
+        if group.size() == 1:
+            return None
+        kind, place = COLLECTIVES[name]
+        given = _tensors(args[place])
+        counts = kind == "all-to-all" and given[0].dtype is torch.int64
+        axis = self._axis(group, kind, flat=given[0].ndim == 1 and not counts)
+        ranks = tuple(dist.get_process_group_ranks(group))
+        return Collective(axis, COUNTS if counts else kind, ranks, _sent(kind, given, group, args))
 
-    def _axis(self, group: ProcessGroup, collective: str, flat: bool) -> str:
-        axes = self.axes.get(group.group_name, [])
-        by_form = collective in ("all-gather", "reduce-scatter") or (collective == "all-to-all" and flat)
-        users = GATHERERS[flat] if by_form else USERS[collective]
+    def _axis(self, group: ProcessGroup, kind: str, flat: bool) -> str:
+        axes = self._axes.get(group.group_name, [])
+        by_form = kind in ("all-gather", "reduce-scatter") or (kind == "all-to-all" and flat)
+        users = GATHERERS[flat] if by_form else USERS[kind]
         others = [] if group is dist.group.WORLD else axes
         found = next((axis for axis in (*users, *others) if axis in axes), "world")
         return common_name(self.mesh.layout, found) if self.mesh else found

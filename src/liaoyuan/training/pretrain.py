@@ -98,11 +98,16 @@ def pretrain(config: PretrainConfig, folder: Path, report: Report = silent, worl
 
 def model_config(shape: ShapeConfig, tokenizer: Tokenizer, device: Device) -> ModelConfig:
     """Return the config of the model to train, with the tokenizer's vocabulary and end tokens."""
+    return shaped(shape, tokenizer.vocab_size, tokenizer.eos_ids[0] if tokenizer.eos_ids else None, device)
+
+
+def shaped(shape: ShapeConfig, vocab_size: int, eos: int | None, device: Device) -> ModelConfig:
+    """Return the config of the model to train, of text with so many different tokens that ends with `eos`."""
     if shape.weights:
         config = read_config(shape.weights)
-        if config.vocab_size < tokenizer.vocab_size:
+        if config.vocab_size < vocab_size:
             raise LiaoyuanError(
-                f"The corpus was tokenised with {tokenizer.vocab_size} tokens, but {shape.weights} knows only "
+                f"The corpus was tokenised with {vocab_size} tokens, but {shape.weights} knows only "
                 f"{config.vocab_size}: prepare the corpus with the tokenizer of that model (data key 'tokenizer')."
             )
         return config if shape.dtype == "auto" else replace(config, dtype=shape.dtype)
@@ -112,8 +117,8 @@ def model_config(shape: ShapeConfig, tokenizer: Tokenizer, device: Device) -> Mo
             f"model.num_experts is set, but a model of model_type '{shape.model_type}' has no experts here: "
             'set model.model_type = "qwen3_moe".'
         )
-    values["vocab_size"] = tokenizer.vocab_size
-    values["eos_token_id"] = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
+    values["vocab_size"] = vocab_size
+    values["eos_token_id"] = eos
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
     values["dtype"] = dtypes[device.default_dtype] if shape.dtype == "auto" else shape.dtype
     return config_from_dict(values, "the section [model]")

@@ -1,0 +1,109 @@
+"""`liaoyuan plan`: what a run would hold, compute and send on so many processes, before any of them exists."""
+
+import json as json_format
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from liaoyuan.errors import LiaoyuanError, nearest
+
+if TYPE_CHECKING:
+    from liaoyuan.compute.plan import Footprint, Job
+
+CONTEXT = ("ulysses", "ring")
+SHOWN = 6  # parts of the memory at the peak
+
+
+def plan(
+    run_file: Annotated[Path | None, typer.Argument(help="TOML file, as `liaoyuan train` takes it.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.microbatches=8.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="How many processes (cards) it would run on.")] = 1,
+    layout: Annotated[str | None, typer.Option(help="In place of [layout]: 'tp=8,pp=16,schedule=1f1b'.")] = None,
+    device: Annotated[str, typer.Option(help="Kind of device that it would run on.")] = "cuda",
+    vocab: Annotated[int | None, typer.Option(min=1, help="Tokens known, if there is no corpus yet.")] = None,
+    rank: Annotated[list[int] | None, typer.Option(help="Process to look at (default: first and last stage).")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Dry-run a training job: memory of a process, what fills it, its matrix products, and what it sends."""
+    from liaoyuan.compute.plan import footprints
+    from liaoyuan.parallel.layout import resolve
+
+    job = _job(run_file, set_, processes, layout, device, vocab)
+    if bad := [number for number in rank or [] if number >= processes]:
+        raise LiaoyuanError(f"There is no process {bad[0]}: they are numbered 0 to {processes - 1}.")
+    found = footprints(job, tuple(rank) if rank else None)
+    if json:
+        print(json_format.dumps({"processes": processes, "footprints": [asdict(one) for one in found]}, indent=2))
+        return
+    resolved = resolve(job.layout, processes, job.shape)
+    print(
+        f"{job.model.num_parameters():,} weights over {processes:,} processes, {resolved.describe()}, "
+        f"{job.train.batch_tokens:,} tokens a step"
+    )
+    for one in found:
+        print(_told(one))
+    print("Memory is that of tensors: workspaces of kernels, collectives' own buffers and fragmentation come on top.")
+
+
+def parse_layout(text: str) -> dict[str, Any]:
+    """Return the keys of `[layout]` that a text like 'tp=8,ring=2,recompute=full' sets.
+
+    Raises:
+        LiaoyuanError: a part is no KEY=VALUE, or the key is unknown.
+    """
+    from liaoyuan.parallel import Layout
+
+    values: dict[str, Any] = {}
+    for part in text.replace(" ", "").split(","):
+        key, equals, value = part.partition("=")
+        known = [*(key for key in Layout.model_fields if key != "cp"), *CONTEXT]
+        if not equals or not value:
+            raise LiaoyuanError(f"--layout: '{part}' must look like tp=8.")
+        if key not in known:
+            raise LiaoyuanError(f"--layout: there is no axis or setting '{key}'{nearest(key, known) or '.'}")
+        if key in CONTEXT:
+            values.setdefault("cp", {})[key] = value
+        else:
+            values[key] = value
+    return values
+
+
+def _job(
+    run_file: Path | None, set_: list[str] | None, processes: int, layout: str | None, device: str, vocab: int | None
+) -> "Job":
+    from liaoyuan import config as configuration
+    from liaoyuan.compute.plan import Job
+    from liaoyuan.compute.plan.dry_run import Planned
+    from liaoyuan.data import load_corpus
+    from liaoyuan.parallel import Layout
+    from liaoyuan.training.pretrain import PretrainConfig, shaped
+
+    config = configuration.load(PretrainConfig, run_file, ["corpus=.", *(set_ or [])] if not run_file else set_ or [])
+    tokens = vocab or load_corpus(config.corpus).tokenizer().vocab_size
+    chosen = configuration.parse(Layout, parse_layout(layout), "--layout") if layout else config.layout
+    model = shaped(config.model, tokens, None, Planned(device))
+    return Job(model, chosen, processes, config.sequence_length, config.train, device)
+
+
+def _told(one: "Footprint") -> str:
+    lines = [
+        f"\nProcess {one.rank:,}: peak {_size(one.peak)}, of which {_size(one.lasting)} between steps; "
+        f"{one.flops / 1e12:,.1f} TFLOP a step"
+    ]
+    for part in one.held[:SHOWN]:
+        lines.append(f"  {_size(part.bytes):>12}  {part.module or 'the model'}: {part.operator} ({part.phase})")
+    for name, (calls, sent) in sorted(one.sent.items(), key=lambda item: -item[1][1]):
+        lines.append(f"  {_size(sent):>12}  sent, {name} in {calls:,} calls")
+    return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
+        count /= 1024
+    raise AssertionError

@@ -1,0 +1,59 @@
+"""What a step of a job costs each kind of its processes: memory, products and bytes sent, from dry runs.
+
+Processes differ by their place in the pipeline alone: its first and last hold the embedding and the head, and hold
+more microbatches the earlier they stand. One of each such kind is run dry.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+from liaoyuan.compute.plan.apart import apart
+from liaoyuan.compute.plan.dry_run import Job, dry_run
+from liaoyuan.compute.plan.trace import Held
+from liaoyuan.ops.watch import Phase
+from liaoyuan.parallel.layout import resolve
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of process `rank` in a step.
+
+    peak: bytes of tensors at most, of which `lasting` are held between steps; `held` says what they are, largest first.
+    flops: of matrix products. sent: by axis and collective, how many calls and bytes.
+    """
+
+    rank: int
+    peak: int
+    lasting: int
+    flops: int
+    sent: dict[str, tuple[int, int]]
+    held: tuple[Held, ...]
+
+
+def footprints(job: Job, ranks: tuple[int, ...] | None = None) -> list[Footprint]:
+    """Return the footprints of the processes `ranks`; None: of the first and the last of the pipeline.
+
+    Raises:
+        LiaoyuanError: the layout does not fit the job.
+    """
+    layout = resolve(job.layout, job.processes, job.shape)
+    stage = job.processes // layout.pp
+    chosen = ranks or tuple(dict.fromkeys((0, stage * (layout.pp - 1))))
+    return [apart(_footprint, job, rank) for rank in chosen]
+
+
+def _footprint(job: Job, rank: int) -> Footprint:
+    trace = dry_run(job, rank)
+    sent = {f"{axis}: {kind}": value for (axis, kind), value in sorted(trace.traffic().items())}
+    return Footprint(rank, trace.peak, trace.before, trace.flops, sent, tuple(_alike(trace.held)))
+
+
+def _alike(held: list[Held]) -> list[Held]:
+    """Return what is held with the layers added up, largest first."""
+    sums: dict[tuple[str, str, Phase], Held] = {}
+    for one in held:
+        module = re.sub(r"\blayers\.\d+", "layers.*", one.module)
+        key = module, one.operator, one.phase
+        before = sums.get(key, Held(*key, 0, 0))
+        sums[key] = replace(before, bytes=before.bytes + one.bytes, tensors=before.tensors + one.tensors)
+    return sorted(sums.values(), key=lambda part: -part.bytes)

@@ -1,0 +1,239 @@
+"""What one process of a training program does in a step, call by call, and the memory that it holds meanwhile.
+
+A `Recorder` stands below DTensor and sees what this process computes: its own parts of weights, gathered ones, and
+every collective, backward passes and the optimiser included. It records real runs and hollow ones alike, so that a
+prediction and a measurement are made by the same lines.
+"""
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from liaoyuan.ops.cost import cost_of, group_of
+from liaoyuan.ops.watch import Call, Phase, Watch, tensors_in
+from liaoyuan.parallel import Program
+from liaoyuan.parallel.traffic import Collective, Collectives
+
+IGNORED = ("prim.", "profiler.")  # questions and marks, which do nothing
+
+
+@dataclass(frozen=True)
+class Event:
+    """One call of an operator by the process.
+
+    reads, writes: numbers of the memory blocks that it reads and writes, which order what depends on what.
+    shapes: of its tensors, inputs first. flops: of matrix products. traffic: bytes read and written.
+    live: bytes of tensors that the process holds after it.
+    """
+
+    operator: str
+    module: str
+    phase: Phase
+    group: str
+    dtype: torch.dtype
+    flops: int
+    traffic: int
+    shapes: tuple[tuple[int, ...], ...]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    live: int
+    collective: Collective | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """Memory at the peak: bytes of the tensors that one module's operator made in one phase."""
+
+    module: str
+    operator: str
+    phase: Phase
+    bytes: int
+    tensors: int
+
+
+@dataclass
+class Trace:
+    """The calls of a step in order; `before` bytes were held when it began, `peak` at most, by `held` then."""
+
+    events: list[Event] = field(default_factory=list)
+    before: int = 0
+    peak: int = 0
+    held: list[Held] = field(default_factory=list)
+
+    @property
+    def flops(self) -> int:
+        return sum(event.flops for event in self.events)
+
+    def traffic(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """Return by axis and collective the number of calls and the bytes that the process sends."""
+        calls: Counter[tuple[str, str]] = Counter()
+        sent: Counter[tuple[str, str]] = Counter()
+        for collective in (event.collective for event in self.events):
+            if collective:
+                calls[collective.axis, collective.kind] += 1
+                sent[collective.axis, collective.kind] += collective.bytes
+        return {key: (calls[key], sent[key]) for key in calls}
+
+
+class Recorder:
+    """Records what a program, which has its memory already, does inside `with recorder:`; `restart` begins anew."""
+
+    def __init__(self, program: Program) -> None:
+        self.trace = Trace()
+        self._collectives = Collectives(program.mesh)
+        self._blocks: dict[int, _Block] = {}  # by the identity of their storage
+        self._count = 0
+        self._live = 0
+        self._mode = _BelowDTensor(program, self._take)
+        self._changes: list[tuple[_Block, int]] = []  # of memory since the trace began: a block, and by how much
+
+    def __enter__(self) -> "Recorder":
+        self._resized = _resizing(self._resize)
+        self._resized.__enter__()
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._mode.__exit__(*error)
+        self._resized.__exit__(*error)
+
+    def restart(self) -> None:
+        """Begin a new trace, with what is held now."""
+        self.trace = Trace(before=self._live, peak=self._live)
+        self._changes = [(block, block.bytes) for block in self._blocks.values()]
+
+    def finish(self) -> Trace:
+        """Return the trace, with what was held at its peak told by who made it, largest first."""
+        live: Counter[int] = Counter()
+        total = 0
+        for block, by in self._changes:
+            live[block.number] += by
+            total += by
+            if total == self.trace.peak:
+                break
+        made = {block.number: block.call for block, _ in self._changes}
+        parts: dict[tuple[str, str, Phase], list[int]] = {}
+        for number, size in live.items():
+            if size:
+                parts.setdefault(made[number], []).append(size)
+        held = [Held(*maker, sum(sizes), len(sizes)) for maker, sizes in parts.items()]
+        self.trace.held = sorted(held, key=lambda part: -part.bytes)
+        return self.trace
+
+    def _take(self, call: Call, compute: Callable[[], Any]) -> Any:
+        out = compute()
+        if call.operator.startswith(IGNORED):
+            return out
+        given = list(tensors_in((call.inputs, tuple(call.named_inputs.values()))))
+        made = list(tensors_in(out if isinstance(out, Tensor | list | tuple) else ()))
+        reads = tuple(dict.fromkeys(self._number(x, call) for x in given))
+        writes = tuple(dict.fromkeys(self._number(x, call) for x in [*made, *_changed(call)]))
+        group = group_of(call.operator, call.function)
+        if group == "views":
+            return out
+        cost = cost_of(call, out)
+        shapes = tuple(tuple(x.shape) for x in [*given, *made])
+        self.trace.events.append(
+            Event(
+                call.operator,
+                call.module,
+                call.phase,
+                group,
+                cost.dtype,
+                cost.flops,
+                cost.traffic,
+                shapes,
+                reads,
+                writes,
+                self._live,
+                self._collectives.of(call.function, call.inputs),
+            )
+        )
+        return out
+
+    def _number(self, x: Tensor, call: Call) -> int:
+        """Return the number of a tensor's memory block, which is counted as held from when it is first seen."""
+        storage = x.untyped_storage()
+        known = self._blocks.get(id(storage))
+        if known is None:
+            self._count += 1
+            known = self._blocks[id(storage)] = _Block(self._count, 0, (call.module, call.operator, call.phase))
+            weakref.finalize(storage, self._free, id(storage)).atexit = False
+            self._grow(known, storage.nbytes())
+        return known.number
+
+    def _grow(self, block: "_Block", by: int) -> None:
+        block.bytes += by
+        self._live += by
+        self._changes.append((block, by))
+        if self._live > self.trace.peak:
+            self.trace.peak = self._live
+
+    def _free(self, key: int) -> None:
+        block = self._blocks.pop(key)
+        self._grow(block, -block.bytes)
+
+    def _resize(self, storage: Any, size: int) -> None:
+        if known := self._blocks.get(id(storage)):
+            self._grow(known, size - known.bytes)
+
+
+@dataclass
+class _Block:
+    number: int
+    bytes: int
+    call: tuple[str, str, Phase]  # module, operator and phase of the call that was the first to have it
+
+
+class _BelowDTensor(Watch):
+    """Watches what a process computes with its own parts of tensors, in all stages of a program that it holds."""
+
+    def __init__(self, program: Program, around: Callable[..., Any]) -> None:
+        super().__init__(torch.nn.ModuleList(program.models) if len(program.models) > 1 else program.models[0], around)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _changed(call: Call) -> Iterator[Tensor]:
+    """Yield the tensors that a call changes in place."""
+    for value, argument in zip(call.inputs, _arguments(call.function), strict=False):
+        if argument:
+            yield from tensors_in(value)
+
+
+@functools.cache
+def _arguments(function: Any) -> tuple[bool, ...]:
+    """Return of each argument of an operator whether it is changed."""
+    schema = getattr(function, "_schema", None)
+    if schema is None:
+        return ()
+    return tuple(bool(argument.alias_info and argument.alias_info.is_write) for argument in schema.arguments)
+
+
+@contextmanager
+def _resizing(tell: Callable[[Any, int], None]) -> Iterator[None]:
+    """Hear of memory that is given back and taken again in place, as FSDP does with gathered weights."""
+    real = torch.UntypedStorage.resize_
+
+    def resize(storage: Any, size: int) -> Any:
+        tell(storage, int(size))
+        return real(storage, size)
+
+    torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = real  # type: ignore[method-assign]

@@ -1,0 +1,76 @@
+"""`liaoyuan plan` answers before anything exists, and says what is wrong with a job that cannot be."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from liaoyuan.cli.main import app
+from liaoyuan.cli.plan import parse_layout
+from liaoyuan.errors import LiaoyuanError
+
+RUN = """
+corpus = "nowhere"
+sequence_length = 64
+[model]
+hidden_size = 64
+intermediate_size = 96
+num_hidden_layers = 4
+[train]
+steps = 10
+batch_tokens = 131072
+microbatches = 4
+[layout]
+tp = 2
+pp = 2
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    (tmp_path / "run.toml").write_text(RUN, encoding="utf-8")
+    return tmp_path / "run.toml"
+
+
+def plan(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
+
+
+def test_a_thousand_processes_are_planned_by_one(run_file: Path) -> None:
+    found = json.loads(plan(run_file, "--processes", 1024, "--vocab", 512, "--json").stdout)
+    first, last = found["footprints"]
+    assert (first["rank"], last["rank"]) == (0, 512)
+    assert 0 < first["lasting"] < first["peak"] and first["flops"] > 0
+    assert sum(part["bytes"] for part in first["held"]) == first["peak"]
+    stream = 4 * 128 * 64 * 2 // 2  # bytes: 4 microbatches of 2 rows, bf16, cut over the two processes of tp
+    assert stream <= first["sent"]["pp: send"][1] < stream + 200  # and a word on shapes
+
+
+def test_what_is_told_names_layers_once(run_file: Path) -> None:
+    text = plan(run_file, "--processes", 8, "--vocab", 512, "--rank", 0, "--set", "train.batch_tokens=4096").stdout
+    assert "pp 2 x fsdp 2 x tp 2" in text and "Process 0: peak" in text and "layers.*.mlp" in text
+    assert "sent, tp: all-gather" in text and "layers.0" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--layout", "tp"], "must look like tp=8"),
+        (["--layout", "tq=2"], "did you mean 'tp'"),
+        (["--layout", "tp=3"], "nearest layout that fits"),
+        (["--rank", "8"], "numbered 0 to 7"),
+    ],
+)
+def test_what_cannot_be_is_told(run_file: Path, arguments: list[str], said: str) -> None:
+    with pytest.raises(LiaoyuanError, match=said):
+        app(["plan", str(run_file), "--processes", "8", "--vocab", "512", *arguments], standalone_mode=False)
+
+
+def test_without_a_corpus_the_vocabulary_must_be_given(run_file: Path) -> None:
+    with pytest.raises(LiaoyuanError, match="liaoyuan data"):
+        app(["plan", str(run_file)], standalone_mode=False)
+
+
+def test_axes_of_context_parallel_are_named_plainly() -> None:
+    assert parse_layout("tp=2, ring=4") == {"tp": "2", "cp": {"ring": "4"}}
