@@ -1,7 +1,7 @@
 """Files of examples in the layouts that people have, row by row recognised by their fields and made into records.
 
 `Examples` goes through a file and keeps count: which layouts it has, which rows are bad and why, what was left out.
-JSON lines and JSON, compressed if the name ends with `.zst`.
+JSON lines and JSON, compressed if the name ends with `.zst`, and Parquet.
 """
 
 import json
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from liaoyuan.data.fields import Fields, RowError, shown
 from liaoyuan.data.layouts import CONVERSATIONS, INSTRUCTIONS, PREFERENCES, Layout
+from liaoyuan.data.parquet import read_parquet
 from liaoyuan.data.problem_layouts import PROBLEMS
 from liaoyuan.data.records import Message, Record, read_lines
 from liaoyuan.errors import LiaoyuanError, nearest
@@ -168,10 +169,10 @@ def read_rows(path: Path, at: Callable[[int], None] | None = None) -> Iterator[t
     Raises:
         LiaoyuanError: the file is missing, torn, not UTF-8, or of a kind that is not read.
     """
-    name = path.name.removesuffix(".zst")
-    if name.endswith(".parquet"):
-        raise LiaoyuanError(f"{path}: Parquet is not read here. Write it as JSON lines first, one object a line.")
-    if name.endswith(".json"):
+    if path.suffix == ".parquet":
+        yield from read_parquet(path, at)
+        return
+    if path.name.removesuffix(".zst").endswith(".json"):
         text = "".join(line for _, line in read_lines(path, at))
         if text.lstrip("\ufeff \t\r\n").startswith("["):
             yield from _array(text)
