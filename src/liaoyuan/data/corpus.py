@@ -30,7 +30,7 @@ from liaoyuan.rundir import Progress, Report, atomic_folder, read_json, silent, 
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, Split] = ("train", "held_out")
-ENCODED_AT_ONCE = 4_000_000  # bytes handed to the library's threads together: enough for all cores, little memory
+ENCODED_AT_ONCE = 2_000_000  # bytes handed to the library's threads together: enough for all cores, little memory
 
 
 class CorpusConfig(Config):
