@@ -1,6 +1,7 @@
 """Files in the layouts that people have become records; what is dropped is counted, and named by its line."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,32 @@ def test_a_file_with_nothing_of_use_is_refused_even_so(tmp_path: Path) -> None:
     path.write_text("{}\n" * 3)
     with pytest.raises(LiaoyuanError, match=r"no usable line of 3: line 1: .*3 such lines"):
         read_examples(path, skip_bad=True)
-    with pytest.raises(LiaoyuanError, match="Parquet"):
+
+
+def test_parquet_gives_the_records_of_the_same_rows_as_json(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]}
+    asked = {"role": "user", "content": "天气?"}
+    rows: list[dict[str, Any]] = [
+        {"messages": [asked, call, {"role": "tool", "content": "rain"}, {"role": "assistant", "content": "Rain."}]},
+        {"messages": [asked, {"role": "assistant", "content": "I do not know.", "reasoning_content": "Who does?"}]},
+        {"messages": [asked]},
+    ] * 700
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    expected, found = (read_examples(tmp_path / f"rows.{kind}", skip_bad=True) for kind in ("jsonl", "parquet"))
+    assert found[0] == expected[0] and found[1].to_dict() == expected[1].to_dict()
+    assert len(found[0]) == 1400 and found[1].bad_rows == 700
+    (tmp_path / "torn.parquet").write_bytes((tmp_path / "rows.parquet").read_bytes()[:-9])
+    for name, reason in (("torn", "is torn or no Parquet"), ("missing", "does not exist")):
+        with pytest.raises(LiaoyuanError, match=reason):
+            read_examples(tmp_path / f"{name}.parquet")
+
+
+def test_parquet_without_pyarrow_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(LiaoyuanError, match=r"pip install 'liaoyuan\[parquet\]'.*or write the file as JSON lines"):
         read_examples(tmp_path / "examples.parquet")
 
 

@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from liaoyuan.data import Message, Record, Tokenizer, conversations, segments, tokenise, train_tokenizer
 from liaoyuan.data.chat import Renderer
+from liaoyuan.data.records import ToolCall
 from liaoyuan.errors import LiaoyuanError
 
 from .chat_templates import CHATML, FAMILIES, Family, family_tokenizer
@@ -53,6 +54,36 @@ def answer_of(name: str, message: Message, is_last: bool) -> str | None:
     if name == "Qwen" and message.think:
         return f"<think>\n{message.think}\n</think>\n\n{message.content}" if is_last else None
     return " " * (name == "Mistral") + message.content
+
+
+JSON = st.recursive(
+    st.one_of(ANY, st.integers(), st.booleans(), st.none(), st.just('quo"te')),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(ANY, inner, max_size=2)),
+    max_leaves=4,
+)
+TOOLS = st.lists(
+    st.builds(
+        lambda name, told: {"type": "function", "function": {"name": name, "description": told}}, st.text("fg"), ANY
+    ),
+    max_size=2,
+)
+
+
+@st.composite
+def calling_talks(draw: st.DrawFn) -> Record:
+    """A conversation in which functions are called, with whatever JSON allows as names and arguments."""
+    messages = [Message(role="user", content=draw(ANY))]
+    for weight in (0.25, 0.5):
+        names = draw(st.lists(st.sampled_from(["f", "搜索", 'g"', "<|end|>"]), min_size=1, max_size=2))
+        arguments = st.dictionaries(ANY, JSON, max_size=2)
+        calls = tuple(
+            ToolCall(name=name, arguments=draw(arguments), id=draw(st.text("x", max_size=2))) for name in names
+        )
+        think, content = (draw(st.one_of(st.just(""), TAME)) for _ in range(2))
+        messages.append(Message(role="assistant", content=content, think=think, tool_calls=calls, weight=weight))
+        messages += [Message(role="tool", content=draw(ANY), tool_call_id=call.id, name=call.name) for call in calls]
+    answer = Message(role="assistant", content=draw(st.sampled_from(WORDS)), weight=0.75)
+    return Record(id="r", tools=tuple(draw(TOOLS)), messages=(*messages, answer))
 
 
 @settings(max_examples=15, deadline=None)
@@ -106,6 +137,10 @@ def test_an_answer_follows_the_prompt_of_the_server_and_ends_where_the_engine_st
 def test_shapes_that_came_before_change_nothing(family: tuple[str, Family, Tokenizer], records: list[Record]) -> None:
     """A form is filled in only where the template could not have told the texts from the stand-ins."""
     _, _, tokenizer = family
+    assert_same_as_without_forms(tokenizer, records)
+
+
+def assert_same_as_without_forms(tokenizer: Tokenizer, records: list[Record]) -> None:
     quick, slow = Renderer(tokenizer), Renderer(tokenizer)
     slow._is_plain = False
     for record in records:
@@ -125,7 +160,58 @@ def test_most_conversations_go_by_their_form(family: tuple[str, Family, Tokenize
     renderer = Renderer(tokenizer)
     talk = (Message(role="user", content="a question"), Message(role="assistant", content="an answer"))
     assert renderer._is_plain
-    assert renderer._by_form(talk) is not None
+    assert renderer._by_form(Record(id="r", messages=talk)) is not None
+
+
+# How templates of several families write calls and tools, and ways to look into them.
+CALLING = {
+    "Hermes": "{{ '<call>' + c.function.name | tojson + c.function.arguments | tojson }}",
+    "Mistral": "{{ {'name': c.function.name, 'arguments': c.function.arguments, 'id': c.id} | tojson }}",
+    "Llama": "{{ c.function.name + c.function | tojson(indent=4) }}",
+    "GLM": "{% for k, v in c.function.arguments.items() %}{{ k }}{{ v if v is string else v | tojson }}{% endfor %}",
+    "the whole call": "{{ c | tojson }}",
+    "a name": "{{ '!' if c.function.name == 'f' else c.function.name }}",
+    "how many arguments": "{{ c.function.arguments | length }}",
+    "an argument": "{{ c.function.arguments['yes'] }}",
+    "another argument": "{{ c.function.arguments.yes }}",
+    "whether there are any": "{{ '!' if c.function.arguments else '?' }}",
+    "Python's own text": "{{ c.function.arguments }}",
+    "no objects": "{{ '!' if c.function.arguments is string }}",
+}
+
+
+@pytest.mark.parametrize("look", CALLING.values(), ids=CALLING)
+@settings(max_examples=5, deadline=None)
+@given(records=st.lists(calling_talks(), min_size=1, max_size=3))
+def test_calls_that_came_before_change_nothing(tokenizer: Tokenizer, look: str, records: list[Record]) -> None:
+    template = (
+        "{%- for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{%- for m in messages %}"
+        "{{- '<|im_start|>' + m.role + '\\n' + m.content }}{{ m.name or '' }}{{ m.tool_call_id or '' }}"
+        "{%- for c in m.tool_calls or [] %}" + look + "{% endfor %}{{- '<|im_end|>' }}"
+        "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    other = family_tokenizer(tokenizer, Family(template, FAMILIES["ChatML"].names, "<|im_end|>"))
+    assert_same_as_without_forms(other, records)
+
+
+@settings(max_examples=15, deadline=None)
+@given(records=st.lists(calling_talks(), min_size=1, max_size=3))
+def test_calls_in_our_own_template_change_nothing(tokenizer: Tokenizer, records: list[Record]) -> None:
+    assert_same_as_without_forms(tokenizer, records)
+
+
+@pytest.mark.parametrize("look", ["Hermes", "Mistral", "the whole call", "whether there are any", "no objects"])
+def test_most_calls_go_by_their_form(tokenizer: Tokenizer, look: str) -> None:
+    template = (
+        "{%- for m in messages %}{{- '<|im_start|>' + m.role + m.content }}{%- for c in m.tool_calls or [] %}"
+        + CALLING[look] + "{% endfor %}{{- '<|im_end|>' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{% endif %}"
+    )  # fmt: skip
+    other = family_tokenizer(tokenizer, Family(template, FAMILIES["ChatML"].names, "<|im_end|>"))
+    call = ToolCall(name="f", arguments={"place": "合肥"}, id="1")
+    talk = (Message(role="user", content="Weather?"), Message(role="assistant", tool_calls=(call,)))
+    tools = ({"type": "function", "function": {"name": "f", "description": "Weather\nnow"}},)
+    assert Renderer(other)._by_form(Record(id="r", messages=talk, tools=tools)) is not None
 
 
 INSPECTING = {

@@ -2,6 +2,7 @@
 
 import ast
 import datetime
+import functools
 import itertools
 import operator
 import re
@@ -166,10 +167,45 @@ def _fits(clue: str, row: tuple[str, ...]) -> bool:
     }[kind]
 
 
+def zebra(problem: Problem, text: str) -> bool:
+    found = zebra_solutions(problem.question)
+    assert len(found) == 1, "exactly one grid"
+    return text == found[0]
+
+
+def zebra_solutions(question: str) -> list[str]:
+    """Return every way to fill the houses of which no clue is broken, each as the letters house by house."""
+    sorts, clues = question.split(": ")[0], question.split(": ")[1].split(",")
+    found = (places for places in _streets(sorts) if all(_lives(clue, places) for clue in clues))
+    return [_street(sorts.split(" "), places) for places in found]
+
+
+@functools.cache
+def _streets(sorts: str) -> list[dict[str, int]]:
+    """Return in which house each letter is, and each house's number, for all ways to fill the houses."""
+    every = itertools.product(*(itertools.permutations(sort) for sort in sorts.split(" ")))
+    return [{thing: place for row in (*rows, "1234") for place, thing in enumerate(row, 1)} for rows in every]
+
+
+def _street(sorts: list[str], places: dict[str, int]) -> str:
+    return " ".join("".join(min(sort, key=lambda one: abs(places[one] - house)) for sort in sorts)
+                    for house in range(1, len(sorts[0]) + 1))  # fmt: skip
+
+
+def _lives(clue: str, places: dict[str, int]) -> bool:
+    one, kind, other = clue
+    away = places[other] - places[one]
+    if kind == "<":
+        return away > 0
+    if kind == "|":
+        return away == 1
+    return away in (1, -1) if kind == "&" else (away == 0) == (kind == "=")
+
+
 CHECKERS: dict[str, Callable[[Problem, str], bool]] = {
     one.__name__: one
     for one in (
         *(addition, subtraction, multiplication, division, modular, countdown, sorting, letters, units, dates),
-        *(maze, liars, ordering),
+        *(maze, liars, ordering, zebra),
     )
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from liaoyuan.data import Message, Record, write_records
+from liaoyuan.data.records import read_lines
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.safety import require
 from liaoyuan.tasks import Problem, Split, Task, held_out_problems, measured_problems, open_task, split_of, to_record
@@ -19,17 +21,19 @@ from liaoyuan.tasks.seen import marks_of, marks_of_record, normalised
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 SHARED = Path(os.environ.get("LIAOYUAN_DATA", Path(__file__).parents[3] / "shared" / "data"))
-REAL = {  # file: layout, problems that can be used, levels
-    "gsm8k_train": ("gsm8k", 7471, (0,)),
-    "math_train4500": ("math", 4456, (1, 2, 3, 4, 5)),
-    "ape210k_valid_zh": ("ape210k", 4995, (0,)),
-    "tal_scq_en_train": ("tal_scq", 2712, (0, 1, 2, 3, 4)),
-    "tal_scq_zh_train": ("tal_scq", 2611, (0, 1, 2, 3, 4)),
-    "strategyqa_train": ("strategyqa", 2060, (0,)),
-    "folio_train": ("folio", 1003, (0,)),
-    "code_mbpp_train": ("mbpp", 347, (0,)),
-    "code_exercism_py": ("exercism", 140, (0,)),
+REAL = {  # task file: problems that can be used, levels
+    "gsm8k": (7471, (0,)),
+    "math": (4456, (1, 2, 3, 4, 5)),
+    "ape210k": (4995, (0,)),
+    "tal_scq": (2712 + 2611, (0, 1, 2, 3, 4)),
+    "strategyqa": (2060, (0,)),
+    "folio": (1003, (0,)),
+    "mbpp": (347, (0,)),
+    "exercism": (140, (0,)),
+    "svamp": (1000, (0,)),
+    "aqua": (508, (0,)),
 }
+FILES = Path(__file__).parents[2] / "tasks"
 ROWS = {
     "answers": ({"question": "What is 6*7?", "answer": 42, "level": 2, "thought": "6*7=42"}, "42"),
     "gsm8k": ({"question": "How many?", "answer": "6*7 = <<6*7=42>>42\n#### 42"}, "42"),
@@ -46,6 +50,10 @@ ROWS = {
             "answer_analysis": ["so"],
             "difficulty": "1",
         },
+        "B",
+    ),
+    "aqua": (
+        {"question": "Which?", "options": ["A)1", "B)2"], "rationale": "It is 2.\nAnswer: B", "correct": "B"},
         "B",
     ),
     "strategyqa": ({"qid": "1", "question": "Is it?", "answer": False, "facts": ["It is not."]}, "no"),
@@ -95,30 +103,71 @@ def test_each_layout_is_read_and_recognised(name: str, tmp_path: Path) -> None:
     assert not isinstance(recognised, str) and recognised.answer == (answer or recognised.answer)
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_the_real_sets_are_read_whole(name: str, tmp_path: Path) -> None:
-    path = SHARED / "reason" / f"{name}.jsonl.zst"
-    if not path.exists():
-        pytest.skip(f"the real data are not at {SHARED}")
-    kind, count, levels = REAL[name]
-    if name.startswith("code"):
+def shipped(name: str, tmp_path: Path) -> list[DataTask]:
+    """Open a task file that comes with the project on the real data; return its parts."""
+    text = (FILES / f"{name}.toml").read_text(encoding="utf-8")
+    for file in re.findall(r'(?:data|test) = "(.+)"', text):
+        path = next((path for path in SHARED.glob(f"*/{file}")), None)
+        if path is None:
+            pytest.skip(f"the real data are not at {SHARED}")
+        text = text.replace(f'"{file}"', json.dumps(str(path)))
+    if name in ("mbpp", "exercism"):
         try:
             require()
         except LiaoyuanError as error:
             pytest.skip(str(error))
-    (tmp_path / "t.toml").write_text(f'[[parts]]\ndata = "{path}"\nkind = "{kind}"\n', encoding="utf-8")
-    parts = open_task(tmp_path / "t.toml").task
-    assert isinstance(parts, PartsTask)
-    task = parts.parts[0].task
-    assert isinstance(task, DataTask) and task.levels == levels
-    everything = [problem for level in levels for split in SPLITS for problem in task.all(level, split)]
-    assert len(everything) == count and len({problem.key for problem in everything}) == count
-    shares = [sum(task.count(level, split) for level in levels) / count for split in SPLITS]
-    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.05)
-    for split in SPLITS:
-        assert all(split_of(problem.key) == split for level in levels for problem in task.all(level, split))
-    gold = [(problem, problem.answer) for problem in everything[::97]]
-    assert "code" in task.rewards or all(score.is_right for score in task.check_all(gold))
+    (tmp_path / f"{name}.toml").write_text(text, encoding="utf-8")
+    task = open_task(tmp_path / f"{name}.toml").task
+    assert isinstance(task, PartsTask)
+    parts = [part.task for part in task.parts if isinstance(part.task, DataTask)]
+    assert len(parts) == len(task.parts)
+    return parts
+
+
+def test_every_task_file_with_a_public_set_is_tried() -> None:
+    with_data = {path.stem for path in FILES.glob("*.toml") if re.search("^(data|test) =", path.read_text(), re.M)}
+    assert with_data - {"own"} == set(REAL)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_real_sets_are_read_whole_and_judge_their_answers(name: str, tmp_path: Path) -> None:
+    count, levels = REAL[name]
+    found = 0
+    for task in shipped(name, tmp_path):
+        assert task.levels == levels
+        everything = [problem for level in levels for split in SPLITS for problem in task.all(level, split)]
+        found += len(everything)
+        assert len({problem.key for problem in everything}) == len(everything)
+        shares = [sum(task.count(level, split) for level in levels) / len(everything) for split in SPLITS]
+        is_test = name in ("svamp", "aqua")
+        assert shares == pytest.approx([0, 0, 1] if is_test else [0.8, 0.1, 0.1], abs=0.05)
+        for split in () if is_test else SPLITS:
+            assert all(split_of(problem.key) == split for level in levels for problem in task.all(level, split))
+        if "code" not in task.rewards:
+            assert_judged(task, everything[::97])
+    assert found == count
+
+
+def assert_judged(task: DataTask, problems: list[Problem]) -> None:
+    """What the set says is right, and what it says of a problem with another answer is wrong."""
+    others = [next(one for one in problems if one.answer != problem.answer) for problem in problems]
+    right = task.check_all([(problem, f"The answer is {problem.answer}.") for problem in problems])
+    wrong = task.check_all([(one, f"The answer is {two.answer}.") for one, two in zip(problems, others, strict=True)])
+    assert all(score.is_right for score in right), [score for score in right if not score.is_right]
+    assert sum(score.value == 0.0 for score in wrong) >= len(wrong) - 1  # two numbers may be equal, written otherwise
+
+
+@pytest.mark.parametrize(("name", "field"), [("mbpp", "code"), ("exercism", "solution")])
+def test_the_sets_own_programs_are_right_and_an_empty_one_is_wrong(name: str, field: str, tmp_path: Path) -> None:
+    (task,) = shipped(name, tmp_path)
+    (path,) = SHARED.glob(f"*/code_{name.replace('exercism', 'exercism_py').replace('mbpp', 'mbpp_train')}.jsonl.zst")
+    rows = [json.loads(line) for _, line in read_lines(path)][:40:20]
+    problems = {problem.answer: problem for split in SPLITS for problem in task.all(0, split)}
+    for row in rows:
+        example = LAYOUTS[name].read(row)
+        texts = [f"```python\n{code}\n```" for code in (row[field], "pass")]
+        right, wrong = task.check_all([(problems[example.answer], text) for text in texts])
+        assert right.is_right and wrong.value == 0.0, (right, wrong)
 
 
 def test_a_split_is_shuffled_whole_and_then_anew(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from liaoyuan.tasks import TASKS, Problem
-from tests.tasks.checkers import OPERATORS, _fits, _true
+from tests.tasks.checkers import OPERATORS, _fits, _true, zebra_solutions
 
 
 def problems(name: str, count: int = 60) -> list[Problem]:
@@ -109,3 +109,14 @@ def test_rows_that_end_allow_nobody_to_follow() -> None:
             row, ends = step.rstrip(",!"), "!" in step
             assert not ends or not problem.answer.startswith(row)
         assert "".join(fits[0]) == problem.answer and problem.answer[:-1] == problem.steps[-1].rstrip(",")
+
+
+def test_houses_are_filled_from_the_left_and_every_end_is_a_wrong_way() -> None:
+    for problem in problems("zebra", 24):
+        size = len(problem.question.split(": ")[0].split(" "))
+        assert zebra_solutions(problem.question) == [problem.answer]
+        answer = problem.answer.replace(" ", "")
+        rows = {step.rstrip(",!"): step.endswith("!,") for step in problem.steps}
+        assert not any(answer.startswith(row) for row, is_end in rows.items() if is_end)
+        assert all(len(row) == size or row[:-size] in rows for row in rows)
+        assert problem.steps[-1] == f"{answer[:-size]},"

@@ -127,6 +127,47 @@ def test_puzzles_say_in_words_what_their_notation_says(name: str, forms: dict[st
         assert sorted(found) == sorted(clue.split(":")[-1] for clue in notation), (plain, worded)
 
 
+ZEBRA = {
+    "en": (
+        {
+            "=": r"(.+) lives in house (\d)|(.+) is (?!not )(.+)",
+            "^": r"(.+) does not live in house (\d)|(.+) is not (.+)",
+            "|": r"(.+) lives directly to the left of (.+)",
+            "&": r"(.+) and (.+) are neighbours",
+            "<": r"(.+) lives somewhere to the left of (.+)",
+        },
+        "Ann Bob Cid Dora cat dog fish owl tea milk juice water",
+    ),
+    "zh": (
+        {
+            "=": r"(.+)(?<!不)住在(\d)号房子|(.+)就是(.+)",
+            "^": r"(.+)不住在(\d)号房子|(.+)不是(.+)",
+            "|": r"(.+)住在(.+)左边的隔壁",
+            "&": r"(.+)和(.+)是邻居",
+            "<": r"(.+)住在(.+)的左边",
+        },
+        "甲 乙 丙 丁 猫 狗 鱼 鸟 茶 奶 水 酒",
+    ),
+}
+
+
+@pytest.mark.parametrize("wording", ZEBRA)
+def test_zebra_puzzles_say_in_words_what_their_notation_says(wording: str) -> None:
+    forms, names = ZEBRA[wording]
+    letters = dict(zip(names.split(), "ABCDabcdwxyz", strict=True))
+    for plain, worded in problems(f"zebra-{wording}"):
+        sentences = re.split(r"[.。]\s*", worded.question)
+        found = []
+        for sentence in sentences:
+            for kind, form in forms.items():
+                if match := re.fullmatch(form, sentence):
+                    pair = [one for one in match.groups() if one]
+                    things = [re.sub(r"(?i)the (owner|drinker) of (the )?|^养|^喝|的人$", "", thing) for thing in pair]
+                    if all(thing in letters or thing.isdigit() for thing in things):
+                        found.append(kind.join(letters.get(thing, thing) for thing in things))
+        assert sorted(found) == sorted(plain.question.split(": ")[1].split(",")), (plain, worded)
+
+
 def test_digits_of_full_width_are_for_chinese_alone() -> None:
     wide = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
     for name in TASKS:
@@ -153,6 +194,18 @@ def test_digits_of_full_width_are_for_chinese_alone() -> None:
         ("dates-zh", "2024年4月7日", ["2024-04-07"], ["2024-4-7", "2024年4月8日", "4月7日", "2024-04-07T00:00"]),
         ("liars-zh", "真假真", ["TLT", "真、假、真", "真 假 真"], ["真假", "真假假", "甲丙"]),
         ("ordering-en", "BADC", ["B, A, D, C", "B A D C", "乙甲丁丙"], ["BAD", "ABCD", "Bob Ann Dora Cid", "BADCC"]),
+        (
+            "zebra-en",
+            "Ac Bd Cf",
+            ["Ac, Bd, Cf", "AcBdCf"],
+            ["Ac Bd", "Ac Cf Bd", "Ann cat Bob dog Cid fish", "ac bd cf"],
+        ),
+        (
+            "zebra-zh",
+            "甲猫茶 乙狗奶",
+            ["甲猫茶，乙狗奶", "甲猫茶、乙狗奶"],
+            ["甲猫 乙狗", "乙狗奶 甲猫茶", "甲猫茶。乙狗奶"],
+        ),
         ("sorting-en", "1, 2, 10", ["1 2 10", "1,2,10"], ["1, 10, 2", "1, 2", "1 2 010", "1,,2,10"]),
     ],
 )

@@ -5,12 +5,13 @@ learned is encoded as the model would write it; the ids of the whole are those t
 last character of a prompt would be joined to the first one of its answer, which no model can write.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from liaoyuan.data.opaque import GUARD, Seen, stand_in
+from liaoyuan.data.opaque import GUARD, OpaqueObject, Seen, json_stand_in, object_stand_in, stand_in
 from liaoyuan.data.outline import Piece, outline
 from liaoyuan.data.record_tokens import TokenisedRecord
 from liaoyuan.data.records import Message, Record, conversations
@@ -19,7 +20,10 @@ from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.errors import LiaoyuanError
 
 MARKED = re.compile(f"{GUARD}(\\d+){GUARD}")
-Mark = tuple[str, bool, bool]  # a message's role, and whether it has content and a thought
+Shape = tuple[str, ...]  # what a conversation has, in order: tools, roles, and which fields of a message are not empty
+TEXTS = ("content", "think", "tool_call_id", "name")  # of a message
+TOOL_CALLS = "tool_calls"
+TO_JSON = json.JSONEncoder(ensure_ascii=False).encode
 Segment = tuple[list[int], float]  # ids, and the loss weight of each of them
 
 
@@ -54,8 +58,8 @@ class Renderer:
     """Renders conversations of one tokenizer in pieces; what it has learned of their shapes makes it fast."""
 
     tokenizer: Tokenizer
-    _forms: dict[tuple[str, ...], Form | None] = field(default_factory=dict)
-    _prompts: dict[tuple[Mark, ...], tuple[str, str]] = field(default_factory=dict)  # by the shape before them
+    _forms: dict[Shape, Form | None] = field(default_factory=dict)
+    _prompts: dict[Shape, tuple[str, str]] = field(default_factory=dict)  # by the shape before them
     _seen: Seen = field(default_factory=lambda: Seen(set(), set()))
 
     def __post_init__(self) -> None:
@@ -70,8 +74,8 @@ class Renderer:
         """
         if record.kind == "text":
             return self._text(record)
-        if self._is_plain and not record.tools:
-            found = self._by_form(record.messages)
+        if self._is_plain:
+            found = self._by_form(record)
             if found:
                 return found
         try:
@@ -81,28 +85,22 @@ class Renderer:
             raise LiaoyuanError(f"Record {record.id!r}: {error}") from error
         return Rendered([text for text, _ in pieces], _weights(pieces, record.messages), hidden)
 
-    def _by_form(self, messages: Sequence[Message]) -> Rendered | None:
+    def _by_form(self, record: Record) -> Rendered | None:
         """Return the conversation rendered by the form of its shape, if the template cannot tell it from that."""
-        shape: list[str] = []
         texts: list[str] = []
-        for message in messages:
-            values = message.__dict__  # a million times over, the fields themselves are quicker than attributes
-            if values["tool_calls"] or values["tool_call_id"] or values["name"]:
-                return None
-            shape.append(values["role"])
-            for name in ("content", "think"):
-                if values[name]:
-                    shape.append(name)
-                    texts.append(values[name])
-        key = tuple(shape)
-        if key not in self._forms:
-            self._forms[key] = self._form(messages)
-        form = self._forms[key]
+        try:
+            shape = _shape(record, texts)
+        except (RecursionError, TypeError, ValueError):  # what is no JSON is told with the record, in the ordinary way
+            return None
+        if shape not in self._forms:
+            self._forms[shape] = self._form(record, shape)
+        form = self._forms[shape]
         if form is None or not self._fits(texts):
             return None
         filled = [item if isinstance(item, str) else texts[item] for item in form.items]
         begins = [0, *form.ends]
         pieces = ["".join(filled[begin:end]) for begin, end in zip(begins, form.ends, strict=False)]
+        messages = record.messages
         weights = [0.0 if number is None else messages[number].weight for number in form.learned]
         return Rendered(pieces, weights)
 
@@ -113,23 +111,18 @@ class Renderer:
             and self._seen.wholes.isdisjoint(texts)
             and not any(part in together for part in self._seen.parts)
             and not self.tokenizer.must_be_guarded(together)
+            and _is_unicode(together)
         )
 
-    def _form(self, messages: Sequence[Message]) -> Form | None:
+    def _form(self, record: Record, shape: Shape) -> Form | None:
         """Return the form of a shape; None if the template looks into texts, or refuses the shape."""
-        rows, number = [], 0
-        for message in messages:
-            row: dict[str, Any] = {"role": message.role, "content": ""}
-            for name, text in (("content", message.content), ("reasoning_content", message.think)):
-                if text:
-                    row[name] = stand_in(number, self._seen)
-                    number += 1
-            rows.append(row)
-        marks = [(message.role, bool(message.content), bool(message.think)) for message in messages]
-        beginnings = [tuple(marks[:place]) for place in range(len(marks))]
+        if (record.tools or TOOL_CALLS in shape) and not self.tokenizer.shows_in_json:
+            return None
+        rows, tools, ends = _stand_ins(record, self._seen)
+        beginnings = [shape[:end] for end in ends]
         known = {place: self._prompts[key] for place, key in enumerate(beginnings) if key in self._prompts}
         try:
-            form = _as_form(outline(self.tokenizer, rows, None, known))
+            form = _as_form(outline(self.tokenizer, rows, tools or None, known))
         except Exception:  # the template can do whatever it likes with the stand-ins: it gets the texts themselves
             return None
         self._prompts |= {beginnings[place]: prompts for place, prompts in known.items()}
@@ -143,6 +136,67 @@ class Renderer:
             raise LiaoyuanError("The tokenizer has no token that ends a text (bos_token or eos_token).")
         (row,), _, hidden = self.tokenizer.guard([{"role": "user", "content": record.messages[0].content}])
         return Rendered([token, f"{row['content']}{token}"], [0.0, record.messages[0].weight], hidden)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shape(record: Record, texts: list[str]) -> Shape:
+    """Return the shape of a conversation, and append its texts, in the order of the numbers of their stand-ins."""
+    shape: list[str] = []
+    for tool in record.tools:
+        shape.append("tools")
+        texts.append(TO_JSON(tool))
+    for message in record.messages:
+        values = message.__dict__  # a million times over, the fields themselves are quicker than attributes
+        shape.append(values["role"])
+        for name in TEXTS:
+            if values[name]:
+                shape.append(name)
+                texts.append(values[name])
+        for call in values[TOOL_CALLS]:
+            shape.append(TOOL_CALLS)
+            texts += (call.name, TO_JSON(call.name))
+            if call.arguments:
+                shape.append("arguments")
+                texts.append(TO_JSON(call.arguments))
+            if call.id:
+                shape.append("id")
+                texts += (call.id, TO_JSON(call.id))
+    return tuple(shape)
+
+
+def _stand_ins(record: Record, seen: Seen) -> tuple[list[dict[str, Any]], list[OpaqueObject], list[int]]:
+    """Return messages and tools as templates take them, of stand-ins; and where in the shape each message begins."""
+    tools = [object_stand_in(number) for number in range(len(record.tools))]
+    number, place = len(tools), len(tools)
+    rows, begins = [], []
+    for message in record.messages:
+        begins.append(place)
+        place += 1
+        row: dict[str, Any] = {"role": message.role, "content": ""}
+        for name in TEXTS:
+            if getattr(message, name):
+                row["reasoning_content" if name == "think" else name] = stand_in(number, seen)
+                number, place = number + 1, place + 1
+        for call in message.tool_calls:
+            function: dict[str, Any] = {"name": json_stand_in(number, seen), "arguments": {}}
+            number, place = number + 2, place + 1
+            told: dict[str, Any] = {"type": "function", "function": function}
+            if call.arguments:
+                function["arguments"] = object_stand_in(number)
+                number, place = number + 1, place + 1
+            if call.id:
+                told = {"id": json_stand_in(number, seen), **told}
+                number, place = number + 2, place + 1
+            row.setdefault(TOOL_CALLS, []).append(told)
+        rows.append(row)
+    return rows, tools, begins
 
 
 def segments(tokenizer: Tokenizer, record: Record) -> list[Segment]:

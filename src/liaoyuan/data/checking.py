@@ -1,6 +1,7 @@
 """What is in a file of examples: layouts, bad lines, duplicates, and, to a model's tokenizer, lengths and masks."""
 
 import hashlib
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,7 @@ def check(path: Path, tokenizer: Tokenizer | None = None, report: Report = silen
     found = Contents(examples.tally)
     renderer = Renderer(tokenizer) if tokenizer and tokenizer.has_template else None
     seen: dict[bytes, int] = {}
-    sizes: list[int] = []
+    sizes = array("q")
     total = max(1, path.stat().st_size // 1000) if path.exists() else 1
     for number, record in enumerate(examples):
         _count(found, record, examples.line, seen)

@@ -11,15 +11,15 @@ import pydantic_core
 
 from liaoyuan.data.records import Message, Record, Role, ToolCall
 
+CALL = "function_call"  # the role of a turn that is nothing but a call
 ROLES: dict[str, Role] = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(
-        ("assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard", "ai", "function_call"), "assistant"
-    ),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard", "ai", CALL), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "observation", "function", "ipython", "function_response", "tool_response"), "tool"),
 }
 THOUGHTS = ("think", "reasoning_content", "reasoning", "thinking")
+BARE_TURN = {"role", "content", "from", "value"}
 SHOWN = 60  # characters of a wrong value that a message shows
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -46,7 +46,11 @@ class Fields:
     def take(self, *names: str) -> Any:
         """Return the value of the first of these fields that is there and not null; None if none is."""
         self._used.update(names)
-        return next((self.row[name] for name in names if self.row.get(name) is not None), None)
+        for name in names:
+            value = self.row.get(name)
+            if value is not None:
+                return value
+        return None
 
     def text(self, *names: str) -> str:
         """Return a field as text; a number or a truth value is written out, null and what is missing is empty."""
@@ -104,15 +108,18 @@ def turn(item: Any, name: str) -> Message:
     if not isinstance(item, dict):
         raise RowError(f"turns with a role and content in '{name}'", shown(item))
     told = item.get("role", item.get("from"))
-    role = ROLES.get(told.lower()) if isinstance(told, str) else None
+    called = told.lower() if isinstance(told, str) else ""
+    role = ROLES.get(called)
     if role is None:
         raise RowError(f"a role of user, assistant, system or tool in '{name}'", shown(told))
     content = text_of(item.get("content", item.get("value")), name)
+    if item.keys() <= BARE_TURN and called != CALL and CLOSE not in content:
+        return Message(role=role, content=content)  # the short way of most turns
     if role != "assistant":
         call = {key: item[key] for key in ("tool_call_id", "name") if isinstance(item.get(key), str)}
         return Message(role=role, content=content, weight=1.0, **call)
     calls = item.get("tool_calls") or item.get("function_call") or ()
-    if isinstance(told, str) and told.lower() == "function_call":
+    if called == CALL:
         calls, content = parsed(content, "the JSON of a call in 'function_call'"), ""
     think = next((item[key] for key in THOUGHTS if isinstance(item.get(key), str) and item[key]), "")
     if not think:

@@ -1,13 +1,14 @@
 """Files of examples in the layouts that people have, row by row recognised by their fields and made into records.
 
 `Examples` goes through a file and keeps count: which layouts it has, which rows are bad and why, what was left out.
-JSON lines and JSON, compressed if the name ends with `.zst`.
+JSON lines and JSON, compressed if the name ends with `.zst`, and Parquet.
 """
 
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 from liaoyuan.data.fields import Fields, RowError, shown
 from liaoyuan.data.layouts import CONVERSATIONS, INSTRUCTIONS, PREFERENCES, Layout
+from liaoyuan.data.parquet import read_parquet
 from liaoyuan.data.problem_layouts import PROBLEMS
 from liaoyuan.data.records import Message, Record, read_lines
 from liaoyuan.errors import LiaoyuanError, nearest
@@ -167,10 +169,10 @@ def read_rows(path: Path, at: Callable[[int], None] | None = None) -> Iterator[t
     Raises:
         LiaoyuanError: the file is missing, torn, not UTF-8, or of a kind that is not read.
     """
-    name = path.name.removesuffix(".zst")
-    if name.endswith(".parquet"):
-        raise LiaoyuanError(f"{path}: Parquet is not read here. Write it as JSON lines first, one object a line.")
-    if name.endswith(".json"):
+    if path.suffix == ".parquet":
+        yield from read_parquet(path, at)
+        return
+    if path.name.removesuffix(".zst").endswith(".json"):
         text = "".join(line for _, line in read_lines(path, at))
         if text.lstrip("\ufeff \t\r\n").startswith("["):
             yield from _array(text)
@@ -196,14 +198,20 @@ def convert(row: Any, place: str) -> tuple[str, list[Record], list[str]]:
         except ValidationError as error:
             if "kind" in row:
                 raise _flaw(error) from None
-    for layout in LAYOUTS:
-        if all(row.get(name) is not None for name in layout.fields):
-            fields = Fields(row)
-            try:
-                return layout.name, layout.convert(fields, place), fields.unused
-            except ValidationError as error:
-                raise _flaw(error) from None
-    raise RowError(f"the fields of a known layout ({', '.join(KNOWN)}, text)", _names(row))
+    layout = _layout_of(frozenset([name for name, value in row.items() if value is not None]))
+    if layout is None:
+        raise RowError(f"the fields of a known layout ({', '.join(KNOWN)}, text)", _names(row))
+    fields = Fields(row)
+    try:
+        return layout.name, layout.convert(fields, place), fields.unused
+    except ValidationError as error:
+        raise _flaw(error) from None
+
+
+@lru_cache(maxsize=256)
+def _layout_of(names: frozenset[str]) -> Layout | None:
+    """Return the first layout whose fields are among these; the rows of a file mostly have the same."""
+    return next((layout for layout in LAYOUTS if names.issuperset(layout.fields)), None)
 
 
 def flaw_of(record: Record) -> RowError | None:
@@ -221,16 +229,17 @@ def flaw_of(record: Record) -> RowError | None:
         return RowError("a message of the assistant at the end", f"one of role '{last.role}'")
     if record.kind == "unpaired" and record.label is None:
         return RowError("true or false in 'label'", "none")
-    return next((RowError("an answer", "an empty one") for message in record.messages if _is_empty(message)), None)
+    return RowError("an answer", "an empty one") if any(map(_is_empty, record.messages)) else None
 
 
 def _checked(record: Record) -> tuple[Record, str]:
     """Return the record without turns after its last answer, and what to say of that; raise RowError if useless."""
     note = ""
-    answers = [place for place, message in enumerate(record.messages) if message.role == "assistant"]
-    if record.kind == "chat" and answers and answers[-1] + 1 < len(record.messages):
-        record = record.model_copy(update={"messages": record.messages[: answers[-1] + 1]})
-        note = "turns after the last answer"
+    if record.kind == "chat" and record.messages and record.messages[-1].role != "assistant":
+        answers = [place for place, message in enumerate(record.messages) if message.role == "assistant"]
+        if answers:
+            record = record.model_copy(update={"messages": record.messages[: answers[-1] + 1]})
+            note = "turns after the last answer"
     flaw = flaw_of(record)
     if flaw:
         raise flaw
@@ -247,8 +256,9 @@ def _flaw_of_sides(record: Record) -> RowError | None:
 
 
 def _is_empty(message: Message) -> bool:
-    said = message.content.strip() or message.think.strip() or message.tool_calls
-    return message.role == "assistant" and message.weight > 0 and not said
+    if message.role != "assistant" or message.weight == 0:
+        return False
+    return not (message.tool_calls or message.content.strip() or message.think.strip())
 
 
 def _value(line: str) -> Any:

@@ -1,9 +1,11 @@
-"""Stand-ins for the texts of a conversation, which notice what a chat template wants to know of them.
+"""Stand-ins for the texts and JSON values of a conversation, which notice what a chat template wants to know of them.
 
 Templates are slow, and most conversations have the same shape. So a shape is rendered once, on opaque texts, and filled
 in for every conversation that the template could not have told apart from it.
 """
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -33,13 +35,16 @@ class Opaque(str):
 
     A template may write it out, strip it and ask whether certain things are in it, which is noted; then every text
     without those things gives the same result. Anything else raises `Inspected`.
+
+    json: the stand-in for this text as JSON, if a template may have that.
     """
 
     seen: Seen
+    json: str | None
 
-    def __new__(cls, text: str, seen: Seen) -> "Opaque":
+    def __new__(cls, text: str, seen: Seen, json: str | None = None) -> "Opaque":
         made = super().__new__(cls, text)
-        made.seen = seen
+        made.seen, made.json = seen, json
         return made
 
     def __str__(self) -> str:
@@ -132,32 +137,83 @@ class Composed(str):
         return Composed(str.rstrip(self, characters))
 
 
+class OpaqueObject(dict[str, Any]):
+    """A stand-in for a JSON object that is not empty: a template may ask whether it is there, and write it as JSON."""
+
+    json: str
+
+    def __init__(self, json: str) -> None:
+        super().__init__()
+        self.json = json
+
+    def __bool__(self) -> bool:
+        return True
+
+
 def _refuse(*_: Any, **__: Any) -> NoReturn:
     raise Inspected("a template looked into a text")
 
 
-def _close(kind: type[str]) -> None:
-    """Make every method of texts that `kind` does not define raise `Inspected`."""
+def _close(kind: type[str] | type[dict[str, Any]]) -> None:
+    """Make every method of texts, or of objects, that `kind` does not define raise `Inspected`."""
     free = {"__new__", "__init__", "__class__", "__getattribute__", "__setattr__", "__dir__", "__doc__", "__reduce__"}
     free |= {"__init_subclass__", "__subclasshook__", "__getnewargs__", "__reduce_ex__", "__delattr__", "__getstate__"}
-    for name in dir(str):
+    for name in dir(kind.__mro__[1]):
         if name not in free and name not in vars(kind):
             setattr(kind, name, _refuse)
 
 
 _close(Opaque)
 _close(Composed)
+_close(OpaqueObject)
 
 
 def stand_in(number: int, seen: Seen) -> Opaque:
     """Return the opaque text number `number` of a conversation."""
-    return Opaque(f"{GUARD}{number}{GUARD}", seen)
+    return Opaque(_mark(number), seen)
+
+
+def json_stand_in(number: int, seen: Seen) -> Opaque:
+    """Return the opaque text number `number`, whose JSON is text number `number + 1`."""
+    return Opaque(_mark(number), seen, _mark(number + 1))
+
+
+def object_stand_in(number: int) -> OpaqueObject:
+    """Return the opaque object whose JSON is text number `number`."""
+    return OpaqueObject(_mark(number))
+
+
+def json_of(value: Any) -> Composed | None:
+    """Return the JSON of a value with the stand-ins in it, on one line; None if there are none.
+
+    Raises:
+        Inspected: a stand-in in it cannot be written as JSON.
+    """
+    if not is_opaque(value):
+        return None
+    text = json.dumps(_revealed(value), ensure_ascii=False)
+    return Composed(re.sub(f'"({GUARD}[0-9]+{GUARD})"', r"\1", text))
 
 
 def is_opaque(value: Any) -> bool:
     """Return whether a value holds a stand-in, however deep."""
+    if isinstance(value, Opaque | Composed | OpaqueObject):
+        return True
     if isinstance(value, Mapping):
         return any(is_opaque(item) for pair in value.items() for item in pair)
-    if isinstance(value, list | tuple):
-        return any(is_opaque(item) for item in value)
-    return isinstance(value, Opaque | Composed)
+    return isinstance(value, list | tuple) and any(is_opaque(item) for item in value)
+
+
+def _mark(number: int) -> str:
+    return f"{GUARD}{number}{GUARD}"
+
+
+def _revealed(value: Any) -> Any:
+    """Return a value with the marks of JSON in place of its stand-ins."""
+    if isinstance(value, Opaque | OpaqueObject):
+        return value.json or _refuse()
+    if isinstance(value, Composed):
+        _refuse()
+    if isinstance(value, Mapping):
+        return {_revealed(key): _revealed(item) for key, item in value.items()}
+    return [_revealed(item) for item in value] if isinstance(value, list | tuple) else value

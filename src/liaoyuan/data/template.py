@@ -15,7 +15,7 @@ import jinja2.meta
 import jinja2.sandbox
 from jinja2 import nodes
 
-from liaoyuan.data.opaque import Inspected, is_opaque
+from liaoyuan.data.opaque import Inspected, is_opaque, json_of
 from liaoyuan.data.records import Message
 from liaoyuan.errors import LiaoyuanError
 
@@ -83,6 +83,7 @@ def compile_template(source: str | None) -> Template | None:
         return None
     try:
         template = _environment().from_string(source)
+        has_functions = "functions" in jinja2.meta.find_undeclared_variables(_environment().parse(source))
     except jinja2.TemplateError as error:
         raise LiaoyuanError(f"The chat template cannot be read: {error}.") from error
 
@@ -98,7 +99,7 @@ def compile_template(source: str | None) -> Template | None:
             return template.render(
                 messages=rows,
                 tools=tools,
-                functions=json.dumps([*(tools or [])], indent=4, ensure_ascii=False),  # Firefunction's name of them
+                functions=_functions(tools) if has_functions else "",
                 documents=None,
                 # What templates of Llama and of Firefunction write of the day, each in its own form.
                 date_string=now.strftime("%d %b %Y"),
@@ -203,10 +204,20 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
 
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **_: Any) -> str:
-    if is_opaque(value):
+def _functions(tools: Tools | None) -> str:
+    """Return the tools as Firefunction's template knows them."""
+    if is_opaque(tools):
         raise Inspected
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
+    return json.dumps([*(tools or [])], indent=4, ensure_ascii=False)
+
+
+def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **_: Any) -> str:
+    found = json_of(value)
+    if found is None:
+        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
+    if indent is not None or ensure_ascii:
+        raise Inspected
+    return found
 
 
 def _raise(message: str) -> NoReturn:

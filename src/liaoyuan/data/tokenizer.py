@@ -51,6 +51,8 @@ class Tokenizer:
         special = [token.content for token in added.values() if token.special]
         self._added_pattern, self._hidden_pattern = _any_of([*self._added]), _any_of([*self._added, GUARD])
         self._hidden_of_assistant = _any_of([*special, GUARD])
+        # Whether a token that is written in a text is found in the text's JSON too: neither quoted there nor escaped.
+        self.shows_in_json = all(json.dumps(token, ensure_ascii=False) == f'"{token}"' for token in self._added)
         self._first_of_added = {token[0] for token in [*self._added, GUARD] if token}
         self._settings = dict(settings)
         self.template_text = _template_of(settings)

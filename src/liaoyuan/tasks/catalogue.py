@@ -18,6 +18,7 @@ from liaoyuan.tasks.problem import Task
 from liaoyuan.tasks.sorting import Sorting
 from liaoyuan.tasks.subtraction import Subtraction
 from liaoyuan.tasks.units import Units
+from liaoyuan.tasks.zebra import Zebra
 
 GENERATORS = (
     Addition(),
@@ -33,6 +34,7 @@ GENERATORS = (
     Maze(),
     Liars(),
     Ordering(),
+    Zebra(),
 )
 TASKS: dict[str, Task] = {generator.name: Generated(generator) for generator in GENERATORS}
 WORDED: dict[str, Task] = {

@@ -134,6 +134,14 @@ def _tal_scq(row: Row) -> Example:
     return Example("\n".join(lines), row["answer_value"], thought, int(row["difficulty"]), "choice")
 
 
+def _aqua(row: Row) -> Example:
+    letters = [option[:1] for option in row["options"]]
+    if row["correct"] not in letters or len(set(letters)) != len(letters):
+        raise UnfitError("its right answer is none of its options")
+    question = "\n".join([row["question"].strip(), *(option.strip() for option in row["options"])])
+    return Example(question, row["correct"], row["rationale"].strip(), 0, "choice")
+
+
 def _strategyqa(row: Row) -> Example:
     return Example(
         row["question"].strip(), "yes" if row["answer"] is True else "no", "\n".join(row["facts"]), 0, "choice"
@@ -186,6 +194,7 @@ LAYOUTS = {
         Layout("math", frozenset({"problem", "solution", "level"}), _math),
         Layout("ape210k", frozenset({"original_text", "ans", "equation"}), _ape210k),
         Layout("tal_scq", frozenset({"problem", "answer_option_list", "answer_value"}), _tal_scq),
+        Layout("aqua", frozenset({"question", "options", "correct", "rationale"}), _aqua),
         Layout("strategyqa", frozenset({"qid", "question", "answer", "facts"}), _strategyqa),
         Layout("folio", frozenset({"premises", "conclusion", "label"}), _folio),
         Layout("svamp", frozenset({"Body", "Question", "Answer", "Equation"}), _svamp),

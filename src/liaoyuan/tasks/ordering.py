@@ -184,7 +184,7 @@ class Row:
             if first is not None and second is not None:
                 possible = TRUE[kind](first, second)
             elif kind in PAIRS:
-                possible = _open(kind, first, second, later)
+                possible = may_hold(kind, first, second, later)
             else:
                 possible = kind == "^" or other >= later
             if not possible:
@@ -198,12 +198,12 @@ class Row:
         return SAID["compact"][kind].format(names[pair[0]], names[pair[1]] if kind in PAIRS else "", second + 1)
 
 
-def _open(kind: str, first: int | None, second: int | None, later: int) -> bool:
-    """Return whether a clue about two people may still hold of whom at most one is placed, the others from `later`."""
-    if first is None and second is None:
+def may_hold(kind: str, first: int | None, second: int | None, later: int) -> bool:
+    """Return whether a clue of which at most one place is known may still hold, the others being from `later` on."""
+    if kind in "!^" or (first is None and second is None):
         return True
+    if kind == "=":
+        return max(place for place in (first, second) if place is not None) >= later
     if first is None:  # the second stands, so the first is further right
-        return kind == "!" or (kind == "&" and second == later - 1)
-    if kind == "!":
-        return True
+        return kind == "&" and second == later - 1
     return kind == "<" or first == later - 1

@@ -76,7 +76,7 @@ class TaskFile(Config):
 def open_task(name_or_path: str | Path, data: Path | None = None) -> Assignment:
     """Open a task by its name, or the task file at a path, which ends with `.toml`.
 
-    data: stands for the one `data` that the task file has.
+    data: stands for the one `data` that the task file has; where it has none, for the one `test`.
 
     Raises:
         LiaoyuanError: there is no such task or file, a key or level is unknown, or a part has no problems.
@@ -107,12 +107,13 @@ def _named(name: str, data: Path | None) -> Assignment:
 
 
 def _with_data(configs: list[PartConfig], data: Path, path: Path) -> list[PartConfig]:
-    places = [place for place, config in enumerate(configs) if config.data]
+    name = "data" if any(config.data for config in configs) else "test"
+    places = [place for place, config in enumerate(configs) if getattr(config, name)]
     if len(places) != 1:
         raise LiaoyuanError(
             f"{path} has {len(places)} parts with `data`: {data} can stand for one only, so edit the file."
         )
-    configs[places[0]] = configs[places[0]].model_copy(update={"data": data.absolute()})
+    configs[places[0]] = configs[places[0]].model_copy(update={name: data.absolute()})
     return configs
 
 
