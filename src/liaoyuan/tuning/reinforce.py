@@ -31,10 +31,12 @@ from liaoyuan.tuning.curriculum import Shares, follow, fresh_shares
 from liaoyuan.tuning.doctor import Doctor
 from liaoyuan.tuning.measures import kl_to, measure_rollouts, solved_shares
 from liaoyuan.tuning.recipe import KEPT, ReinforceConfig, learning_rate_of
+from liaoyuan.tuning.rollout import Rollouts
 from liaoyuan.tuning.rollout_log import RolloutLog
 from liaoyuan.tuning.rollout_workers import WorkerRollouts
 from liaoyuan.tuning.sources import Drawn, LocalRollouts, Source
-from liaoyuan.tuning.update import learn, lesson_of, teaches
+from liaoyuan.tuning.teacher import advise
+from liaoyuan.tuning.update import Lesson, by_token, learn, lesson_of, packs_of, teaches
 from liaoyuan.tuning.validation import Best
 
 METRICS = "metrics.jsonl"
@@ -77,19 +79,21 @@ def reinforce(
     until: int | None = None,
     reward: Reward | None = None,
     must_be_exact: bool = False,
+    teacher: Decoder | None = None,
 ) -> ReinforceResult:
     """Train `model` in place for `config.steps` steps (or only up to step `until`), going on from `folder`.
 
     Args:
         reward: what answers are worth; what the task calls right if None.
         must_be_exact: end the run where a rollout has other bits than training.
+        teacher: who thinks something of each token, see `teacher`.
 
     Raises:
         Stopped: Ctrl-C or SIGTERM came; the state is saved.
         LiaoyuanError: the state in `folder` is of a run with another config, or another process writes there.
     """
     end = min(config.steps, until or config.steps)
-    with _Run(model, tokenizer, task, reward or Right(task), config, folder) as run, stop_asked() as is_asked:
+    with _Run(model, tokenizer, task, reward or Right(task), config, folder, teacher) as run, stop_asked() as is_asked:
         first, begun = run.done.steps, time.monotonic()
         while run.done.steps < end:
             values = run.step(must_be_exact)
@@ -111,9 +115,17 @@ class _Run:
     """A run between its steps: the model, the optimiser, what was done so far, and the files in its folder."""
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, task: Task, reward: Reward, config: ReinforceConfig, folder: Path
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        task: Task,
+        reward: Reward,
+        config: ReinforceConfig,
+        folder: Path,
+        teacher: Decoder | None = None,
     ) -> None:
         self._model, self._config, self._folder, self._lock = model, config, folder, Lock(folder)
+        self._teacher = teacher
         settings = TrainConfig(steps=config.steps, optimiser=config.optimiser, weight_decay=0.0)
         self._optimiser = make_optimiser(model, settings)
         self._about = (tokenizer, task, reward)
@@ -151,21 +163,32 @@ class _Run:
         config, step = self._config, self.done.steps
         drawn = self._source.draw(step, self.done.shares)
         self._seen.add(drawn.rollouts.problems)
-        begin, lesson = time.process_time(), lesson_of(drawn.rollouts, config)
         are_same = self.done.exact and not drawn.staleness
         corrected = config.importance == "on" or (config.importance == "auto" and not are_same)
-        rate = learning_rate_of(config, step)
-        rows, learned = learn(self._model, self._optimiser, drawn.rollouts, lesson, config, rate, corrected)
+        begin = time.process_time()
+        lesson, rows, learned = self._learn(drawn.rollouts, corrected)
         learning = time.process_time() - begin
-        self.done = _add(_follow(self.done, drawn, config), drawn, rows, learning, self._model)
+        self.done = _add(_follow(self.done, drawn, config), drawn, rows, learning, self._model, self._teacher)
         if must_be_exact and are_same and learned.get("log_prob_gap", 0.0) > 0.0:
             raise LiaoyuanError(
                 f"Rollouts of step {step} do not have training's bits ({learned['log_prob_gap']:.1e} nats apart), "
                 "though that was proven at the start: see liaoyuan doctor --exact, or go on with exact = false."
             )
-        self._log.write(step, drawn.rollouts, lesson if rows else None)
+        self._log.write(step, drawn.rollouts, lesson)
         told = {"exact": self.done.exact, "corrected": corrected, "staleness": drawn.staleness}
         return self._measures(drawn) | learned | told | _speeds(self.done, drawn, rows, learning)
+
+    def _learn(self, rollouts: Rollouts, corrected: bool) -> tuple[Lesson | None, int, dict[str, Any]]:
+        """Return what was learned (None: nothing), from how many rows, and measures."""
+        config, lesson, advice = self._config, lesson_of(rollouts, self._config), dict[str, float]()
+        packs = packs_of(rollouts, lesson, config, self._model.embed_tokens.weight.device)
+        if self._teacher and config.teacher_loss == "sampled":
+            packs, advice = advise(self._teacher, packs, config)
+            lesson = by_token(lesson, packs)
+        rate = learning_rate_of(config, self.done.steps)
+        learned = learn(self._model, self._optimiser, packs, config, rate, corrected, self._teacher)
+        rows = sum(len(one.tokens) for minibatch in packs for one in minibatch)
+        return lesson if packs else None, rows, learned | advice
 
     def _measures(self, drawn: Drawn) -> dict[str, Any]:
         values = measure_rollouts(drawn.rollouts, self._config)
@@ -208,11 +231,15 @@ def _follow(done: ReinforceResult, drawn: Drawn, config: ReinforceConfig) -> Rei
     return replace(done, drawn=(*done.drawn, tuple(drawn.levels)), signal=shares.signal, solved=shares.solved)
 
 
-def _add(done: ReinforceResult, drawn: Drawn, rows: int, learning: float, model: Decoder) -> ReinforceResult:
-    """Return the run with one more step, which trained on so many rows in so many CPU seconds."""
+def _add(
+    done: ReinforceResult, drawn: Drawn, rows: int, learning: float, model: Decoder, teacher: Decoder | None
+) -> ReinforceResult:
+    """Return the run with one more step, which trained on so many rows, that a teacher read, in so many CPU seconds."""
     rollouts = drawn.rollouts
     rolled = rollouts.prompt_tokens + rollouts.generated_tokens
-    per_token = model.config.flops_per_token(rolled / len(rollouts.completions) / 2)
+    length = rolled / len(rollouts.completions) / 2
+    per_token = model.config.flops_per_token(length)
+    taught = teacher.config.flops_per_token(length) if teacher else 0.0
     return replace(
         done,
         steps=done.steps + 1,
@@ -221,7 +248,7 @@ def _add(done: ReinforceResult, drawn: Drawn, rows: int, learning: float, model:
         trained_tokens=done.trained_tokens + rows,
         rollout_seconds=done.rollout_seconds + drawn.cpu_seconds,
         cpu_seconds=done.cpu_seconds + drawn.cpu_seconds + learning,
-        flops=done.flops + per_token * (rolled + 3 * rows),
+        flops=done.flops + per_token * (rolled + 3 * rows) + taught * rows,
     )
 
 

@@ -1,11 +1,14 @@
-"""A user's own reinforcement learning: a run folder whose result is `model`, with what it has gained."""
+"""A user's own reinforcement learning: a run folder whose result is `model`, with what it has gained.
+
+With a teacher it is on-policy distillation, which differs in what is learned from a rollout and in nothing else.
+"""
 
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from liaoyuan.checkpoint import load_model
 from liaoyuan.config import Config
@@ -20,16 +23,23 @@ from liaoyuan.tasks.seen import Seen, read_seen, seen_among, write_seen
 from liaoyuan.tuning.gain import Exam, gain
 from liaoyuan.tuning.recipe import KEPT, ReinforceConfig
 from liaoyuan.tuning.reinforce import reinforce
+from liaoyuan.tuning.teacher import open_teacher
 from liaoyuan.tuning.validation import Best
 
+# Of `rl`, where a teacher is given: its word alone, and of all answers, for none is better than another.
+DISTILLATION = {"advantage": "none", "teacher_weight": 1.0, "group": 4, "update_group": 4}
 START = "start.json"  # in the run folder: what the model that it began with reached on the validation problems
 FREE = (*(f"rl.{key}" for key in KEPT), "exact", "ops.", "device")  # keys that may change when a run goes on
 
 
 class RlConfig(Config):
-    """`model` to begin with, the task, how to reinforce, and how many problems choose the checkpoint and measure it."""
+    """`model` to begin with, the task, how to reinforce, and how many problems choose the checkpoint and measure it.
+
+    teacher: a model of the same vocabulary; then `rl` is `DISTILLATION` but for what is given.
+    """
 
     model: Path
+    teacher: Path | None = None
     task: str = "addition"  # the name of a task, or a task file
     data: Path | None = None  # in place of the one file of problems that the task file names
     rl: ReinforceConfig = ReinforceConfig()
@@ -39,6 +49,21 @@ class RlConfig(Config):
     device: str = "auto"
     ops: dict[str, str] = Field(default_factory=dict)  # kernels, where not those chosen
     exact: bool = False  # no run unless rollouts have training's bits; where no compiler is, that takes slower kernels
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_teacher(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("teacher") is None:
+            return values
+        given = values.get("rl", {})
+        given = given.model_dump(exclude_unset=True) if isinstance(given, ReinforceConfig) else given
+        return values | {"rl": DISTILLATION | given} if isinstance(given, dict) else values
+
+    @model_validator(mode="after")
+    def _needs_teacher(self) -> "RlConfig":
+        if self.rl.teacher_weight and self.teacher is None:
+            raise ValueError("rl.teacher_weight is of what a teacher thinks, and there is none: give teacher, a folder")
+        return self
 
 
 def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str, Any]:
@@ -58,12 +83,15 @@ def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str,
     remember(config, folder, (folder / START).exists(), FREE)
     problems = spread(task, 7, config.rl.levels, config.validation_problems, "validation")
     best = Best(tokenizer, config.model, Right(task), problems, folder, config.rl.max_tokens)
-    model = load_model(config.model, device=select_device(config.device).torch)
+    device = select_device(config.device).torch
+    teacher = open_teacher(config.teacher, config.model, device) if config.teacher else None
+    model = load_model(config.model, device=device)
     if config.exact:
         require_exact(model.eval())
     start = _measure_start(model, best, folder)
-    Seen(folder, config.model)
-    rewarded = (assignment.reward, config.exact)
+    for known in filter(None, (config.model, config.teacher)):  # what a teacher knows by heart it passes on
+        Seen(folder, known)
+    rewarded = (assignment.reward, config.exact, teacher)
     done = reinforce(model, tokenizer, task, config.rl, folder, report, best, None, *rewarded)
     with atomic_folder(folder / "model") as part:
         shutil.copytree(best.model_folder, part, dirs_exist_ok=True)
@@ -85,7 +113,9 @@ def _compare(config: RlConfig, task: Task, folder: Path, report: Report) -> dict
     if not asked:
         return found
     exam = Exam(Right(task), asked, config.test_samples, config.rl.max_tokens)
-    return found | {"accuracy": gain(exam, {"start": config.model, "model": folder / "model"}, folder, report)}
+    teacher = {"teacher": config.teacher} if config.teacher else {}
+    models = {"start": config.model, **teacher, "model": folder / "model"}
+    return found | {"accuracy": gain(exam, models, folder, report)}
 
 
 def _with_levels(config: ReinforceConfig, task: Task) -> ReinforceConfig:
