@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from liaoyuan.cli.tune_sample import sample
 from liaoyuan.cli.tune_study import study
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 
 app.command()(study)
+app.command()(sample)
 
 RunFile = Annotated[Path | None, typer.Argument(help="TOML file with the settings (none: defaults).")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run file.")]
