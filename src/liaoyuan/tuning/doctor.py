@@ -227,6 +227,15 @@ def far_from_teacher(rows: Sequence[Row]) -> Finding | None:
     return Finding("far_from_teacher", "warning", what, do)
 
 
+def blind_critic(rows: Sequence[Row]) -> Finding | None:
+    now = _now(rows, "explained_variance")
+    if now is None or len(rows) < 2 * WINDOW or now > 0.0:
+        return None
+    what = f"The critic explains {_percent(now)} of the rewards' variance: their mean would say as much."
+    do = "Raise rl.critic_learning_rate or rl.problems; rl.advantage = 'grpo' or 'rloo' needs no critic."
+    return Finding("blind_critic", "warning", what, do)
+
+
 def reward_without_accuracy(rows: Sequence[Row]) -> Finding | None:
     """The reward rises while what is checked on validation problems falls."""
     checked = [row for row in rows if "validation_sampled" in row and "reward" in row]
@@ -278,6 +287,7 @@ CHECKS: tuple[Callable[[Sequence[Row]], Finding | None], ...] = (
     gradient_spike,
     far_from_start,
     far_from_teacher,
+    blind_critic,
     time_left,
 )
 

@@ -10,7 +10,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import AfterThinking, Grammars, SamplingParams, ThinkMarks
 from liaoyuan.tuning.curriculum import Staging
 
-Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "none"]
+Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "gae", "none"]
 COMPARED = ("grpo", "dr_grpo", "rloo")  # the advantages for which answers to one problem are compared
 KEPT = ("keep_rollouts_every", "keep_rollouts_mb")  # what a resumed run may be given anew: it changes no result
 
@@ -44,6 +44,9 @@ class ReinforceConfig(Config):
     advantage: Advantage = "grpo"  # see `losses.policy`, as for the next two
     ratio: Literal["token", "sequence", "cispo"] = "token"
     aggregation: Literal["token", "sequence", "constant"] = "token"
+    gae_lambda: float = Field(1.0, ge=0, le=1)  # of advantage = "gae", which trains a critic; see `critic`
+    critic_learning_rate: float = Field(8e-4, gt=0)
+    value_clip: float = Field(0.2, gt=0)
     teacher_weight: float = Field(0.0, ge=0)
     teacher_loss: Literal["sampled", "whole"] = "sampled"
     beta: float = Field(1.0, ge=0, le=1)  # of teacher_loss = "whole": 0 is the forward divergence, 1 the reverse one

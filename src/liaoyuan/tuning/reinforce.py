@@ -26,7 +26,7 @@ from liaoyuan.rundir import Lock, Metrics, Progress, Report, silent
 from liaoyuan.tasks import Reward, Right, Task
 from liaoyuan.tasks.seen import Seen
 from liaoyuan.training import Stopped, TrainConfig, make_optimiser, stop_asked
-from liaoyuan.training.optimiser import Optimiser
+from liaoyuan.tuning.critic import Critic, Pair, PairOptimiser
 from liaoyuan.tuning.curriculum import Shares, follow, fresh_shares
 from liaoyuan.tuning.doctor import Doctor
 from liaoyuan.tuning.measures import kl_to, measure_rollouts, solved_shares
@@ -129,6 +129,11 @@ class _Run:
         settings = TrainConfig(steps=config.steps, optimiser=config.optimiser, weight_decay=0.0)
         self._optimiser = make_optimiser(model, settings)
         self._about = (tokenizer, task, reward)
+        self._critic = Critic(model, config) if config.advantage == "gae" else None
+        self._saved: tuple[Any, Any] = (model, self._optimiser)
+        if self._critic:
+            critic = self._critic
+            self._saved = Pair(model, critic.model), PairOptimiser(self._optimiser, critic.optimiser)
 
     def __enter__(self) -> "_Run":
         with contextlib.ExitStack() as opened:
@@ -142,7 +147,7 @@ class _Run:
         self._lock.take()
         opened.callback(self._lock.release)
         self._start = copy.deepcopy(model).eval().requires_grad_(False) if config.measure_kl else None
-        done = _resume(model, self._optimiser, config, folder)
+        done = _resume(*self._saved, config, folder)
         self.done = replace(done, exact=prove(model.eval(), QUICK).exact)
         self._seen = Seen(folder)
         self._metrics = Metrics(folder / METRICS, resume_from=done.steps)
@@ -168,7 +173,7 @@ class _Run:
         begin = time.process_time()
         lesson, rows, learned = self._learn(drawn.rollouts, corrected)
         learning = time.process_time() - begin
-        self.done = _add(_follow(self.done, drawn, config), drawn, rows, learning, self._model, self._teacher)
+        self.done = _add(_follow(self.done, drawn, config), drawn, rows, learning, self._model, self._further())
         if must_be_exact and are_same and learned.get("log_prob_gap", 0.0) > 0.0:
             raise LiaoyuanError(
                 f"Rollouts of step {step} do not have training's bits ({learned['log_prob_gap']:.1e} nats apart), "
@@ -182,13 +187,23 @@ class _Run:
         """Return what was learned (None: nothing), from how many rows, and measures."""
         config, lesson, advice = self._config, lesson_of(rollouts, self._config), dict[str, float]()
         packs = packs_of(rollouts, lesson, config, self._model.embed_tokens.weight.device)
+        if self._critic:
+            packs, advice = self._critic.appraise(packs)
         if self._teacher and config.teacher_loss == "sampled":
-            packs, advice = advise(self._teacher, packs, config)
+            packs, said = advise(self._teacher, packs, config)
+            advice |= said
+        if advice:
             lesson = by_token(lesson, packs)
         rate = learning_rate_of(config, self.done.steps)
-        learned = learn(self._model, self._optimiser, packs, config, rate, corrected, self._teacher)
+        learned = learn(self._model, self._optimiser, packs, config, rate, corrected, self._teacher, self._critic)
         rows = sum(len(one.tokens) for minibatch in packs for one in minibatch)
         return lesson if packs else None, rows, learned | advice
+
+    def _further(self) -> float:
+        """Return what else is computed for each row of an update, as a share of a forward pass of the policy."""
+        length = float(self._config.max_tokens)
+        teacher = self._teacher.config.flops_per_token(length) if self._teacher else 0.0
+        return teacher / self._model.config.flops_per_token(length) + (4.0 if self._critic else 0.0)
 
     def _measures(self, drawn: Drawn) -> dict[str, Any]:
         values = measure_rollouts(drawn.rollouts, self._config)
@@ -205,7 +220,7 @@ class _Run:
     def save(self) -> None:
         extra = {"done": asdict(self.done), "config": self._config.model_dump(mode="json")}
         self._source.save(self._folder, self.done.steps)
-        save_state(self._folder / STATE, self.done.steps, self._model, self._optimiser, extra)
+        save_state(self._folder / STATE, self.done.steps, *self._saved, extra)
 
 
 def _line(values: dict[str, Any]) -> str:
@@ -232,14 +247,12 @@ def _follow(done: ReinforceResult, drawn: Drawn, config: ReinforceConfig) -> Rei
 
 
 def _add(
-    done: ReinforceResult, drawn: Drawn, rows: int, learning: float, model: Decoder, teacher: Decoder | None
+    done: ReinforceResult, drawn: Drawn, rows: int, learning: float, model: Decoder, further: float
 ) -> ReinforceResult:
-    """Return the run with one more step, which trained on so many rows, that a teacher read, in so many CPU seconds."""
+    """Return the run with one more step, which trained on so many rows in so many CPU seconds; see `_further`."""
     rollouts = drawn.rollouts
     rolled = rollouts.prompt_tokens + rollouts.generated_tokens
-    length = rolled / len(rollouts.completions) / 2
-    per_token = model.config.flops_per_token(length)
-    taught = teacher.config.flops_per_token(length) if teacher else 0.0
+    per_token = model.config.flops_per_token(rolled / len(rollouts.completions) / 2)
     return replace(
         done,
         steps=done.steps + 1,
@@ -248,11 +261,11 @@ def _add(
         trained_tokens=done.trained_tokens + rows,
         rollout_seconds=done.rollout_seconds + drawn.cpu_seconds,
         cpu_seconds=done.cpu_seconds + drawn.cpu_seconds + learning,
-        flops=done.flops + per_token * (rolled + 3 * rows) + taught * rows,
+        flops=done.flops + per_token * (rolled + (3 + further) * rows),
     )
 
 
-def _resume(model: Decoder, optimiser: Optimiser, config: ReinforceConfig, folder: Path) -> ReinforceResult:
+def _resume(model: Any, optimiser: Any, config: ReinforceConfig, folder: Path) -> ReinforceResult:
     fresh = fresh_shares(config.levels)
     found = load_state(folder / STATE, model, optimiser)
     if found is None:

@@ -16,11 +16,9 @@ from liaoyuan.data import Tokenizer
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder
 from liaoyuan.tuning.losses import generalised_divergence, teacher_advantages
-from liaoyuan.tuning.packing import PackedRollouts
+from liaoyuan.tuning.packing import PackedRollouts, Packs
 from liaoyuan.tuning.policy_log_probs import CHUNK, policy_hidden, policy_log_probs
 from liaoyuan.tuning.recipe import ReinforceConfig
-
-Packs = list[list[PackedRollouts]]  # of each minibatch
 
 
 def open_teacher(folder: Path, student: Path, device: torch.device) -> Decoder:

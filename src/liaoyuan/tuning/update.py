@@ -10,6 +10,7 @@ from torch import Tensor
 
 from liaoyuan.models import Decoder
 from liaoyuan.training.optimiser import Optimiser
+from liaoyuan.tuning.critic import Critic
 from liaoyuan.tuning.losses import (
     batch_advantages,
     cispo_losses,
@@ -22,11 +23,11 @@ from liaoyuan.tuning.losses import (
     token_weights,
     truncated_weights,
 )
-from liaoyuan.tuning.packing import PackedRollouts, pack
+from liaoyuan.tuning.packing import PackedRollouts, Packs, pack
 from liaoyuan.tuning.policy_log_probs import log_probs_of, policy_hidden, policy_log_probs
 from liaoyuan.tuning.recipe import ReinforceConfig
 from liaoyuan.tuning.rollout import Rollouts
-from liaoyuan.tuning.teacher import Packs, divergences
+from liaoyuan.tuning.teacher import divergences
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,14 @@ class Lesson:
 def teaches(rollouts: Rollouts, config: ReinforceConfig) -> Tensor:
     """Return which groups teach something, bool [P]: those whose judged samples do not all have one reward.
 
-    REINFORCE++ has its baseline over the whole batch, so that every judged group teaches if any does. A teacher has
-    something to say of every group.
+    REINFORCE++ has its baseline over the whole batch, so that every judged group teaches if any does. A critic learns
+    from every judged group, and a teacher has something to say of every one.
     """
     judged, rewards = rollouts.judged, rollouts.rewards
     if config.teacher_weight:
         return torch.ones(len(judged), dtype=torch.bool)
+    if config.advantage == "gae":
+        return judged.any(1)
     high, low = (torch.where(judged, rewards, fill) for fill in (-torch.inf, torch.inf))
     differ = high.max(1).values > low.min(1).values
     if config.advantage == "reinforce_pp" and judged.any():
@@ -56,7 +59,8 @@ def teaches(rollouts: Rollouts, config: ReinforceConfig) -> Tensor:
 
 def lesson_of(rollouts: Rollouts, config: ReinforceConfig) -> Lesson:
     """Return what rollouts teach. What could not be judged leaves its group, unless there is a teacher, who does not
-    ask; one judged sample teaches nothing.
+    ask; one judged sample teaches nothing. Of a group the most different are learned, but with a critic all: it would
+    else expect the mean of extremes.
     """
     rewards, groups = rollouts.rewards, teaches(rollouts, config)
     useful = torch.ones_like(rollouts.judged) if config.teacher_weight else rollouts.judged
@@ -64,13 +68,19 @@ def lesson_of(rollouts: Rollouts, config: ReinforceConfig) -> Lesson:
     for count in counts[groups].unique().tolist():  # as a rule there is one: all are judged
         rows = groups & (counts == count)
         own = useful[rows]
-        best = most_different(rewards[rows][own].view(-1, count), min(config.update_group, count))
+        most = count if config.advantage == "gae" else min(config.update_group, count)
+        best = most_different(rewards[rows][own].view(-1, count), most)
         samples[rows] = torch.zeros_like(own).masked_scatter(own, best)
     return Lesson(groups, samples, advantages_of(rewards, samples & rollouts.judged, config))
 
 
 def advantages_of(rewards: Tensor, samples: Tensor, config: ReinforceConfig) -> Tensor:
-    """Return the advantages of the samples bool [P, G] over each other, fp32 [P, G]; 0 for all else."""
+    """Return the advantages of the samples bool [P, G] over each other, fp32 [P, G]; 0 for all else.
+
+    For a critic they are what the samples earned, of which it makes advantages of tokens.
+    """
+    if config.advantage == "gae":
+        return torch.where(samples, rewards, 0.0)
     if config.advantage == "none":
         return torch.zeros_like(rewards)
     if config.advantage == "reinforce_pp" and samples.any():
@@ -115,12 +125,13 @@ def learn(
     rate: float,
     corrected: bool = False,
     teacher: Decoder | None = None,
+    critic: Critic | None = None,
 ) -> dict[str, Any]:
     """Learn from what was packed, a minibatch an update; return measures.
 
     corrected: weigh each token by the truncated ratio of training's probability before the first update to the
         rollout's, and take the ratio of the loss to the former.
-    teacher: whose whole distributions are learned beside, if `config.teacher_loss` says so.
+    teacher: whose whole distributions are learned beside, if `config.teacher_loss` says so. critic: learns too.
     """
     if not packs:
         return {"updates": 0}
@@ -139,8 +150,12 @@ def learn(
                 seen.note_divergence(apart.detach())
             (_weighed(losses, one, config) / total).backward()
             optimiser.accumulate()
+            if critic:
+                critic.learn(one, sum(float(len(part.rows)) for part in minibatch))
             seen.note(log_probs.detach(), old, one, config, first=place == 0)
         norms.append(optimiser.step(rate, config.clip))
+        if critic:
+            critic.step(rate)
     return {"updates": len(packs), "grad_norm": max(norms), "learning_rate": rate, **seen.measures()}
 
 
