@@ -16,7 +16,7 @@ from liaoyuan.training import TrainConfig, make_optimiser
 from liaoyuan.tuning import ReinforceConfig, reinforce
 from liaoyuan.tuning.measures import kl_to
 from liaoyuan.tuning.rollout import Rollouts, roll_out
-from liaoyuan.tuning.update import learn, lesson_of
+from liaoyuan.tuning.update import learn, lesson_of, packs_of
 from liaoyuan.tuning.validation import tuning_engine
 from tests.conftest import randomised
 from tests.tuning.test_reinforce import CONFIG, EndSoon, even_is_right, rewarding_even
@@ -67,7 +67,8 @@ def gradient(model: Decoder, rollouts: Rollouts, config: ReinforceConfig, correc
         def step(self, *_: Any) -> float:
             return 0.0
 
-    learn(model, Watch(), rollouts, lesson_of(rollouts, config), config, 1.0, corrected)  # type: ignore[arg-type]
+    packs = packs_of(rollouts, lesson_of(rollouts, config), config, torch.device("cpu"))
+    learn(model, Watch(), packs, config, 1.0, corrected)  # type: ignore[arg-type]
     return torch.stack(found).sum(0)
 
 
@@ -158,7 +159,8 @@ def test_how_many_tokens_are_clipped_is_counted(
         is_right = answer.text == answer.problem.answer
         one.logprobs[:] = [x - 1.0 if is_right else x for x in one.logprobs]
     optimiser = make_optimiser(small_model, TrainConfig(steps=1))
-    _, values = learn(small_model, optimiser, rollouts, lesson_of(rollouts, CONFIG), CONFIG, 0.0)
+    packs = packs_of(rollouts, lesson_of(rollouts, CONFIG), CONFIG, torch.device("cpu"))
+    values = learn(small_model, optimiser, packs, CONFIG, 0.0)
     assert 0.2 < values["clipped_high"] < 0.8 and values["clipped_low"] == 0.0
     assert values["ratio_max"] == pytest.approx(torch.tensor(1.0).exp().item(), rel=1e-4)
     assert values["log_prob_gap"] == pytest.approx(1.0, rel=1e-4)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-ROWS = {"start": "the model it began with", "model": "the result", "difference": "difference"}
+ROWS = {"start": "the model it began with", "teacher": "its teacher", "model": "the result", "difference": "difference"}
 
 
 def gain_lines(accuracy: dict[str, dict[str, dict[str, float]]], problems: int) -> Iterator[str]:
@@ -11,8 +11,8 @@ def gain_lines(accuracy: dict[str, dict[str, dict[str, float]]], problems: int) 
     columns = [name for name in accuracy["model"] if name != "thought_tokens"]
     yield f"On {problems} test problems, percent with 95% intervals:"
     yield " " * 26 + "".join(f"{name:>24}" for name in columns)
-    for row, title in ROWS.items():
-        yield f"  {title:<24}" + "".join(f"{_cell(accuracy[row][name], row):>24}" for name in columns)
+    for row in accuracy:
+        yield f"  {ROWS[row]:<24}" + "".join(f"{_cell(accuracy[row][name], row):>24}" for name in columns)
 
 
 def _cell(interval: dict[str, Any], row: str) -> str:

@@ -1,4 +1,6 @@
-"""`liaoyuan tune`: teach a model by examples (sft), by judged answers (dpo, reward), or by checked answers (rl)."""
+"""`liaoyuan tune`: teach a model by examples (sft), judged answers (dpo, reward), checked answers (rl) or another model
+(distill).
+"""
 
 import json as json_format
 from pathlib import Path
@@ -6,20 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from liaoyuan.cli.tune_sample import sample
 from liaoyuan.cli.tune_study import study
 
 if TYPE_CHECKING:
     from liaoyuan.tuning.preference_config import PreferenceConfig
+    from liaoyuan.tuning.rl_run import RlConfig
     from liaoyuan.tuning.sft_config import SftConfig
     from liaoyuan.tuning.start import Start
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Teach a model: sft (examples), dpo and reward (judged answers), rl (checked answers).",
+    help="Teach a model: sft (examples), dpo and reward (judged answers), rl (checked answers), distill (a teacher).",
 )
 
 app.command()(study)
+app.command()(sample)
 
 RunFile = Annotated[Path | None, typer.Argument(help="TOML file with the settings (none: defaults).")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run file.")]
@@ -151,13 +156,17 @@ def _show_comparison(comparison: dict[str, Any]) -> None:
         print(f"{key:>18}" + "".join(f"{text:>26}" for text in texts))
 
 
+Task = Annotated[str | None, typer.Option(help="A task by its name, or a task file (TOML).")]
+Problems = Annotated[Path | None, typer.Option(help="Problems, in place of the task file's own.")]
+
+
 @app.command()
 def rl(
     run_file: RunFile = None,
     set_: Set = None,
     model: Model = None,
-    task: Annotated[str | None, typer.Option(help="A task by its name, or a task file (TOML).")] = None,
-    data: Annotated[Path | None, typer.Option(help="Problems, in place of the task file's own.")] = None,
+    task: Task = None,
+    data: Problems = None,
     lora: Annotated[
         bool, typer.Option("--lora", help="Train an adapter alone; rl.learning_rate is then 4e-3, else 8e-4.")
     ] = False,
@@ -165,13 +174,53 @@ def rl(
     json: Json = False,
 ) -> None:
     """Reinforce on fresh problems, rewarded by checked answers; the best checkpoint is kept, and compared."""
+    _reinforce("RL", rl_config(run_file, set_, model, task, data, lora=lora), out, json)
+
+
+@app.command()
+def distill(
+    run_file: RunFile = None,
+    set_: Set = None,
+    model: Model = None,
+    teacher: Annotated[Path | None, typer.Option(help="Folder of the model to learn from; same vocabulary.")] = None,
+    task: Task = None,
+    data: Problems = None,
+    out: Out = Path("runs/distill"),
+    json: Json = False,
+) -> None:
+    """Learn on own answers what a teacher thinks of each token; the best checkpoint is kept, and compared."""
+    from liaoyuan.errors import LiaoyuanError
+
+    config = rl_config(run_file, set_, model, task, data, teacher)
+    if config.teacher is None:
+        raise LiaoyuanError("tune distill needs a model to learn from: give --teacher DIR.")
+    _reinforce("Distill", config, out, json)
+
+
+def rl_config(
+    run_file: Path | None,
+    set_: list[str] | None,
+    model: Path | None,
+    task: str | None,
+    data: Path | None,
+    teacher: Path | None = None,
+    lora: bool = False,
+) -> "RlConfig":
+    """Return the resolved config of the verbs' arguments."""
+    from liaoyuan.tuning.rl_run import RlConfig
+
+    method = "lora" if lora else None
+    shortcuts = {"model": model, "teacher": teacher, "task": task, "data": data, "method": method}
+    config: RlConfig = _config(RlConfig, run_file, set_, shortcuts)
+    return config
+
+
+def _reinforce(title: str, config: "RlConfig", out: Path, json: bool) -> None:
     from liaoyuan.cli.gain import gain_lines
     from liaoyuan.cli.live_report import followed
-    from liaoyuan.tuning.rl_run import RlConfig, run_rl
+    from liaoyuan.tuning.rl_run import run_rl
 
-    shortcuts = {"model": model, "task": task, "data": data, "method": "lora" if lora else None}
-    config = _config(RlConfig, run_file, set_, shortcuts)
-    with followed("RL", out) as report:
+    with followed(title, out) as report:
         result = run_rl(config, out, report)
     _show(result, out, json, config.start)
     if not json and "accuracy" in result:

@@ -53,6 +53,7 @@ class Record(Config):
         the model is to answer), "text" (the content of the one message, as it stands).
     tools: what the assistant may call, as OpenAI's API describes it.
     task, answer, level: which verifier checks the answer, the right one, and how hard it is.
+    model, score: who wrote the answer, if a model did, and what it was found to be worth.
     split: "train", "validation" or "test", where whoever made the record has decided it.
     """
 
@@ -66,6 +67,8 @@ class Record(Config):
     task: str = ""
     answer: str = ""
     level: int = 0
+    model: str = ""
+    score: float | None = None
     source: str = ""
     licence: str = ""
     split: str = ""

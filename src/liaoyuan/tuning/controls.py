@@ -18,6 +18,7 @@ from liaoyuan.rundir import Progress, Report, silent
 from liaoyuan.tasks import Right, Task
 from liaoyuan.tuning.recipe import ReinforceConfig, sample_seed
 from liaoyuan.tuning.reinforce import ReinforceResult
+from liaoyuan.tuning.rejection import Answer, Rule, sift
 from liaoyuan.tuning.rollout import Rollouts, roll_out
 from liaoyuan.tuning.sources import problems_of
 from liaoyuan.tuning.validation import tuning_engine
@@ -92,8 +93,9 @@ def right_answers(rollouts: Rollouts) -> Iterator[TokenisedRecord]:
     """Yield the right completions of each problem, each different one once, ready to be learned."""
     for place, prompt in enumerate(rollouts.prompts):
         group = rollouts.completions[place * rollouts.group : (place + 1) * rollouts.group]
-        right = [
-            tuple(one.tokens) for one, is_right in zip(group, rollouts.right[place].tolist(), strict=True) if is_right
-        ]
-        for tokens in dict.fromkeys(right):
-            yield TokenisedRecord((*prompt, *tokens), (0.0,) * len(prompt) + (1.0,) * len(tokens))
+        right = zip(group, rollouts.right[place].tolist(), strict=True)
+        answers = [Answer(tuple(one.tokens), float(is_right)) for one, is_right in right]
+        for one, fate in zip(group, sift(answers, Rule()), strict=True):
+            if fate == "kept":
+                tokens = tuple(one.tokens)
+                yield TokenisedRecord((*prompt, *tokens), (0.0,) * len(prompt) + (1.0,) * len(tokens))

@@ -24,6 +24,7 @@ LONGER = 1.2  # and as a multiple of that of right ones
 GAP = 0.02  # nats between rollout and training, 99th percentile (about 2% of the probability)
 SPIKE = 8.0  # gradient norm as a multiple of the median before
 FAR = 0.5  # nats a token from the start policy
+APART = 0.3  # nats a token between student and teacher
 LONG_RUN = 1800.0  # seconds left from which it is worth saying
 
 
@@ -214,6 +215,27 @@ def far_from_start(rows: Sequence[Row]) -> Finding | None:
     )
 
 
+def far_from_teacher(rows: Sequence[Row]) -> Finding | None:
+    now, then = _now(rows, "teacher_divergence"), _then(rows, "teacher_divergence")
+    if now is None or then is None or now < APART or now < 0.9 * then:
+        return None
+    what = f"The student is {now:.2f} nats a token from its teacher, and was {then:.2f}: it hardly comes nearer."
+    do = (
+        "See that the two have one chat template; raise rl.learning_rate; or let it first learn the teacher's own "
+        "answers (liaoyuan tune sample, then tune sft)."
+    )
+    return Finding("far_from_teacher", "warning", what, do)
+
+
+def blind_critic(rows: Sequence[Row]) -> Finding | None:
+    now = _now(rows, "explained_variance")
+    if now is None or len(rows) < 2 * WINDOW or now > 0.0:
+        return None
+    what = f"The critic explains {_percent(now)} of the rewards' variance: their mean would say as much."
+    do = "Raise rl.critic_learning_rate or rl.problems; rl.advantage = 'grpo' or 'rloo' needs no critic."
+    return Finding("blind_critic", "warning", what, do)
+
+
 def reward_without_accuracy(rows: Sequence[Row]) -> Finding | None:
     """The reward rises while what is checked on validation problems falls."""
     checked = [row for row in rows if "validation_sampled" in row and "reward" in row]
@@ -264,6 +286,8 @@ CHECKS: tuple[Callable[[Sequence[Row]], Finding | None], ...] = (
     corrected,
     gradient_spike,
     far_from_start,
+    far_from_teacher,
+    blind_critic,
     time_left,
 )
 

@@ -21,6 +21,7 @@ class PackedRollouts:
     tokens, positions: int64 [N]; context: which sees which.
     rows: int64 [R], the row after which each generated token comes. targets: int64 [R], these tokens.
     rollout_log_probs, advantages: fp32 [R]. boundaries: int64 [M + 1], of the rollouts among the R.
+    values, returns: fp32 [R], of a critic, if there is one: what it expected, and what it is to learn to expect.
     allowed: which tokens could have been drawn, as bits, int32 [R, ceil(V / 32)]; None: all of them.
     """
 
@@ -33,6 +34,11 @@ class PackedRollouts:
     advantages: Tensor
     boundaries: Tensor
     allowed: Tensor | None
+    values: Tensor | None = None
+    returns: Tensor | None = None
+
+
+Packs = list[list[PackedRollouts]]  # of each minibatch
 
 
 def pack(rollouts: Rollouts, advantages: Tensor, kept: Tensor, device: torch.device) -> Iterator[PackedRollouts]:

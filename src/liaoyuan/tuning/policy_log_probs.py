@@ -22,9 +22,19 @@ CHUNK = 2**24  # logits that are there at once: 64 MiB in fp32
 
 def policy_log_probs(model: Decoder, part: PackedRollouts, config: ReinforceConfig) -> Tensor:
     """Return the log-probability of each target under what it was drawn from, fp32 [R]; differentiable."""
+    return log_probs_of(model, policy_hidden(model, part), part, config)
+
+
+def policy_hidden(model: Decoder, part: PackedRollouts) -> Tensor:
+    """Return what the model's head reads before each target, [R, H]."""
+    found: Tensor = model(part.tokens, part.positions, part.context, rows=part.rows, hidden=True)
+    return found
+
+
+def log_probs_of(model: Decoder, hidden: Tensor, part: PackedRollouts, config: ReinforceConfig) -> Tensor:
+    """Return `policy_log_probs` of what `policy_hidden` gave."""
     if config.draws_raw:
-        return model(part.tokens, part.positions, part.context, targets=part.targets, rows=part.rows)
-    hidden = model(part.tokens, part.positions, part.context, rows=part.rows, hidden=True)
+        return model.score(hidden, part.targets)
     size, values = max(1, CHUNK // model.config.vocab_size), []
     for begin in range(0, len(hidden), size):
         chunk = slice(begin, begin + size)

@@ -10,6 +10,8 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import AfterThinking, Grammars, SamplingParams, ThinkMarks
 from liaoyuan.tuning.curriculum import Staging
 
+Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "gae", "none"]
+COMPARED = ("grpo", "dr_grpo", "rloo")  # the advantages for which answers to one problem are compared
 KEPT = ("keep_rollouts_every", "keep_rollouts_mb")  # what a resumed run may be given anew: it changes no result
 
 
@@ -18,12 +20,16 @@ class ReinforceConfig(Config):
 
     learning_rate: 8e-4 with linear decay is best for a model of 1M parameters (docs/notes/regime.md).
     minimum_groups: a step with fewer groups that carry signal changes nothing (sparse rewards and Adam: noise).
+    advantage: "none" lets the reward teach nothing, where a teacher does.
+    teacher_weight: of what a teacher thinks of each token, beside the reward; 0 without a teacher. teacher_loss:
+        whether it is asked about the tokens that were drawn, or about all that could have been; see
+        `losses.distillation`.
     """
 
     levels: tuple[int, ...] = Field((2, 3, 4), min_length=1)
     steps: int = Field(200, gt=0)
     problems: int = Field(32, gt=0)  # of one step
-    group: int = Field(8, gt=1)  # rollouts of each problem
+    group: int = Field(8, gt=0)  # rollouts of each problem
     update_group: int = Field(4, gt=1)  # of these that are learned from at most, see `most_different`
     minibatches: int = Field(4, gt=0)  # into which a step's groups are cut at most, an update each
     minibatch_groups: int = Field(6, gt=0)  # that a minibatch has at least: an update from fewer is mostly noise
@@ -35,9 +41,15 @@ class ReinforceConfig(Config):
     clip: float = Field(0.5, gt=0)  # of the gradient's norm
     clip_low: float = Field(0.2, gt=0)  # of the ratio, see `clipped_losses`
     clip_high: float = Field(0.28, gt=0)
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = "grpo"  # see `losses.policy`, as for the next two
+    advantage: Advantage = "grpo"  # see `losses.policy`, as for the next two
     ratio: Literal["token", "sequence", "cispo"] = "token"
     aggregation: Literal["token", "sequence", "constant"] = "token"
+    gae_lambda: float = Field(1.0, ge=0, le=1)  # of advantage = "gae", which trains a critic; see `critic`
+    critic_learning_rate: float = Field(8e-4, gt=0)
+    value_clip: float = Field(0.2, gt=0)
+    teacher_weight: float = Field(0.0, ge=0)
+    teacher_loss: Literal["sampled", "whole"] = "sampled"
+    beta: float = Field(1.0, ge=0, le=1)  # of teacher_loss = "whole": 0 is the forward divergence, 1 the reverse one
     minimum_groups: int = Field(2, ge=1)
     temperature: float = Field(1.0, gt=0)  # of the rollouts, as are the next two; see `SamplingParams`
     top_p: float = Field(1.0, gt=0, le=1)
@@ -65,6 +77,16 @@ class ReinforceConfig(Config):
             return values
         rest = {key: value for key, value in values.items() if key != "normalise"}
         return {"advantage": "grpo" if values["normalise"] else "dr_grpo"} | rest
+
+    @model_validator(mode="after")
+    def _refuse_what_teaches_nothing(self) -> "ReinforceConfig":
+        if self.group < 2 and self.advantage in COMPARED:
+            raise ValueError(f"advantage = {self.advantage} compares answers to one problem: group must be 2 or more")
+        if self.advantage == "none" and not self.teacher_weight:
+            raise ValueError("advantage = none and no teacher: nothing would be learned")
+        if self.beta != 1.0 and self.teacher_loss == "sampled":
+            raise ValueError("beta is a setting of teacher_loss = whole, not of sampled")
+        return self
 
     @property
     def filters(self) -> bool:

@@ -27,16 +27,18 @@ from liaoyuan.rundir import Lock, Metrics, Progress, Report, silent
 from liaoyuan.tasks import Reward, Right, Task
 from liaoyuan.tasks.seen import Seen
 from liaoyuan.training import Stopped, TrainConfig, make_optimiser, stop_asked
-from liaoyuan.training.optimiser import Optimiser
+from liaoyuan.tuning.critic import Critic, Pair, PairOptimiser
 from liaoyuan.tuning.curriculum import Shares, follow, fresh_shares
 from liaoyuan.tuning.doctor import Doctor
 from liaoyuan.tuning.measures import kl_to, measure_rollouts, solved_shares
 from liaoyuan.tuning.recipe import KEPT, ReinforceConfig, learning_rate_of
+from liaoyuan.tuning.rollout import Rollouts
 from liaoyuan.tuning.rollout_log import RolloutLog
 from liaoyuan.tuning.rollout_workers import WorkerRollouts
 from liaoyuan.tuning.sources import Drawn, LocalRollouts, Source
 from liaoyuan.tuning.start import Start
-from liaoyuan.tuning.update import learn, lesson_of, teaches
+from liaoyuan.tuning.teacher import advise
+from liaoyuan.tuning.update import Lesson, by_token, learn, lesson_of, packs_of, teaches
 from liaoyuan.tuning.validation import Best
 
 METRICS = "metrics.jsonl"
@@ -80,6 +82,7 @@ def reinforce(
     reward: Reward | None = None,
     must_be_exact: bool = False,
     start: Start | None = None,
+    teacher: Decoder | None = None,
 ) -> ReinforceResult:
     """Train `model` in place for `config.steps` steps (or only up to step `until`), going on from `folder`.
 
@@ -87,6 +90,7 @@ def reinforce(
         reward: what answers are worth; what the task calls right if None.
         must_be_exact: end the run where a rollout has other bits than training.
         start: what `model` began as, if it has adapters, which rollout workers need to make it.
+        teacher: who thinks something of each token, see `teacher`.
 
     Raises:
         Stopped: Ctrl-C or SIGTERM came; the state is saved.
@@ -94,7 +98,7 @@ def reinforce(
     """
     end = min(config.steps, until or config.steps)
     rewarded = reward or Right(task)
-    with _Run(model, tokenizer, task, rewarded, config, folder, start) as run, stop_asked() as is_asked:
+    with _Run(model, tokenizer, task, rewarded, config, folder, start, teacher) as run, stop_asked() as is_asked:
         first, begun = run.done.steps, time.monotonic()
         while run.done.steps < end:
             values = run.step(must_be_exact)
@@ -123,12 +127,19 @@ class _Run:
         reward: Reward,
         config: ReinforceConfig,
         folder: Path,
-        start: Start | None,
+        start: Start | None = None,
+        teacher: Decoder | None = None,
     ) -> None:
         self._model, self._config, self._folder, self._lock = model, config, folder, Lock(folder)
+        self._teacher = teacher
         settings = TrainConfig(steps=config.steps, optimiser=config.optimiser, weight_decay=0.0)
         self._optimiser = make_optimiser(model, settings)
         self._about, self._made_of = (tokenizer, task, reward), start
+        self._critic = Critic(model, config) if config.advantage == "gae" else None
+        self._saved: tuple[Any, Any] = (model, self._optimiser)
+        if self._critic:
+            critic = self._critic
+            self._saved = Pair(model, critic.model), PairOptimiser(self._optimiser, critic.optimiser)
 
     def __enter__(self) -> "_Run":
         with contextlib.ExitStack() as opened:
@@ -144,7 +155,7 @@ class _Run:
         self._copy = None  # with adapters, the model without them is what the run began with
         if config.measure_kl and not adapters_of(model):
             self._copy = copy.deepcopy(model).eval().requires_grad_(False)
-        done = _resume(model, self._optimiser, config, folder)
+        done = _resume(*self._saved, config, folder)
         self.done = replace(done, exact=prove(model.eval(), QUICK).exact)
         self._seen = Seen(folder)
         self._metrics = Metrics(folder / METRICS, resume_from=done.steps)
@@ -167,21 +178,42 @@ class _Run:
         config, step = self._config, self.done.steps
         drawn = self._source.draw(step, self.done.shares)
         self._seen.add(drawn.rollouts.problems)
-        begin, lesson = time.process_time(), lesson_of(drawn.rollouts, config)
         are_same = self.done.exact and not drawn.staleness
         corrected = config.importance == "on" or (config.importance == "auto" and not are_same)
-        rate = learning_rate_of(config, step)
-        rows, learned = learn(self._model, self._optimiser, drawn.rollouts, lesson, config, rate, corrected)
+        begin = time.process_time()
+        lesson, rows, learned = self._learn(drawn.rollouts, corrected)
         learning = time.process_time() - begin
-        self.done = _add(_follow(self.done, drawn, config), drawn, rows, learning, self._model)
+        self.done = _add(_follow(self.done, drawn, config), drawn, rows, learning, self._model, self._further())
         if must_be_exact and are_same and learned.get("log_prob_gap", 0.0) > 0.0:
             raise LiaoyuanError(
                 f"Rollouts of step {step} do not have training's bits ({learned['log_prob_gap']:.1e} nats apart), "
                 "though that was proven at the start: see liaoyuan doctor --exact, or go on with exact = false."
             )
-        self._log.write(step, drawn.rollouts, lesson if rows else None)
+        self._log.write(step, drawn.rollouts, lesson)
         told = {"exact": self.done.exact, "corrected": corrected, "staleness": drawn.staleness}
         return self._measures(drawn) | learned | told | _speeds(self.done, drawn, rows, learning)
+
+    def _learn(self, rollouts: Rollouts, corrected: bool) -> tuple[Lesson | None, int, dict[str, Any]]:
+        """Return what was learned (None: nothing), from how many rows, and measures."""
+        config, lesson, advice = self._config, lesson_of(rollouts, self._config), dict[str, float]()
+        packs = packs_of(rollouts, lesson, config, self._model.embed_tokens.weight.device)
+        if self._critic:
+            packs, advice = self._critic.appraise(packs)
+        if self._teacher and config.teacher_loss == "sampled":
+            packs, said = advise(self._teacher, packs, config)
+            advice |= said
+        if advice:
+            lesson = by_token(lesson, packs)
+        rate = learning_rate_of(config, self.done.steps)
+        learned = learn(self._model, self._optimiser, packs, config, rate, corrected, self._teacher, self._critic)
+        rows = sum(len(one.tokens) for minibatch in packs for one in minibatch)
+        return lesson if packs else None, rows, learned | advice
+
+    def _further(self) -> float:
+        """Return what else is computed for each row of an update, as a share of a forward pass of the policy."""
+        length = float(self._config.max_tokens)
+        teacher = self._teacher.config.flops_per_token(length) if self._teacher else 0.0
+        return teacher / self._model.config.flops_per_token(length) + (4.0 if self._critic else 0.0)
 
     def _measures(self, drawn: Drawn) -> dict[str, Any]:
         values = measure_rollouts(drawn.rollouts, self._config)
@@ -200,7 +232,7 @@ class _Run:
     def save(self) -> None:
         extra = {"done": asdict(self.done), "config": self._config.model_dump(mode="json")}
         self._source.save(self._folder, self.done.steps)
-        save_state(self._folder / STATE, self.done.steps, self._model, self._optimiser, extra)
+        save_state(self._folder / STATE, self.done.steps, *self._saved, extra)
 
 
 def _line(values: dict[str, Any]) -> str:
@@ -226,8 +258,10 @@ def _follow(done: ReinforceResult, drawn: Drawn, config: ReinforceConfig) -> Rei
     return replace(done, drawn=(*done.drawn, tuple(drawn.levels)), signal=shares.signal, solved=shares.solved)
 
 
-def _add(done: ReinforceResult, drawn: Drawn, rows: int, learning: float, model: Decoder) -> ReinforceResult:
-    """Return the run with one more step, which trained on so many rows in so many CPU seconds."""
+def _add(
+    done: ReinforceResult, drawn: Drawn, rows: int, learning: float, model: Decoder, further: float
+) -> ReinforceResult:
+    """Return the run with one more step, which trained on so many rows in so many CPU seconds; see `_further`."""
     rollouts = drawn.rollouts
     rolled = rollouts.prompt_tokens + rollouts.generated_tokens
     per_token = model.config.flops_per_token(rolled / len(rollouts.completions) / 2)
@@ -239,11 +273,11 @@ def _add(done: ReinforceResult, drawn: Drawn, rows: int, learning: float, model:
         trained_tokens=done.trained_tokens + rows,
         rollout_seconds=done.rollout_seconds + drawn.cpu_seconds,
         cpu_seconds=done.cpu_seconds + drawn.cpu_seconds + learning,
-        flops=done.flops + per_token * (rolled + 3 * rows),
+        flops=done.flops + per_token * (rolled + (3 + further) * rows),
     )
 
 
-def _resume(model: Decoder, optimiser: Optimiser, config: ReinforceConfig, folder: Path) -> ReinforceResult:
+def _resume(model: Any, optimiser: Any, config: ReinforceConfig, folder: Path) -> ReinforceResult:
     fresh = fresh_shares(config.levels)
     found = load_state(folder / STATE, model, optimiser)
     if found is None:

@@ -1,4 +1,7 @@
-"""A user's own reinforcement learning: a run folder whose result is `model`, or `adapter`, with what it has gained."""
+"""A user's own reinforcement learning: a run folder whose result is `model`, or `adapter`, with what it has gained.
+
+With a teacher it is on-policy distillation, which differs in what is learned from a rollout and in nothing else.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -7,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from liaoyuan.checkpoint import load_model
 from liaoyuan.config import Config
 from liaoyuan.data import Tokenizer, write_records
 from liaoyuan.device import select_device
@@ -26,9 +30,13 @@ from liaoyuan.tuning.lora import LoraConfig, Method
 from liaoyuan.tuning.recipe import KEPT, ReinforceConfig
 from liaoyuan.tuning.reinforce import reinforce
 from liaoyuan.tuning.start import Start, refuse_whole
+from liaoyuan.tuning.teacher import open_teacher
 from liaoyuan.tuning.validation import Best
 
 ADAPTER_RATE = 4e-3  # of adapters, where none is given; docs/rl.md has the sweep
+
+# Of `rl`, where a teacher is given: its word alone, and of all answers, for none is better than another.
+DISTILLATION = {"advantage": "none", "teacher_weight": 1.0, "group": 4, "update_group": 4}
 START = "start.json"  # in the run folder: what the model that it began with reached on the validation problems
 FREE = (*(f"rl.{key}" for key in KEPT), "exact", "ops.", "device")  # keys that may change when a run goes on
 
@@ -37,9 +45,11 @@ class RlConfig(Config):
     """`model` to begin with, the task, how to reinforce, and how many problems choose the checkpoint and measure it.
 
     method: "full" trains every weight, "lora", "rslora" and "dora" adapters alone.
+    teacher: a model of the same vocabulary; then `rl` is `DISTILLATION` but for what is given.
     """
 
     model: Path
+    teacher: Path | None = None
     task: str = "addition"  # the name of a task, or a task file
     data: Path | None = None  # in place of the one file of problems that the task file names
     method: Method = "full"
@@ -55,6 +65,21 @@ class RlConfig(Config):
     @property
     def start(self) -> Start:
         return Start(self.model, self.method, self.lora, self.rl.seed)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_teacher(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("teacher") is None:
+            return values
+        given = values.get("rl", {})
+        given = given.model_dump(exclude_unset=True) if isinstance(given, ReinforceConfig) else given
+        return values | {"rl": DISTILLATION | given} if isinstance(given, dict) else values
+
+    @model_validator(mode="after")
+    def _needs_teacher(self) -> "RlConfig":
+        if self.rl.teacher_weight and self.teacher is None:
+            raise ValueError("rl.teacher_weight is of what a teacher thinks, and there is none: give teacher, a folder")
+        return self
 
 
 def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str, Any]:
@@ -75,12 +100,15 @@ def run_rl(config: RlConfig, folder: Path, report: Report = silent) -> dict[str,
     problems = spread(task, 7, config.rl.levels, config.validation_problems, "validation")
     best = Best(tokenizer, config.start, Right(task), problems, folder, config.rl.max_tokens)
     write_records(folder / HELD_OUT, [to_record(problem) for problem in problems])
-    model = config.start.load(select_device(config.device).torch)
+    device = select_device(config.device).torch
+    teacher = open_teacher(config.teacher, config.model, device) if config.teacher else None
+    model = config.start.load(device)
     if config.exact:
         require_exact(model.eval())
     start = _measure_start(model, best, folder)
-    Seen(folder, config.model)
-    rewarded = (assignment.reward, config.exact, config.start)
+    for known in filter(None, (config.model, config.teacher)):  # what a teacher knows by heart it passes on
+        Seen(folder, known)
+    rewarded = (assignment.reward, config.exact, config.start, teacher)
     done = reinforce(model, tokenizer, task, config.rl, folder, report, best, None, *rewarded)
     del model
     result = folder / config.start.name
@@ -129,6 +157,7 @@ def _compare(config: RlConfig, task: Task, tokenizer: Tokenizer, folder: Path, r
     exam = Exam(Right(task), asked, config.test_samples, config.rl.max_tokens)
     models: dict[str, Callable[[], Decoder]] = {
         "start": config.start.base,
+        **({"teacher": partial(load_model, config.teacher)} if config.teacher else {}),
         "model": partial(config.start.trained, folder / config.start.name),
     }
     return found | {"accuracy": gain(exam, models, tokenizer, folder, report)}
@@ -146,6 +175,8 @@ def _resolved(config: RlConfig, task: Task) -> ReinforceConfig:
         filled["levels"] = tuple(task.levels)
     if config.start.has_adapters:
         refuse_whole(rl.optimiser, "rl")
+        if rl.advantage == "gae":
+            raise LiaoyuanError("rl.advantage = 'gae' is for whole weights: a critic is a trunk of its own.")
         if config.lora.dropout:
             raise LiaoyuanError(
                 "lora.dropout is not for RL: what is trained would not be what rolled out. Set it to 0."

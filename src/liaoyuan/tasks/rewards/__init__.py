@@ -36,6 +36,7 @@ __all__ = [
     "Mixture",
     "ModelReward",
     "NumberReward",
+    "RewardModelConfig",
     "UnitTests",
     "make_reward",
 ]

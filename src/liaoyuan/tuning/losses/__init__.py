@@ -1,8 +1,9 @@
 """The algorithms of tuning as pure functions of log-probabilities, rewards and masks; see the papers they name.
 
-`preference` learns which of two answers is better, `policy` what is rewarded.
+`preference` learns which of two answers is better, `policy` what is rewarded, `distillation` from another model.
 """
 
+from liaoyuan.tuning.losses.distillation import generalised_divergence, teacher_advantages
 from liaoyuan.tuning.losses.policy import (
     batch_advantages,
     cispo_losses,
@@ -35,6 +36,7 @@ __all__ = [
     "clipped_losses",
     "dpo_loss",
     "generalised_advantages",
+    "generalised_divergence",
     "group_advantages",
     "has_signal",
     "ipo_loss",
@@ -49,6 +51,7 @@ __all__ = [
     "simpo_loss",
     "spread",
     "sums",
+    "teacher_advantages",
     "token_weights",
     "truncated_weights",
     "value_loss",

@@ -4,7 +4,7 @@ tokens, and corrections for rollouts whose log-probabilities are not those of tr
 Tokens are packed: [N], in documents whose `boundaries`, int [M + 1], rise from 0 to N. `mask` is 1 where a token was
 generated. Losses are sums, which the caller divides by what the whole update has; see `token_weights`.
 
-`generalised_advantages` and `value_loss` are what PPO has beside these; no run has a critic yet.
+`generalised_advantages` and `value_loss` are what PPO has beside these, for its critic.
 """
 
 import itertools
