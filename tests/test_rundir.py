@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from liaoyuan import rundir
+from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import (
     TEMPORARY,
@@ -19,6 +20,7 @@ from liaoyuan.rundir import (
     atomic_folder,
     read_json,
     read_metrics,
+    remember,
     sweep,
     write_atomic,
     write_json,
@@ -100,6 +102,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from liaoyuan import rundir
+from liaoyuan.config import Config
 left = int(sys.argv[2])
 def counted(call):
     def then(*args, **kwargs):
@@ -190,3 +193,24 @@ def test_sweeping_removes_only_what_a_killed_process_left(tmp_path):
     (tmp_path / "kept").write_text("x")
     sweep(tmp_path)
     assert [item.name for item in tmp_path.iterdir()] == ["kept"]
+
+
+class Settings(Config):
+    steps: int = 3
+    rate: float = 0.1
+    note: str | None = None
+
+
+def test_a_run_goes_on_under_a_newer_program_that_has_more_settings(tmp_path):
+    (tmp_path / "config.toml").write_text("steps = 5\n")
+    remember(Settings(steps=5), tmp_path, has_begun=True)
+    assert "rate = 0.1" in (tmp_path / "config.toml").read_text()
+    for changed, said in (
+        (Settings(steps=6), "steps = 5, not 6"),
+        (Settings(steps=5, rate=0.2), "rate = 0.1, not 0.2"),
+    ):
+        with pytest.raises(LiaoyuanError, match=said):
+            remember(changed, tmp_path, has_begun=True)
+    (tmp_path / "config.toml").write_text("steps = 5\ngone = true\n")
+    with pytest.raises(LiaoyuanError, match="gone = True, not None"):
+        remember(Settings(steps=5), tmp_path, has_begun=True)

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import ValidationError
+
 from liaoyuan.config import Config, to_toml
 from liaoyuan.errors import LiaoyuanError
 
@@ -135,7 +137,7 @@ def remember(config: Config, folder: Path, has_begun: bool, free: tuple[str, ...
     """
     path, text = folder / CONFIG, to_toml(config)
     if has_begun and path.exists():
-        before, now = _flat(tomllib.loads(path.read_text(encoding="utf-8"))), _flat(tomllib.loads(text))
+        before, now = _flat(_filled(config, path.read_text(encoding="utf-8"))), _flat(tomllib.loads(text))
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key) and not key.startswith(free):
                 raise LiaoyuanError(
@@ -143,6 +145,15 @@ def remember(config: Config, folder: Path, has_begun: bool, free: tuple[str, ...
                     "give the same value to go on with it, or choose another folder."
                 )
     write_atomic(path, text)
+
+
+def _filled(config: Config, text: str) -> dict[str, Any]:
+    """Return a run's earlier settings with the defaults of keys that are newer than it."""
+    values = tomllib.loads(text)
+    try:
+        return tomllib.loads(to_toml(type(config).model_validate(values)))
+    except ValidationError:  # it has a key that there is no more, which is then named
+        return values
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
