@@ -135,7 +135,9 @@ def test_a_reward_model_says_which_answers_are_best(model_folder: Path, tmp_path
     config = SampleConfig.model_validate({"model": model_folder, "reward_model": model_folder, **CONFIG, "most": 1})
     with pytest.raises(LiaoyuanError, match=r"no reward model"):
         run_sample(config, tmp_path)
-    write_json(model_folder / "liaoyuan_reward.json", {"mark": load_model(model_folder).config.eos_token_id})
+    write_json(
+        model_folder / "liaoyuan_reward.json", {"mark": load_model(model_folder).config.eos_token_id, "thoughts": True}
+    )
     assert run_sample(config, tmp_path)["records"] == 10  # of each problem the best, whatever it is worth
     rows = [row for path in sorted((tmp_path / "rollouts").iterdir()) for row in read_rollouts(path)]
     for record in read_records(tmp_path / "records.jsonl"):
