@@ -104,12 +104,17 @@ class Jail:
     job: Job
     hold: int
     start: float
-    parts: dict[int, list[bytes]]
+    read: dict[int, bytearray]
     flooded: bool = False
 
     @property
     def status(self) -> int:
-        return next(iter(self.parts))
+        return next(iter(self.read))
+
+    @property
+    def written(self) -> int:
+        """Bytes of output and errors."""
+        return sum(len(content) for number, content in self.read.items() if number != self.status)
 
     def stop(self) -> None:
         if self.hold >= 0:
@@ -132,7 +137,7 @@ def start(job: Job) -> Jail:
     finally:
         for descriptor in theirs:
             os.close(descriptor)
-    jail = Jail(job, ours[0], time.monotonic(), {number: [] for number in (ours[3], ours[1], ours[2])})
+    jail = Jail(job, ours[0], time.monotonic(), {number: bytearray() for number in (ours[3], ours[1], ours[2])})
     with contextlib.suppress(BrokenPipeError):  # it has ended, and its last word says why
         for content in (struct.pack(">I", len(header)) + header, *contents):
             write_all(jail.hold, content)
@@ -183,14 +188,14 @@ def finish(jails: Sequence[Jail]) -> list[Outcome]:
     """Wait for jails that work together. When the first ends, the others are ended too: it is the one that judges."""
     with selectors.DefaultSelector() as selector:
         for jail in jails:
-            for number in jail.parts:
+            for number in jail.read:
                 selector.register(number, selectors.EVENT_READ, jail)
         try:
             read_until_closed(selector, jails)
         finally:
             for jail in jails:
                 jail.stop()
-                for number in jail.parts:
+                for number in jail.read:
                     os.close(number)
     return [outcome(jail) for jail in jails]
 
@@ -201,33 +206,29 @@ def read_until_closed(selector: selectors.BaseSelector, jails: Sequence[Jail]) -
         for key, _ in selector.select(max(0.0, deadline - time.monotonic())):
             jail, number = key.data, key.fd
             part = os.read(number, PART)
-            jail.parts[number].append(part)
             if not part:
                 selector.unregister(number)
                 if number == jail.status and jail is jails[0]:
                     for other in jails[1:]:
                         other.stop()
-            elif number != jail.status and written(jail) > jail.job.limits.output_bytes:
-                jail.parts[number].pop()  # read on, so that it can end, and forget
-                jail.flooded = True
+            elif number != jail.status and jail.written + len(part) > jail.job.limits.output_bytes:
+                jail.flooded = True  # read on, so that it can end, and forget
                 jail.stop()
+            else:
+                jail.read[number] += part
         if time.monotonic() >= deadline:
             return
 
 
-def written(jail: Jail) -> int:
-    return sum(len(part) for number, parts in jail.parts.items() if number != jail.status for part in parts)
-
-
 def outcome(jail: Jail) -> Outcome:
     """Return how it ended, by the launcher's word; raises RefusedError where it refused, or died without a word."""
-    report, output, errors = (b"".join(parts) for parts in jail.parts.values())
+    report, output, errors = (bytes(content) for content in jail.read.values())
     word: dict[str, object] = {}
     for line in report.splitlines():
         word |= json.loads(line)
     if "refused" in word:
         raise RefusedError(str(word["refused"]), str(word["why"]))
-    if not word.get("started"):
+    if not word.get("started") and word.get("end") != "stopped":
         raise RefusedError("jail", f"its launcher ended before the code began: {last_line(errors) or 'without a word'}")
     code, cpu = word.get("code"), float(str(word["cpu"]))
     end: End = "time"

@@ -30,7 +30,7 @@ dup 32 23   dup2 33 -   dup3 292 24   pause 34 -   nanosleep 35 101   clock_nano
 getitimer 36 102   setitimer 38 103   alarm 37 -   getpid 39 172   gettid 186 178   getppid 110 173
 getpgid 121 155   getpgrp 111 -   getsid 124 156   sendfile 40 71   recvfrom 45 207   shutdown 48 210
 getsockname 51 204   getpeername 52 205   exit 60 93   exit_group 231 94   wait4 61 260   waitid 247 95
-kill 62 129   tkill 200 130   tgkill 234 131   uname 63 160   flock 73 32   fsync 74 82   fdatasync 75 83
+kill 62 129   tkill 200 130   tgkill 234 131   uname 63 160   fsync 74 82   fdatasync 75 83
 truncate 76 45   ftruncate 77 46   fallocate 285 47   fadvise64 221 223   copy_file_range 326 285
 getdents64 217 61   getcwd 79 17   chdir 80 49   fchdir 81 50   rename 82 -   renameat 264 38
 renameat2 316 276   mkdir 83 -   mkdirat 258 34   rmdir 84 -   creat 85 -   link 86 -   linkat 265 37

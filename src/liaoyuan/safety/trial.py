@@ -72,9 +72,7 @@ def as_source(code: str) -> bytes:
 
 def verdict(judge: Outcome, code: Outcome, limits: Limits) -> Verdict:
     """Return the judge's word, or the reason why there is none, which always counts against the code."""
-    found: dict[str, Any] = {}
-    if judge.is_well:
-        found = json.loads(judge.output)
+    found = word_of(judge)
     if found.get("broken"):
         return Verdict(0, 0, printable(found["reason"], LONGEST_REASON), broken=True)
     if found and not found.get("gone"):
@@ -84,6 +82,15 @@ def verdict(judge: Outcome, code: Outcome, limits: Limits) -> Verdict:
     if code.status == "stopped" or (code.is_well and not found):
         return Verdict(0, 0, why_ended(judge, limits, "the tests"))
     return Verdict(0, 0, why_ended(code, limits, "the code"))
+
+
+def word_of(judge: Outcome) -> dict[str, Any]:
+    """Return what the judge says, or nothing: tests can end him before he says it."""
+    try:
+        found = json.loads(judge.output) if judge.is_well else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def why_ended(outcome: Outcome, limits: Limits, who: str) -> str:

@@ -9,7 +9,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from liaoyuan.safety.apart import stand_ins, values
@@ -35,18 +35,28 @@ class Peer:
         self.known: dict[int, Any] = {}
         self.lock = threading.RLock()
         self.load: Callable[[str], Any] | None = None
+        self.gone = False
 
     def request(self, *words: Any) -> Any:
         """Ask the other side and return its answer; raises what it says was raised there."""
         with self.lock:
-            self.send([words[0], words[1], *(self.encode(word) for word in words[2:])])
-            while True:
-                kind, *body = self.receive()
-                if kind == "value":
-                    return self.decode(body[0])
-                if kind == "error":
-                    raise self.error(body[0])
-                self.answer(kind, body)
+            try:
+                return self.ask(words)
+            except GoneError:  # once and for all: what is answered after it answers something else
+                self.gone = True
+                raise
+
+    def ask(self, words: Sequence[Any]) -> Any:
+        if self.gone:
+            raise GoneError("the other side is gone")
+        self.send([words[0], words[1], *(self.encode(word) for word in words[2:])])
+        while True:
+            kind, *body = self.receive()
+            if kind == "value":
+                return self.decode(body[0])
+            if kind == "error":
+                raise self.error(body[0])
+            self.answer(kind, body)
 
     def serve(self) -> None:
         """Answer requests until the other side is gone."""
@@ -150,6 +160,8 @@ class Peer:
         """Return the exception that the other side describes, made here."""
         try:
             kind, arguments = self.decode(data["class"]), self.decode(data["arguments"])
+            if not (isinstance(kind, type) and issubclass(kind, Exception)):
+                raise GoneError("what is raised is no exception")
             if data["stand_in"] is not None:
                 stand_in = self.decode(data["stand_in"])
                 if isinstance(stand_in, Exception):

@@ -3,8 +3,10 @@
 A stranger's object could call itself equal to anything. So one that is compared with a value of our own is equal only
 if it is of a kind of that value (a named tuple, an enumeration of ints) whose plain content is equal; its own `==` is
 asked only against objects of its own side, after it has been asked whether it equals something that it cannot know.
+Nor does it say how far it is from a value of our own: a difference that is always nought would be as good as an `==`.
 """
 
+import operator
 import secrets
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,14 @@ ORDER: dict[str, Callable[[Any, Any], Any]] = {
     "__gt__": lambda first, second: first > second,
     "__ge__": lambda first, second: first >= second,
 }
-DECIDED_HERE = {"__eq__", "__contains__", "__call__", "__hash__", *ORDER}
+COMPARING: dict[str, Callable[[Any, Any], Any]] = {  # arithmetic that tells how near two values are
+    **{f"__{sign}{name}__": getattr(operator, name) for name in ("sub", "xor", "truediv") for sign in ("", "i")},
+    "__rsub__": lambda first, second: second - first,
+    "__rxor__": lambda first, second: second ^ first,
+    "__rtruediv__": lambda first, second: second / first,
+}
+TOLD = {"__repr__", "__str__", "__format__"}  # for reasons
+DECIDED_HERE = {"__eq__", "__contains__", "__call__", "__hash__", *ORDER, *COMPARING}
 ASKED_THERE = {"__name__", "__qualname__", "__doc__", "__members__"}  # of the names with two underscores on each side
 PLAIN_TYPES = frozenset({*TYPES.values(), type(None), type, type(...)})
 LONGEST_NAME = 100
@@ -178,9 +187,35 @@ def ordered(name: str) -> Callable[[Any, Any], Any]:
 
 def forwarded(name: str) -> Callable[..., Any]:
     def operate(self: Any, *arguments: Any) -> Any:
-        return ask(self, "operate", name, *arguments)
+        found = ask(self, "operate", name, *arguments)
+        return still_near(found, name) if "_near" in inner(self) else found
 
     return operate
+
+
+def compared(name: str) -> Callable[[Any, Any], Any]:
+    """Return the arithmetic called `name`, as `ordered` does; with a value of ours it may give an object alone."""
+
+    def operate(self: Any, other: Any) -> Any:
+        held = inner(self)
+        if place_of(other, held["_peer"]) is not None:
+            return ask(self, "operate", name, other)
+        if held["_plain"] is not NONE:
+            return COMPARING[name](held["_plain"], other)
+        found = ask(self, "operate", name, other)
+        return still_near(found, name) if held["_peer"].load is None else found  # the side that loads decides nothing
+
+    return operate
+
+
+def still_near(found: Any, name: str) -> Any:
+    """Mark an object that came of comparing with one of ours; raises CheatError if it says how near it is to it."""
+    if name in TOLD or found is NotImplemented:
+        return found
+    if not isinstance(type(found), StandInClass) or inner(found).get("_plain", NONE) is not NONE:
+        raise CheatError(f"an object whose {name} says how near it is to a value of the tests")
+    inner(found)["_near"] = True
+    return found
 
 
 def hashed(self: Any) -> int:
@@ -197,6 +232,7 @@ def make_class(name: str, bases: Iterable[Any], found: Iterable[str]) -> type:
     known = sorted(OPERATIONS.intersection(found))
     space: dict[str, Any] = {operation: forwarded(operation) for operation in known if operation not in DECIDED_HERE}
     space |= {operation: ordered(operation) for operation in ORDER if operation in known}
+    space |= {operation: compared(operation) for operation in COMPARING if operation in known}
     if "__call__" in known:
         space["__call__"] = call
     if "__contains__" in known:

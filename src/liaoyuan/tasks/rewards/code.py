@@ -20,7 +20,9 @@ from liaoyuan.safety import Limits, RefusedError, Tests, Verdict, require, try_c
 from liaoyuan.tasks.problem import Score
 from liaoyuan.tasks.reward import Rollout
 
-FENCED = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([^\s`]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(  # possessive: a line of a million characters is read once, not tried in every way
+    r"^[ \t]*+(```++|~~~++)[ \t]*+([^\s`]*+)[^\n]*+\n(.*?)(?:^[ \t]*+\1[ \t]*+$|\Z)", re.DOTALL | re.MULTILINE
+)
 PYTHON = ("", "python", "py", "python3")  # what such a block calls itself
 MEBIBYTE = 1 << 20
 LONGEST = 1_000_000  # characters of a program
