@@ -10,7 +10,7 @@ import typer
 from liaoyuan.errors import LiaoyuanError, nearest
 
 if TYPE_CHECKING:
-    from liaoyuan.compute.plan import Footprint, Job
+    from liaoyuan.compute.plan import Accelerator, Footprint, Job
 
 CONTEXT = ("ulysses", "ring")
 SHOWN = 6  # parts of the memory at the peak
@@ -23,21 +23,29 @@ def plan(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="How many processes (cards) it would run on.")] = 1,
     layout: Annotated[str | None, typer.Option(help="In place of [layout]: 'tp=8,pp=16,schedule=1f1b'.")] = None,
-    device: Annotated[str, typer.Option(help="Kind of device that it would run on.")] = "cuda",
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="What it would run on: a name, such as h100, or a TOML file; says whether it fits."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Kind of device, if no cluster says it; else cuda.")] = None,
     vocab: Annotated[int | None, typer.Option(min=1, help="Tokens known, if there is no corpus yet.")] = None,
     rank: Annotated[list[int] | None, typer.Option(help="Process to look at (default: first and last stage).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Dry-run a training job: memory of a process, what fills it, its matrix products, and what it sends."""
-    from liaoyuan.compute.plan import footprints
+    from liaoyuan.compute.plan import footprints, read_cluster
     from liaoyuan.parallel.layout import resolve
 
-    job = _job(run_file, set_, processes, layout, device, vocab)
+    card = read_cluster(cluster).accelerator if cluster else None
+    job = _job(run_file, set_, processes, layout, device or (card.device if card else "cuda"), vocab)
     if bad := [number for number in rank or [] if number >= processes]:
         raise LiaoyuanError(f"There is no process {bad[0]}: they are numbered 0 to {processes - 1}.")
     found = footprints(job, tuple(rank) if rank else None)
     if json:
-        print(json_format.dumps({"processes": processes, "footprints": [asdict(one) for one in found]}, indent=2))
+        values: dict[str, Any] = {"processes": processes, "footprints": [asdict(one) for one in found]}
+        if card:
+            values |= {"card": card.name, "fits": all(one.peak <= card.usable_bytes for one in found)}
+        print(json_format.dumps(values, indent=2))
         return
     resolved = resolve(job.layout, processes, job.shape)
     print(
@@ -45,7 +53,7 @@ def plan(
         f"{job.train.batch_tokens:,} tokens a step"
     )
     for one in found:
-        print(_told(one))
+        print(_told(one) + (f"\n{_fit(one, card)}" if card else ""))
     print("Memory is that of tensors: workspaces of kernels, collectives' own buffers and fragmentation come on top.")
 
 
@@ -99,6 +107,12 @@ def _told(one: "Footprint") -> str:
     for name, (calls, sent) in sorted(one.sent.items(), key=lambda item: -item[1][1]):
         lines.append(f"  {_size(sent):>12}  sent, {name} in {calls:,} calls")
     return "\n".join(lines)
+
+
+def _fit(one: "Footprint", card: "Accelerator") -> str:
+    room = card.usable_bytes
+    verb = "fits in" if one.peak <= room else "does NOT fit in"
+    return f"  It {verb} a {card.name}: {one.peak / room:.0%} of the {_size(room)} that tensors may take."
 
 
 def _size(count: float) -> str:
