@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from code_mutations import cheats, mutants
-from liaoyuan.data.records import read_lines
+from liaoyuan.data import read_examples
 from liaoyuan.safety import Limits, Tests, require, run
 from liaoyuan.tasks import Problem, Rollout, Score
-from liaoyuan.tasks.rewards.code import CodeConfig, UnitTests, exercism_answer, mbpp_answer, read_tests
+from liaoyuan.tasks.rewards.code import CodeConfig, UnitTests, code_of, read_tests
 
 FENCE = "`" * 9  # longer than any in a program
 
@@ -58,15 +58,11 @@ def main() -> None:
 
 def read_problems(path: Path) -> list[Problem]:
     """Read the rows of either set; the solution is the thought."""
-    problems = []
-    for _, line in read_lines(path):
-        row = json.loads(line)
-        if "test_list" in row:
-            answer, code, question, key = mbpp_answer(row), row["code"], row["text"], str(row["task_id"])
-        else:
-            answer, code, question, key = exercism_answer(row), row["solution"], row["prompt"], row["task"]
-        problems.append(Problem("code", question, answer, code.replace("\r\n", "\n"), 0, key))
-    return problems
+    return [
+        Problem("code", asked.content, record.answer, code_of(solved.content), 0, record.id)
+        for record in read_examples(path)[0]
+        for asked, solved in [record.messages]
+    ]
 
 
 def measure(reward: UnitTests, problems: list[Problem], options: Any) -> dict[str, Any]:

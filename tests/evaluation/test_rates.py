@@ -28,7 +28,7 @@ def real(name: str, tmp_path: Path, count: int) -> tuple[Right, list[Case]]:
     path = SHARED / f"{name}.jsonl.zst"
     if not path.exists():
         pytest.skip(f"the real data are not at {SHARED}")
-    (tmp_path / "t.toml").write_text(f'[[parts]]\ndata = "{path}"\n', encoding="utf-8")
+    (tmp_path / "t.toml").write_text(f'[[parts]]\ndata = "{path}"\nskip_bad = true\n', encoding="utf-8")
     assignment = open_task(tmp_path / "t.toml")
     problems = spread(assignment.task, 3, assignment.task.levels, count, "train")
     return assignment.right, list(cases_of(problems, lambda _: True, seed=1))

@@ -9,15 +9,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from liaoyuan.data import Message, Record, write_records
-from liaoyuan.data.records import read_lines
+from liaoyuan.data import Message, Record, read_examples, write_records
+from liaoyuan.data.converting import convert_file
+from liaoyuan.data.problem_layouts import PROBLEMS
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.safety import require
-from liaoyuan.tasks import Problem, Split, Task, held_out_problems, measured_problems, open_task, split_of, to_record
-from liaoyuan.tasks.data_task import DataTask
-from liaoyuan.tasks.layouts import LAYOUTS, read_examples
+from liaoyuan.tasks import (
+    Problem,
+    Right,
+    Split,
+    Task,
+    find_task,
+    held_out_problems,
+    measured_problems,
+    open_task,
+    split_of,
+    to_record,
+)
+from liaoyuan.tasks.data_task import DataTask, open_data
 from liaoyuan.tasks.parts import PartsTask
-from liaoyuan.tasks.seen import marks_of, marks_of_record, normalised
+from liaoyuan.tasks.seen import Seen, marks_of, marks_of_record, normalised, refuse_seen
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 SHARED = Path(os.environ.get("LIAOYUAN_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -33,9 +44,9 @@ REAL = {  # task file: problems that can be used, levels
     "svamp": (1000, (0,)),
     "aqua": (508, (0,)),
 }
+GOOD = '{"question": "a", "answer": "1"}'
 FILES = Path(__file__).parents[2] / "tasks"
 ROWS = {
-    "answers": ({"question": "What is 6*7?", "answer": 42, "level": 2, "thought": "6*7=42"}, "42"),
     "gsm8k": ({"question": "How many?", "answer": "6*7 = <<6*7=42>>42\n#### 42"}, "42"),
     "math": (
         {"problem": "$1+1$?", "solution": "\\boxed{1}, so \\boxed{\\frac{4}{2}}.", "level": "Level 3"},
@@ -57,7 +68,8 @@ ROWS = {
         "B",
     ),
     "strategyqa": ({"qid": "1", "question": "Is it?", "answer": False, "facts": ["It is not."]}, "no"),
-    "folio": ({"premises": ["All is."], "conclusion": "It is.", "label": "Unknown"}, "unknown"),
+    "folio": ({"premises": ["All is."], "conclusion": "It is.", "label": "Uncertain"}, "unknown"),
+    "pubmedqa": ({"question": "Is it?", "contexts": ["It may be."], "answer": "maybe", "long_answer": "So."}, "maybe"),
     "svamp": ({"Body": "He has 2.", "Question": "How many?", "Answer": 2.0, "Equation": "2"}, "2"),
     "mbpp": (
         {"text": "Double it.", "code": "def f(x): return x * 2", "test_list": ["assert f(2) == 4"], "task_id": 1},
@@ -72,10 +84,6 @@ ROWS = {
             "test": "import double",
         },
         '{"source": "import double", "module": "double"}',
-    ),
-    "records": (
-        {"id": "1", "kind": "prompt", "messages": [{"role": "user", "content": "6*7?"}], "answer": "42"},
-        "42",
     ),
 }
 
@@ -92,15 +100,28 @@ def own(tmp_path: Path, rows: list[object], **keys: object) -> Task:
     return open_task(tmp_path / "own.toml").task
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_each_layout_is_read_and_recognised(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [layout.name for layout in PROBLEMS])
+def test_what_is_learned_from_a_public_set_is_what_its_task_asks(name: str, tmp_path: Path) -> None:
+    """And `eval` knows it again, whether the file was learned as it is or converted first."""
     row, answer = ROWS[name]
-    path = write_lines(tmp_path / "rows.jsonl", [row])
-    (found,) = [example for _, example in read_examples(path, name)]
-    assert not isinstance(found, str) and found.answer == (answer or found.answer) and found.question
-    (recognised,) = [example for _, example in read_examples(path)]
-    assert recognised == found or name == "gsm8k"  # which has the fields of any question with an answer
-    assert not isinstance(recognised, str) and recognised.answer == (answer or recognised.answer)
+    write_lines(tmp_path / "rows.jsonl", [row])
+    convert_file(tmp_path / "rows.jsonl", tmp_path / "records.jsonl")
+    problem, again = (problem_of(tmp_path, file, name) for file in ("rows.jsonl", "records.jsonl"))
+    assert (problem.question, problem.answer, problem.thought) == (again.question, again.answer, again.thought)
+    for file in ("rows.jsonl", "records.jsonl"):
+        ((record,), _) = read_examples(tmp_path / file)
+        assert (record.messages[0].content, record.answer) == (problem.question, answer or problem.answer)
+        (tmp_path / file.partition(".")[0]).mkdir()
+        Seen(tmp_path / file.partition(".")[0]).add_records([record])
+        with pytest.raises(LiaoyuanError, match="was trained on 1 of these 1 problems"):
+            refuse_seen(tmp_path / file.partition(".")[0], [problem])
+
+
+def problem_of(folder: Path, file: str, kind: str) -> Problem:
+    """Return the one problem of a file; what judges it is not opened, since that may need the jail."""
+    made = open_data("own", folder / file, None, kind, False, "", "", lambda check: Right(find_task("addition")))
+    (found,) = (problem for problems in made.problems.values() for problem in problems)
+    return found
 
 
 def shipped(name: str, tmp_path: Path) -> list[DataTask]:
@@ -157,16 +178,14 @@ def assert_judged(task: DataTask, problems: list[Problem]) -> None:
     assert sum(score.value == 0.0 for score in wrong) >= len(wrong) - 1  # two numbers may be equal, written otherwise
 
 
-@pytest.mark.parametrize(("name", "field"), [("mbpp", "code"), ("exercism", "solution")])
-def test_the_sets_own_programs_are_right_and_an_empty_one_is_wrong(name: str, field: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["mbpp", "exercism"])
+def test_the_sets_own_programs_are_right_and_an_empty_one_is_wrong(name: str, tmp_path: Path) -> None:
     (task,) = shipped(name, tmp_path)
     (path,) = SHARED.glob(f"*/code_{name.replace('exercism', 'exercism_py').replace('mbpp', 'mbpp_train')}.jsonl.zst")
-    rows = [json.loads(line) for _, line in read_lines(path)][:40:20]
     problems = {problem.answer: problem for split in SPLITS for problem in task.all(0, split)}
-    for row in rows:
-        example = LAYOUTS[name].read(row)
-        texts = [f"```python\n{code}\n```" for code in (row[field], "pass")]
-        right, wrong = task.check_all([(problems[example.answer], text) for text in texts])
+    for record in read_examples(path)[0][:40:20]:
+        texts = (record.messages[1].content, "```python\npass\n```")
+        right, wrong = task.check_all([(problems[record.answer], text) for text in texts])
         assert right.is_right and wrong.value == 0.0, (right, wrong)
 
 
@@ -273,6 +292,15 @@ def test_conversations_are_no_problems_and_are_counted(tmp_path: Path) -> None:
     assert part.left_out == {"no single question of the user's with an answer": 2}
 
 
+def test_bad_rows_are_left_out_where_the_task_file_says_so_and_are_counted(tmp_path: Path) -> None:
+    one_option = {**ROWS["tal_scq"][0], "answer_option_list": [[{"aoVal": "A", "content": "Write it below."}]]}
+    rows = [ROWS["tal_scq"][0], one_option, {"question": "What is 6*7?", "answer": 42, "thought": "6*7=42", "level": 2}]
+    part = own(tmp_path, list(rows), skip_bad=True).parts[0].task  # type: ignore[attr-defined]
+    assert part.levels == (1, 2) and sum(part.left_out.values()) == 1
+    (problem,) = (found for split in SPLITS for found in part.all(2, split))
+    assert (problem.question, problem.answer, problem.thought) == ("What is 6*7?", "42", "6*7=42")
+
+
 def test_an_answer_of_no_known_problem_is_not_judged(tmp_path: Path) -> None:
     task = own(tmp_path, [{"question": "a", "answer": "1"}])
     stranger = Problem("own", "b", "1", "", 0, "elsewhere")
@@ -282,16 +310,18 @@ def test_an_answer_of_no_known_problem_is_not_judged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "keys", "message"),
     [
-        (["{}"], {}, "line 1: no known layout has the fields"),
-        (["[1]"], {}, "line 1: a JSON object is expected, not list"),
-        (["{"], {}, "line 1: this is no JSON"),
-        (['{"question": "a", "answer": "1"}', '{"question": 3, "answer": "1"}'], {}, "line 2: this is no row"),
-        ([], {}, "no problem that can be used"),
-        (['{"question": "", "answer": "1"}'], {}, "no problem that can be used; 1 left out: no question"),
-        (['{"question": "a", "answer": "1"}'], {"kind": "gsm"}, "did you mean 'gsm8k'"),
-        (['{"question": "a", "answer": "1"}'], {"check": "numbr"}, "did you mean 'number'"),
-        (['{"question": "a", "answer": "1"}'], {"levels": [3]}, r"has the levels 0, not 3"),
-        (['{"question": "a", "answer": "1"}'], {"check": "number", "options": {"red": 1}}, "did you mean 'read'"),
+        (["{}"], {}, "line 1: expected the fields of a known layout"),
+        (["[1]"], {}, "line 1: expected a JSON object, found"),
+        (["{"], {}, "line 1: expected JSON"),
+        ([GOOD, '{"question": [3], "answer": "1"}'], {}, r"line 2: expected text in 'question'.*skip_bad = true"),
+        ([], {}, "has no records"),
+        (['{"question": "", "answer": "1"}'], {}, "line 1: expected a question and an answer"),
+        (['{"messages": [{"role": "user", "content": "a"}]}'], {}, "line 1: expected a message of the assistant"),
+        ([GOOD], {"kind": "gsm"}, "did you mean 'gsm8k'"),
+        ([GOOD], {"kind": "math"}, "has rows of the layout 'gsm8k', not 'math'"),
+        ([GOOD], {"check": "numbr"}, "did you mean 'number'"),
+        ([GOOD], {"levels": [3]}, r"has the levels 0, not 3"),
+        ([GOOD], {"check": "number", "options": {"red": 1}}, "did you mean 'read'"),
     ],
 )
 def test_bad_files_are_refused_in_a_sentence(

@@ -1,5 +1,6 @@
 """What a run learned from goes with its model, and `eval` refuses to call it a test."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from liaoyuan.checkpoint.convert import FURTHER_FILES
 from liaoyuan.cli.eval import evaluate
 from liaoyuan.cli.tune import app
 from liaoyuan.data import Message, Record, Tokenizer, write_records
+from liaoyuan.data.converting import convert_file
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.tasks import find_task, held_out_problems, to_record
 from liaoyuan.tasks.seen import NAME, marks_of, read_seen, refuse_seen
@@ -45,6 +47,19 @@ def test_eval_refuses_what_was_trained_on_and_says_so_where_it_is_asked_to_go_on
     assert "NOT A TEST: the model was trained on 3 of these 6 problems" in capsys.readouterr().out
     evaluate(model=model, json=True, seen=True, **asked)  # type: ignore[arg-type]
     assert '"seen": 3' in capsys.readouterr().out
+
+
+def test_eval_refuses_a_public_sets_problems_that_were_learned_from_its_converted_file(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """Its task asks the same questions, though with an instruction of its own behind them."""
+    rows = [{"question": f"Ann has {n} figs. How many?", "answer": f"All <<{n}={n}>>{n}.\n#### {n}"} for n in range(40)]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    convert_file(tmp_path / "set.jsonl", tmp_path / "records.jsonl")
+    model = sft(model_folder, tmp_path / "records.jsonl", tmp_path / "sft")
+    (tmp_path / "set.toml").write_text("[[parts]]\ndata = 'set.jsonl'\nkind = 'gsm8k'\ninstruction = 'Use ####.'\n")
+    with pytest.raises(LiaoyuanError, match=r"was trained on (\d+) of these \1 problems"):
+        evaluate(model=model, json=True, task=str(tmp_path / "set.toml"), levels="0", problems=40, samples=1)
 
 
 def pairs(level: int) -> list[Record]:

@@ -141,13 +141,6 @@ def user(content: str) -> Message:
     return Message(role="user", content=content)
 
 
-def worked(question: str, thought: str, content: str) -> tuple[Message, ...]:
-    """Return a problem and its answer, to which the solution is the thought."""
-    if not question.strip() or not content.strip():
-        raise RowError("a question and an answer", "one of them is empty")
-    return user(question), Message(role="assistant", content=content.strip(), think=thought.strip())
-
-
 def text_of(content: Any, name: str) -> str:
     """Return the text of a content, which may be a list of text parts."""
     if content is None:

@@ -144,7 +144,8 @@ def check_tally(path: Path, tally: Tally, skip_bad: bool) -> None:
         first = "; ".join(describe(tally.bad)[:TOLD])
         raise LiaoyuanError(
             f"{path}: {tally.bad_rows:,} of {tally.rows:,} lines are bad: {first}. "
-            f"Mend them, or use --skip-bad to go on with the {tally.records:,} good records."
+            f"Mend them, or use --skip-bad to go on with the {tally.records:,} good records "
+            "(in a task file: skip_bad = true)."
             if tally.records
             else f"{path} has no usable line of {tally.rows:,}: {first}."
         )

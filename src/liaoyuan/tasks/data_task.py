@@ -1,17 +1,18 @@
-"""A task whose problems come from a file: public sets, or a user's own prompts with answers.
+"""A task whose problems come from a file: public sets, or a user's own prompts with answers, in any layout of `data`.
 
 A hash of the question decides the split, after width, case and idle spaces are made alike: near copies fall together,
 and are drawn once. The same question is a test problem in every set that has it.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from liaoyuan.data import Record, read_examples
+from liaoyuan.data.formats import LAYOUTS, OWN
 from liaoyuan.data.permutation import permutation
-from liaoyuan.errors import LiaoyuanError
-from liaoyuan.tasks.layouts import Example, read_examples
+from liaoyuan.errors import LiaoyuanError, nearest
 from liaoyuan.tasks.problem import Problem, Score, Split, split_of
 from liaoyuan.tasks.reward import Reward, Rollout, score_all
 from liaoyuan.tasks.rewards.numbers import read_number
@@ -70,6 +71,7 @@ def open_data(
     path: Path | None,
     test: Path | None,
     kind: str,
+    skip_bad: bool,
     check: str,
     instruction: str,
     find_reward: Callable[[str], Reward],
@@ -77,7 +79,9 @@ def open_data(
     """Read the problems of a file.
 
     path: problems for all three splits. test: a file whose problems are all for the test; whatever is like one of
-        them is left out of the other. check: what judges answers, if not what the layout says.
+        them is left out of the other.
+    kind: the layout that the files have to have, or records made of it; empty: any, recognised row by row.
+    skip_bad: leave bad rows out. check: what judges answers, if not what the layout says.
     instruction: a line that is added to each question; it does not count for what is a copy.
     find_reward: gives the reward of a name that says what is right.
 
@@ -89,12 +93,11 @@ def open_data(
     checks: dict[str, str] = {}
     splits: dict[str, Split] = {}
     for file, fixed in ((test, "test"), (path, None)):
-        for key, example in _examples(file, kind, left_out) if file else ():
-            problem = Problem(name, _asked(example, instruction), example.answer, example.thought, example.level, key)
-            if not _is_new(seen, problem, left_out):
-                continue
-            checks[key] = check or example.check or _guessed(example)
-            splits[key] = "test" if fixed else split_of(key)
+        for record in _records(file, kind, skip_bad, left_out) if file else ():
+            problem = _problem(name, record, instruction)
+            if _is_new(seen, problem, left_out):
+                checks[problem.key] = check or record.task or _guessed(problem)
+                splits[problem.key] = "test" if fixed else split_of(problem.key)
     kept = [problem for problem in seen.values() if problem]
     if not kept:
         why = "".join(f"; {count} left out: {reason}" for reason, count in left_out.items())
@@ -110,18 +113,32 @@ def open_data(
     )
 
 
-def _examples(path: Path, kind: str, left_out: Counter[str]) -> Iterable[tuple[str, Example]]:
-    for _, example in read_examples(path, kind):
-        if isinstance(example, str):
-            left_out[example] += 1
-        elif not example.question or not example.answer:
-            left_out["no question or no answer"] += 1
+def _records(path: Path, kind: str, skip_bad: bool, left_out: Counter[str]) -> Iterator[Record]:
+    """Yield the records that pose a problem: one question of the user's, with an answer."""
+    names = [OWN, *(layout.name for layout in LAYOUTS)]
+    if kind and kind not in names:
+        raise LiaoyuanError(f"{path}: there is no layout '{kind}' ({', '.join(names)}){nearest(kind, names)}")
+    records, tally = read_examples(path, skip_bad)
+    others = sorted(tally.layouts.keys() - {kind, OWN}) if kind else []
+    if others:
+        raise LiaoyuanError(
+            f"{path} has rows of the layout '{others[0]}', not '{kind}': change `kind`, or leave it out."
+        )
+    left_out.update({f"expected {expected}": places.count for expected, places in tally.bad.items()})
+    for record in records:
+        asked = [message for message in record.messages if message.role != "assistant"]
+        if len(asked) == 1 and asked[0].role == "user" and asked[0].content.strip() and record.answer.strip():
+            yield record
         else:
-            yield normalised(example.question), example  # what all near copies of a question share
+            left_out["no single question of the user's with an answer"] += 1
 
 
-def _asked(example: Example, instruction: str) -> str:
-    return f"{example.question}\n{instruction}" if instruction else example.question
+def _problem(name: str, record: Record, instruction: str) -> Problem:
+    question = next(message.content for message in record.messages if message.role == "user")
+    thought = next((message.think for message in record.messages if message.role == "assistant"), "")
+    asked = f"{question}\n{instruction}" if instruction else question
+    key = normalised(question)  # what all near copies of a question share
+    return Problem(name, asked, record.answer, thought, record.level, key)
 
 
 def _is_new(seen: dict[str, Problem | None], problem: Problem, left_out: Counter[str]) -> bool:
@@ -138,9 +155,9 @@ def _is_new(seen: dict[str, Problem | None], problem: Problem, left_out: Counter
     return False
 
 
-def _guessed(example: Example) -> str:
+def _guessed(problem: Problem) -> str:
     """Return what checks an answer of which nothing is said: a number is compared as one, other text word for word."""
-    return "number" if read_number(example.answer) else "exact"
+    return "number" if read_number(problem.answer) else "exact"
 
 
 def _grouped(problems: Sequence[Problem], splits: Mapping[str, Split]) -> dict[tuple[int, Split], tuple[Problem, ...]]:

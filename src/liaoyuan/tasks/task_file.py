@@ -41,8 +41,8 @@ class PartConfig(Config):
     """A part of a task file: a generator by its name, or the problems of a file.
 
     task, language: the generator, and the language of its wording (none: the compact notation).
-    data, test, kind, check, options, instruction: see `open_data`; paths begin at the task file's folder. check: the
-        reward that says what is right, if not the layout's, with its options.
+    data, test, kind, skip_bad, check, options, instruction: see `open_data`; paths begin at the task file's folder.
+        check: the reward that says what is right, if not the layout's, with its options.
     levels: those that are used (none: all). weight: how often it is drawn beside the other parts.
     """
 
@@ -51,6 +51,7 @@ class PartConfig(Config):
     data: Path | None = None
     test: Path | None = None
     kind: str = ""
+    skip_bad: bool = False
     check: str = ""
     options: dict[str, Any] = Field(default_factory=dict)
     instruction: str = ""
@@ -131,7 +132,7 @@ def _part(config: PartConfig, name: str, where: str, folder: Path) -> Part:
     if bool(config.task) == bool(config.data or config.test):
         raise LiaoyuanError(f"{where}: give either `task`, a generator's name, or `data` (or `test`), a file.")
     if config.task:
-        _refuse(config, where, ("kind", "check", "options", "instruction"), "task")
+        _refuse(config, where, ("kind", "skip_bad", "check", "options", "instruction"), "task")
         task = find_task(f"{config.task}-{config.language}" if config.language else config.task)
     else:
         _refuse(config, where, ("language",), "data")
@@ -157,7 +158,7 @@ def _data_task(config: PartConfig, name: str, where: str, folder: Path) -> Task:
     if config.check:
         find_reward(config.check)  # before the file is read
     data, test = (folder / file if file else None for file in (config.data, config.test))
-    return open_data(name, data, test, config.kind, config.check, config.instruction, find_reward)
+    return open_data(name, data, test, config.kind, config.skip_bad, config.check, config.instruction, find_reward)
 
 
 def _reward(task: Task, rewards: tuple[dict[str, Any], ...], path: Path) -> Reward:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from liaoyuan import safety
+from liaoyuan.data.formats import convert
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.tasks import Split, Task, open_task
 from liaoyuan.tasks.problem import Problem
@@ -15,21 +16,27 @@ from liaoyuan.tasks.rewards.code import (
     CodeConfig,
     UnitTests,
     code_of,
-    exercism_answer,
-    mbpp_answer,
     open_unit_tests,
     read_tests,
 )
 
-ROW = {"test_list": ["assert double(2) == 4", "assert double('a') == 'aa'"], "test_setup_code": ""}
+TESTS = ["assert double(2) == 4", "assert double('a') == 'aa'"]
+ROW = {"text": "Double it.", "test_list": TESTS, "test_setup_code": ""}
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 RIGHT = "def double(x):\n    return x * 2\n"
 HALF = "def double(x):\n    return x + 2\n"
 FILE = {
+    "prompt": "Double it.",
     "test_file": "double_test.py",
     "test": "import unittest\nfrom double import double\nclass D(unittest.TestCase):\n"
     "    def test_two(self):\n        self.assertEqual(double(2), 4)\n",
 }
+
+
+def answer_of(row: dict[str, object]) -> str:
+    """Return the right answer of a row of a public set."""
+    _, (record,), _ = convert(row, "1")
+    return record.answer
 
 
 @pytest.fixture
@@ -39,7 +46,7 @@ def jail() -> None:
 
 
 def rollout(text: str, answer: str = "", flaw: str = "") -> Rollout:
-    problem = Problem("mbpp", "Write a function that doubles.", answer or mbpp_answer(ROW), RIGHT, 0, "double")
+    problem = Problem("mbpp", "Write a function that doubles.", answer or answer_of(ROW), RIGHT, 0, "double")
     return Rollout(problem, "", text, flaw)
 
 
@@ -58,12 +65,12 @@ class TestUnitTests:
         assert UnitTests(CodeConfig(share=True))(rollout("import os; os._exit(0)")).value == 0.0
 
     def test_a_file_of_unittest(self) -> None:
-        assert UnitTests()(rollout(RIGHT, exercism_answer(FILE))).value == 1.0
-        assert UnitTests()(rollout("def double(x): return 5", exercism_answer(FILE))).reason == "test_two: 5 != 4"
+        assert UnitTests()(rollout(RIGHT, answer_of(FILE))).value == 1.0
+        assert UnitTests()(rollout("def double(x): return 5", answer_of(FILE))).reason == "test_two: 5 != 4"
 
     def test_broken_tests_have_no_value(self) -> None:
         for test in ("assert double(2) ==", "import no_such_module"):
-            score = UnitTests()(rollout(RIGHT, mbpp_answer({"test_list": [test]})))
+            score = UnitTests()(rollout(RIGHT, answer_of({**ROW, "test_list": [test]})))
             assert score.value is None and score.reason.startswith("the tests are broken")
 
     def test_limits_are_the_users(self) -> None:
@@ -95,7 +102,7 @@ class TestUnitTests:
 
 @pytest.mark.usefixtures("jail")
 def test_a_task_of_programs_is_judged_by_their_tests(tmp_path: Path) -> None:
-    row = {"text": "Double it.", "code": RIGHT, "task_id": 1, **ROW}
+    row = {**ROW, "code": RIGHT, "task_id": 1}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "own.toml").write_text("[[parts]]\ndata = 'rows.jsonl'\noptions.cpu_seconds = 2\n")
     task = open_task(tmp_path / "own.toml").task
@@ -160,5 +167,5 @@ class TestReadingCode:
         assert read_tests(answer) is None
 
     def test_rows_of_public_sets(self) -> None:
-        assert read_tests(mbpp_answer(ROW)) == safety.Tests(tests=tuple(ROW["test_list"]))
-        assert json.loads(exercism_answer(FILE)) == {"source": FILE["test"], "module": "double"}
+        assert read_tests(answer_of(ROW)) == safety.Tests(tests=tuple(TESTS))
+        assert json.loads(answer_of(FILE)) == {"source": FILE["test"], "module": "double"}

@@ -1,17 +1,14 @@
 """Whether a program passes its unit tests, which run in the jail; the program in another one, where it cannot cheat.
 
-The right "answer" of such a problem is its tests, as JSON: `mbpp_answer` and `exercism_answer` make it of the rows of
-the two public sets, and whoever has tests of his own writes `Tests` in the same way.
+The right "answer" of such a problem is its tests, `CodeTests` as JSON: so `data` makes it of the rows of MBPP and
+Exercism, and so writes it whoever has tests of his own.
 """
 
-import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from pathlib import PurePath
-from typing import Any
+from dataclasses import dataclass, field
 
 from pydantic import Field, ValidationError
 
@@ -112,19 +109,3 @@ def read_tests(answer: str) -> Tests | None:
         return None
     tests = Tests(**found.model_dump())
     return tests if tests.tests or (tests.source and tests.module) else None
-
-
-def to_answer(tests: Tests) -> str:
-    """Return tests as the right answer of a problem."""
-    return json.dumps({name: value for name, value in asdict(tests).items() if value}, ensure_ascii=False)
-
-
-def mbpp_answer(row: Mapping[str, Any]) -> str:
-    """Return the right answer of a row of MBPP: asserts, and statements to run before them."""
-    return to_answer(Tests(tests=tuple(row["test_list"]), setup=row.get("test_setup_code", "")))
-
-
-def exercism_answer(row: Mapping[str, Any]) -> str:
-    """Return the right answer of a row of Exercism's Python track: a file of unittest for a module."""
-    module = PurePath(row["test_file"]).stem.removesuffix("_test")
-    return to_answer(Tests(source=row["test"], module=module))

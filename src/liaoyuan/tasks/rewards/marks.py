@@ -12,11 +12,11 @@ must say the same twice, and readers refuse what names more than one thing ("42 
 """
 
 import re
-from collections.abc import Iterator
+
+from liaoyuan.data.boxed import boxed
 
 LONGEST = 20_000  # characters; what is longer is no answer to a question with one answer
 HASHES = re.compile(r"^[ \t]*####[ \t]*(.*)$", re.MULTILINE)
-BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 PHRASE = re.compile(
     r"(?:\bthe (?:final |correct |right )?answer (?:is|equals|would be)\b"
     r"|^\W*(?:the )?(?:final |correct )?(?:answer|option|ans)(?: choice)?\s*"
@@ -41,35 +41,6 @@ def final_answers(text: str) -> tuple[str, list[str]]:
         return "boxed", found
     found = [_sentence(text, match.end()) for match in PHRASE.finditer(text)]
     return ("phrase", found) if found else ("whole", [text.strip()])
-
-
-def boxed(text: str) -> Iterator[str]:
-    """Yield the content of each `\\boxed{...}`, outermost ones only; one that is never closed is left out."""
-    place = 0
-    while match := BOXED.search(text, place):
-        place = match.end()
-        if place < len(text) and text[place] == "{":
-            end = closing_brace(text, place)
-            if end is None:
-                return
-            yield text[place + 1 : end].strip()
-            place = end
-        elif place < len(text):
-            yield text[place]  # "\\boxed 5" is TeX for one character
-
-
-def closing_brace(text: str, start: int) -> int | None:
-    """Return where the brace at `start` is closed, None if it never is; an escaped brace counts for nothing."""
-    depth, place = 0, start
-    while place < len(text):
-        if text[place] == "\\":
-            place += 1
-        elif text[place] in "{}":
-            depth += 1 if text[place] == "{" else -1
-            if depth == 0:
-                return place
-        place += 1
-    return None
 
 
 def _sentence(text: str, start: int) -> str:
