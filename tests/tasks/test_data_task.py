@@ -301,6 +301,18 @@ def test_bad_rows_are_left_out_where_the_task_file_says_so_and_are_counted(tmp_p
     assert (problem.question, problem.answer, problem.thought) == ("What is 6*7?", "42", "6*7=42")
 
 
+def test_whose_a_problem_is_goes_with_it_into_what_is_learned(tmp_path: Path) -> None:
+    whose: dict[str, object] = {"source": "ours", "licence": "CC-BY-4.0"}
+    asked = [{"role": "user", "content": f"{number} + 1?"} for number in range(40)]
+    rows: list[object] = [
+        whose | {"id": str(number), "kind": "prompt", "messages": [one], "answer": str(number + 1)}
+        for number, one in enumerate(asked)
+    ]
+    task = own(tmp_path, rows)
+    learned = to_record(task.problem(0, 0, task.levels[0]))
+    assert (learned.source, learned.licence) == ("ours", "CC-BY-4.0")
+
+
 def test_an_answer_of_no_known_problem_is_not_judged(tmp_path: Path) -> None:
     task = own(tmp_path, [{"question": "a", "answer": "1"}])
     stranger = Problem("own", "b", "1", "", 0, "elsewhere")

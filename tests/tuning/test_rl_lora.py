@@ -132,6 +132,7 @@ def test_the_verb_leaves_an_adapter_that_is_merged_as_what_was_trained(model_fol
     assert "learning_rate = 0.004" in (out / "config.toml").read_text() and not (out / "model").exists()
     card = read_card(out / "adapter")
     assert card["relation"] == "adapter" and card["method"] == "reinforcement learning on addition (grpo, lora)"
+    assert card["data"] == [{"source": "generated", "licence": "unknown", "records": 6, "use": "asked"}]
     assert {"validation", "test"} <= card["controls"]["the model that was begun with"].keys()
     merging = ["convert", "--merge", str(out / "adapter"), "--model", str(model_folder), "--out", str(tmp_path / "m")]
     figures = json.loads(CliRunner().invoke(app, [*merging, "--json"], catch_exceptions=False).stdout)

@@ -138,7 +138,7 @@ def _problem(name: str, record: Record, instruction: str) -> Problem:
     thought = next((message.think for message in record.messages if message.role == "assistant"), "")
     asked = f"{question}\n{instruction}" if instruction else question
     key = normalised(question)  # what all near copies of a question share
-    return Problem(name, asked, record.answer, thought, record.level, key)
+    return Problem(name, asked, record.answer, thought, record.level, key, (), record.source, record.licence)
 
 
 def _is_new(seen: dict[str, Problem | None], problem: Problem, left_out: Counter[str]) -> bool:

@@ -18,7 +18,7 @@ TEST_SEED = 0  # of the test problems, the same in every run and for every model
 class Problem:
     """A question, its right answer and one worked solution (`thought`); `key` identifies its content.
 
-    steps: the pieces of which the thought is made, where its maker says so.
+    steps: the pieces of which the thought is made, where its maker says so. source, licence: whose it is, if a file's.
     """
 
     task: str
@@ -28,6 +28,8 @@ class Problem:
     level: int
     key: str
     steps: tuple[str, ...] = ()
+    source: str = "generated"
+    licence: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def to_record(problem: Problem, thinking: bool = True, left_out: int = 0) -> Rec
         task=problem.task,
         answer=problem.answer,
         level=problem.level,
-        source="generated",
+        source=problem.source,
+        licence=problem.licence,
     )
 
 

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from liaoyuan.checkpoint import load_model
 from liaoyuan.config import Config
-from liaoyuan.data import Tokenizer, write_records
+from liaoyuan.data import Tokenizer, read_records, write_records
 from liaoyuan.device import select_device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import require_exact
@@ -23,7 +23,7 @@ from liaoyuan.ops import configure
 from liaoyuan.rundir import Report, atomic_folder, read_json, remember, silent, write_json
 from liaoyuan.tasks import Right, Task, check_levels, held_out_problems, open_task, spread, to_record
 from liaoyuan.tasks.seen import Seen, read_seen, seen_among, write_seen
-from liaoyuan.tuning.card import Card, write_card
+from liaoyuan.tuning.card import Card, sources_of, write_card
 from liaoyuan.tuning.gain import Exam, gain
 from liaoyuan.tuning.held_out import HELD_OUT
 from liaoyuan.tuning.lora import LoraConfig, Method
@@ -140,6 +140,7 @@ def _card(config: RlConfig, folder: Path, figures: dict[str, Any]) -> Card:
         config=config.model_dump(mode="json", exclude_none=True),
         scores=scores,
         controls={"the model that was begun with": start},
+        data=sources_of(read_records(folder / HELD_OUT), "asked"),
         notes=notes,
     )
 
