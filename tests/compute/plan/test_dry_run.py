@@ -67,7 +67,7 @@ def test_it_is_a_real_step_call_by_call(name: str) -> None:
         real, (planned,) = found[rank], run(1, dry, job, rank)
         assert without(ROUTED, planned.traffic()) == without(ROUTED, real.traffic())
         assert products(planned) == products(real)
-        assert planned.before == real.before
+        assert planned.before == pytest.approx(real.before, abs=64)  # the network may hold a sum of the last step still
         if job.model.experts:  # how many rows come to a process is the router's affair, not how many there are
             assert job.processes * planned.flops == sum(trace.flops for trace in found)
             assert planned.peak == pytest.approx(real.peak, rel=0.2)
