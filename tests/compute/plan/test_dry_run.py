@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from liaoyuan.compute.plan.dry_run import Job, dry_run, empty_batch
 from liaoyuan.compute.plan.trace import Recorder, Trace
@@ -50,6 +51,8 @@ def real_run(world: World, job: Job) -> Trace:
         optimiser = make_optimiser(program, job.train, world)
         batches = [empty_batch(job, world) for _ in range(job.train.microbatches)]
         for _ in range(2):
+            for _ in range(3 if world.size > 1 else 0):
+                dist.barrier()  # until the network has let go of what it sent last
             recorder.restart()
             take_step(program, optimiser, batches, job.train.learning_rate, job.train.clip, world)
         return recorder.finish()
@@ -67,7 +70,7 @@ def test_it_is_a_real_step_call_by_call(name: str) -> None:
         real, (planned,) = found[rank], run(1, dry, job, rank)
         assert without(ROUTED, planned.traffic()) == without(ROUTED, real.traffic())
         assert products(planned) == products(real)
-        assert planned.before == pytest.approx(real.before, abs=64)  # the network may hold a sum of the last step still
+        assert planned.before == real.before
         if job.model.experts:  # how many rows come to a process is the router's affair, not how many there are
             assert job.processes * planned.flops == sum(trace.flops for trace in found)
             assert planned.peak == pytest.approx(real.peak, rel=0.2)
