@@ -11,7 +11,7 @@ from liaoyuan.compute.plan.dry_run import Job, dry_run, empty_batch
 from liaoyuan.compute.plan.trace import Recorder, Trace
 from liaoyuan.models import Decoder, config_from_dict
 from liaoyuan.ops.choice import operators_called
-from liaoyuan.parallel import Layout, World, lay_out, resolve
+from liaoyuan.parallel import Layout, World, lay_out
 from liaoyuan.training.loop import TrainConfig, make_optimiser, take_step
 from tests.parallel.layouts import MODELS
 from tests.parallel.processes import run
@@ -42,7 +42,7 @@ def job_of(name: str) -> Job:
 
 def real_run(world: World, job: Job) -> Trace:
     """The second step of the same training, by a process that has memory and neighbours."""
-    layout = resolve(job.layout, job.processes, job.shape)
+    layout = job.resolved
     world = world.arrange(layout)
     with torch.device("meta"):
         model = Decoder(job.model).to(job.model.torch_dtype)
