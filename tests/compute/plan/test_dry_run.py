@@ -66,10 +66,13 @@ def dry(_: World, job: Job, rank: int) -> Trace:
 def test_it_is_a_real_step_call_by_call(name: str) -> None:
     job = job_of(name)
     found = run(job.processes, real_run, job)
+    with torch.device("meta"):
+        names = {name for name, _ in Decoder(job.model).named_modules()}
     for rank in {0, job.processes - 1} if job.layout.pp > 1 else {0}:
         real, (planned,) = found[rank], run(1, dry, job, rank)
         assert without(ROUTED, planned.traffic()) == without(ROUTED, real.traffic())
         assert products(planned) == products(real)
+        assert {event.module for event in planned.events} <= names
         assert planned.before == real.before
         if job.model.experts:  # how many rows come to a process is the router's affair, not how many there are
             assert job.processes * planned.flops == sum(trace.flops for trace in found)
