@@ -33,23 +33,23 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Dry-run a training job: memory of a process, what fills it, its matrix products, and what it sends."""
+    from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan import footprints, read_cluster
-    from liaoyuan.parallel.layout import resolve
 
     card = read_cluster(cluster).accelerator if cluster else None
     job = _job(run_file, set_, processes, layout, device or (card.device if card else "cuda"), vocab)
     if bad := [number for number in rank or [] if number >= processes]:
         raise LiaoyuanError(f"There is no process {bad[0]}: they are numbered 0 to {processes - 1}.")
-    found = footprints(job, tuple(rank) if rank else None)
+    with bar("Plan", quiet=json) as report:
+        found = footprints(job, tuple(rank) if rank else None, report)
     if json:
         values: dict[str, Any] = {"processes": processes, "footprints": [asdict(one) for one in found]}
         if card:
             values |= {"card": card.name, "fits": all(one.peak <= card.usable_bytes for one in found)}
         print(json_format.dumps(values, indent=2))
         return
-    resolved = resolve(job.layout, processes, job.shape)
     print(
-        f"{job.model.num_parameters():,} weights over {processes:,} processes, {resolved.describe()}, "
+        f"{job.model.num_parameters():,} weights over {processes:,} processes, {job.resolved.describe()}, "
         f"{job.train.batch_tokens:,} tokens a step"
     )
     for one in found:
@@ -91,7 +91,10 @@ def _job(
     from liaoyuan.training.pretrain import PretrainConfig, shaped
 
     config = configuration.load(PretrainConfig, run_file, ["corpus=.", *(set_ or [])] if not run_file else set_ or [])
-    tokens = vocab or load_corpus(config.corpus).tokenizer().vocab_size
+    try:
+        tokens = vocab or load_corpus(config.corpus).tokenizer().vocab_size
+    except LiaoyuanError as error:
+        raise LiaoyuanError(f"{error} Or say here how many different tokens there are: --vocab.") from error
     chosen = configuration.parse(Layout, parse_layout(layout), "--layout") if layout else config.layout
     model = shaped(config.model, tokens, None, Planned(device))
     return Job(model, chosen, processes, config.sequence_length, config.train, device)
@@ -104,8 +107,8 @@ def _told(one: "Footprint") -> str:
     ]
     for part in one.held[:SHOWN]:
         lines.append(f"  {_size(part.bytes):>12}  {part.module or 'the model'}: {part.operator} ({part.phase})")
-    for name, (calls, sent) in sorted(one.sent.items(), key=lambda item: -item[1][1]):
-        lines.append(f"  {_size(sent):>12}  sent, {name} in {calls:,} calls")
+    for name, sent in sorted(one.sent.items(), key=lambda item: -item[1].bytes):
+        lines.append(f"  {_size(sent.bytes):>12}  sent, {name} in {sent.calls:,} calls")
     return "\n".join(lines)
 
 

@@ -52,17 +52,19 @@ class Watch(TorchDispatchMode):
     What an operator of this package calls inside is part of it and not seen.
     """
 
-    def __init__(self, model: nn.Module, around: Around) -> None:
+    def __init__(self, model: nn.Module | Sequence[nn.Module], around: Around) -> None:
+        """model: or the parts of one that are here, whose modules have the names of the whole."""
         super().__init__()
-        self._model, self._around = model, around
-        self._owners = {id(weight): name.rpartition(".")[0] for name, weight in model.named_parameters()}
+        self._models, self._around = [model] if isinstance(model, nn.Module) else list(model), around
+        named = [pair for one in self._models for pair in one.named_parameters()]
+        self._owners = {id(weight): name.rpartition(".")[0] for name, weight in named}
         self._running: list[str] = []
         self._made: list[tuple[int, str]] = []  # from which sequence number on nodes are of which module
         self._phase: Phase = "forward"
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Self:
-        for name, module in self._model.named_modules():
+        for name, module in (pair for one in self._models for pair in one.named_modules()):
             self._hooks.append(module.register_forward_pre_hook(self._entering(name)))
             self._hooks.append(module.register_forward_hook(self._left, always_call=True))
         super().__enter__()

@@ -300,27 +300,31 @@ def take_part(own: Tensor, whole: Tensor) -> None:
     local(own.detach()).copy_(whole)
 
 
-def lay_out(model: Decoder, layout: Layout, world: World, hollow: bool = False) -> Program:
+def lay_out(model: Decoder, layout: Layout, world: World) -> Program:
     """Lay out `model` (the same weights in every process) over the processes of `world`; it is taken apart.
 
     A model on the meta device gets memory on the world's device for this process's part alone: its weights hold
-    nothing yet, to be filled by `Program.initialise` or `checkpoint.load_weights`. With `hollow` it gets none, and
-    whoever asked for that does it (`give_memory`).
+    nothing yet, to be filled by `Program.initialise` or `checkpoint.load_weights`.
 
     `world` must know the layout (`World.arrange`). One process: nothing but recomputation and compiling is done.
     """
     is_meta = next(model.parameters()).is_meta
+    program = take_apart(model, layout, world)
+    if is_meta:
+        give_memory(program, world.device.torch)
+    return program
+
+
+def take_apart(model: Decoder, layout: Layout, world: World) -> Program:
+    """Lay out `model` as `lay_out` does, but leave it where it is: on the meta device it has no memory yet."""
     if world.mesh is None:
         apply_recompute(model, layout)
         _compile(model, layout)
-        program = Program([model])
-    elif layout.pp == 1:
-        program = Program([model], world.mesh)
-        _apply(program, model, model, world.mesh)
-    else:
-        program = _lay_out_stages(model, world.mesh)
-    if is_meta and not hollow:
-        give_memory(program, world.device.torch)
+        return Program([model])
+    if layout.pp > 1:
+        return _lay_out_stages(model, world.mesh)
+    program = Program([model], world.mesh)
+    _apply(program, model, model, world.mesh)
     return program
 
 

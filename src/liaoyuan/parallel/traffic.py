@@ -114,8 +114,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if found := self._known.of(func, args):
-            key = found.axis, found.kind
-            self.traffic[key] = self.traffic.get(key, Sent()) + Sent(1, found.bytes)
+            count(found, self.traffic)
         return func(*args, **(kwargs or {}))
 
 
@@ -127,6 +126,12 @@ class Collective:
     kind: str
     ranks: tuple[int, ...]  # of the world
     bytes: int
+
+
+def count(collective: Collective, traffic: Traffic) -> None:
+    """Add one more to what a process has sent."""
+    key = collective.axis, collective.kind
+    traffic[key] = traffic.get(key, Sent()) + Sent(1, collective.bytes)
 
 
 class Collectives:

@@ -31,7 +31,7 @@ latency_us = 10
 @pytest.mark.parametrize("name", cluster_names())
 def test_what_ships_is_whole_and_nearer_is_faster(name: str) -> None:
     found = read_cluster(name)
-    assert found.accelerator.peak("bfloat16") > found.accelerator.peak("float32")
+    assert found.accelerator.peak_tflops["bfloat16"] > found.accelerator.peak_tflops["float32"]
     assert 0 < found.accelerator.usable_bytes < found.accelerator.memory_gib * 2**30
     rates = [link.bandwidth_gb for link in found.links]
     assert rates == sorted(rates, reverse=True)
@@ -41,10 +41,10 @@ def test_the_accelerators_of_the_plan_are_there() -> None:
     assert {"h100", "h200", "b200", "a100", "ascend-910b", "ascend-910c", "tpu-v5p", "cpu"} == set(cluster_names())
 
 
-def test_ones_own_file_says_over_which_level_neighbours_talk(tmp_path: Path) -> None:
+def test_ones_own_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "ours.toml").write_text(OWN)
     found = read_cluster(str(tmp_path / "ours.toml"))
-    assert [found.link_among(reach).name for reach in (2, 4, 5, 10_000)] == ["bus", "bus", "net", "net"]
+    assert [link.name for link in found.links] == ["bus", "net"] and found.accelerator.usable_bytes == 46 * 2**30
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,6 @@ def test_mistakes_in_a_file_are_named(tmp_path: Path, change: tuple[str, str], s
         read_cluster(str(tmp_path / "ours.toml"))
 
 
-def test_an_unknown_name_and_an_unknown_dtype_are_refused() -> None:
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(LiaoyuanError, match="did you mean 'h100'"):
         read_cluster("h10")
-    with pytest.raises(LiaoyuanError, match="float4"):
-        read_cluster("h100").accelerator.peak("float4")

@@ -1,6 +1,7 @@
 """A call in a process of its own: PyTorch remembers process groups, and a dry run makes new ones."""
 
 import multiprocessing
+import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -15,7 +16,7 @@ def apart(function: Callable[..., Found], *arguments: Any) -> Found:
     """Return `function(*arguments)`, computed by a forked process.
 
     Raises:
-        LiaoyuanError: as the function does. RuntimeError: with the text of any other failure.
+        LiaoyuanError: as the function does, or the process has died. RuntimeError: with the text of any other failure.
     """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
@@ -25,8 +26,12 @@ def apart(function: Callable[..., Found], *arguments: Any) -> Found:
     try:
         kind, found = ours.recv()
     except EOFError:
-        kind, found = "failed", "the process that ran dry has died"
+        process.join()
+        raise LiaoyuanError(
+            f"The process that ran dry has died (exit code {process.exitcode}): most likely memory is lacking."
+        ) from None
     finally:
+        process.kill()
         process.join()
     if kind == "refused":
         raise LiaoyuanError(found)
@@ -37,6 +42,7 @@ def apart(function: Callable[..., Found], *arguments: Any) -> Found:
 
 
 def _run(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
     try:
         connection.send(("done", function(*arguments)))
     except LiaoyuanError as error:

@@ -15,7 +15,7 @@ from liaoyuan import config as configuration
 from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError, nearest
 
-GIB, GIGA, TERA = 2**30, 1e9, 1e12
+GIB = 2**30
 
 
 class Accelerator(Config):
@@ -38,16 +38,6 @@ class Accelerator(Config):
     def usable_bytes(self) -> int:
         """What tensors may take."""
         return int((self.memory_gib - self.reserved_gib) * GIB)
-
-    def peak(self, dtype: str) -> float:
-        """Return FLOP/s of matrix products.
-
-        Raises:
-            LiaoyuanError: it is not known for this dtype.
-        """
-        if dtype not in self.peak_tflops:
-            raise LiaoyuanError(f"The accelerator {self.name} has no peak_tflops for {dtype}.")
-        return self.peak_tflops[dtype] * TERA
 
 
 class Link(Config):
@@ -99,10 +89,6 @@ class Cluster(Config):
                 "levels go from the nearest to the farthest, each reaches further, and the last one 0 (all)"
             )
         return links
-
-    def link_among(self, reach: int) -> Link:
-        """Return the level over which so many neighbouring cards talk."""
-        return next(link for link in self.links if not link.reach or reach <= link.reach)
 
 
 def read_cluster(name: str) -> Cluster:

@@ -18,9 +18,9 @@ from liaoyuan.data import Batch
 from liaoyuan.device import Device, DType
 from liaoyuan.models import Decoder, ModelConfig
 from liaoyuan.ops.choice import operators_called
-from liaoyuan.parallel import Layout, Program, World, lay_out
+from liaoyuan.parallel import Layout, Program, World
 from liaoyuan.parallel.layout import Shape, resolve
-from liaoyuan.parallel.program import give_memory
+from liaoyuan.parallel.program import give_memory, take_apart
 from liaoyuan.training.loop import TrainConfig, make_optimiser, take_step
 
 BF16 = torch.bfloat16
@@ -62,6 +62,11 @@ class Job:
         """What a layout of it must fit."""
         return Shape(self.model, self.sequence_length, self.rows, self.train.microbatches)
 
+    @property
+    def resolved(self) -> Layout:
+        """The layout with every axis filled in; raises LiaoyuanError if it does not fit."""
+        return resolve(self.layout, self.processes, self.shape)
+
 
 def dry_run(job: Job, rank: int = 0, steps: int = 2) -> Trace:
     """Return what process `rank` does in the last of `steps` steps; the first makes what later ones keep.
@@ -69,12 +74,11 @@ def dry_run(job: Job, rank: int = 0, steps: int = 2) -> Trace:
     Raises:
         LiaoyuanError: the layout does not fit the job.
     """
-    layout = resolve(job.layout, job.processes, job.shape)
     with _alone_among(job.processes, rank), operators_called():
-        world = World(rank, job.processes, Planned(job.device)).arrange(layout)
+        world = World(rank, job.processes, Planned(job.device)).arrange(job.resolved)
         with torch.device("meta"):
             model = Decoder(job.model).to(job.model.torch_dtype)
-        program = lay_out(model, layout, world, hollow=True)
+        program = take_apart(model, job.resolved, world)
         with Hollow():
             give_memory(program, world.device.torch)
             with Recorder(program) as recorder:

@@ -11,7 +11,8 @@ from liaoyuan.compute.plan.apart import apart
 from liaoyuan.compute.plan.dry_run import Job, dry_run
 from liaoyuan.compute.plan.trace import Held
 from liaoyuan.ops.watch import Phase
-from liaoyuan.parallel.layout import resolve
+from liaoyuan.parallel.traffic import Sent
+from liaoyuan.rundir import Progress, Report, silent
 
 
 @dataclass(frozen=True)
@@ -19,27 +20,30 @@ class Footprint:
     """Of process `rank` in a step.
 
     peak: bytes of tensors at most, of which `lasting` are held between steps; `held` says what they are, largest first.
-    flops: of matrix products. sent: by axis and collective, how many calls and bytes.
+    flops: of matrix products. sent: by axis and collective.
     """
 
     rank: int
     peak: int
     lasting: int
     flops: int
-    sent: dict[str, tuple[int, int]]
+    sent: dict[str, Sent]
     held: tuple[Held, ...]
 
 
-def footprints(job: Job, ranks: tuple[int, ...] | None = None) -> list[Footprint]:
+def footprints(job: Job, ranks: tuple[int, ...] | None = None, report: Report = silent) -> list[Footprint]:
     """Return the footprints of the processes `ranks`; None: of the first and the last of the pipeline.
 
     Raises:
         LiaoyuanError: the layout does not fit the job.
     """
-    layout = resolve(job.layout, job.processes, job.shape)
-    stage = job.processes // layout.pp
-    chosen = ranks or tuple(dict.fromkeys((0, stage * (layout.pp - 1))))
-    return [apart(_footprint, job, rank) for rank in chosen]
+    stages = job.resolved.pp
+    chosen = ranks or tuple(dict.fromkeys((0, job.processes // stages * (stages - 1))))
+    found = list[Footprint]()
+    for rank in chosen:
+        found.append(apart(_footprint, job, rank))
+        report(Progress(len(found), len(chosen), "process", f"process {rank:,}"))
+    return found
 
 
 def _footprint(job: Job, rank: int) -> Footprint:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from liaoyuan.ops.cost import cost_of, group_of
 from liaoyuan.ops.watch import Call, Phase, Watch, tensors_in
 from liaoyuan.parallel import Program
-from liaoyuan.parallel.traffic import Collective, Collectives
+from liaoyuan.parallel.traffic import Collective, Collectives, Traffic, count
 
 IGNORED = ("prim.", "profiler.")  # questions and marks, which do nothing
 
@@ -72,15 +72,13 @@ class Trace:
     def flops(self) -> int:
         return sum(event.flops for event in self.events)
 
-    def traffic(self) -> dict[tuple[str, str], tuple[int, int]]:
-        """Return by axis and collective the number of calls and the bytes that the process sends."""
-        calls: Counter[tuple[str, str]] = Counter()
-        sent: Counter[tuple[str, str]] = Counter()
-        for collective in (event.collective for event in self.events):
-            if collective:
-                calls[collective.axis, collective.kind] += 1
-                sent[collective.axis, collective.kind] += collective.bytes
-        return {key: (calls[key], sent[key]) for key in calls}
+    def traffic(self) -> Traffic:
+        """Return by axis and collective what the process sends."""
+        traffic: Traffic = {}
+        for event in self.events:
+            if event.collective:
+                count(event.collective, traffic)
+        return traffic
 
 
 class Recorder:
@@ -197,7 +195,7 @@ class _BelowDTensor(Watch):
     """Watches what a process computes with its own parts of tensors, in all stages of a program that it holds."""
 
     def __init__(self, program: Program, around: Callable[..., Any]) -> None:
-        super().__init__(torch.nn.ModuleList(program.models) if len(program.models) > 1 else program.models[0], around)
+        super().__init__(program.models, around)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
