@@ -110,6 +110,8 @@ def test_preferences_come_in_all_shapes(row: dict[str, Any]) -> None:
         {"messages": [USER, {"role": "assistant", "content": "a"}], "label": False},
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "kto_tag": False},
         {"instruction": "q", "output": "a", "kto_tag": False},
+        {"question": "q", "answer": "a", "label": False},
+        {"question": "q", "answer": "a", "kto_tag": False},
     ],
 )
 def test_an_answer_with_a_label_is_unpaired(row: dict[str, Any]) -> None:
