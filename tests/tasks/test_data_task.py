@@ -117,9 +117,9 @@ def test_what_is_learned_from_a_public_set_is_what_its_task_asks(name: str, tmp_
             refuse_seen(tmp_path / file.partition(".")[0], [problem])
 
 
-def problem_of(folder: Path, file: str, kind: str) -> Problem:
+def problem_of(folder: Path, file: str, kind: str, check: str = "") -> Problem:
     """Return the one problem of a file; what judges it is not opened, since that may need the jail."""
-    made = open_data("own", folder / file, None, kind, False, "", "", lambda check: Right(find_task("addition")))
+    made = open_data("own", folder / file, None, kind, False, check, "", lambda _: Right(find_task("addition")))
     (found,) = (problem for problems in made.problems.values() for problem in problems)
     return found
 
@@ -311,6 +311,28 @@ def test_whose_a_problem_is_goes_with_it_into_what_is_learned(tmp_path: Path) ->
     task = own(tmp_path, rows)
     learned = to_record(task.problem(0, 0, task.levels[0]))
     assert (learned.source, learned.licence) == ("ours", "CC-BY-4.0")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (ROWS["mbpp"][0], "```python\ndef f(x): return x * 2\n```"),
+        (ROWS["exercism"][0], None),
+        ({"question": "Double it.", "answer": '{"tests": ["assert f(2) == 4"]}'}, None),
+        (ROWS["gsm8k"][0], "42"),
+        (ROWS["folio"][0], "unknown"),
+        ({"id": "1", "kind": "prompt", "messages": [{"role": "user", "content": "6*7?"}], "answer": "42"}, "42"),
+    ],
+)
+def test_what_is_learned_of_a_problem_is_what_is_said_and_never_the_tests(
+    row: dict[str, object], said: str | None, tmp_path: Path
+) -> None:
+    write_lines(tmp_path / "rows.jsonl", [row])
+    check = "code" if "tests" in str(row.get("answer")) else ""
+    problem = problem_of(tmp_path, "rows.jsonl", "", check)
+    learned = to_record(problem)
+    assert [message.content for message in learned.messages[1:]] == ([said] if said else [])
+    assert learned.kind == ("chat" if said else "prompt") and learned.answer == problem.answer
 
 
 def test_an_answer_of_no_known_problem_is_not_judged(tmp_path: Path) -> None:
