@@ -65,6 +65,7 @@ QUESTION = [("user", "", "q"), ("assistant", "", "a")]
         ),
         ({"query": "q", "response": "a"}, QUESTION),
         ({"question": "q", "answer": "a"}, QUESTION),
+        ({"question": "q", "answer": "<think>\nt\n</think>\n\na"}, [("user", "", "q"), ("assistant", "t", "a")]),
         ({"instruction": "q", "instances": [{"input": "", "output": "a"}]}, QUESTION),
         ({"text": "whole"}, [("user", "", "whole")]),
     ],
