@@ -46,7 +46,7 @@ def sft(
     run_file: RunFile = None,
     set_: Set = None,
     model: Model = None,
-    data: Annotated[Path | None, typer.Option(help="Examples to learn: .jsonl or .json, also .zst.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Examples to learn: .jsonl, .json (also .zst), .parquet.")] = None,
     lora: Lora = False,
     validation: Annotated[Path | None, typer.Option(help="Held-out examples; else 5% of the data.")] = None,
     out: Out = Path("runs/sft"),
