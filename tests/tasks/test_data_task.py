@@ -172,7 +172,8 @@ def test_the_real_sets_are_read_whole_and_judge_their_answers(name: str, tmp_pat
 def assert_judged(task: DataTask, problems: list[Problem]) -> None:
     """What the set says is right, and what it says of a problem with another answer is wrong."""
     others = [next(one for one in problems if one.answer != problem.answer) for problem in problems]
-    right = task.check_all([(problem, f"The answer is {problem.answer}.") for problem in problems])
+    forms = ("{}", "The answer is {}.")
+    right = task.check_all([(problem, form.format(problem.answer)) for problem in problems for form in forms])
     wrong = task.check_all([(one, f"The answer is {two.answer}.") for one, two in zip(problems, others, strict=True)])
     assert all(score.is_right for score in right), [score for score in right if not score.is_right]
     assert sum(score.value == 0.0 for score in wrong) >= len(wrong) - 1  # two numbers may be equal, written otherwise
