@@ -89,6 +89,18 @@ def test_several_budgets_are_a_curve_with_the_fast_and_the_free_answers_beside_i
     assert [line.split()[0] for line in shown[-6:-1]] == list(ways) and shown[-1].startswith("Of 90 answers")
 
 
+def test_a_curve_that_cannot_be_drawn_takes_no_figure_with_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unjudged(*_: object) -> None:
+        raise LiaoyuanError("of some budget no answer could be judged")
+
+    monkeypatch.setattr("liaoyuan.cli.eval_budgets.draw", unjudged)
+    run = ["eval", "--model", str(model), "--problems", "2", "--samples", "1", "--max-tokens", "8"]
+    result = CliRunner().invoke(app, [*run, "--thinking-budget", "0,3", "--plot", str(tmp_path / "budgets.svg")])
+    assert isinstance(result.exception, LiaoyuanError) and "Of 16 answers" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

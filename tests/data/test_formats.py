@@ -65,6 +65,7 @@ QUESTION = [("user", "", "q"), ("assistant", "", "a")]
         ),
         ({"query": "q", "response": "a"}, QUESTION),
         ({"question": "q", "answer": "a"}, QUESTION),
+        ({"question": "q", "answer": "<think>\nt\n</think>\n\na"}, [("user", "", "q"), ("assistant", "t", "a")]),
         ({"instruction": "q", "instances": [{"input": "", "output": "a"}]}, QUESTION),
         ({"text": "whole"}, [("user", "", "whole")]),
     ],
@@ -110,6 +111,8 @@ def test_preferences_come_in_all_shapes(row: dict[str, Any]) -> None:
         {"messages": [USER, {"role": "assistant", "content": "a"}], "label": False},
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "kto_tag": False},
         {"instruction": "q", "output": "a", "kto_tag": False},
+        {"question": "q", "answer": "a", "label": False},
+        {"question": "q", "answer": "a", "kto_tag": False},
     ],
 )
 def test_an_answer_with_a_label_is_unpaired(row: dict[str, Any]) -> None:

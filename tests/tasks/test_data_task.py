@@ -117,9 +117,9 @@ def test_what_is_learned_from_a_public_set_is_what_its_task_asks(name: str, tmp_
             refuse_seen(tmp_path / file.partition(".")[0], [problem])
 
 
-def problem_of(folder: Path, file: str, kind: str) -> Problem:
+def problem_of(folder: Path, file: str, kind: str, check: str = "") -> Problem:
     """Return the one problem of a file; what judges it is not opened, since that may need the jail."""
-    made = open_data("own", folder / file, None, kind, False, "", "", lambda check: Right(find_task("addition")))
+    made = open_data("own", folder / file, None, kind, False, check, "", lambda _: Right(find_task("addition")))
     (found,) = (problem for problems in made.problems.values() for problem in problems)
     return found
 
@@ -172,7 +172,8 @@ def test_the_real_sets_are_read_whole_and_judge_their_answers(name: str, tmp_pat
 def assert_judged(task: DataTask, problems: list[Problem]) -> None:
     """What the set says is right, and what it says of a problem with another answer is wrong."""
     others = [next(one for one in problems if one.answer != problem.answer) for problem in problems]
-    right = task.check_all([(problem, f"The answer is {problem.answer}.") for problem in problems])
+    forms = ("{}", "The answer is {}.")
+    right = task.check_all([(problem, form.format(problem.answer)) for problem in problems for form in forms])
     wrong = task.check_all([(one, f"The answer is {two.answer}.") for one, two in zip(problems, others, strict=True)])
     assert all(score.is_right for score in right), [score for score in right if not score.is_right]
     assert sum(score.value == 0.0 for score in wrong) >= len(wrong) - 1  # two numbers may be equal, written otherwise
@@ -311,6 +312,28 @@ def test_whose_a_problem_is_goes_with_it_into_what_is_learned(tmp_path: Path) ->
     task = own(tmp_path, rows)
     learned = to_record(task.problem(0, 0, task.levels[0]))
     assert (learned.source, learned.licence) == ("ours", "CC-BY-4.0")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (ROWS["mbpp"][0], "```python\ndef f(x): return x * 2\n```"),
+        (ROWS["exercism"][0], None),
+        ({"question": "Double it.", "answer": '{"tests": ["assert f(2) == 4"]}'}, None),
+        (ROWS["gsm8k"][0], "42"),
+        (ROWS["folio"][0], "unknown"),
+        ({"id": "1", "kind": "prompt", "messages": [{"role": "user", "content": "6*7?"}], "answer": "42"}, "42"),
+    ],
+)
+def test_what_is_learned_of_a_problem_is_what_is_said_and_never_the_tests(
+    row: dict[str, object], said: str | None, tmp_path: Path
+) -> None:
+    write_lines(tmp_path / "rows.jsonl", [row])
+    check = "code" if "tests" in str(row.get("answer")) else ""
+    problem = problem_of(tmp_path, "rows.jsonl", "", check)
+    learned = to_record(problem)
+    assert [message.content for message in learned.messages[1:]] == ([said] if said else [])
+    assert learned.kind == ("chat" if said else "prompt") and learned.answer == problem.answer
 
 
 def test_an_answer_of_no_known_problem_is_not_judged(tmp_path: Path) -> None:

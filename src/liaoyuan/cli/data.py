@@ -46,7 +46,7 @@ def data(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Examples in any known layout: .jsonl or .json, also .zst.")],
+    source: Annotated[Path, typer.Argument(help="Examples in any known layout: .jsonl, .json (also .zst), .parquet.")],
     out: Annotated[Path, typer.Argument(help="Records to write: .jsonl or .jsonl.zst.")],
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Write the good records if there are bad lines.")
@@ -70,7 +70,7 @@ def convert(
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="Examples in any known layout: .jsonl or .json, also .zst.")],
+    file: Annotated[Path, typer.Argument(help="Examples in any known layout: .jsonl, .json (also .zst), .parquet.")],
     model: Annotated[
         Path | None, typer.Option(help="Folder of a model, whose tokenizer and template read them.")
     ] = None,

@@ -67,12 +67,12 @@ def evaluate(
     if answers:
         write_answers(answers, found)
     lines = {name: breakdown(one, ks) for name, one in found.items()}
-    if plot:
-        draw(plot, lines, task)
     if known and not json:
         print(f"NOT A TEST: the model was trained on {known:,} of these {len(asked):,} problems.")
     figures = {"task": task, "samples": samples, "seen": known}
     print(json_format.dumps(figures | _figures(lines)) if json else "\n".join(table(lines, ks)))
+    if plot:  # last: a curve that cannot be drawn takes no figure with it
+        draw(plot, lines, task)
 
 
 def _levels(task: "Task", text: str | None) -> list[int]:

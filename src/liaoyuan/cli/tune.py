@@ -8,6 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from liaoyuan.cli.tune_options import (
+    HeldOut,
+    Json,
+    Judged,
+    Lora,
+    Model,
+    Out,
+    Problems,
+    RunFile,
+    Set,
+    SkipBad,
+    Task,
+    read_config,
+)
 from liaoyuan.cli.tune_sample import sample
 from liaoyuan.cli.tune_study import study
 
@@ -26,21 +40,13 @@ app = typer.Typer(
 app.command()(study)
 app.command()(sample)
 
-RunFile = Annotated[Path | None, typer.Argument(help="TOML file with the settings (none: defaults).")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run file.")]
-Model = Annotated[Path | None, typer.Option(help="Folder of the model to begin with, with its tokenizer.")]
-Out = Annotated[Path, typer.Option(help="Run folder; the result is its folder model, or adapter.")]
-Lora = Annotated[bool, typer.Option("--lora", help="Train an adapter alone (method = lora).")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on with the good records if there are bad ones.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
 
 @app.command()
 def sft(
     run_file: RunFile = None,
     set_: Set = None,
     model: Model = None,
-    data: Annotated[Path | None, typer.Option(help="Examples to learn: .jsonl or .json, also .zst.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Examples to learn: .jsonl, .json (also .zst), .parquet.")] = None,
     lora: Lora = False,
     validation: Annotated[Path | None, typer.Option(help="Held-out examples; else 5% of the data.")] = None,
     out: Out = Path("runs/sft"),
@@ -62,10 +68,6 @@ def sft(
             _show_sft(result, config, out, json)
     finally:
         world.close()
-
-
-Judged = Annotated[Path | None, typer.Option(help="Examples with a chosen and a rejected answer.")]
-HeldOut = Annotated[Path | None, typer.Option(help="Such records to measure on (none: a tenth of the prompts).")]
 
 
 @app.command()
@@ -121,7 +123,7 @@ def preference_config(
 
     files = {"model": model, "data": data, "held_out": held_out}
     shortcuts = {**files, "preference.loss": loss, "method": "lora" if lora else None, "ask.task": task}
-    config: PreferenceConfig = _config(PreferenceConfig, run_file, set_, shortcuts)
+    config: PreferenceConfig = read_config(PreferenceConfig, run_file, set_, shortcuts)
     return config
 
 
@@ -154,10 +156,6 @@ def _show_comparison(comparison: dict[str, Any]) -> None:
         cells = ({part: size * value for part, value in measures[key].items()} for measures in columns.values())
         texts = ("{mean:.1f} ({low:.1f} to {high:.1f})".format(**cell) for cell in cells)
         print(f"{key:>18}" + "".join(f"{text:>26}" for text in texts))
-
-
-Task = Annotated[str | None, typer.Option(help="A task by its name, or a task file (TOML).")]
-Problems = Annotated[Path | None, typer.Option(help="Problems, in place of the task file's own.")]
 
 
 @app.command()
@@ -211,7 +209,7 @@ def rl_config(
 
     method = "lora" if lora else None
     shortcuts = {"model": model, "teacher": teacher, "task": task, "data": data, "method": method}
-    config: RlConfig = _config(RlConfig, run_file, set_, shortcuts)
+    config: RlConfig = read_config(RlConfig, run_file, set_, shortcuts)
     return config
 
 
@@ -239,19 +237,12 @@ def sft_config(
     from liaoyuan.tuning.sft_config import SftConfig
 
     shortcuts = {"model": model, "data": data, "method": "lora" if lora else None, "validation": validation}
-    config: SftConfig = _config(SftConfig, run_file, set_, shortcuts)
+    config: SftConfig = read_config(SftConfig, run_file, set_, shortcuts)
     return config
 
 
 def _skipping(overrides: list[str] | None, skip_bad: bool) -> list[str]:
     return [*(overrides or []), *(["skip_bad=true"] if skip_bad else [])]
-
-
-def _config(schema: Any, run_file: Path | None, overrides: list[str] | None, shortcuts: dict[str, Any]) -> Any:
-    from liaoyuan import config as configuration
-
-    given = [f"{key}={json_format.dumps(str(value))}" for key, value in shortcuts.items() if value is not None]
-    return configuration.load(schema, run_file, [*(overrides or []), *given])
 
 
 def _show_sft(result: dict[str, Any], config: "SftConfig", out: Path, json: bool) -> None:

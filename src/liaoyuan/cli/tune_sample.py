@@ -7,15 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from liaoyuan.cli.tune_options import Json, Problems, RunFile, Set, Task, read_config
+
 
 def sample(
-    run_file: Annotated[Path | None, typer.Argument(help="TOML file with the settings (none: defaults).")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run file.")
-    ] = None,
+    run_file: RunFile = None,
+    set_: Set = None,
     model: Annotated[Path | None, typer.Option(help="Folder of the model that answers, with its tokenizer.")] = None,
-    task: Annotated[str | None, typer.Option(help="A task by its name, or a task file (TOML).")] = None,
-    data: Annotated[Path | None, typer.Option(help="Problems, in place of the task file's own.")] = None,
+    task: Task = None,
+    data: Problems = None,
     levels: Annotated[str | None, typer.Option(help="Levels of difficulty: '2-4', or '3'; else all.")] = None,
     problems: Annotated[int | None, typer.Option(min=1, help="Fresh training problems; else 500.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Answers to each; else 8.")] = None,
@@ -23,10 +23,9 @@ def sample(
         Path | None, typer.Option(help="Model of tune reward that says what is best; else the task's rewards.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Run folder; the result is its file records.jsonl.")] = Path("runs/sample"),
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Answer problems many times, and keep the best right answers, each different one once, as records for tune sft."""
-    from liaoyuan import config as configuration
     from liaoyuan.cli.levels import read_levels
     from liaoyuan.cli.live_report import followed
     from liaoyuan.tuning.sample_run import RECORDS, SampleConfig, run_sample
@@ -34,9 +33,7 @@ def sample(
     wanted = list(read_levels(levels)) if levels else None
     given = {"model": model, "task": task, "data": data, "levels": wanted, "problems": problems, "samples": samples}
     given["reward_model"] = reward_model
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
-    overrides = [f"{key}={json_format.dumps(value)}" for key, value in values.items() if value is not None]
-    config = configuration.load(SampleConfig, run_file, [*(set_ or []), *overrides])
+    config: SampleConfig = read_config(SampleConfig, run_file, set_, given)
     with followed("Sample", out) as report:
         result = run_sample(config, out, report)
     if json:

@@ -16,14 +16,14 @@ import pydantic_core
 from pydantic import ValidationError
 
 from liaoyuan.data.fields import Fields, RowError, shown
-from liaoyuan.data.layouts import CONVERSATIONS, INSTRUCTIONS, PREFERENCES, Layout
+from liaoyuan.data.layouts import CONVERSATIONS, INSTRUCTIONS, LABELLED, PREFERENCES, Layout
 from liaoyuan.data.parquet import read_parquet
 from liaoyuan.data.problem_layouts import PROBLEMS
 from liaoyuan.data.records import Message, Record, read_lines
 from liaoyuan.errors import LiaoyuanError, nearest
 
 OWN = "record"  # the name of our own layout
-LAYOUTS: tuple[Layout, ...] = (*PREFERENCES, *CONVERSATIONS, *PROBLEMS, *INSTRUCTIONS)
+LAYOUTS: tuple[Layout, ...] = (*PREFERENCES, *CONVERSATIONS, *LABELLED, *PROBLEMS, *INSTRUCTIONS)
 KNOWN = ("messages", "conversations", "instruction and output", "prompt and completion", "prompt, chosen and rejected")
 TOLD = 3  # bad lines that an error shows
 DECODER = json.JSONDecoder()

@@ -171,6 +171,9 @@ CONVERSATIONS = (
     Layout("messages", ("messages",), _messages),
     Layout("ShareGPT", ("conversations",), _sharegpt),
 )
+LABELLED = tuple(
+    Layout(f"question, answer and {label}", ("question", "answer", label), _completion) for label in LABELS
+)
 INSTRUCTIONS = (
     Layout("Self-Instruct", ("instruction", "instances"), _self_instruct),
     Layout("Alpaca", ("instruction", "output"), _alpaca),
@@ -178,6 +181,7 @@ INSTRUCTIONS = (
         Layout(f"{prompt} and {completion}", (prompt, completion), _completion)
         for prompt in PROMPTS
         for completion in COMPLETIONS
+        if (prompt, completion) != ("question", "answer")  # a problem, unless the answer has a label
     ),
     Layout("text", ("text",), _text),
 )

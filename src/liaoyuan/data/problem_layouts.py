@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from liaoyuan.data.boxed import boxed
-from liaoyuan.data.fields import Fields, RowError, shown, user
+from liaoyuan.data.fields import Fields, RowError, shown, split_thought, user
 from liaoyuan.data.layouts import Layout
 from liaoyuan.data.records import Message, Record
 
@@ -24,7 +24,10 @@ LABELS = {"true": "true", "false": "false", "unknown": "unknown", "uncertain": "
 def _gsm8k(fields: Fields, place: str) -> list[Record]:
     """A question and a solution; the final answer stands after the mark, if there is one (GSM8K), else it is all."""
     solution, mark, final = fields.text("answer").rpartition(MARK)
-    thought = CALCULATOR.sub("", solution) if mark else fields.text("thought")
+    thought = CALCULATOR.sub("", solution)
+    if not mark:
+        thought, final = split_thought(final)
+        thought = thought or fields.text("thought")
     return _problem(fields, place, "number" if mark else "", fields.text("question"), final, thought)
 
 

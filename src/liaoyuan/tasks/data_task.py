@@ -18,6 +18,7 @@ from liaoyuan.tasks.reward import Reward, Rollout, score_all
 from liaoyuan.tasks.rewards.numbers import read_number
 from liaoyuan.tasks.seen import normalised
 
+TESTED = "code"  # the check whose right answer is tests: nothing that anybody should say
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -94,9 +95,10 @@ def open_data(
     splits: dict[str, Split] = {}
     for file, fixed in ((test, "test"), (path, None)):
         for record in _records(file, kind, skip_bad, left_out) if file else ():
-            problem = _problem(name, record, instruction)
+            judged = check or record.task or _guessed(record.answer)
+            problem = _problem(name, record, instruction, judged)
             if _is_new(seen, problem, left_out):
-                checks[problem.key] = check or record.task or _guessed(problem)
+                checks[problem.key] = judged
                 splits[problem.key] = "test" if fixed else split_of(problem.key)
     kept = [problem for problem in seen.values() if problem]
     if not kept:
@@ -133,12 +135,14 @@ def _records(path: Path, kind: str, skip_bad: bool, left_out: Counter[str]) -> I
             left_out["no single question of the user's with an answer"] += 1
 
 
-def _problem(name: str, record: Record, instruction: str) -> Problem:
+def _problem(name: str, record: Record, instruction: str, check: str) -> Problem:
     question = next(message.content for message in record.messages if message.role == "user")
-    thought = next((message.think for message in record.messages if message.role == "assistant"), "")
+    said, thought = next(((one.content, one.think) for one in record.messages if one.role == "assistant"), ("", ""))
+    is_shown = record.kind == "chat" and said != record.answer
+    solution = (said if is_shown else "") if check == TESTED else None
     asked = f"{question}\n{instruction}" if instruction else question
     key = normalised(question)  # what all near copies of a question share
-    return Problem(name, asked, record.answer, thought, record.level, key, (), record.source, record.licence)
+    return Problem(name, asked, record.answer, thought, record.level, key, (), record.source, record.licence, solution)
 
 
 def _is_new(seen: dict[str, Problem | None], problem: Problem, left_out: Counter[str]) -> bool:
@@ -155,9 +159,9 @@ def _is_new(seen: dict[str, Problem | None], problem: Problem, left_out: Counter
     return False
 
 
-def _guessed(problem: Problem) -> str:
+def _guessed(answer: str) -> str:
     """Return what checks an answer of which nothing is said: a number is compared as one, other text word for word."""
-    return "number" if read_number(problem.answer) else "exact"
+    return "number" if read_number(answer) else "exact"
 
 
 def _grouped(problems: Sequence[Problem], splits: Mapping[str, Split]) -> dict[tuple[int, Split], tuple[Problem, ...]]:

@@ -19,6 +19,8 @@ class Problem:
     """A question, its right answer and one worked solution (`thought`); `key` identifies its content.
 
     steps: the pieces of which the thought is made, where its maker says so. source, licence: whose it is, if a file's.
+    solution: what is said to answer it, where the right answer is not: a program, of which it is the tests; empty: not
+        known.
     """
 
     task: str
@@ -30,6 +32,7 @@ class Problem:
     steps: tuple[str, ...] = ()
     source: str = "generated"
     licence: str = ""
+    solution: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,18 +92,22 @@ def split_of(key: str) -> Split:
 def to_record(problem: Problem, thinking: bool = True, left_out: int = 0) -> Record:
     """Return the worked solution as a conversation to learn: with its thought, or with the answer at once.
 
+    Where nobody knows what to say, it is a prompt, and nothing of it is learned.
     The record's `id` is the problem's key, a slash, and how it is told: "slow", "fast", "slow-zh".
 
     left_out: so many of the last steps are left out of the thought, if it has more.
     """
     whole = not left_out or len(problem.steps) <= left_out
     thought = problem.thought if whole else "".join(problem.steps[:-left_out])
-    answer = Message(role="assistant", content=problem.answer, think=thought if thinking else "")
+    said = problem.answer if problem.solution is None else problem.solution
+    answer = Message(role="assistant", content=said, think=thought if thinking else "")
+    asked = Message(role="user", content=problem.question)
     name, colon, _ = problem.key.partition(":")
     wording = problem.task.removeprefix(name) if colon and problem.task.startswith(name) else ""
     return Record(
         id=f"{problem.key}/{'slow' if thinking else 'fast'}{wording}",
-        messages=(Message(role="user", content=problem.question), answer),
+        kind="chat" if said else "prompt",
+        messages=(asked, answer) if said else (asked,),
         task=problem.task,
         answer=problem.answer,
         level=problem.level,

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 
-from liaoyuan.checkpoint import load_model
 from liaoyuan.config import Config, parse
 from liaoyuan.data import Message, Record, Tokenizer, tokenise
 from liaoyuan.device import select_device
@@ -166,6 +165,8 @@ class ModelReward:
         return Score(value, rollout.text, f"reward {above:+.2f}")
 
     def _loaded(self) -> Decoder:
+        from liaoyuan.checkpoint import load_model  # a second of CPU, which no other reward should cost
+
         if self._model is None:
             self._model = load_model(self.config.path, device=select_device(self.config.device).torch)
         return self._model
