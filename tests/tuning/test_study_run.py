@@ -30,3 +30,14 @@ def test_seeds_can_be_added_and_settings_cannot_change(model_folder: Path, tmp_p
     assert run_study(config.model_copy(update={"study": more_processes}), tmp_path / "run")["seeds"] == 1
     with pytest.raises(LiaoyuanError, match=r"study\.sft_steps = 4, not 5"):
         run_study(config.model_copy(update={"study": QUICK.model_copy(update={"sft_steps": 5})}), tmp_path / "run")
+
+
+def test_a_study_that_was_moved_goes_on(model_folder: Path, tmp_path: Path) -> None:
+    """What is missing is measured with the models where they are now."""
+    config = StudyRunConfig(model=model_folder, study=QUICK, seeds=1)
+    first = run_study(config, tmp_path / "run")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    (moved / "seed-0" / "measured" / "rl" / "done.json").unlink()
+    second = run_study(config, moved)
+    assert second == first
+    assert str(tmp_path / "run") not in (moved / "seed-0" / "study.json").read_text()
