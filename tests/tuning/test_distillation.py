@@ -21,6 +21,7 @@ from liaoyuan.rundir import Progress, read_metrics
 from liaoyuan.tasks import Right
 from liaoyuan.tasks.seen import Seen, read_seen
 from liaoyuan.tuning import ReinforceConfig, reinforce
+from liaoyuan.tuning.card import read_card
 from liaoyuan.tuning.doctor import diagnose
 from liaoyuan.tuning.losses import clipped_losses, generalised_divergence, teacher_advantages
 from liaoyuan.tuning.packing import pack
@@ -228,6 +229,9 @@ def test_the_verb_compares_student_teacher_and_result(model_folder: Path, teache
     assert result.exit_code == 0 and "its teacher" in result.stdout
     found = json.loads((out / "result.json").read_text())
     assert list(found["accuracy"]) == ["start", "teacher", "model", "difference"] and found["updates"] == 2
+    card = read_card(out / "model")
+    assert card["method"] == f"on-policy distillation from {teacher_folder} on addition (full)"
+    assert card["command"].startswith("liaoyuan tune distill ") and "test" in card["controls"]["the teacher"]
     assert set(read_seen(teacher_folder)) <= set(read_seen(out / "model"))  # the student may know it too
     again = RUNNER.invoke(app, [*given, "--set", "rl.teacher_weight=2.0"])
     assert "rl.teacher_weight = 1.0, not 2.0" in str(again.exception)
