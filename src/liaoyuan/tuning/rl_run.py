@@ -138,7 +138,7 @@ def _card(config: RlConfig, folder: Path, figures: dict[str, Any]) -> Card:
     names = [name for name in (config.rl.advantage, config.method) if name != "none"]
     return Card(
         title=folder.name,
-        relation="adapter" if config.start.has_adapters else "finetune",
+        relation=config.start.relation,
         base=config.model,
         method=f"{how} on {config.task} ({', '.join(names)})",
         command=f"liaoyuan tune {verb} {folder / 'config.toml'} --out {folder}",
