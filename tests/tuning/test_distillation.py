@@ -30,7 +30,7 @@ from liaoyuan.tuning.rl_run import RlConfig
 from liaoyuan.tuning.rollout import Rollouts, roll_out
 from liaoyuan.tuning.rollout_log import read_rollouts
 from liaoyuan.tuning.teacher import advise, divergences, open_teacher
-from liaoyuan.tuning.update import lesson_of, packs_of
+from liaoyuan.tuning.update import by_token, lesson_of, packs_of
 from liaoyuan.tuning.validation import tuning_engine
 from tests.conftest import randomised
 from tests.tuning.test_reinforce import EndSoon, weights
@@ -125,6 +125,9 @@ def test_advantages_are_the_teachers_log_probabilities_less_the_students(
     assert measures["teacher_divergence"] == pytest.approx(-2.0 * float(mean), rel=1e-4)
     learned = sum(len(part.rows) for part in parts)
     assert learned == rollouts.generated_tokens  # of every answer, right or wrong
+    answers = torch.cat([part.advantages for part in parts]).split([len(one.tokens) for one in rollouts.completions])
+    kept = by_token(lesson_of(rollouts, CONFIG), advised).advantages.flatten()  # in the files of rollouts
+    torch.testing.assert_close(kept, torch.stack([one.mean() for one in answers]))
 
 
 def test_whole_distributions_are_compared_at_each_token(
