@@ -22,6 +22,7 @@ from liaoyuan.rundir import Lock, Metrics, Progress, Report, read_metrics, remem
 from liaoyuan.tasks import Assignment, check_levels, open_task
 from liaoyuan.tasks.rewards import ModelReward, RewardModelConfig
 from liaoyuan.training import Stopped, stop_asked
+from liaoyuan.training.loop import METRICS
 from liaoyuan.tuning.measures import measure_rollouts
 from liaoyuan.tuning.recipe import ReinforceConfig
 from liaoyuan.tuning.rejection import Rule, harvest
@@ -29,7 +30,7 @@ from liaoyuan.tuning.rollout import Rollouts
 from liaoyuan.tuning.rollout_log import FOLDER, RolloutLog, read_rollouts
 from liaoyuan.tuning.sources import LocalRollouts
 
-METRICS, RECORDS = "metrics.jsonl", "records.jsonl"
+RECORDS = "records.jsonl"
 FREE = ("least", "most", "ops.", "device")  # keys that may change when a run goes on: answers are sifted at its end
 ALL_BYTES = 2**50  # of rollouts, none of which gives way
 SPENT = ("generated_tokens", "cpu_seconds")
