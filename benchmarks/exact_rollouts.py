@@ -32,13 +32,13 @@ from liaoyuan import ops, report  # noqa: E402
 from liaoyuan.checkpoint import load_model  # noqa: E402
 from liaoyuan.data import Tokenizer  # noqa: E402
 from liaoyuan.device import cpu_name  # noqa: E402
-from liaoyuan.evaluation import bootstrap, measure_accuracy  # noqa: E402
+from liaoyuan.evaluation import bootstrap  # noqa: E402
 from liaoyuan.rundir import Report, read_metrics, write_atomic  # noqa: E402
 from liaoyuan.runs import chart_of  # noqa: E402
-from liaoyuan.tasks import Right, find_task, held_out_problems  # noqa: E402
+from liaoyuan.tasks import find_task  # noqa: E402
 from liaoyuan.tuning import ReinforceConfig, reinforce  # noqa: E402
 from liaoyuan.tuning.jobs import Job, run_jobs  # noqa: E402
-from liaoyuan.tuning.validation import tuning_engine  # noqa: E402
+from rl_answers import MEASURES, answers_of, cell, parser_of  # noqa: E402
 
 APART = {"attention": "reference"}  # training's attention by PyTorch's operators, the engine's by its own kernel
 WAYS: dict[str, tuple[dict[str, str], str]] = {  # kernels, and rl.importance
@@ -47,8 +47,6 @@ WAYS: dict[str, tuple[dict[str, str], str]] = {  # kernels, and rl.importance
     "ordinary, weighted": (APART, "auto"),
 }
 GAPS = ("log_prob_gap", "gap_kl")  # columns of the metrics
-MEASURES = ("greedy", "sampled")
-SAMPLES = 4  # of each test problem, beside the greedy answer
 CURVES = {"gap_kl": "exact-rollouts-kl.svg", "reward": "exact-rollouts-reward.svg"}
 LAST = 4  # the reward at the end is the mean over the last one of so many parts of the run
 
@@ -73,18 +71,12 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of the model that every run begins with")
-    parser.add_argument("--task", default="addition")
+    parser = parser_of(__doc__, "runs/exact-rollouts")
     parser.add_argument("--levels", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--max-tokens", type=int, default=48, help="of one answer")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--out", default="runs/exact-rollouts")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--test-problems", type=int, default=300)
-    parser.add_argument("--quick", action="store_true", help="a few steps of two seeds, to see that it runs")
-    parser.add_argument("--json", default="")
     parser.add_argument("--plots", default="", help="folder for the pictures of the curves (.svg)")
     options = parser.parse_args()
     if options.quick:
@@ -96,7 +88,7 @@ def learn(folder: Path, report: Report, way: str, seed: int, options: dict[str, 
     """Reinforce the start with rollouts of one kind; return its curves, and which test problems it solves."""
     kernels, importance = WAYS[way]
     ops.configure(kernels)
-    start, task, most = Path(options["model"]), find_task(options["task"]), options["max_tokens"]
+    start, task = Path(options["model"]), find_task(options["task"])
     model, tokenizer = load_model(start, getattr(torch, options["dtype"])), Tokenizer.load(start)
     config = ReinforceConfig.model_validate(
         {name: options[name] for name in ("levels", "steps", "max_tokens")}
@@ -107,9 +99,7 @@ def learn(folder: Path, report: Report, way: str, seed: int, options: dict[str, 
     names = ("reward", "gap_kl", "log_prob_gap", "kl_start")
     found: dict[str, Any] = {name: [one.get(name) for one in rows] for name in names}
     ops.configure({})
-    problems = held_out_problems(task, options["levels"], options["test_problems"])
-    engine = tuning_engine(model.eval(), most)
-    answers = measure_accuracy(engine, tokenizer, Right(task), problems, SAMPLES, max_tokens=most)
+    answers = answers_of(model, tokenizer, options, options["max_tokens"])
     found |= {"greedy": answers.greedy.astype(int).tolist(), "sampled": answers.sampled_mean.tolist()}
     return found | {"exact": done.exact, "corrected": rows[0]["corrected"], "cpu_seconds": done.cpu_seconds}
 
@@ -146,11 +136,6 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         cells += [cell(found[f"{name}_minus_exact"], "+") if way != "exact" else "" for name in MEASURES]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def cell(value: dict[str, float], sign: str = "") -> str:
-    mean, low, high = (format(100 * value[key], f"{sign}.1f") for key in ("mean", "low", "high"))
-    return f"{mean} ({low} to {high})"
 
 
 def plot(column: str, runs: dict[str, list[dict[str, Any]]]) -> report.Plot:

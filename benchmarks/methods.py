@@ -23,20 +23,20 @@ import torch  # noqa: E402  (after the allocator's settings)
 from liaoyuan.checkpoint import load_model  # noqa: E402
 from liaoyuan.data import Tokenizer, read_records, tokenise  # noqa: E402
 from liaoyuan.device import cpu_name  # noqa: E402
-from liaoyuan.evaluation import bootstrap, measure_accuracy  # noqa: E402
+from liaoyuan.evaluation import bootstrap  # noqa: E402
 from liaoyuan.rundir import read_json, write_json  # noqa: E402
-from liaoyuan.tasks import Right, find_task, held_out_problems, spread  # noqa: E402
+from liaoyuan.tasks import Right, find_task, spread  # noqa: E402
 from liaoyuan.training import TrainConfig  # noqa: E402
 from liaoyuan.tuning.finetune import finetune  # noqa: E402
 from liaoyuan.tuning.rl_run import RlConfig, run_rl  # noqa: E402
 from liaoyuan.tuning.sample_run import RECORDS, SampleConfig, run_sample  # noqa: E402
-from liaoyuan.tuning.validation import Best, tuning_engine  # noqa: E402
+from liaoyuan.tuning.validation import Best  # noqa: E402
+from rl_answers import answers_of, cell  # noqa: E402
 
 MAX_TOKENS = 48
 TRIAL = 4  # steps that say what one costs
 VALIDATIONS = 4  # in a run
 SAMPLING = 1 / 3  # share of the budget in which answers are drawn that are fine-tuned on
-SAMPLES = 4  # of each test problem, beside the greedy answer
 SFT = {"learning_rate": 8e-3, "optimiser": "muon", "weight_decay": 0.3, "batch_tokens": 1024}  # as the study's controls
 REWARDED: dict[str, dict[str, Any]] = {
     "GRPO": {},
@@ -135,11 +135,8 @@ def tuned(options: argparse.Namespace, folder: Path, drawn: Path, steps: int) ->
 
 def measured(options: argparse.Namespace, model: Path) -> dict[str, Any]:
     """Return the accuracies of a model folder on test problems, with intervals over the problems."""
-    task, begin = find_task(options.task), time.process_time()
-    problems = held_out_problems(task, options.levels, options.test_problems)
-    with torch.inference_mode():
-        engine, tokenizer = tuning_engine(load_model(model).eval(), MAX_TOKENS), Tokenizer.load(model)
-        answers = measure_accuracy(engine, tokenizer, Right(task), problems, SAMPLES, max_tokens=MAX_TOKENS)
+    begin = time.process_time()
+    answers = answers_of(load_model(model), Tokenizer.load(model), vars(options), MAX_TOKENS)
     outcomes = {"greedy": answers.greedy, "sampled": answers.sampled_mean, "pass@4": answers.pass_at_k}
     found = {name: bootstrap(values.astype(float)).to_dict() for name, values in outcomes.items()}
     return found | {"measuring_cpu_seconds": time.process_time() - begin}
@@ -147,10 +144,7 @@ def measured(options: argparse.Namespace, model: Path) -> dict[str, Any]:
 
 def line(name: str, row: dict[str, Any]) -> str:
     """Return a row of the table in Markdown."""
-    cells = [
-        f"{100 * row[key]['mean']:.1f} ({100 * row[key]['low']:.1f} to {100 * row[key]['high']:.1f})"
-        for key in ("greedy", "sampled", "pass@4")
-    ]
+    cells = [cell(row[key]) for key in ("greedy", "sampled", "pass@4")]
     spent = [str(row.get("steps", "")), f"{row['cpu_seconds']:.1f}" if "cpu_seconds" in row else ""]
     return "| " + " | ".join([name, *cells, *spent]) + " |"
 

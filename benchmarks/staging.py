@@ -31,17 +31,15 @@ from liaoyuan import report  # noqa: E402
 from liaoyuan.checkpoint import load_model  # noqa: E402
 from liaoyuan.data import Tokenizer  # noqa: E402
 from liaoyuan.device import cpu_name  # noqa: E402
-from liaoyuan.evaluation import bootstrap, measure_accuracy  # noqa: E402
+from liaoyuan.evaluation import bootstrap  # noqa: E402
 from liaoyuan.rundir import Report, write_atomic  # noqa: E402
-from liaoyuan.tasks import Right, find_task, held_out_problems  # noqa: E402
+from liaoyuan.tasks import find_task  # noqa: E402
 from liaoyuan.tuning import ReinforceConfig, reinforce  # noqa: E402
 from liaoyuan.tuning.jobs import Job, run_jobs  # noqa: E402
 from liaoyuan.tuning.rl_run import RlConfig, run_rl  # noqa: E402
-from liaoyuan.tuning.validation import tuning_engine  # noqa: E402
+from rl_answers import MEASURES, answers_of, cell, parser_of  # noqa: E402
 
 WAYS = {"none": "levels alike", "signal": "by signal", "bounds": "within bounds"}
-MEASURES = ("greedy", "sampled")
-SAMPLES = 4  # of each test problem, beside the greedy answer
 PRICED_ON = 100  # the seed on which a step's cost is measured
 PART, FEWEST = 3, 10  # a run is priced on one part of so many, and on so many steps at least
 
@@ -68,17 +66,11 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of the model that every run begins with")
-    parser.add_argument("--task", default="addition")
+    parser = parser_of(__doc__, "runs/staging")
     parser.add_argument("--levels", type=int, nargs="+", default=[2, 3, 4, 5, 6])
     parser.add_argument("--max-tokens", type=int, default=64, help="of one answer")
-    parser.add_argument("--out", default="runs/staging")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60, help="of the run whose levels are drawn alike")
     parser.add_argument("--test-problems", type=int, default=500)
-    parser.add_argument("--quick", action="store_true", help="a few steps of two seeds, to see that it runs")
-    parser.add_argument("--json", default="")
     parser.add_argument("--plot", default="", help="picture of the differences (.svg)")
     options = parser.parse_args()
     if options.quick:
@@ -141,10 +133,7 @@ def measure_start(folder: Path, report: Report, way: str, seed: int, options: di
 
 def measure(model: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Return how often a model is right on each test problem, and the level of each."""
-    task, tokenizer, most = find_task(options["task"]), Tokenizer.load(model), options["max_tokens"]
-    problems = held_out_problems(task, options["levels"], options["test_problems"])
-    engine = tuning_engine(load_model(model).eval(), most)
-    found = measure_accuracy(engine, tokenizer, Right(task), problems, SAMPLES, max_tokens=most)
+    found = answers_of(load_model(model), Tokenizer.load(model), options, options["max_tokens"])
     columns = {"greedy": found.greedy.astype(int), "sampled": found.sampled_mean, "levels": found.levels}
     return {name: values.tolist() for name, values in columns.items()}
 
@@ -180,11 +169,6 @@ def table(rows: dict[str, dict[str, Any]], levels: Sequence[int]) -> str:
         cells = [", ".join(f"{100 * mean:.1f}" for mean in pair) for pair in pairs]
         lines.append("| " + " | ".join([WAYS.get(way, "the start"), *cells]) + " |")
     return "\n".join(lines)
-
-
-def cell(value: dict[str, float], sign: str = "") -> str:
-    mean, low, high = (format(100 * value[key], f"{sign}.1f") for key in ("mean", "low", "high"))
-    return f"{mean} ({low} to {high})"
 
 
 def difference(found: dict[str, Any], name: str) -> str:

@@ -21,6 +21,7 @@ from liaoyuan.rundir import Progress, read_metrics
 from liaoyuan.tasks import Right
 from liaoyuan.tasks.seen import Seen, read_seen
 from liaoyuan.tuning import ReinforceConfig, reinforce
+from liaoyuan.tuning.card import read_card
 from liaoyuan.tuning.doctor import diagnose
 from liaoyuan.tuning.losses import clipped_losses, generalised_divergence, teacher_advantages
 from liaoyuan.tuning.packing import pack
@@ -29,7 +30,7 @@ from liaoyuan.tuning.rl_run import RlConfig
 from liaoyuan.tuning.rollout import Rollouts, roll_out
 from liaoyuan.tuning.rollout_log import read_rollouts
 from liaoyuan.tuning.teacher import advise, divergences, open_teacher
-from liaoyuan.tuning.update import lesson_of, packs_of
+from liaoyuan.tuning.update import by_token, lesson_of, packs_of
 from liaoyuan.tuning.validation import tuning_engine
 from tests.conftest import randomised
 from tests.tuning.test_reinforce import EndSoon, weights
@@ -124,6 +125,9 @@ def test_advantages_are_the_teachers_log_probabilities_less_the_students(
     assert measures["teacher_divergence"] == pytest.approx(-2.0 * float(mean), rel=1e-4)
     learned = sum(len(part.rows) for part in parts)
     assert learned == rollouts.generated_tokens  # of every answer, right or wrong
+    answers = torch.cat([part.advantages for part in parts]).split([len(one.tokens) for one in rollouts.completions])
+    kept = by_token(lesson_of(rollouts, CONFIG), advised).advantages.flatten()  # in the files of rollouts
+    torch.testing.assert_close(kept, torch.stack([one.mean() for one in answers]))
 
 
 def test_whole_distributions_are_compared_at_each_token(
@@ -228,6 +232,9 @@ def test_the_verb_compares_student_teacher_and_result(model_folder: Path, teache
     assert result.exit_code == 0 and "its teacher" in result.stdout
     found = json.loads((out / "result.json").read_text())
     assert list(found["accuracy"]) == ["start", "teacher", "model", "difference"] and found["updates"] == 2
+    card = read_card(out / "model")
+    assert card["method"] == f"on-policy distillation from {teacher_folder} on addition (full)"
+    assert card["command"].startswith("liaoyuan tune distill ") and "test" in card["controls"]["the teacher"]
     assert set(read_seen(teacher_folder)) <= set(read_seen(out / "model"))  # the student may know it too
     again = RUNNER.invoke(app, [*given, "--set", "rl.teacher_weight=2.0"])
     assert "rl.teacher_weight = 1.0, not 2.0" in str(again.exception)

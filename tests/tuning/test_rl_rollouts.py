@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,16 @@ def test_every_rollout_of_every_step_is_kept_as_a_line(
     counts = itertools.accumulate(sum(line["tokens"] for line in read_rollouts(file)) for file in files)
     curve = Curves(Folder(tmp_path)).follow().curve("reward", "tokens")  # the console draws over what was generated
     assert curve.x == list(counts) and len(curve.y) == 6
+
+
+def test_a_text_with_the_line_ends_of_unicode_is_read_as_it_was_written(
+    small_model: Decoder, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    rollouts = rolled(small_model, tokenizer, [[1.0, 0.0]])
+    rollouts.answers[0] = replace(rollouts.answers[0], text="one\u2028two\x85three\x0bfour")
+    RolloutLog(tmp_path, 1, 2**20).write(0, rollouts, None)
+    lines = read_rollouts(tmp_path / "rollouts" / "000000.jsonl.zst")
+    assert lines[0]["text"] == rollouts.answers[0].text and len(lines) == len(rollouts.answers)
 
 
 def test_rollouts_are_kept_as_often_and_as_much_as_is_asked_for(

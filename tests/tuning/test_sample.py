@@ -15,6 +15,7 @@ from liaoyuan.inference import Completion
 from liaoyuan.rundir import Progress, read_metrics, write_json
 from liaoyuan.tasks import Problem, Rollout, Score, find_task, to_record
 from liaoyuan.tasks.seen import marks_of, marks_of_record
+from liaoyuan.tuning.card import name_of
 from liaoyuan.tuning.rejection import Answer, Rule, harvest, sift
 from liaoyuan.tuning.rollout import Rollouts
 from liaoyuan.tuning.rollout_log import read_rollouts, rows_of
@@ -38,6 +39,11 @@ def test_why_each_answer_is_kept_or_not() -> None:
     best = sift(answers, Rule(most=2))
     assert [place for place, fate in enumerate(best) if fate == "kept"] == [0, 5] and best[6] == "beyond the best"
     assert sift(answers, Rule(least=None))[1] == "kept"
+
+
+def test_records_name_the_run_whose_model_wrote_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert [name_of(Path(place)) for place in ("runs/sft/model", "start", "model")] == ["sft", "start", tmp_path.name]
 
 
 def solved(tokenizer: Tokenizer, problem: Problem) -> tuple[tuple[int, ...], list[int]]:
@@ -106,6 +112,7 @@ def test_another_rule_sifts_the_same_answers_and_another_temperature_is_refused(
 ) -> None:
     config = SampleConfig.model_validate({"model": model_folder, **CONFIG})
     first = run_sample(config, tmp_path)
+    assert {record.model for record in read_records(tmp_path / "records.jsonl")} == {"start"}
     told = list[Progress]()
     second = run_sample(config.model_copy(update={"most": 1}), tmp_path, told.append)
     assert second["records"] == sum(row["solved"] for row in first["levels"].values()) < first["records"]

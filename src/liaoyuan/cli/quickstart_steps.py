@@ -33,6 +33,7 @@ from liaoyuan.serving import About, Words
 from liaoyuan.training.flops import utilisation
 from liaoyuan.training.pretrain import pretrain
 from liaoyuan.tuning import study, summarise
+from liaoyuan.tuning.summary import curves
 
 SUMMARY, TIMINGS, COMPRESSION = "summary.json", "timings.json", "bits_per_byte.json"
 EXAMPLES = 6  # questions that the chat page offers
@@ -167,11 +168,8 @@ def _corpus_facts(corpus: Corpus) -> dict[str, Any]:
 
 def _metrics(folder: Path, studies: list[dict[str, Any]]) -> dict[str, Any]:
     """Return where the curves are, relative to the run folder."""
-    found: dict[str, Any] = {"pretrain": "pretrain/metrics.jsonl"}
-    for stage in ("sft", "rl"):
-        runs = [Path(result["stages"][stage]["model"]).parent for result in studies]
-        found[stage] = [str(run.resolve().relative_to(folder.resolve()) / "metrics.jsonl") for run in runs]
-    return found
+    stages = {stage: curves(folder, studies, stage) for stage in ("sft", "rl")}
+    return {"pretrain": "pretrain/metrics.jsonl", **stages}
 
 
 def _machine() -> dict[str, str]:

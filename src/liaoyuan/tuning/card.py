@@ -94,6 +94,12 @@ def _machine_file(folder: Path) -> dict[str, Any]:
     return found
 
 
+def name_of(folder: Path) -> str:
+    """Return what a model is called: by its folder, or by the run whose result it is."""
+    place = folder.absolute()
+    return place.parent.name if place.name == "model" else place.name
+
+
 def licence_of(folder: Path) -> str:
     """Return the licence that the card of a model folder names, "unknown" if it names none."""
     known = read_card(folder).get("base", {}).get("licence")
@@ -122,7 +128,7 @@ def _head(card: Card, licence: str) -> str:
     """Return the YAML head; its values are written as JSON, which is YAML too."""
     values: dict[str, Any] = {
         "license": licence,
-        "base_model": card.base.parent.name if card.base.name == "model" else card.base.name,  # of a run: its name
+        "base_model": name_of(card.base),
         "base_model_relation": card.relation,
         "pipeline_tag": "text-generation",
         "library_name": "peft" if card.relation == "adapter" else "transformers",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from liaoyuan.models import Decoder
 from liaoyuan.training import TrainConfig, make_optimiser
 from liaoyuan.training.optimiser import Optimiser
-from liaoyuan.tuning.losses import generalised_advantages, group_advantages, value_loss
+from liaoyuan.tuning.losses import batch_advantages, generalised_advantages, value_loss
 from liaoyuan.tuning.packing import PackedRollouts, Packs
 from liaoyuan.tuning.policy_log_probs import policy_hidden
 from liaoyuan.tuning.recipe import ReinforceConfig
@@ -61,7 +61,7 @@ class Critic:
             return packs, {}
         values = [self.model(part) for part in parts]
         found = [self._appraised(part, value) for part, value in zip(parts, values, strict=True)]
-        whole = group_advantages(torch.cat([part.advantages for part in found])[None])[0]
+        whole = batch_advantages(torch.cat([part.advantages for part in found]))
         normal = iter(whole.split([len(part.rows) for part in found]))
         appraised = iter([replace(part, advantages=next(normal)) for part in found])
         earned, expected = torch.cat([part.advantages for part in parts]), torch.cat(values)

@@ -1,7 +1,8 @@
 """Independent pieces of a study, in processes of one thread each: a tiny model is fastest on one thread.
 
 A job is a function of a folder; what it returns is written to `folder/done.json`, so a study that was killed does not
-run it again. The result does not depend on how many processes there are.
+run it again. Paths in it are kept as seen from that folder, so a study may be moved. The result does not depend on how
+many processes there are.
 """
 
 import multiprocessing
@@ -19,6 +20,7 @@ import torch
 from liaoyuan.rundir import Progress, Report, read_json, silent, write_json
 
 DONE = "done.json"
+FILES = "files"  # in it: the paths of the result
 POLL_SECONDS = 0.5
 TELL_SECONDS = 1.0  # a job tells how far it is at most so often
 
@@ -42,8 +44,10 @@ class Job:
 
     @property
     def result(self) -> dict[str, Any]:
+        """What the work returned, its paths as text, where they are now."""
         found: dict[str, Any] = read_json(self.folder / DONE)
-        return found
+        files = found.pop(FILES, {})
+        return found | {name: os.path.normpath(self.folder / place) for name, place in files.items()}
 
 
 def run_jobs(
@@ -131,4 +135,6 @@ def _run_telling(job: Job) -> None:
 
 def _run(job: Job, report: Report) -> None:
     result = job.work(job.folder, report=report, **job.arguments)
-    write_json(job.folder / DONE, result)
+    files = {name: os.path.relpath(value, job.folder) for name, value in result.items() if isinstance(value, Path)}
+    rest = {name: value for name, value in result.items() if name not in files}
+    write_json(job.folder / DONE, rest | ({FILES: files} if files else {}))

@@ -146,7 +146,7 @@ def _card(
     names = [config.preference.loss, *([config.method] if config.start.has_adapters else [])]
     return Card(
         title=folder.name,
-        relation="adapter" if config.start.has_adapters else "finetune",
+        relation=config.start.relation,
         base=config.model,
         method=f"preference tuning ({', '.join(names)})",
         command=f"liaoyuan tune {verb} {folder / 'config.toml'} --out {folder}",

@@ -27,6 +27,7 @@ from liaoyuan.rundir import Lock, Metrics, Progress, Report, silent
 from liaoyuan.tasks import Reward, Right, Task
 from liaoyuan.tasks.seen import Seen
 from liaoyuan.training import Stopped, TrainConfig, make_optimiser, stop_asked
+from liaoyuan.training.loop import METRICS, STATE
 from liaoyuan.tuning.critic import Critic, Pair, PairOptimiser
 from liaoyuan.tuning.curriculum import Shares, follow, fresh_shares
 from liaoyuan.tuning.doctor import Doctor
@@ -40,9 +41,6 @@ from liaoyuan.tuning.start import Start
 from liaoyuan.tuning.teacher import advise
 from liaoyuan.tuning.update import Lesson, by_token, learn, lesson_of, packs_of, teaches
 from liaoyuan.tuning.validation import Best
-
-METRICS = "metrics.jsonl"
-STATE = "state"
 
 
 @dataclass(frozen=True)

@@ -130,16 +130,21 @@ def _card(config: RlConfig, folder: Path, figures: dict[str, Any]) -> Card:
     accuracy = figures.get("accuracy", {})
     scores |= {key: accuracy[key] for key in ("model", "difference") if key in accuracy}
     start = {"validation": figures["validation_start"]} | ({"test": accuracy["start"]} if accuracy else {})
+    teacher = {"the teacher": {"test": accuracy["teacher"]}} if "teacher" in accuracy else {}
     notes = [] if accuracy else ["It was not compared with the model it began with on test problems."]
+    verb, how = "rl", "reinforcement learning"
+    if config.teacher:
+        verb, how = "distill", f"on-policy distillation from {config.teacher}"
+    names = [name for name in (config.rl.advantage, config.method) if name != "none"]
     return Card(
         title=folder.name,
-        relation="adapter" if config.start.has_adapters else "finetune",
+        relation=config.start.relation,
         base=config.model,
-        method=f"reinforcement learning on {config.task} ({config.rl.advantage}, {config.method})",
-        command=f"liaoyuan tune rl {folder / 'config.toml'} --out {folder}",
+        method=f"{how} on {config.task} ({', '.join(names)})",
+        command=f"liaoyuan tune {verb} {folder / 'config.toml'} --out {folder}",
         config=config.model_dump(mode="json", exclude_none=True),
         scores=scores,
-        controls={"the model that was begun with": start},
+        controls={"the model that was begun with": start, **teacher},
         data=sources_of(read_records(folder / HELD_OUT), "asked"),
         notes=notes,
     )

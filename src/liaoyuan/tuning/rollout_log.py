@@ -10,6 +10,7 @@ from typing import Any
 
 import zstandard
 
+from liaoyuan.data.records import read_lines
 from liaoyuan.rundir import write_atomic
 from liaoyuan.tuning.rollout import Rollouts
 from liaoyuan.tuning.update import Lesson
@@ -54,9 +55,12 @@ def step_of(path: Path) -> int:
 
 
 def read_rollouts(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of one file."""
-    text = zstandard.ZstdDecompressor().stream_reader(path.read_bytes()).read().decode()
-    return [json.loads(line) for line in text.splitlines()]
+    """Return the rows of one file.
+
+    Raises:
+        LiaoyuanError: it is missing or torn.
+    """
+    return [json.loads(line) for _, line in read_lines(path)]
 
 
 def rows_of(step: int, rollouts: Rollouts, lesson: Lesson | None) -> Iterator[dict[str, Any]]:

@@ -22,6 +22,8 @@ from liaoyuan.rundir import Lock, Metrics, Progress, Report, read_metrics, remem
 from liaoyuan.tasks import Assignment, check_levels, open_task
 from liaoyuan.tasks.rewards import ModelReward, RewardModelConfig
 from liaoyuan.training import Stopped, stop_asked
+from liaoyuan.training.loop import METRICS
+from liaoyuan.tuning.card import name_of
 from liaoyuan.tuning.measures import measure_rollouts
 from liaoyuan.tuning.recipe import ReinforceConfig
 from liaoyuan.tuning.rejection import Rule, harvest
@@ -29,7 +31,7 @@ from liaoyuan.tuning.rollout import Rollouts
 from liaoyuan.tuning.rollout_log import FOLDER, RolloutLog, read_rollouts
 from liaoyuan.tuning.sources import LocalRollouts
 
-METRICS, RECORDS = "metrics.jsonl", "records.jsonl"
+RECORDS = "records.jsonl"
 FREE = ("least", "most", "ops.", "device")  # keys that may change when a run goes on: answers are sifted at its end
 ALL_BYTES = 2**50  # of rollouts, none of which gives way
 SPENT = ("generated_tokens", "cpu_seconds")
@@ -149,7 +151,7 @@ def _measures(rollouts: Rollouts, recipe: ReinforceConfig) -> dict[str, Any]:
 def _write(config: SampleConfig, folder: Path) -> dict[str, Any]:
     """Sift all that was drawn, and write what is kept and what became of the rest."""
     rows = (row for path in sorted((folder / FOLDER).glob("*.jsonl.zst")) for row in read_rollouts(path))
-    found = harvest(rows, config.rule, config.model.resolve().name)
+    found = harvest(rows, config.rule, name_of(config.model))
     write_records(folder / RECORDS, found.records)
     levels = {str(level): counts for level, counts in found.levels.items()}
     spent = read_metrics(folder / METRICS)[-1]

@@ -83,8 +83,8 @@ def resolved(config: SftConfig, model: ModelConfig, records: Sequence[TokenisedR
     if "evaluate_every" not in given:
         filled["evaluate_every"] = max(1, steps // EVALUATIONS)
     if "weight_decay" not in given:  # decay would pull adapters to where they began, and whole weights to zero
-        filled["weight_decay"] = 0.01 if config.method == "full" else 0.0
-    if config.method != "full":
+        filled["weight_decay"] = 0.0 if config.start.has_adapters else 0.01
+    if config.start.has_adapters:
         refuse_whole(train.optimiser, master_dtype=train.master_dtype)
         filled["balance_rate"] = 0.0  # it would move the base's routers
     return config.model_copy(update={"train": train.model_copy(update=filled)})

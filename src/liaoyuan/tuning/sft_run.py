@@ -131,7 +131,7 @@ def _card(config: SftConfig, folder: Path, lesson: Lesson, compared: dict[str, A
     kept = compared.get("kept", {"choice": "the last checkpoint; no records were held out"})
     return Card(
         title=folder.name,
-        relation="finetune" if config.method == "full" else "adapter",
+        relation=config.start.relation,
         base=config.model,
         method=f"supervised fine-tuning ({config.method})",
         command=f"liaoyuan tune sft {folder / 'config.toml'} --out {folder}",

@@ -74,7 +74,7 @@ def tune_supervised(
     )
     best.begin_with(Path(start))
     done = finetune(model, records, train, folder, report, best)
-    return {"value": best.value, "model": str(best.model_folder), **asdict(done), "rate": train.learning_rate}
+    return {"value": best.value, "model": best.model_folder, **asdict(done), "rate": train.learning_rate}
 
 
 def tune_reinforced(
@@ -85,7 +85,7 @@ def tune_reinforced(
     best = Best(tokenizer, Start(Path(start)), Right(lesson.chosen_task), lesson.validation(), place, lesson.max_tokens)
     best.begin_with(Path(start))
     done = reinforce(load_model(Path(start), FP32), tokenizer, lesson.chosen_task, rl, place, report, best, until)
-    return {"value": best.value, "model": str(best.model_folder), **asdict(done), "rate": rl.learning_rate}
+    return {"value": best.value, "model": best.model_folder, **asdict(done), "rate": rl.learning_rate}
 
 
 def draw_own_samples(
@@ -98,7 +98,7 @@ def draw_own_samples(
     write_atomic(folder / "samples.json", json.dumps(rows))
     values = asdict(found)
     del values["records"]
-    return {"samples": str(folder / "samples.json"), "records": len(found.records), **values}
+    return {"samples": folder / "samples.json", "records": len(found.records), **values}
 
 
 def _fresh(start: Path, seed: int) -> Decoder:

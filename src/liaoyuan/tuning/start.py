@@ -14,6 +14,7 @@ from liaoyuan.models import Decoder, Quantisation, read_config
 from liaoyuan.models.quantised import quantisation_named
 from liaoyuan.parallel import Layout, Program, Shape, World, lay_out, resolve
 from liaoyuan.training import TrainConfig
+from liaoyuan.tuning.card import Relation
 from liaoyuan.tuning.lora import LoraConfig, Method, add_adapters, begin, refuse_layout, save_adapters
 
 MODEL, ADAPTER = "model", "adapter"  # the folder of the result in a run folder
@@ -39,6 +40,11 @@ class Start:
     def name(self) -> str:
         """Of the result's folder in the run folder."""
         return ADAPTER if self.has_adapters else MODEL
+
+    @property
+    def relation(self) -> Relation:
+        """Of the result to the model folder, for its card."""
+        return "adapter" if self.has_adapters else "finetune"
 
     @property
     def bits(self) -> Quantisation | None:

@@ -9,7 +9,7 @@ from pydantic import Field
 from liaoyuan.config import Config
 from liaoyuan.rundir import Progress, Report, remember, silent, write_json
 from liaoyuan.tuning.study import StudyConfig, study
-from liaoyuan.tuning.summary import summarise
+from liaoyuan.tuning.summary import curves, summarise
 
 FREE = ("seeds", "first_seed", "study.workers")  # on these the result of a seed does not depend
 
@@ -41,8 +41,6 @@ def run_study(
             report(Progress(done, 1000 * config.seeds, progress.unit, text, note=note))
 
         studies.append(study(config.study.with_seed(seed), config.model, folder / f"seed-{seed}", tell, prepare))
-    rl = [Path(result["stages"]["rl"]["model"]).parent for result in studies]
-    curves = {"rl": [str(run.resolve().relative_to(folder.resolve()) / "metrics.jsonl") for run in rl]}
-    summary = summarise(studies) | {"metrics": curves}
+    summary = summarise(studies) | {"metrics": {"rl": curves(folder, studies, "rl")}}
     write_json(folder / "summary.json", summary)
     return summary

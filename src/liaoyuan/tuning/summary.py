@@ -1,11 +1,14 @@
 """From the studies of all seeds to the figures of `summary.json`: accuracy with intervals, differences, compute."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from liaoyuan.errors import LiaoyuanError
 from liaoyuan.evaluation import bootstrap, difference_to_best
+from liaoyuan.training.loop import METRICS
 
 MEASURES = ("greedy", "sampled", "pass_at_8")
 CONTROLS = ("control", "control_own_samples")
@@ -38,6 +41,22 @@ def summarise(studies: Sequence[Study]) -> dict[str, Any]:
         "tokens_per_second": _speeds(studies),
         "samples": _samples(studies[0]),
     }
+
+
+def curves(folder: Path, studies: Sequence[Study], stage: str) -> list[str]:
+    """Return where the metrics of a stage are, one file a study, seen from the folder in which the studies lie.
+
+    Raises:
+        LiaoyuanError: the folder was moved, and the studies are of a version that kept paths which do not move.
+    """
+    runs, whole = [Path(study["stages"][stage]["model"]).parent.resolve() for study in studies], folder.resolve()
+    for run in runs:
+        if not run.is_relative_to(whole):
+            raise LiaoyuanError(
+                f"{folder} was moved: its studies name files in {run}, where an older version wrote them. Move it "
+                "back, or begin again in another folder."
+            )
+    return [str(run.relative_to(whole) / METRICS) for run in runs]
 
 
 def outcomes(studies: Sequence[Study], stage: str, measure: str) -> np.ndarray:
