@@ -247,6 +247,7 @@ def test_mistakes_are_sentences(model_folder: Path, teacher_folder: Path, tmp_pa
         (["distill", *model], "give --teacher DIR"),
         (["distill", *model, "--teacher", str(teacher_folder)], "holds no tokenizer"),
         (["rl", *model, "--set", "rl.teacher_weight=1.0"], "give teacher, a folder"),
+        (["rl", *model, "--set", "rl.teacher_loss=whole"], "give teacher, a folder"),
         (["rl", *model, "--set", "rl.advantage=none"], "nothing would be learned"),
         (["rl", *model, "--set", "rl.group=1"], "group must be 2 or more"),
         (["distill", *model, "--teacher", "x", "--set", "rl.beta=0.5"], "beta is a setting of teacher_loss = whole"),

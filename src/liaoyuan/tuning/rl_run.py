@@ -77,8 +77,11 @@ class RlConfig(Config):
 
     @model_validator(mode="after")
     def _needs_teacher(self) -> "RlConfig":
-        if self.rl.teacher_weight and self.teacher is None:
-            raise ValueError("rl.teacher_weight is of what a teacher thinks, and there is none: give teacher, a folder")
+        if self.teacher is None and (self.rl.teacher_weight or self.rl.teacher_loss == "whole"):
+            raise ValueError(
+                "rl.teacher_weight and rl.teacher_loss are of what a teacher thinks, and there is none: give teacher, "
+                "a folder"
+            )
         return self
 
 
