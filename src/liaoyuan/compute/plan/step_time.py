@@ -1,0 +1,38 @@
+"""How long a step takes, as an interval that says what it rests on."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Span:
+    """A quantity that is not known exactly: 90% of what it may be lies between low and high."""
+
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One piece of a Gantt chart: seconds from `begin` to `end` on a stream, of what."""
+
+    stream: str
+    begin: float
+    end: float
+    name: str
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step of a job.
+
+    seconds: of the whole step. computing: seconds in which a card computes. exposed: by axis, seconds in which a card
+    does nothing but wait for it; "bubble" is waiting for other stages, "launch" for its own host.
+    bars: the step as a Gantt chart of one process of each kind, where asked for. rests_on: what the figures are from.
+    """
+
+    seconds: Span
+    computing: float
+    exposed: dict[str, float] = field(default_factory=dict)
+    bars: tuple[Bar, ...] = ()
+    rests_on: str = ""
