@@ -76,6 +76,13 @@ def test_help_and_mistakes_do_not_wait_for_torch():
     assert done.stdout.strip() == "[]"
 
 
+def test_no_process_starts_with_torch_s_compiler():
+    """It takes a second to import, and what asks for it (an optimiser, a pipeline) imports it then."""
+    code = "import sys, liaoyuan.serving, liaoyuan.tuning, liaoyuan.compute; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_every_file_says_what_it_is_for(path):
     text = path.read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+import torch._dynamo  # forks that train find it loaded: each would load it alone otherwise
 import torch.distributed as dist
 
 from liaoyuan.device import Device

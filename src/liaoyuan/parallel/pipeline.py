@@ -9,20 +9,10 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import (
-    PipelineScheduleMulti,
-    PipelineScheduleSingle,
-    Schedule1F1B,
-    ScheduleDualPipeV,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleZBVZeroBubble,
-)
 
 from liaoyuan.models import AttentionContext, Decoder, ModelConfig
 from liaoyuan.models.layers import Linear
@@ -30,13 +20,13 @@ from liaoyuan.ops import Penalties, wide
 from liaoyuan.parallel.layout import STAGES_PER_PROCESS, Layout, fewest_microbatches
 from liaoyuan.parallel.mesh import Mesh
 
-SINGLE: dict[str, type[PipelineScheduleSingle]] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+if TYPE_CHECKING:  # torch's pipelines import its whole compiler: a second at every start, for the few that need it
+    from torch.distributed.pipelining import PipelineStage
+    from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+
 HEAD = "lm_head.weight"  # a tied model has it in its last stage only, as a copy: see tied.py
-MULTI: dict[str, type[PipelineScheduleMulti]] = {
-    "interleaved": ScheduleInterleaved1F1B,
-    "zbv": ScheduleZBVZeroBubble,
-    "dualpipev": ScheduleDualPipeV,
-}
+SINGLE = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B"}  # schedules of one stage a process, by torch's names
+MULTI = {"interleaved": "ScheduleInterleaved1F1B", "zbv": "ScheduleZBVZeroBubble", "dualpipev": "ScheduleDualPipeV"}
 
 
 def stage_numbers(layout: Layout, rank: int) -> list[int]:
@@ -178,20 +168,24 @@ class Pipeline:
 
     def _schedule(
         self, microbatches: int, rows: int, penalties: bool
-    ) -> PipelineScheduleSingle | PipelineScheduleMulti:
+    ) -> "PipelineScheduleSingle | PipelineScheduleMulti":
+        from torch.distributed.pipelining import schedules
+
         if (microbatches, rows, penalties) not in self._schedules:
             layout = self.mesh.layout
             numbers = stage_numbers(layout, self.mesh.place("pp"))
             parts = [self._stage(stage, n, rows, penalties) for n, stage in zip(numbers, self.stages, strict=True)]
             settings: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
             if layout.schedule in SINGLE:
-                made: Any = SINGLE[layout.schedule](parts[0], microbatches, **settings)
+                made: Any = getattr(schedules, SINGLE[layout.schedule])(parts[0], microbatches, **settings)
             else:
-                made = MULTI[layout.schedule]([*parts], microbatches, **settings)
+                made = getattr(schedules, MULTI[layout.schedule])([*parts], microbatches, **settings)
             self._schedules[microbatches, rows, penalties] = made
         return self._schedules[microbatches, rows, penalties]
 
-    def _stage(self, stage: Stage, number: int, rows: int, penalties: bool) -> PipelineStage:
+    def _stage(self, stage: Stage, number: int, rows: int, penalties: bool) -> "PipelineStage":
+        from torch.distributed.pipelining import PipelineStage
+
         weight = next(stage.parameters())
         config, layout = stage.decoder.config, self.mesh.layout
         stream = torch.empty(rows // layout.tp, config.hidden_size, dtype=weight.dtype, device="meta")
