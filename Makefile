@@ -23,7 +23,7 @@ install: $(INSTALLED) ## make .venv and install liaoyuan in it
 install-dev: $(INSTALLED_DEV) ## the same with what the tests need
 
 test: $(INSTALLED_DEV) ## run the whole test suite (ARGS="tests/ops -k attention")
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED_DEV) ## lint, format, types, and the contract that imports run downwards only
 	$(BIN)/ruff check .
