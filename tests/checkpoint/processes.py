@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from liaoyuan import ops
 from liaoyuan.device import Device
 from liaoyuan.parallel import start
 from tests.parallel.processes import free_port
@@ -27,6 +28,7 @@ def exit_codes(size: int, work: Callable[..., None], *arguments: Any) -> list[in
 
 
 def begin(size: int, work: Callable[..., None], *arguments: Any) -> list[Any]:
+    ops.status()  # built and tested once: each process would test the kernels anew otherwise
     context = multiprocessing.get_context("fork")
     port = free_port()
     processes = [context.Process(target=_run, args=(rank, size, port, work, arguments)) for rank in range(size)]

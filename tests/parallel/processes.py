@@ -17,6 +17,7 @@ import torch
 import torch._dynamo  # forks that train find it loaded: each would load it alone otherwise
 import torch.distributed as dist
 
+from liaoyuan import ops
 from liaoyuan.device import Device
 from liaoyuan.parallel import start
 
@@ -25,6 +26,7 @@ TIMEOUT_S = 60
 
 def run(size: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Return what `job(world, *arguments)` gives in each of `size` forked processes; raises what one of them raised."""
+    ops.status()  # built and tested once: each process would test the kernels anew otherwise
     context, port = multiprocessing.get_context("fork"), free_port()
     pairs = [context.Pipe() for _ in range(size)]
     processes = [
