@@ -9,6 +9,7 @@ import unicodedata
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -125,6 +126,7 @@ class Encoder:
         return found - first_token[:-1][owner], np.flatnonzero(~is_sure).tolist()
 
 
+@lru_cache(maxsize=2)
 def byte_widths(tokenizer: Tokenizer) -> np.ndarray | None:
     """Return how many bytes of text each token stands for, int64 [V]; None unless the tokenizer adds nothing to a text.
 
