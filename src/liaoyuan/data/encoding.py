@@ -91,9 +91,9 @@ class Encoder:
         rows = [encoding.ids if encoding and is_quick else [] for encoding in found]
         ids, sizes = _joined(rows)
         pieces = np.array([len(one.texts) for one in rendered], dtype=np.int64)
-        if self._widths is None:
-            ends, unsure = np.zeros(pieces.sum(), np.int64), range(len(rows))
-        else:
+        ends: np.ndarray = np.zeros(pieces.sum(), np.int64)
+        unsure: Sequence[int] = range(len(rows))
+        if self._widths is not None:
             ends, unsure = self._ends(rendered, self._widths[ids], sizes, pieces)
         if len(unsure):
             begins = np.cumsum(pieces) - pieces

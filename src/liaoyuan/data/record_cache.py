@@ -336,6 +336,6 @@ def _sum(path: Path) -> int:
     """Return the CRC-32 of a file: what a crash has torn is found, at the speed of reading."""
     total = 0
     with path.open("rb") as file:
-        while piece := file.read(2**24):
+        while piece := file.read(2**20):
             total = zlib.crc32(piece, total)
     return total
