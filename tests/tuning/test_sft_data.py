@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -64,9 +65,9 @@ def test_a_part_of_a_file_is_found_among_its_tokens_though_rows_are_bad_and_shar
     source = read_source(data, tokenizer, 32, True, lambda _: None)
     assert [record.messages[-1].content for record in source.records] == ["2", "4", "7+7=14, " * 20, "10"]
     assert source.tokens.left_out == 3
-    talks = [source.records[place] for place in (0, 1, 3)]
-    assert source.tokens_of(talks) == RecordTokens.of(tokenise(tokenizer, talks))
-    pieces = source.tokens_of([source.records[2]])
+    talks = source.records.at(np.array([0, 1, 3]))
+    assert source.tokens_of(talks) == RecordTokens.of(tokenise(tokenizer, list(talks)))
+    pieces = source.tokens_of(source.records[2:3])
     assert len(pieces) > 1 and max(pieces.sizes) == 33
     assert [token for piece in pieces for token in piece.tokens[1:].tolist()] == list(
         tokenise(tokenizer, [source.records[2]])[0].tokens[1:]

@@ -6,6 +6,7 @@ Batch `i` is a function of (seed, i) alone, so the whole state of the data is on
 from liaoyuan.data.batches import Batch, RecordBatches, TokenBatches, TokenStream
 from liaoyuan.data.chat import segments, tokenise
 from liaoyuan.data.corpus import Corpus, CorpusConfig, load_corpus, prepare_corpus
+from liaoyuan.data.file_records import FileRecords
 from liaoyuan.data.formats import Examples, Tally, read_examples
 from liaoyuan.data.record_cache import TokenisedFile, tokenise_file
 from liaoyuan.data.record_tokens import RecordTokens, TokenisedRecord
@@ -17,6 +18,7 @@ __all__ = [
     "Corpus",
     "CorpusConfig",
     "Examples",
+    "FileRecords",
     "IncrementalDecoder",
     "Message",
     "Record",

@@ -6,11 +6,12 @@ last character of a prompt would be joined to the first one of its answer, which
 """
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
+from liaoyuan.data.encoding import Encoder, Rendered
 from liaoyuan.data.opaque import GUARD, OpaqueObject, Seen, json_stand_in, object_stand_in, stand_in
 from liaoyuan.data.outline import Piece, outline
 from liaoyuan.data.record_tokens import TokenisedRecord
@@ -19,25 +20,11 @@ from liaoyuan.data.template import only_places_texts, plain_messages
 from liaoyuan.data.tokenizer import Tokenizer
 from liaoyuan.errors import LiaoyuanError
 
-MARKED = re.compile(f"{GUARD}(\\d+){GUARD}")
 Shape = tuple[str, ...]  # what a conversation has, in order: tools, roles, and which fields of a message are not empty
 TEXTS = ("content", "think", "tool_call_id", "name")  # of a message
 TOOL_CALLS = "tool_calls"
 TO_JSON = json.JSONEncoder(ensure_ascii=False).encode
 Segment = tuple[list[int], float]  # ids, and the loss weight of each of them
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as text in pieces of one loss weight; `hidden`: what stand-ins in it stand for."""
-
-    texts: list[str]
-    weights: list[float]
-    hidden: Sequence[str] = ()
-
-    def shown(self) -> list[str]:
-        """Return the pieces as people read them, without stand-ins."""
-        return [MARKED.sub(lambda match: self.hidden[int(match[1])], text) for text in self.texts]
 
 
 @dataclass(frozen=True)
@@ -209,8 +196,8 @@ def segments(tokenizer: Tokenizer, record: Record) -> list[Segment]:
         LiaoyuanError: the record has no assistant's turn, or the template does not end turns with an end token.
     """
     rendered = Renderer(tokenizer)(record)
-    (ids, cuts), *_ = encode(tokenizer, [rendered])
-    return [(ids[begin:end], weight) for begin, end, weight in zip(cuts, cuts[1:], rendered.weights, strict=False)]
+    (parts,) = Encoder(tokenizer)([rendered]).parts()
+    return list(zip(parts, rendered.weights, strict=True))
 
 
 def tokenise(tokenizer: Tokenizer, records: Sequence[Record]) -> list[TokenisedRecord]:
@@ -218,42 +205,12 @@ def tokenise(tokenizer: Tokenizer, records: Sequence[Record]) -> list[TokenisedR
     renderer = Renderer(tokenizer)
     rendered = [renderer(part) for record in records for part in conversations(record)]
     return [
-        TokenisedRecord(tuple(ids), tuple(_spread(cuts, one.weights)))
-        for (ids, cuts), one in zip(encode(tokenizer, rendered), rendered, strict=True)
+        TokenisedRecord(
+            tuple(chain.from_iterable(parts)),
+            tuple(weight for ids, weight in zip(parts, one.weights, strict=True) for _ in ids),
+        )
+        for parts, one in zip(Encoder(tokenizer)(rendered).parts(), rendered, strict=True)
     ]
-
-
-def encode(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> list[tuple[list[int], list[int]]]:
-    """Return the ids of each conversation, and where among them its pieces begin and end (one more than pieces)."""
-    plain = tokenizer.encode_rendered_batch(["".join(one.texts) for one in rendered if not one.hidden])
-    encodings = iter(plain)
-    return [_cut(tokenizer, one, None if one.hidden else next(encodings)) for one in rendered]
-
-
-def _cut(tokenizer: Tokenizer, one: Rendered, encoding: Any) -> tuple[list[int], list[int]]:
-    """Return ids and cuts of a conversation whose whole text the library has encoded, if nothing in it is hidden."""
-    if encoding is not None:
-        cuts, place = [0], 0
-        for text in one.texts[:-1]:
-            place += len(text)
-            token = encoding.char_to_token(place)
-            if token is None or encoding.token_to_chars(token)[0] != place:
-                break
-            cuts.append(token)
-        else:
-            ids = encoding.ids
-            return ids, [*cuts, len(ids)]
-        if tokenizer.strips_space:
-            raise LiaoyuanError("The tokenizer joins the end of a prompt and the beginning of its answer to one token.")
-    cuts, ids = [0], []
-    for text in one.texts:
-        ids += tokenizer.encode_rendered(text, one.hidden)
-        cuts.append(len(ids))
-    return ids, cuts
-
-
-def _spread(cuts: Sequence[int], weights: Sequence[float]) -> list[float]:
-    return [weight for begin, end, weight in zip(cuts, cuts[1:], weights, strict=False) for _ in range(end - begin)]
 
 
 def _weights(pieces: Sequence[Piece], messages: Sequence[Message]) -> list[float]:

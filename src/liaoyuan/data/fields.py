@@ -9,7 +9,7 @@ from typing import Any
 
 import pydantic_core
 
-from liaoyuan.data.records import Message, Record, Role, ToolCall
+from liaoyuan.data.records import Message, Record, Role, ToolCall, plain_message
 
 CALL = "function_call"  # the role of a turn that is nothing but a call
 ROLES: dict[str, Role] = {
@@ -114,7 +114,7 @@ def turn(item: Any, name: str) -> Message:
         raise RowError(f"a role of user, assistant, system or tool in '{name}'", shown(told))
     content = text_of(item.get("content", item.get("value")), name)
     if item.keys() <= BARE_TURN and called != CALL and CLOSE not in content:
-        return Message(role=role, content=content)  # the short way of most turns
+        return plain_message(role, content)  # the short way of most turns
     if role != "assistant":
         call = {key: item[key] for key in ("tool_call_id", "name") if isinstance(item.get(key), str)}
         return Message(role=role, content=content, weight=1.0, **call)

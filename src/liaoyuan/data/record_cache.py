@@ -14,7 +14,7 @@ import time
 import zlib
 from array import array
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from liaoyuan.data.chat import Rendered, Renderer, encode
+from liaoyuan.data.chat import Renderer
 from liaoyuan.data.corpus import ENCODED_AT_ONCE, token_dtype
+from liaoyuan.data.encoding import Encoded, Encoder, Rendered
 from liaoyuan.data.fields import RowError
 from liaoyuan.data.formats import Examples, Places, Tally, check_tally
 from liaoyuan.data.record_tokens import Growing, RecordTokens, map_arrays, save_arrays
@@ -40,10 +41,11 @@ LEARNED_BY: dict[Kind, str] = {"chat": "sft", "text": "sft", "preference": "dpo"
 PATIENCE = 24 * 3600.0  # seconds for which a process waits for another one that tokenises the same file
 KILOBYTE = 1000
 KEPT_SECONDS = 30 * 24 * 3600.0  # for which an entry is kept that nobody uses
+ENCODED_FIRST = 500_000  # characters of the first group, each of the next twice as large up to `ENCODED_AT_ONCE`
+AHEAD = 2  # groups that wait for the library while the next is rendered
 DATED = ("strftime_now", "date_string", "datetime")  # a template that writes the day: another one tomorrow
 ROWS = {"kinds": np.int8, "lines": np.int64, "labels": np.int8, "numbers": np.int64}  # known of each beside its tokens
 Waiting = tuple[tuple[int, int, int, int], Rendered]  # `ROWS` of a record, and its text
-Encoded = tuple[list[int], list[int]]  # ids, and where the pieces of one weight begin and end
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def _make(path: Path, tokenizer: Tokenizer, skip_bad: bool, place: Path, report:
         growing, rows = Growing(token_dtype(tokenizer)), {name: array("q") for name in ROWS}
         with (folder / "tokens.bin").open("wb") as file:
             for batch, encoded in _encoded(examples, tokenizer, skip_bad, report):
-                file.write(growing.extend(encoded, [one.weights for _, one in batch]).tobytes())
+                file.write(growing.extend(encoded, _weights(batch)).tobytes())
                 for values, column in zip(rows.values(), zip(*(row for row, _ in batch), strict=True), strict=True):
                     values.extend(column)
         tally = examples.tally
@@ -182,10 +184,7 @@ def tokenise_in_memory(tokenizer: Tokenizer, records: Iterable[Record]) -> Recor
     renderer, growing = Renderer(tokenizer), Growing(token_dtype(tokenizer))
     rendered = (((0, 0, 0, 0), renderer(part)) for record in records for part in conversations(record))
     with _without_collector():
-        kept = [
-            growing.extend(encoded, [one.weights for _, one in batch])
-            for batch, encoded in _ahead(_grouped(rendered), tokenizer)
-        ]
+        kept = [growing.extend(encoded, _weights(batch)) for batch, encoded in _ahead(_grouped(rendered), tokenizer)]
     return growing.whole(np.concatenate(kept) if kept else np.zeros(0, growing.dtype))
 
 
@@ -203,7 +202,7 @@ def _without_collector() -> Iterator[None]:
 
 def _encoded(
     examples: Examples, tokenizer: Tokenizer, skip_bad: bool, report: Report
-) -> Iterator[tuple[list[Waiting], list[Encoded]]]:
+) -> Iterator[tuple[list[Waiting], Encoded]]:
     """Yield what is rendered and its ids, batch by batch, and say how far the file is read."""
     total = max(1, examples.path.stat().st_size // KILOBYTE)
     for batch in _ahead(_batches(examples, tokenizer, skip_bad), tokenizer):
@@ -213,17 +212,27 @@ def _encoded(
     report(Progress(total, total, "kB", f"tokenised, {examples.tally.records:,} records"))
 
 
-def _ahead(batches: Iterable[list[Waiting]], tokenizer: Tokenizer) -> Iterator[tuple[list[Waiting], list[Encoded]]]:
-    """Yield each batch with its ids; the next one is rendered while the library encodes this one on all cores."""
-    waiting: deque[tuple[list[Waiting], Future[list[Encoded]]]] = deque()
-    with ThreadPoolExecutor(1) as encoder:
+def _ahead(batches: Iterable[list[Waiting]], tokenizer: Tokenizer) -> Iterator[tuple[list[Waiting], Encoded]]:
+    """Yield each batch with its ids; others are rendered while the library encodes one on all cores."""
+    encoder = Encoder(tokenizer)
+    waiting: deque[tuple[list[Waiting], list[Rendered], Future[Any]]] = deque()
+
+    def first() -> tuple[list[Waiting], Encoded]:
+        batch, rendered, future = waiting.popleft()
+        return batch, encoder.finish(rendered, future.result())
+
+    with ThreadPoolExecutor(1) as library:
         for batch in batches:
-            waiting.append((batch, encoder.submit(encode, tokenizer, [one for _, one in batch])))
-            if len(waiting) > 1:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
+            rendered = [one for _, one in batch]
+            waiting.append((batch, rendered, library.submit(encoder.start, rendered)))
+            if len(waiting) > AHEAD:
+                yield first()
+        while waiting:
+            yield first()
+
+
+def _weights(batch: Sequence[Waiting]) -> list[float]:
+    return [weight for _, one in batch for weight in one.weights]
 
 
 def _batches(examples: Examples, tokenizer: Tokenizer, skip_bad: bool) -> Iterator[list[Waiting]]:
@@ -246,15 +255,15 @@ def _rendered(examples: Examples, renderer: Renderer, skip_bad: bool) -> Iterato
 
 
 def _grouped(rendered: Iterable[Waiting]) -> Iterator[list[Waiting]]:
-    """Yield conversations in groups of about `ENCODED_AT_ONCE` characters."""
+    """Yield conversations in groups, small ones first, so that the library soon has some; see `ENCODED_AT_ONCE`."""
     batch: list[Waiting] = []
-    size = 0
+    size, enough = 0, ENCODED_FIRST
     for row, one in rendered:
         batch.append((row, one))
         size += sum(map(len, one.texts))
-        if size >= ENCODED_AT_ONCE:
+        if size >= enough:
             yield batch
-            batch, size = [], 0
+            batch, size, enough = [], 0, min(2 * enough, ENCODED_AT_ONCE)
     if batch:
         yield batch
 
@@ -327,6 +336,6 @@ def _sum(path: Path) -> int:
     """Return the CRC-32 of a file: what a crash has torn is found, at the speed of reading."""
     total = 0
     with path.open("rb") as file:
-        while piece := file.read(2**24):
+        while piece := file.read(2**20):
             total = zlib.crc32(piece, total)
     return total

@@ -9,6 +9,8 @@ from typing import Any, overload
 
 import numpy as np
 
+from liaoyuan.data.encoding import Encoded
+
 
 @dataclass(frozen=True)
 class TokenisedRecord:
@@ -150,15 +152,20 @@ class Growing:
         self._counts.append(count)
         return np.asarray(ids, dtype=self.dtype)
 
-    def extend(
-        self, encoded: Sequence[tuple[Sequence[int], Sequence[int]]], weights: Sequence[Sequence[float]]
-    ) -> np.ndarray:
-        """Add records, each its ids, where its pieces begin and end, and their weights; return all their tokens."""
-        kept = [
-            self.add(ids, zip(cuts, cuts[1:], each, strict=False))
-            for (ids, cuts), each in zip(encoded, weights, strict=True)
-        ]
-        return np.concatenate(kept) if kept else np.zeros(0, self.dtype)
+    def extend(self, encoded: Encoded, weights: Sequence[float]) -> np.ndarray:
+        """Add records, with the weight of each of their pieces; return all their tokens."""
+        owner = np.repeat(np.arange(len(encoded.sizes)), encoded.pieces)
+        is_first = np.diff(owner, prepend=-1) > 0
+        begins = np.where(is_first, 0, np.concatenate([[0], encoded.ends[:-1]]))
+        values = np.array(weights, dtype=np.float32)
+        is_learned = (values > 0) & (encoded.ends > begins)
+        counts = np.bincount(owner[is_learned], minlength=len(encoded.sizes))
+        spans = np.stack([begins[is_learned], encoded.ends[is_learned]], 1)
+        self._sizes.frombytes(encoded.sizes.astype(np.int64).tobytes())
+        self._counts.frombytes(counts.astype(np.int64).tobytes())
+        self._spans.frombytes(spans.astype(np.int32).tobytes())
+        self._weights.frombytes(values[is_learned].tobytes())
+        return encoded.ids.astype(self.dtype)
 
     def whole(self, tokens: np.ndarray) -> RecordTokens:
         """Return the records whose tokens, one after another, are these."""

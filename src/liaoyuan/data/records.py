@@ -45,6 +45,23 @@ class Message(Config):
     name: str = ""
 
 
+PLAIN = Message(role="user", content="")
+
+
+def plain_message(role: Role, content: str) -> Message:
+    """Return `Message(role=role, content=content)` of values known to be right, in a third of the time.
+
+    Of a million records nearly all messages are such, and checking what has been checked would be half of the work.
+    """
+    message = Message.__new__(Message)
+    put = object.__setattr__
+    put(message, "__dict__", {**PLAIN.__dict__, "role": role, "content": content})
+    put(message, "__pydantic_fields_set__", {"role", "content"})
+    put(message, "__pydantic_extra__", None)
+    put(message, "__pydantic_private__", None)
+    return message
+
+
 class Record(Config):
     """One example.
 

@@ -7,6 +7,7 @@ can neither change what it is given nor reach Python. `CHAT_TEMPLATE` is the one
 import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import jinja2
@@ -121,6 +122,7 @@ def takes_tools(source: str | None) -> bool:
     return bool({"tools", "functions"} & jinja2.meta.find_undeclared_variables(_environment().parse(source)))
 
 
+@lru_cache(maxsize=8)
 def only_places_texts(source: str | None) -> bool:
     """Return whether a template has nothing that could read a text without calling one of the text's own methods.
 

@@ -33,6 +33,7 @@ SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MINIMUM_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+LARGE = ("vocab", "merges")  # of a model in tokenizer.json
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -47,18 +48,22 @@ class Tokenizer:
         self._plain = _without_added_tokens(definition)
         added = self._library.get_added_tokens_decoder()
         self._special_ids = frozenset(index for index, token in added.items() if token.special)
-        self._added = {token.content: index for index, token in added.items()}
+        # Ids of the tokens that stand beside the model's own, by how they are written.
+        self.added = {token.content: index for index, token in added.items()}
         special = [token.content for token in added.values() if token.special]
-        self._added_pattern, self._hidden_pattern = _any_of([*self._added]), _any_of([*self._added, GUARD])
+        self._added_pattern, self._hidden_pattern = _any_of([*self.added]), _any_of([*self.added, GUARD])
         self._hidden_of_assistant = _any_of([*special, GUARD])
         # Whether a token that is written in a text is found in the text's JSON too: neither quoted there nor escaped.
-        self.shows_in_json = all(json.dumps(token, ensure_ascii=False) == f'"{token}"' for token in self._added)
-        self._first_of_added = {token[0] for token in [*self._added, GUARD] if token}
+        self.shows_in_json = all(json.dumps(token, ensure_ascii=False) == f'"{token}"' for token in self.added)
+        self._first_of_added = {token[0] for token in [*self.added, GUARD] if token}
         self._settings = dict(settings)
         self.template_text = _template_of(settings)
         self._template = compile_template(self.template_text)
         self.takes_tools = takes_tools(self.template_text)
-        decoder = json.dumps(json.loads(definition).get("decoder") or {})
+        values = json.loads(definition)
+        self.pipeline = {name: values.get(name) for name in ("normalizer", "pre_tokenizer")}
+        self.pipeline["model"] = {name: value for name, value in values["model"].items() if name not in LARGE}
+        decoder = json.dumps(values.get("decoder") or {})
         self._bytes = _token_bytes_function(decoder)
         self.strips_space = '"Strip"' in decoder or ('"Metaspace"' in decoder and '"never"' not in decoder)
         self.hash = hashlib.sha256(definition.encode()).hexdigest()
@@ -115,7 +120,7 @@ class Tokenizer:
         token = self._library.id_to_token(index)
         if token is None:
             return b""
-        return token.encode() if token in self._added else self._bytes(token)
+        return token.encode() if token in self.added else self._bytes(token)
 
     def token_id(self, token: str) -> int | None:
         """Return the id of the token that is written so, or None."""
@@ -202,10 +207,18 @@ class Tokenizer:
         """Return the library's encodings of texts that the template made, with places, on all cores."""
         return self._library.encode_batch(list(texts), add_special_tokens=False)
 
+    def encode_rendered_quickly(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """Return what `encode_rendered_batch` does, without places."""
+        return self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Return the ids of all tokens by how `tokenizer.json` writes them."""
+        return self._library.get_vocab(with_added_tokens=True)
+
     @property
     def end_texts(self) -> tuple[str, ...]:
         """How the tokens that end a turn are written."""
-        return tuple(token for token, index in self._added.items() if index in self.eos_ids)
+        return tuple(token for token, index in self.added.items() if index in self.eos_ids)
 
     def fill(self, rows: Sequence[dict[str, Any]], thinking: bool, generation_prompt: bool, tools: Tools | None) -> str:
         """Return what the template makes of messages as it takes them; see `render`."""
@@ -233,8 +246,8 @@ class Tokenizer:
     def _pieces(self, text: str, hidden: Sequence[str]) -> Iterator[list[int]]:
         """Yield the ids of filled-in text: the template's special tokens as ids, the rest as plain text."""
         for piece in self._added_pattern.split(text):
-            if piece in self._added:
-                yield [self._added[piece]]
+            if piece in self.added:
+                yield [self.added[piece]]
             elif piece:
                 shown = re.sub(f"{GUARD}(\\d+){GUARD}", lambda match: hidden[int(match[1])], piece)
                 yield self._plain.encode(shown, add_special_tokens=False).ids

@@ -144,7 +144,7 @@ def held_out_of(request: Export, report: Report = silent) -> tuple[list[Record],
     length = read_config(request.base).max_position_embeddings - 1
     source = read_source(path, Tokenizer.load(request.base), length, False, report)
     records = source.records[:MOST_RECORDS]
-    return records, source.tokens_of(records)
+    return list(records), source.tokens_of(records)
 
 
 def trained_model(request: Export) -> Decoder:

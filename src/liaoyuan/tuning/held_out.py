@@ -6,15 +6,15 @@ Records are told apart by what they ask, not by their names: those that ask the 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
-from liaoyuan.data import Batch, Record, TokenisedRecord
+from liaoyuan.data import Batch, FileRecords, Record, TokenisedRecord
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.evaluation import Interval, ratio
 from liaoyuan.parallel import Program, World
@@ -24,6 +24,7 @@ from liaoyuan.tasks.seen import normalised
 HELD_OUT = "held_out.jsonl.zst"  # the records in a run folder that were never trained on
 DATA = "data.json"  # in a run folder: what tells its training data from others
 PASS_TOKENS = 4096  # at least a record, of one pass
+Records = TypeVar("Records", list[Record], FileRecords)  # in memory, or in their file
 
 
 def content_hash(record: Record) -> str:
@@ -37,43 +38,58 @@ def content_hash(record: Record) -> str:
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Generic[Records]):
     """Records to learn from and records that are held out; `dropped`: how many were left out, being held out too."""
 
-    train: list[Record]
-    held_out: list[Record]
+    train: Records
+    held_out: Records
     dropped: int = 0
 
 
-def split(records: Sequence[Record], share: float, most: int) -> Split:
+def split(records: Records, share: float, most: int) -> Split[Records]:
     """Hold out this share of what is asked, rounded, and at most so many questions, with all their answers; the hash
     chooses. Of few records that is none.
     """
-    hashes = [content_hash(record) for record in records]
-    different = sorted(set(hashes))
+    hashes = _hashes(records)
+    different = np.unique(hashes)
     count = min(most, round(share * len(different)))
-    chosen = set(different[:count])
-    held = _different(record for record, digest in zip(records, hashes, strict=True) if digest in chosen)
-    train = [record for record, digest in zip(records, hashes, strict=True) if digest not in chosen]
+    is_held = np.isin(hashes, different[:count])
+    held = _different(_at(records, np.flatnonzero(is_held)))
+    train = _at(records, np.flatnonzero(~is_held))
     return Split(train, held, len(records) - len(train) - len(held))
 
 
-def split_off(records: Sequence[Record], held_out: Sequence[Record], most: int) -> Split:
+def split_off(records: Records, held_out: Records, most: int) -> Split[Records]:
     """Hold out given records, at most so many; whatever asks the same is left out of what is learned.
 
     Raises:
         LiaoyuanError: nothing would be left to learn from.
     """
-    held = {content_hash(record) for record in held_out}
-    train = [record for record in records if content_hash(record) not in held]
-    if not train:
+    train = _at(records, np.flatnonzero(~np.isin(_hashes(records), _hashes(held_out))))
+    if not len(train):
         raise LiaoyuanError("Every record to learn is held out too: there is nothing to learn from.")
-    return Split(train, _different(held_out)[:most], len(records) - len(train))
+    return Split(train, _different(held_out, most), len(records) - len(train))
 
 
-def _different(records: Iterable[Record]) -> list[Record]:
-    """Return the records without those that say the same as an earlier one."""
-    return list({(one.messages, one.chosen, one.rejected): one for one in records}.values())
+def _hashes(records: Sequence[Record]) -> np.ndarray:
+    """Return the content hash of each record, bytes of 32 characters [R]."""
+    return np.fromiter((content_hash(record).encode() for record in records), "S32", len(records))
+
+
+def _at(records: Records, places: np.ndarray) -> Records:
+    if isinstance(records, FileRecords):
+        return records.at(places)
+    return [records[place] for place in places.tolist()]
+
+
+def _different(records: Records, most: int | None = None) -> Records:
+    """Return the records without those that say the same as an earlier one, at most so many."""
+    found: dict[Any, int] = {}
+    for place, one in enumerate(records):
+        if len(found) == most:
+            break
+        found.setdefault((one.messages, one.chosen, one.rejected), place)
+    return _at(records, np.array([*found.values()], dtype=np.int64))
 
 
 def refuse_other_data(folder: Path, records: Sequence[TokenisedRecord], has_begun: bool) -> None:

@@ -1,14 +1,13 @@
 """What supervised fine-tuning reads: conversations, plain texts, and general text mixed in against forgetting."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from liaoyuan.data import (
-    Examples,
-    Record,
+    FileRecords,
     RecordTokens,
     TokenisedFile,
     TokenisedRecord,
@@ -24,18 +23,14 @@ LEARNED: tuple[Kind, ...] = ("chat", "text")
 
 @dataclass(frozen=True)
 class Source:
-    """The records of a file that are fit to be learned, and their tokens; `numbers`: which of the file's each one is,
-    by the identity of the object.
-    """
+    """The records of a file that are fit to be learned, which stay in the file, and their tokens."""
 
-    records: list[Record]
-    numbers: dict[int, int]
+    records: FileRecords
     tokens: TokenisedFile
 
-    def tokens_of(self, records: Iterable[Record]) -> RecordTokens:
-        """Return the tokens of some of the records, in the order of the file."""
-        chosen = [self.numbers[id(record)] for record in records]
-        return self.tokens.records.select(np.flatnonzero(np.isin(self.tokens.numbers, chosen)))
+    def tokens_of(self, records: FileRecords) -> RecordTokens:
+        """Return the tokens of some of the records."""
+        return self.tokens.records.select(np.flatnonzero(np.isin(self.tokens.numbers, records.numbers)))
 
 
 def read_source(path: Path, tokenizer: Tokenizer, length: int, skip_bad: bool, report: Report) -> Source:
@@ -46,9 +41,7 @@ def read_source(path: Path, tokenizer: Tokenizer, length: int, skip_bad: bool, r
             `skip_bad` is not set.
     """
     tokens = tokenise_file(path, tokenizer, LEARNED, skip_bad, report).within(length, skip_bad)
-    kept = set(tokens.numbers.tolist())
-    numbered = [(number, record) for number, record in enumerate(Examples(path)) if number in kept]
-    return Source([record for _, record in numbered], {id(record): number for number, record in numbered}, tokens)
+    return Source(FileRecords(path, np.unique(tokens.numbers)), tokens)
 
 
 def with_replay(

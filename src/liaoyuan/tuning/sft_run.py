@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from liaoyuan.data import Record, TokenisedRecord, Tokenizer, write_records
+from liaoyuan.data import FileRecords, Record, TokenisedRecord, Tokenizer, write_records
 from liaoyuan.device import select_device
 from liaoyuan.models import read_config
 from liaoyuan.ops import configure
@@ -30,10 +30,12 @@ DATA_REPORT = "data_report.json"  # what was in each file, and what of it is not
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a run learns and what it is measured on, as records and as tokens, and the files it is from, by setting."""
+    """What a run learns and what it is measured on, as records, which stay in their file, and as tokens; and the files
+    it is from, by setting.
+    """
 
-    records: Split
-    general: Split
+    records: Split[FileRecords]
+    general: Split[FileRecords]
     learned: Sequence[TokenisedRecord]
     measured: dict[str, Sequence[TokenisedRecord]]
     sources: dict[str, Source]
@@ -69,7 +71,9 @@ def run_sft(config: SftConfig, folder: Path, report: Report = silent, world: Wor
         refuse_other_data(folder, lesson.learned, has_begun)
         write_records(folder / HELD_OUT, lesson.records.held_out)
         write_json(folder / DATA_REPORT, lesson.report())
-        Seen(folder, config.model).add_records([*lesson.records.train, *lesson.general.train])
+        seen = Seen(folder, config.model)
+        for part in (lesson.records, lesson.general):
+            seen.add_records(part.train)
     kept = Kept(program, config, folder, lesson.measured if config.can_measure else {}, world)
     kept.measure_start()
     done = finetune(
@@ -113,7 +117,8 @@ def read_lesson(config: SftConfig, tokenizer: Tokenizer, report: Report = silent
         chosen = split(data.records, config.validation_share, config.validation_records)
     learned: Sequence[TokenisedRecord] = data.tokens_of(chosen.train)
     measured: dict[str, Sequence[TokenisedRecord]] = {"held_out": (given or data).tokens_of(chosen.held_out)}
-    other = Split([], [])
+    nothing = data.records[:0]
+    other = Split(nothing, nothing)
     if general:
         other = split(general.records, config.validation_share, config.validation_records)
         learned = with_replay(learned, general.tokens_of(other.train), config.replay_share, config.train.seed)
