@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liaoyuan.cli.groups import DefaultCommand
+from liaoyuan.cli.plan_calibrate import calibrate
 from liaoyuan.errors import LiaoyuanError, nearest
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Know before you run: what a job needs (the command that is meant if none is named).",
 )
+
+
+app.command("calibrate")(calibrate)
 
 
 @app.command("dry-run")
