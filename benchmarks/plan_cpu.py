@@ -25,7 +25,7 @@ import torch  # noqa: E402  (after the allocator's settings)
 from liaoyuan.cli.progress import bar  # noqa: E402
 from liaoyuan.compute.plan import Job, dry_run, read_cluster  # noqa: E402
 from liaoyuan.compute.plan.apart import apart  # noqa: E402
-from liaoyuan.compute.plan.calibrate import DTYPES, fitted, measure, prepare  # noqa: E402
+from liaoyuan.compute.plan.calibrate import DTYPES, Measured, fitted, measure, prepare  # noqa: E402
 from liaoyuan.compute.plan.calls import Clock, step_of  # noqa: E402
 from liaoyuan.compute.plan.cost import seconds  # noqa: E402
 from liaoyuan.compute.plan.profile import DeviceProfile, assumed  # noqa: E402
@@ -94,9 +94,8 @@ def compare(minutes: float) -> tuple[list[dict[str, object]], DeviceProfile]:
     with bar("Plan on this machine") as report:
         calls, steps = prepare(device, DTYPES, report)
         scored = [step_of(job, device, str(key))[0] for key, job in jobs.items()]
-        found = measure(calls, [*steps, *scored], Clock(device), minutes * 60, report)
-    own = [one for one in found.steps if one[0] in steps]
-    profile = fitted(assumed(read_cluster("cpu")), type(found)(found.calls, tuple(own)))
+        found = measure(calls, steps, Clock(device), minutes * 60, report, scored)
+    profile = fitted(assumed(read_cluster("cpu")), Measured(found.calls, found.steps[: len(steps)]))
     took = {step.name: time for step, time in found.steps}
     return [row(size, dtype, jobs, told, took, profile) for size, dtype in jobs], profile
 

@@ -1,13 +1,14 @@
 """What the card and the links at hand really give, measured in minutes: a device profile from many short timings.
 
-Steps of small models are taken apart into their calls (`calls.py`), which are timed one by one in rounds, so that a
-disturbance spoils one round of many and not one figure; of each the fastest counts, as nothing makes work faster than
-it is. Figures are fitted so that what `cost.seconds` tells comes nearest to all of them (`fit.py`).
+Steps of small models are taken apart into their calls (`calls.py`), which are timed in rounds, so that a disturbance
+spoils one round of many and not one figure; of each the fastest counts, as nothing makes work faster than it is.
+Figures are fitted so that what `cost.seconds` tells comes nearest to all of them (`fit.py`).
 """
 
+import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +29,10 @@ from liaoyuan.rundir import Progress, Report, silent
 from liaoyuan.training.loop import TrainConfig
 
 DTYPES = ("bfloat16", "float32")
-ROUNDS = 12  # at most; of which as many are made as there is time for, at least `LEAST_ROUNDS`
+ROUNDS = 60  # at most; of which as many are made as there is time for, at least `LEAST_ROUNDS`
 LEAST_ROUNDS = 3
-SLICE = {"cpu": 1e-3}  # seconds that a call is repeated for in a round
-USUAL_SLICE = 5e-3
+CPU_SLICE, SLICE = 1e-3, 5e-3  # seconds that a call is repeated for in a round
+WAITING = ("_local_scalar_dense",)  # is no work of the card
 MOST_SPREAD = 0.5
 SMALLEST = 1e5  # bytes of a stream of which the memory's rate is told
 
@@ -48,12 +49,13 @@ class Small:
     rows: int
     length: int
     experts: int = 0
+    microbatches: int = 1
 
 
 CPU_MODELS = (
     Small(32, 64, 2, 16, 128, 2, 32),
     Small(96, 256, 3, 32, 512, 4, 128),
-    Small(256, 704, 4, 64, 2048, 4, 256),
+    Small(256, 704, 4, 64, 2048, 4, 256, microbatches=2),
     Small(448, 1216, 7, 64, 6144, 2, 512),
     Small(256, 128, 4, 64, 1024, 4, 128, experts=8),
     Small(128, 96, 4, 32, 512, 8, 128, experts=8),
@@ -61,7 +63,7 @@ CPU_MODELS = (
 CARD_MODELS = (
     Small(512, 1536, 8, 64, 8192, 2, 512),
     Small(1024, 2816, 8, 128, 32768, 4, 2048),
-    Small(2048, 5632, 16, 128, 65536, 4, 4096),
+    Small(2048, 5632, 16, 128, 65536, 4, 4096, microbatches=2),
     Small(4096, 14336, 32, 128, 128256, 1, 8192),
     Small(2048, 768, 16, 128, 32768, 4, 2048, experts=16),
     Small(4096, 1536, 32, 128, 65536, 2, 4096, experts=16),
@@ -112,7 +114,7 @@ def _job(small: Small, dtype: str, device: Device) -> Job:
         "torch_dtype": dtype,
     }
     config = config_from_dict(values | (experts if small.experts else {}))
-    train = TrainConfig(steps=2, batch_tokens=small.rows * small.length, clip=1e9)
+    train = TrainConfig(steps=2, batch_tokens=small.rows * small.length, microbatches=small.microbatches, clip=1e9)
     return Job(config, Layout(), 1, small.length, train, device.type)
 
 
@@ -125,28 +127,51 @@ class Measured:
 
 
 def measure(
-    calls: Sequence[Timed], steps: Sequence[Step], clock: Clock, limit: float, report: Report = silent
+    calls: Sequence[Timed],
+    steps: Sequence[Step],
+    clock: Clock,
+    limit: float,
+    report: Report = silent,
+    beside: Sequence[Step] = (),
 ) -> Measured:
-    """Time everything in rounds until `limit` seconds are over, at least `LEAST_ROUNDS`, and return the fastest."""
-    least = SLICE.get("cpu" if clock.is_cpu else "", USUAL_SLICE)
-    fastest = [float("inf")] * len(calls)
-    whole = [float("inf")] * len(steps)
-    begin, each = time.monotonic(), 0.0
-    total = ROUNDS
+    """Time everything in rounds until `limit` seconds are over, at least `LEAST_ROUNDS`, and return the fastest.
+
+    beside: further steps that are timed as wholes alone.
+    """
+    slice_ = CPU_SLICE if clock.is_cpu else SLICE
+    fastest = [math.inf] * len(calls)
+    whole = {step.name: math.inf for step in (*steps, *beside)}
+    inside = [np.full(len(step.works), np.inf) for step in steps]
+    begin, each, total = time.monotonic(), 0.0, ROUNDS
+    size = len(calls) + len(steps) + len(beside)
     for turn in range(ROUNDS):
-        if turn >= LEAST_ROUNDS and time.monotonic() - begin + each > limit:
-            break
         start = time.monotonic()
+        if turn >= LEAST_ROUNDS and start - begin + each > limit:
+            break
         for number, call in enumerate(calls):
-            fastest[number] = min(fastest[number], clock.seconds(call.make, least))
-            if number % 16 == 0:
-                report(Progress(turn * len(calls) + number, total * len(calls), "timing", call.work.operator))
-        for number, step in enumerate(steps):
-            whole[number] = min(whole[number], clock.step(step.take))
+            fastest[number] = min(fastest[number], clock.seconds(call.make, slice_))
+            report(Progress(turn * size + number, total * size, "timing", call.work.operator))
+        for number, step in enumerate((*steps, *beside)):
+            whole[step.name] = min(whole[step.name], clock.step(step.take))
+            if clock.is_cpu and number < len(steps):
+                inside[number] = np.minimum(inside[number], step.watch())
+            report(Progress(turn * size + len(calls) + number + 1, total * size, "timing", step.name))
         each = time.monotonic() - start
-        total = max(LEAST_ROUNDS, min(ROUNDS, turn + 1 + int((limit - (time.monotonic() - begin)) / max(each, 1e-3))))
-    report(Progress(total * len(calls), total * len(calls), "timing"))
-    return Measured(tuple(zip(calls, fastest, strict=True)), tuple(zip(steps, whole, strict=True)))
+        total = max(LEAST_ROUNDS, min(ROUNDS, turn + 1 + int((limit - (time.monotonic() - begin)) / each)))
+    report(Progress(total * size, total * size, "timing"))
+    found = [*zip(calls, fastest, strict=True), *(_inside(steps, inside) if clock.is_cpu else [])]
+    return Measured(tuple(found), tuple((step, whole[step.name]) for step in (*steps, *beside)))
+
+
+def _inside(steps: Sequence[Step], took: Sequence[Numbers]) -> Iterator[tuple[Timed, float]]:
+    """Yield one call of each kind and shape in the steps, with the median of its seconds at its places there."""
+    places: dict[str, tuple[Work, list[float]]] = {}
+    for step, seconds_ in zip(steps, took, strict=True):
+        for name, work, one in zip(step.names, step.works, seconds_.tolist(), strict=True):
+            if work.operator not in WAITING:
+                places.setdefault(name, (work, []))[1].append(one)
+    for name, (work, found) in places.items():
+        yield Timed(name, work, lambda: None), statistics.median(found)
 
 
 def fitted(begin: DeviceProfile, found: Measured) -> DeviceProfile:
@@ -219,12 +244,12 @@ def _operator(timed: list[tuple[Work, float]], profile: DeviceProfile) -> tuple[
     name = f"{works[0].operator}.{works[0].dtype}"
     shapes = len({(work.m, work.n, work.k, work.traffic) for work in works})
     if works[0].kind == "stream":
-        begin = [1.0, 1.0, max(profile.cached_speed - 1, 0.1)][: min(shapes, 3)]
+        begin = [1.0, 1.0, *([max(profile.cached_speed - 1, 0.1)] if shapes > 2 else [])]
     else:
-        begin = [1.0, 1.0, *([4.0, 4.0, 16.0] if shapes > 3 else [])][: min(shapes, 5)]
+        begin = [1.0, 1.0, *([4.0, 4.0, 16.0] if shapes > 3 else [])]
 
     def made(values: Numbers) -> OperatorRate:
-        share, calls, *more = (*values.tolist(), *[1.0, 0.0][len(values) - 1 :])
+        share, calls, *more = values.tolist()
         if works[0].kind == "stream":
             return OperatorRate(share=share, calls=calls, near=1 + more[0] if more else profile.cached_speed)
         return OperatorRate(share=share, calls=calls, half=(more[0], more[1], more[2]) if len(more) > 2 else NONE)

@@ -1,7 +1,10 @@
-"""Calls of operators that are taken from real training steps of small models, to be made again and timed one by one.
+"""Calls of operators in real training steps of small models, timed where they are or made again one by one.
 
 So every operator is timed as the program calls it, with the tensors that it has there, on any device; and what a call
 must compute and move is told by the same lines as in a dry run.
+
+On a CPU a call is timed inside its step, since it matters what of its tensors lies in the cache: made again and again
+it would find all of them there. On a card, which does not work while its host calls, calls are made again in a row.
 """
 
 import time
@@ -12,12 +15,13 @@ from typing import Any
 import torch
 
 from liaoyuan.compute.plan.dry_run import Job, empty_batch
-from liaoyuan.compute.plan.trace import Event, Recorder
+from liaoyuan.compute.plan.trace import IGNORED, BelowDTensor, Event, Recorder
 from liaoyuan.compute.plan.work import Work, work_of
 from liaoyuan.data import Batch
 from liaoyuan.device import Device
 from liaoyuan.models import Decoder
 from liaoyuan.ops.choice import operators_called
+from liaoyuan.ops.cost import group_of
 from liaoyuan.ops.watch import Call
 from liaoyuan.parallel import Program, World, lay_out
 from liaoyuan.training.loop import make_optimiser, take_step
@@ -38,11 +42,16 @@ class Timed:
 
 @dataclass(frozen=True)
 class Step:
-    """A training step that can be taken again, and the work of each of its calls."""
+    """A training step that can be taken again: the work of each of its calls, and what each of them is called.
+
+    watch: takes it and returns the seconds of each call, on the host's clock.
+    """
 
     name: str
     works: tuple[Work, ...]
     take: Callable[[], Any]
+    names: tuple[str, ...] = ()
+    watch: Callable[[], list[float]] = list
 
 
 class _Calls(Recorder):
@@ -73,12 +82,34 @@ def step_of(job: Job, device: Device, name: str) -> tuple[Step, list[Timed]]:
         take_step(program, optimiser, batches, job.train.learning_rate, job.train.clip, world)
 
     take()
-    with operators_called(), _Calls(program) as recorder:
+    recorder = _Calls(program)
+    with operators_called(), recorder:
         recorder.restart()
         take()
-    works = tuple(work_of(event) for event in recorder.trace.events)
-    timed = [_timed(event, call) for event, call in recorder.calls.values() if event.operator not in UNTIMED]
-    return Step(name, works, take), timed
+    events = recorder.trace.events
+    step = Step(
+        *(name, tuple(work_of(event) for event in events), take, tuple(_name(event) for event in events)),
+        lambda: _watched(program, take),
+    )
+    if device.is_cpu:
+        return step, []
+    return step, [_timed(event, call) for event, call in recorder.calls.values() if event.operator not in UNTIMED]
+
+
+def _watched(program: Program, take: Callable[[], Any]) -> list[float]:
+    found = list[float]()
+
+    def around(call: Call, compute: Callable[[], Any]) -> Any:
+        begin = time.process_time()
+        out = compute()
+        took = time.process_time() - begin
+        if not call.operator.startswith(IGNORED) and group_of(call.operator, call.function) != "views":
+            found.append(took)
+        return out
+
+    with operators_called(), BelowDTensor(program, around):
+        take()
+    return found
 
 
 def streams(device: Device, dtype: torch.dtype) -> list[Timed]:
@@ -87,8 +118,8 @@ def streams(device: Device, dtype: torch.dtype) -> list[Timed]:
     for size in STREAM_BYTES:
         x = torch.ones(size // dtype.itemsize, dtype=dtype, device=device.torch)
         y = torch.ones_like(x)
-        program = Program([])
-        with _Calls(program) as recorder:
+        recorder = _Calls(Program([]))
+        with recorder:
             for operation in (x.add, x.copy_):
                 operation(y)
             x.mul_(1.0)
@@ -97,15 +128,22 @@ def streams(device: Device, dtype: torch.dtype) -> list[Timed]:
 
 
 def _timed(event: Event, call: Call) -> Timed:
+    return Timed(_name(event), work_of(event), lambda: call.function(*call.inputs, **call.named_inputs))
+
+
+def _name(event: Event) -> str:
     dtype = str(event.dtype).removeprefix("torch.")
     sizes = " ".join(str(list(shape)) for shape in event.shapes[:2])
-    name = f"{event.operator.removeprefix('aten.')}.{dtype} {sizes}"
-    return Timed(name, work_of(event), lambda: call.function(*call.inputs, **call.named_inputs))
+    return f"{event.operator.removeprefix('aten.')}.{dtype} {sizes} of {len(event.shapes)}"
 
 
 def _on(batch: Batch, device: Device) -> Batch:
-    moved = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return replace(batch, **{name: x.to(device.torch) for name, x in moved.items() if isinstance(x, torch.Tensor)})
+    moved: dict[str, Any] = {
+        field.name: x.to(device.torch)
+        for field in fields(batch)
+        if isinstance(x := getattr(batch, field.name), torch.Tensor)
+    }
+    return replace(batch, **moved)
 
 
 class Clock:
