@@ -61,6 +61,7 @@ CPU_MODELS = (
     Small(128, 96, 4, 32, 512, 8, 128, experts=8),
 )
 CARD_MODELS = (
+    Small(64, 128, 2, 32, 128, 2, 32),
     Small(512, 1536, 8, 64, 8192, 2, 512),
     Small(1024, 2816, 8, 128, 32768, 4, 2048),
     Small(2048, 5632, 16, 128, 65536, 4, 4096, microbatches=2),
@@ -76,13 +77,19 @@ def calibrate(
     """Return the profile of the card that this process computes on; of its links, what is assumed of the cluster's.
 
     Args:
+        cluster: what such a card should give. On a CPU a card is one core: one thread computes.
         minutes: that it may take, without what it takes to begin.
         dtypes: of the steps that are taken apart, by torch's names.
     """
-    begin = assumed(cluster)
-    calls, steps = prepare(device, dtypes, report)
-    found = measure(calls, steps, Clock(device), minutes * 60, report)
-    return fitted(begin, found)
+    threads = torch.get_num_threads()
+    if device.is_cpu:
+        torch.set_num_threads(1)
+    try:
+        calls, steps = prepare(device, dtypes, report)
+        found = measure(calls, steps, Clock(device), minutes * 60, report)
+    finally:
+        torch.set_num_threads(threads)
+    return fitted(assumed(cluster), found, device.is_cpu)
 
 
 def prepare(device: Device, dtypes: Sequence[str], report: Report = silent) -> tuple[list[Timed], list[Step]]:
@@ -174,8 +181,11 @@ def _inside(steps: Sequence[Step], took: Sequence[Numbers]) -> Iterator[tuple[Ti
         yield Timed(name, work, lambda: None), statistics.median(found)
 
 
-def fitted(begin: DeviceProfile, found: Measured) -> DeviceProfile:
-    """Return the profile with which all that was measured is told best, and by how much each is off."""
+def fitted(begin: DeviceProfile, found: Measured, one_after_other: bool = True) -> DeviceProfile:
+    """Return the profile with which all that was measured is told best, and by how much each is off.
+
+    one_after_other: whether the host waits for each call, as on a CPU, where it is the card.
+    """
     profile = _memory(begin, [(one.work, took) for one, took in found.calls if one.work.kind == "stream"])
     groups: dict[str, list[tuple[Timed, float]]] = {}
     for call, took in found.calls:
@@ -186,7 +196,7 @@ def fitted(begin: DeviceProfile, found: Measured) -> DeviceProfile:
         rate, off = _operator([(call.work, took) for call, took in members], profile)
         profile = profile.model_copy(update={"operators": profile.operators | {name: rate}})
         residuals |= {call.name: float(one) for (call, _), one in zip(members, off, strict=True)}
-    profile, more = _host(profile, found.steps)
+    profile, more = _host(profile, found.steps) if one_after_other else (_ahead(profile, found.steps), {})
     return profile.model_copy(
         update={"residuals": residuals | more, "rests_on": f"{len(residuals)} timings of single calls on this machine"}
     )
@@ -271,6 +281,12 @@ def _host(profile: DeviceProfile, steps: Sequence[tuple[Step, float]]) -> tuple[
     launch = Figure(median=float(values[0]), sigma=_spread(off))
     residuals = {step.name: float(one) for (step, _), one in zip(steps, off, strict=True)}
     return profile.model_copy(update={"launch": launch}), residuals
+
+
+def _ahead(profile: DeviceProfile, steps: Sequence[tuple[Step, float]]) -> DeviceProfile:
+    """Set what the host takes for each call, where the card computes meanwhile, to that of the step with least work."""
+    step, took = min(steps, key=lambda one: sum(work.flops for work in one[0].works))
+    return profile.model_copy(update={"launch": Figure(median=took / len(step.works), sigma=0.2)})
 
 
 def _spread(off: Iterable[float]) -> float:

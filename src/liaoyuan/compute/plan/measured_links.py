@@ -29,8 +29,8 @@ from liaoyuan.parallel import World, start
 from liaoyuan.rundir import Progress, Report, silent
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send")
-SIZES = (4096, 65_536, 524_288, 4_194_304, 16_777_216, 67_108_864)  # bytes of the whole that is exchanged
-LEAST, ROUNDS = 2e-3, 5  # seconds that a collective is repeated for, and how often
+SIZES = (4096, 32_768, 262_144, 2_097_152, 8_388_608, 33_554_432)  # bytes of the whole that is exchanged
+LEAST, ROUNDS = 2e-3, 4  # seconds that a collective is repeated for, and how often
 SIDE = 1024  # of the matrices that are multiplied while messages travel
 LEAST_SIGMA = 0.05
 DEADLINE = 300  # seconds without a word from the processes
@@ -145,9 +145,9 @@ def _exchange(world: World, kind: str, size: int) -> Callable[[], Any]:
     if kind == "all-reduce":
         return lambda: dist.all_reduce(whole)
     if kind == "all-gather":
-        return lambda: dist.all_gather_into_tensor(whole, own)
+        return lambda: dist.all_gather_single(whole, own)
     if kind == "reduce-scatter":
-        return lambda: dist.reduce_scatter_tensor(own, whole)
+        return lambda: dist.reduce_scatter_single(own, whole)
     if kind == "all-to-all":
         return lambda: dist.all_to_all_single(other, whole)
     following, before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
