@@ -5,10 +5,9 @@ spoils one round of many and not one figure; of each the fastest counts, as noth
 Figures are fitted so that what `cost.seconds` tells comes nearest to all of them (`fit.py`).
 """
 
-import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +99,8 @@ def prepare(device: Device, dtypes: Sequence[str], report: Report = silent) -> t
         calls += streams(device, getattr(torch, dtype))
         for number, small in enumerate(models):
             report(Progress(number, len(models), "model", f"a layer of {small.hidden} in {dtype}"))
-            step, more = step_of(_job(small, dtype, device), device, f"step.{dtype} hidden {small.hidden}")
+            sparse = f", {small.experts} experts" if small.experts else ""
+            step, more = step_of(_job(small, dtype, device), device, f"step.{dtype} hidden {small.hidden}{sparse}")
             steps.append(step)
             calls += more
     return list({one.name: one for one in calls}.values()), steps
@@ -140,15 +140,16 @@ def measure(
     limit: float,
     report: Report = silent,
     beside: Sequence[Step] = (),
+    typical: Callable[[Sequence[float]], float] = min,
 ) -> Measured:
     """Time everything in rounds until `limit` seconds are over, at least `LEAST_ROUNDS`, and return the fastest.
 
-    beside: further steps that are timed as wholes alone.
+    beside: further steps that are timed as wholes alone. typical: what of the rounds counts, if not the fastest.
     """
     slice_ = CPU_SLICE if clock.is_cpu else SLICE
-    fastest = [math.inf] * len(calls)
-    whole = {step.name: math.inf for step in (*steps, *beside)}
-    inside = [np.full(len(step.works), np.inf) for step in steps]
+    alone = [list[float]() for _ in calls]
+    whole = {step.name: list[float]() for step in (*steps, *beside)}
+    inside = [list[list[float]]() for _ in steps]
     begin, each, total = time.monotonic(), 0.0, ROUNDS
     size = len(calls) + len(steps) + len(beside)
     for turn in range(ROUNDS):
@@ -156,28 +157,30 @@ def measure(
         if turn >= LEAST_ROUNDS and start - begin + each > limit:
             break
         for number, call in enumerate(calls):
-            fastest[number] = min(fastest[number], clock.seconds(call.make, slice_))
+            alone[number].append(clock.seconds(call.make, slice_))
             report(Progress(turn * size + number, total * size, "timing", call.work.operator))
         for number, step in enumerate((*steps, *beside)):
-            whole[step.name] = min(whole[step.name], clock.step(step.take))
+            whole[step.name].append(clock.step(step.take))
             if clock.is_cpu and number < len(steps):
-                inside[number] = np.minimum(inside[number], step.watch())
+                inside[number].append(step.watch())
             report(Progress(turn * size + len(calls) + number + 1, total * size, "timing", step.name))
         each = time.monotonic() - start
         total = max(LEAST_ROUNDS, min(ROUNDS, turn + 1 + int((limit - (time.monotonic() - begin)) / each)))
     report(Progress(total * size, total * size, "timing"))
-    found = [*zip(calls, fastest, strict=True), *(_inside(steps, inside) if clock.is_cpu else [])]
-    return Measured(tuple(found), tuple((step, whole[step.name]) for step in (*steps, *beside)))
+    found = [(call, typical(took)) for call, took in zip(calls, alone, strict=True)]
+    if clock.is_cpu:
+        found += _inside(steps, [[typical(one) for one in zip(*rounds, strict=True)] for rounds in inside])
+    return Measured(tuple(found), tuple((step, typical(whole[step.name])) for step in (*steps, *beside)))
 
 
-def _inside(steps: Sequence[Step], took: Sequence[Numbers]) -> Iterator[tuple[Timed, float]]:
+def _inside(steps: Sequence[Step], took: Sequence[Sequence[float]]) -> Iterator[tuple[Timed, float]]:
     """Yield one call of each kind and shape in the steps, with the median of its seconds at its places there."""
-    places: dict[str, tuple[Work, list[float]]] = {}
-    for step, seconds_ in zip(steps, took, strict=True):
-        for name, work, one in zip(step.names, step.works, seconds_.tolist(), strict=True):
+    places: dict[tuple[str, Work], list[float]] = {}
+    for step, each in zip(steps, took, strict=True):
+        for name, work, one in zip(step.names, step.works, each, strict=True):
             if work.operator not in WAITING:
-                places.setdefault(name, (work, []))[1].append(one)
-    for name, (work, found) in places.items():
+                places.setdefault((name, work), []).append(one)
+    for (name, work), found in places.items():
         yield Timed(name, work, lambda: None), statistics.median(found)
 
 
@@ -278,9 +281,9 @@ def _host(profile: DeviceProfile, steps: Sequence[tuple[Step, float]]) -> tuple[
     count = np.array([len(step.works) for step, _ in steps], dtype=float)
     took = np.array([one for _, one in steps])
     values, off = fit(lambda x: told + x[0] * count, np.array([profile.launch.median]), took)
-    launch = Figure(median=float(values[0]), sigma=_spread(off))
+    launch, unexplained = Figure(median=float(values[0]), sigma=0.1), Figure(median=1.0, sigma=_spread(off))
     residuals = {step.name: float(one) for (step, _), one in zip(steps, off, strict=True)}
-    return profile.model_copy(update={"launch": launch}), residuals
+    return profile.model_copy(update={"launch": launch, "step": unexplained}), residuals
 
 
 def _ahead(profile: DeviceProfile, steps: Sequence[tuple[Step, float]]) -> DeviceProfile:

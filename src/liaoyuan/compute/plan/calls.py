@@ -133,7 +133,8 @@ def _timed(event: Event, call: Call) -> Timed:
 
 def _name(event: Event) -> str:
     dtype = str(event.dtype).removeprefix("torch.")
-    sizes = " ".join(str(list(shape)) for shape in event.shapes[:2])
+    wide = [shape for shape in event.shapes if len(shape) > 1] or event.shapes
+    sizes = " ".join(str(list(shape)) for shape in wide[:3])
     return f"{event.operator.removeprefix('aten.')}.{dtype} {sizes} of {len(event.shapes)}"
 
 
