@@ -4,6 +4,7 @@ Nobody knows these figures exactly, so each is a belief: a median and a 90% rang
 report; where nothing is published the range is wide and the comment says so.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class Span(Config):
         """Return the values at so many standard deviations from the median."""
         if self.high == 0:
             return np.zeros_like(normal)
-        side = np.where(normal < 0, np.log(self.median / self.low), np.log(self.high / self.median))
+        side = np.where(normal < 0, math.log(self.median / self.low), math.log(self.high / self.median))
         return np.asarray(self.median * np.exp(side * normal / HALF_RANGE))
 
     def times(self, factor: float) -> "Span":

@@ -25,6 +25,7 @@ from liaoyuan.rundir import Progress, Report, silent
 LOSSES = ("detection", "waiting for nodes", "restart", "lost work", "saving", "stragglers", "planned stops")
 Flags = NDArray[np.bool_]
 Indices = NDArray[np.intp]
+PACKED = 0.9  # arrays are packed when fewer than so many of their lives go on
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,6 @@ class Costs:
     def lives(self) -> int:
         return len(self.steps)
 
-    @property
-    def pace(self) -> Floats:
-        """Seconds of a step, with stragglers and the share of local saves that falls on it."""
-        local = np.divide(self.local_block, self.local_every, out=np.zeros_like(self.step), where=self.local_every > 0)
-        return self.step * self.stretch + local
-
-    @property
-    def run(self) -> Floats:
-        """Seconds of the steps between two durable saves; the second waits for the first to be written."""
-        return _beside_a_save(self, self.every)
-
 
 @dataclass(frozen=True)
 class Chance:
@@ -96,11 +86,11 @@ def chances(seed: int, lives: int, copies: int = 1, shape: float = 1.0) -> Chanc
     scale = gamma(1 + 1 / shape)
 
     def draw(number: int) -> Chance:
-        uniform = np.random.default_rng([seed, number]).random((4, lives))
-        exponential = -np.log1p(-uniform)
-        gap = exponential[0] if shape == 1 else exponential[0] ** (1 / shape) / scale
-        parts = (gap, uniform[1], exponential[2], exponential[3])
-        return Chance(*(np.tile(part, copies) for part in parts))
+        numbers = np.random.default_rng([seed, number])
+        gap, repair, unnoticed = numbers.standard_exponential((3, lives))
+        kind = numbers.random(lives)
+        gap = gap if shape == 1 else gap ** (1 / shape) / scale
+        return Chance(*(np.tile(part, copies) if copies > 1 else part for part in (gap, kind, repair, unnoticed)))
 
     return draw
 
@@ -147,17 +137,46 @@ def simulate(
     """
     total, table, number = costs.lives, _Kinds.of(kinds), 0
     result = Lives(np.zeros(total), np.zeros(total), np.zeros((len(LOSSES), total)), *np.zeros((3, total)))
-    alive, state = np.arange(total), _State.fresh(costs)
-    while len(alive):
-        ended = _stretch(costs, state, _taken(chance(number), alive), table, survives)
-        over = ended | (state.time > horizon)
+    alive, going = np.arange(total), np.ones(total, bool)
+    state, line = _State.fresh(costs), _Line.of(costs)
+    while going.any():
+        drawn = chance(number)
+        ended = _stretch(costs, line, state, drawn if len(alive) == total else _taken(drawn, alive), table, survives)
+        over = (ended | (state.time > horizon)) & going
         if over.any():
             _note(result, alive[over], ended[over], _taken(state, over), _taken(costs, over))
-            left = ~over
-            alive, state, costs, horizon = alive[left], _taken(state, left), _taken(costs, left), horizon[left]
-            report(Progress(total - len(alive), total, "life"))
+            going &= ~over
+            report(Progress(total - int(going.sum()), total, "life"))
+        if going.sum() < PACKED * len(going):
+            alive, horizon = alive[going], horizon[going]
+            state, costs, line = _taken(state, going), _taken(costs, going), _taken(line, going)
+            going = going[going]
         number += 1
     return result
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What follows from the costs. rate: of interruptions, `planned` of which are stops.
+
+    pace: seconds of a step, with stragglers and the share of local saves that falls on it. run: seconds of the steps
+    between two durable saves, which wait for the first to be written; cycle: and of the second save.
+    """
+
+    rate: Floats
+    planned: Floats
+    pace: Floats
+    run: Floats
+    cycle: Floats
+
+    @classmethod
+    def of(cls, costs: Costs) -> "_Line":
+        stops = 1 / costs.stop_mean
+        rate = stops + 1 / costs.mean
+        local = np.divide(costs.local_block, costs.local_every, out=np.zeros_like(rate), where=costs.local_every > 0)
+        pace = costs.step * costs.stretch + local
+        run = _beside_a_save(costs, pace, costs.every)
+        return cls(rate, stops / np.maximum(rate, 1e-300), pace, run, run + costs.block)
 
 
 @dataclass(frozen=True)
@@ -201,33 +220,34 @@ class _State:
     def fresh(cls, costs: Costs) -> "_State":
         slots = np.arange(max(1, int(costs.spares.max())))
         ready = np.where(slots < costs.spares[:, None], 0.0, np.inf)
-        return cls(*np.zeros((10, costs.lives)), np.zeros((costs.lives, len(LOSSES))), ready)
+        numbers = [np.zeros(costs.lives) for _ in range(10)]
+        return cls(*numbers, np.zeros((costs.lives, len(LOSSES))), ready)
 
     def lose(self, name: str, seconds: Floats) -> None:
         self.losses[:, LOSSES.index(name)] += seconds
 
 
-Arrays = TypeVar("Arrays", Costs, Chance, _State)
+Arrays = TypeVar("Arrays", Costs, Chance, _State, _Line)
 
 
 def _taken(arrays: Arrays, which: Flags | Indices) -> Arrays:
     return type(arrays)(*(getattr(arrays, field.name)[which] for field in fields(arrays)))
 
 
-def _stretch(costs: Costs, state: _State, drawn: Chance, kinds: _Kinds, survives: bool) -> Flags:
+def _stretch(costs: Costs, line: _Line, state: _State, drawn: Chance, kinds: _Kinds, survives: bool) -> Flags:
     """Live to the next failure, stop or end; return which have come to the end."""
-    rate = 1 / costs.mean + 1 / costs.stop_mean
-    gap = np.divide(drawn.gap, rate, out=np.full_like(rate, np.inf), where=rate > 0)
+    gap = np.divide(drawn.gap, line.rate, out=np.full_like(line.rate, np.inf), where=line.rate > 0)
     down = state.detect + state.stop + state.wait + state.restart
-    needed = _to_the_end(costs, state.at)
+    first = np.minimum((np.floor(state.at / costs.every) + 1) * costs.every, costs.steps)  # the next durable save
+    needed = _to_the_end(costs, line, state.at, first)
     ends = gap - down >= needed
     span = np.clip(gap - down, 0, needed)
-    work, durable, local = _after(costs, state, span)
+    work, durable, local = _after(costs, line, state, first, span)
     work, durable = np.where(ends, costs.steps, work), np.where(ends, costs.steps, durable)
     _count_down(state, gap)
     state.lose("saving", span - (work - state.at) * costs.step * costs.stretch)
     state.time = state.time + np.where(ends, down + needed, gap)
-    _fail(costs, state, drawn, kinds, _Reached(work, durable, local), ~ends, survives)
+    _fail(costs, line, state, drawn, kinds, _Reached(work, durable, local), ~ends, survives)
     return np.asarray(ends)
 
 
@@ -246,33 +266,25 @@ def _count_down(state: _State, gap: Floats) -> None:
         left = left - passed
 
 
-def _beside_a_save(costs: Costs, steps: Floats) -> Floats:
+def _beside_a_save(costs: Costs, pace: Floats, steps: Floats) -> Floats:
     """Return the seconds of `steps` steps beside which a save is written, which is over then."""
-    seconds = steps * costs.pace
+    seconds = steps * pace
     slowed = seconds + costs.write * (1 - 1 / costs.slow)
     return np.where(seconds * costs.slow <= costs.write, costs.write, slowed)
 
 
-def _next_save(costs: Costs, at: Floats) -> Floats:
-    """Return the step after which a life that goes on from `at` next saves."""
-    return np.minimum((np.floor(at / costs.every) + 1) * costs.every, costs.steps)
-
-
-def _to_the_end(costs: Costs, at: Floats) -> Floats:
-    """Return the seconds from step `at` until the last state is written."""
-    first = _next_save(costs, at)
+def _to_the_end(costs: Costs, line: _Line, at: Floats, first: Floats) -> Floats:
+    """Return the seconds from step `at`, after which `first` is saved next, until the last state is written."""
     whole = np.floor((costs.steps - first) / costs.every)
     rest = costs.steps - first - whole * costs.every
-    tail = np.where(rest > 0, _beside_a_save(costs, rest) + costs.block, 0.0)
-    return (first - at) * costs.pace + costs.block + whole * (costs.run + costs.block) + tail + costs.write
+    tail = np.where(rest > 0, _beside_a_save(costs, line.pace, rest) + costs.block, 0.0)
+    return (first - at) * line.pace + costs.block + whole * line.cycle + tail + costs.write
 
 
-def _after(costs: Costs, state: _State, span: Floats) -> tuple[Floats, Floats, Floats]:
+def _after(costs: Costs, line: _Line, state: "_State", first: Floats, span: Floats) -> tuple[Floats, Floats, Floats]:
     """Return the work done, the newest durable and the newest local state, `span` seconds after a life has gone on."""
-    pace, run = costs.pace, costs.run
-    first = _next_save(costs, state.at)
+    pace, cycle = line.pace, line.cycle
     late = span - (first - state.at) * pace - costs.block  # since the first save was handed over
-    cycle = run + costs.block
     whole = np.floor(np.maximum(late, 0) / cycle)
     within = np.maximum(late, 0) - whole * cycle
     slowed = np.minimum(within, costs.write) / costs.slow + np.maximum(within - costs.write, 0)
@@ -297,19 +309,24 @@ class _Reached:
 
 
 def _fail(
-    costs: Costs, state: _State, drawn: Chance, kinds: _Kinds, reached: _Reached, fails: Flags, survives: bool
+    costs: Costs,
+    line: _Line,
+    state: _State,
+    drawn: Chance,
+    kinds: _Kinds,
+    reached: _Reached,
+    fails: Flags,
+    survives: bool,
 ) -> None:
     """Set the state to what lies behind a failure or planned stop that has come now to those of `fails`."""
     work = reached.work
-    stops = 1 / costs.stop_mean
-    part = stops / np.maximum(stops + 1 / costs.mean, 1e-300)  # of interruptions that are planned
-    planned = (drawn.kind < part) | ~fails
-    uniform = (drawn.kind - part) / np.maximum(1 - part, 1e-300)
+    planned = (drawn.kind < line.planned) | ~fails
+    uniform = (drawn.kind - line.planned) / np.maximum(1 - line.planned, 1e-300)
     kind = np.minimum(np.searchsorted(kinds.share, uniform, side="right"), len(kinds.share) - 1)
     loses = kinds.loses[kind] & ~planned
     wrong = np.where(planned, 0.0, kinds.unnoticed[kind] * drawn.unnoticed)  # seconds
     stays = (costs.local_every > 0) & ~planned & (wrong == 0) & (survives | ~loses)
-    sound = np.floor(np.maximum(work - wrong / costs.pace, 0) / costs.every) * costs.every
+    sound = np.floor(np.maximum(work - wrong / line.pace, 0) / costs.every) * costs.every
     durable = np.where(wrong > 0, np.minimum(reached.durable, sound), reached.durable)
     durable = np.where(planned & (work > state.at), np.floor(work), durable)
     state.at = np.where(stays, reached.local, np.where(planned & (work <= state.at), state.at, durable))
