@@ -11,9 +11,9 @@ waits for (`block`); the rest of it (`write`) goes on beside the next steps, whi
 A state counts when it is written. A local save every `local_every` steps counts at once.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from math import gamma
 from typing import TypeVar
 
 import numpy as np
@@ -25,6 +25,7 @@ from liaoyuan.rundir import Progress, Report, silent
 LOSSES = ("detection", "waiting for nodes", "restart", "lost work", "saving", "stragglers", "planned stops")
 Flags = NDArray[np.bool_]
 Indices = NDArray[np.intp]
+TOLD = 16  # failures between two reports of progress
 PACKED = 0.9  # arrays are packed when fewer than so many of their lives go on
 
 
@@ -83,7 +84,7 @@ def chances(seed: int, lives: int, copies: int = 1, shape: float = 1.0) -> Chanc
 
     copies: how many variants are lived through side by side; the lives of each get the same numbers.
     """
-    scale = gamma(1 + 1 / shape)
+    scale = math.gamma(1 + 1 / shape)
 
     def draw(number: int) -> Chance:
         numbers = np.random.default_rng([seed, number])
@@ -146,7 +147,9 @@ def simulate(
         if over.any():
             _note(result, alive[over], ended[over], _taken(state, over), _taken(costs, over))
             going &= ~over
-            report(Progress(total - int(going.sum()), total, "life"))
+        if number % TOLD == 0 or not going.any():
+            left = float(np.sum(1 - state.at[going] / costs.steps[going]))
+            report(Progress(total - math.ceil(left), total, "life"))
         if going.sum() < PACKED * len(going):
             alive, horizon = alive[going], horizon[going]
             state, costs, line = _taken(state, going), _taken(costs, going), _taken(line, going)
@@ -221,7 +224,7 @@ class _State:
         slots = np.arange(max(1, int(costs.spares.max())))
         ready = np.where(slots < costs.spares[:, None], 0.0, np.inf)
         numbers = [np.zeros(costs.lives) for _ in range(10)]
-        return cls(*numbers, np.zeros((costs.lives, len(LOSSES))), ready)
+        return cls(*numbers, losses=np.zeros((costs.lives, len(LOSSES))), ready=ready)
 
     def lose(self, name: str, seconds: Floats) -> None:
         self.losses[:, LOSSES.index(name)] += seconds
