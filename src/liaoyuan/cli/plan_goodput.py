@@ -1,4 +1,4 @@
-"""`liaoyuan plan goodput`: how long a job takes among failures, where the time goes, how often to save, what to spare."""
+"""`liaoyuan plan goodput`: how long a job takes among failures, where the time goes, what to save and spare."""
 
 import json as json_format
 import math
@@ -195,8 +195,8 @@ def _advice(run: "Run", saves: "Choices", nodes: "Choices") -> str:
     step = run.step.median
     low, high = saves.as_good
     lines = [
-        f"\nSave every {saves.best.value:,} steps ({_minutes(saves.best.value * step)}); from {low:,} to {high:,} is as "
-        f"good within 0.2%. Daly's formula gives {saves.formula:,}."
+        f"\nSave every {saves.best.value:,} steps ({_minutes(saves.best.value * step)}); from {low:,} to {high:,} "
+        f"is as good within 0.2%. Daly's formula gives {saves.formula:,}."
     ]
     if saves.best.value != run.every:
         lines[0] += f" (train.checkpoint_every is {run.every:,}.)"

@@ -223,8 +223,8 @@ class _State:
     def fresh(cls, costs: Costs) -> "_State":
         slots = np.arange(max(1, int(costs.spares.max())))
         ready = np.where(slots < costs.spares[:, None], 0.0, np.inf)
-        numbers = [np.zeros(costs.lives) for _ in range(10)]
-        return cls(*numbers, losses=np.zeros((costs.lives, len(LOSSES))), ready=ready)
+        zeros = {field.name: np.zeros(costs.lives) for field in fields(cls)}
+        return cls(**(zeros | {"losses": np.zeros((costs.lives, len(LOSSES))), "ready": ready}))
 
     def lose(self, name: str, seconds: Floats) -> None:
         self.losses[:, LOSSES.index(name)] += seconds
@@ -296,7 +296,7 @@ def _after(costs: Costs, line: _Line, state: "_State", first: Floats, span: Floa
     work = np.where(late < 0, np.minimum(state.at + span / pace, first), np.minimum(saved + since, costs.steps))
     before = np.where(whole > 0, saved - costs.every, state.durable)
     durable = np.where(late < 0, state.durable, np.where(within >= costs.write, saved, before))
-    copied = np.where(late < 0, state.at, saved)
+    copied = np.where(late < 0, state.at, np.minimum(saved, costs.steps))
     whole_local = np.floor(work / np.maximum(costs.local_every, 1)) * costs.local_every
     local = np.where(costs.local_every > 0, np.maximum(copied, whole_local), durable)
     return work, durable, local
