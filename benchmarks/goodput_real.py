@@ -263,7 +263,8 @@ def show(measured: Measured, lived: list[Lived], count: int) -> None:
         f"a step {1000 * (measured.step + measured.beside):.1f} ms\n"
     )
     print(
-        "| kills every, s | saves every, steps | kills | ETTR | simulated, median (90%) | inside | seconds | of a life with the same kills | error |"
+        "| kills every, s | saves every, steps | kills | ETTR | simulated, median (90%) | inside | seconds "
+        "| of a life with the same kills | error |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     errors, inside = [], 0
