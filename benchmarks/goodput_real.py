@@ -29,12 +29,13 @@ from liaoyuan.rundir import read_metrics
 from recovery import LAUNCH, PATIENCE, children, end, metrics, newest_state, prepare, steps
 
 BATCH_TOKENS = 512
-SETTINGS = ((60.0, 100), (60.0, 25), (30.0, 25))  # seconds between kills in the mean, steps between saves
+SETTINGS = ((4.0, 100), (4.0, 25), (8.0, 25))  # restarts that fit between two kills in the mean, steps between saves
 CALM, OFTEN, KILLS = (
-    300,
+    200,
     20,
-    4,
+    3,
 )  # steps of a run that nothing interrupts, of which one saves so often; restarts measured
+FIRST = 10  # times as long as the median: a step that a process takes first, which is part of its start
 LIVES = 2000
 NEVER = 10**6  # steps
 POLL = 0.02  # seconds
@@ -118,8 +119,10 @@ class Job:
         self.process.wait()
 
     def step_seconds(self) -> float:
-        rows = read_metrics(metrics(self.folder))
-        return statistics.fmean(BATCH_TOKENS / row["tokens_per_second"] for row in rows)
+        """Return the mean of its steps, but for those with which a process began."""
+        seconds = [BATCH_TOKENS / row["tokens_per_second"] for row in read_metrics(metrics(self.folder))]
+        most = FIRST * statistics.median(seconds)
+        return statistics.fmean(one for one in seconds if one < most)
 
 
 def _words(pid: int) -> bytes:
@@ -139,10 +142,11 @@ def main() -> None:
         numbers = np.random.default_rng(options.seed)
         lived = []
         for number in range(options.jobs):
-            for mean, every in SETTINGS:
+            for restarts, every in SETTINGS:
+                mean = restarts * measured.restart
                 gaps = numbers.exponential(mean, 1000)
                 lived.append(
-                    live(run_file, folder / f"job-{number}-{mean:g}-{every}", options, mean, every, gaps, measured)
+                    live(run_file, folder / f"job-{number}-{restarts:g}-{every}", options, mean, every, gaps, measured)
                 )
                 print(lived[-1], file=sys.stderr)
     show(measured, lived, options.steps)
@@ -165,8 +169,8 @@ def measure(run_file: Path, folder: Path) -> Measured:
     seconds, inside = {}, {}
     for name, often in (("plain", NEVER), ("saves", OFTEN)):
         job = Job(run_file, folder / name, CALM, often)
-        start = job.wait_for(1)
-        seconds[name] = (job.wait_for(CALM) - start) / (CALM - 1)
+        start = job.wait_for(5)
+        seconds[name] = (job.wait_for(CALM) - start) / (CALM - 5)
         inside[name] = job.step_seconds()
         job.close()
     # What is not in the steps of the run that saves, beyond what is not in those of the other, is for the saves.
@@ -273,9 +277,10 @@ def show(measured: Measured, lived: list[Lived], count: int) -> None:
         errors.append(one.same_failures / one.seconds - 1)
         holds = low <= one.ettr <= high
         inside += holds
+        ettr = f"{one.ettr:.1%} | {median:.1%} ({low:.1%} to {high:.1%}) | {'yes' if holds else 'no'}"
         print(
-            f"| {one.mean:g} | {one.every} | {len(one.gaps)} | {one.ettr:.1%} | {median:.1%} ({low:.1%} to {high:.1%}) "
-            f"| {'yes' if holds else 'no'} | {one.seconds:.1f} | {one.same_failures:.1f} | {errors[-1]:+.1%} |"
+            f"| {one.mean:.0f} | {one.every} | {len(one.gaps)} | {ettr} "
+            f"| {one.seconds:.1f} | {one.same_failures:.1f} | {errors[-1]:+.1%} |"
         )
     print(
         f"\n{inside} of {len(lived)} inside; error of seconds: median {statistics.median(map(abs, errors)):.1%}, "
