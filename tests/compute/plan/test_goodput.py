@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from liaoyuan.compute.plan.goodput.closed_form import availability, daly, expected_ettr, expected_time, young
@@ -192,8 +192,34 @@ CASES = st.fixed_dictionaries(
 )
 
 
+# A failure while the last save, which comes earlier than those before it, is written, and local copies are used.
+LAST_SAVE = {
+    "steps": 55,
+    "every": 2,
+    "local_every": 1,
+    "spares": 2,
+    "stop_mean": 300.0,
+    "local_block": 0.7566444191945105,
+    "step": 2.76355234415542,
+    "stretch": 1.2009784551511862,
+    "slow": 1.0683182674378853,
+    "detect": 16.026529327730305,
+    "requeue": 23.677547324125918,
+    "repair": 174.71371510081474,
+    "mean": 364.31371164601416,
+    "block": 4.108521924407526,
+    "write": 8.69926580447791,
+    "stop": 3.0096149101489096,
+    "start": 0.0,
+    "load": 4.7338702928805985,
+    "load_local": 1.1384445835834522,
+    "swap": 14.453567993992415,
+}
+
+
 @settings(max_examples=100, deadline=None)
 @given(case=CASES, seed=st.integers(0, 10**6), survives=st.booleans())
+@example(case=LAST_SAVE, seed=43, survives=False)
 def test_a_life_is_that_of_a_job_lived_step_by_step(case: dict[str, float], seed: int, survives: bool) -> None:
     lives = 3
     drawn = chances(seed, lives)
