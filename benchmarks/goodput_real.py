@@ -29,7 +29,7 @@ from liaoyuan.rundir import read_metrics
 from recovery import LAUNCH, PATIENCE, children, end, metrics, newest_state, prepare, steps
 
 BATCH_TOKENS = 512
-SETTINGS = ((4.0, 100), (4.0, 25), (8.0, 25))  # restarts that fit between two kills in the mean, steps between saves
+SETTINGS = ((2.0, 100), (2.0, 25), (4.0, 25))  # restarts that fit between two kills in the mean, steps between saves
 CALM, OFTEN, KILLS = (
     200,
     20,
@@ -58,17 +58,26 @@ class Measured:
 
 @dataclass(frozen=True)
 class Lived:
-    """A job that was killed: seconds from its first step to its last, of its steps, and between its kills."""
+    """A job that was killed: seconds from its first step to its last, of a step, and between its kills."""
 
     mean: float
     every: int
     seconds: float
     step: float
     gaps: tuple[float, ...]
-    waited: float  # seconds between the last kill and the end
+    restarts: tuple[float, ...]  # seconds from a kill to the next step, where no other kill came between
     ettr: float
-    predicted: tuple[float, float, float]  # ETTR of simulated lives: 5%, median, 95%
-    same_failures: float  # seconds of the life that meets the same gaps
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What is simulated of a job with the restarts of the others: ETTR of many lives (5%, median, 95%), and the seconds
+    of the one that meets the same gaps between failures.
+    """
+
+    restart: float
+    ettr: tuple[float, float, float]
+    seconds: float
 
 
 class Job:
@@ -149,16 +158,18 @@ def main() -> None:
                     live(run_file, folder / f"job-{number}-{restarts:g}-{every}", options, mean, every, gaps, measured)
                 )
                 print(lived[-1], file=sys.stderr)
-    show(measured, lived, options.steps)
+    found = [simulate_it(one, [*lived[:n], *lived[n + 1 :]], measured, options.steps) for n, one in enumerate(lived)]
+    show(measured, lived, found, options.steps)
     if options.json:
-        values = {"measured": asdict(measured), "lived": [asdict(one) for one in lived], "steps": options.steps}
+        jobs = [asdict(one) | {"simulated": asdict(same)} for one, same in zip(lived, found, strict=True)]
+        values = {"measured": asdict(measured), "jobs": jobs, "steps": options.steps}
         Path(options.json).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=4, help="of each setting")
-    parser.add_argument("--steps", type=int, default=800, help="of each job")
+    parser.add_argument("--steps", type=int, default=2000, help="of each job")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="where to write the figures")
     return parser.parse_args()
@@ -199,48 +210,47 @@ def live(
     """Run a job to its end, killing it at the end of each gap."""
     job = Job(run_file, folder, count, every)
     start = last = job.wait_for(1)
-    kills: list[float] = []
+    kills, restarts = list[float](), list[float]()
+    down: tuple[float, int, int] | None = None  # when a worker was killed, the file and the state then
     due = start + gaps[0]
     while job.done < count:
-        if time.monotonic() >= due:
+        now = time.monotonic()
+        if down and job.file not in (0, down[1]) and job.done > down[2]:
+            restarts.append(now - down[0] - measured.step)
+            down = None
+        if now >= due:
+            file = job.file
             job.kill()
-            kills.append(time.monotonic() - last)
-            last = time.monotonic()
-            due = last + gaps[len(kills)]
+            now = time.monotonic()
+            kills.append(now - last)
+            down, last, due = (now, file, newest_state(folder)), now, now + gaps[len(kills)]
         time.sleep(POLL)
-    now = time.monotonic()
+    seconds = time.monotonic() - start
     step = job.step_seconds() + measured.beside
     job.process.wait(PATIENCE)
-    seconds = now - start
-    many = simulated(count, step, every, mean, measured, chances(1, LIVES), LIVES)
-    low, median, high = np.quantile(many.ettr, [0.05, 0.5, 0.95])
-    same = simulated(count, step, every, mean, measured, _given(kills, mean), 1)
-    return Lived(
-        mean=mean,
-        every=every,
-        seconds=seconds,
-        step=step,
-        gaps=tuple(kills),
-        waited=now - last,
-        ettr=count * step / seconds,
-        predicted=(float(low), float(median), float(high)),
-        same_failures=float(same.seconds[0]),
-    )
+    return Lived(mean, every, seconds, step, tuple(kills), tuple(restarts), count * step / seconds)
 
 
-def simulated(
-    count: int, step: float, every: int, mean: float, measured: Measured, chance: Chances, lives: int
-) -> Lives:
+def simulate_it(one: Lived, others: list[Lived], measured: Measured, count: int) -> Simulated:
+    """Simulate a job with the restarts that were measured before and in the other jobs, not with its own."""
+    restart = statistics.fmean([*measured.restarts, *(seconds for other in others for seconds in other.restarts)])
+    many = simulated(one, measured, restart, count, chances(1, LIVES), LIVES)
+    same = simulated(one, measured, restart, count, _given(one.gaps, one.mean), 1)
+    low, median, high = (float(value) for value in np.quantile(many.ettr, [0.05, 0.5, 0.95]))
+    return Simulated(restart, (low, median, high), float(same.seconds[0]))
+
+
+def simulated(one: Lived, measured: Measured, restart: float, count: int, chance: Chances, lives: int) -> Lives:
     """Simulate lives of the job with what was measured."""
     values = {
         **dict.fromkeys(("write", "local_every", "local_block", "stop", "load", "load_local"), 0.0),
         **dict.fromkeys(("swap", "requeue", "repair", "spares"), 0.0),
         "steps": count,
-        "step": step,
-        "every": every,
+        "step": one.step,
+        "every": one.every,
         "block": measured.save,
-        "mean": mean,
-        "start": measured.restart,
+        "mean": one.mean,
+        "start": restart,
         "stretch": 1,
         "slow": 1,
         "stop_mean": math.inf,
@@ -249,7 +259,7 @@ def simulated(
     return simulate(costs, PROCESS, chance, np.full(lives, np.inf))
 
 
-def _given(gaps: list[float], mean: float) -> Chances:
+def _given(gaps: tuple[float, ...], mean: float) -> Chances:
     """Return the gaps that were, and then no more failures."""
 
     def chance(number: int) -> Chance:
@@ -259,7 +269,7 @@ def _given(gaps: list[float], mean: float) -> Chances:
     return chance
 
 
-def show(measured: Measured, lived: list[Lived], count: int) -> None:
+def show(measured: Measured, lived: list[Lived], found: list[Simulated], count: int) -> None:
     """Print what was fed, and a row for each job."""
     restarts = ", ".join(f"{one:.1f}" for one in measured.restarts)
     print(
@@ -267,20 +277,21 @@ def show(measured: Measured, lived: list[Lived], count: int) -> None:
         f"a step {1000 * (measured.step + measured.beside):.1f} ms\n"
     )
     print(
-        "| kills every, s | saves every, steps | kills | ETTR | simulated, median (90%) | inside | seconds "
-        "| of a life with the same kills | error |"
+        "| kills every, s | saves every, steps | kills | restart, s | ETTR | simulated, median (90%) | inside "
+        "| seconds | of a life with the same kills | error |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     errors, inside = [], 0
-    for one in sorted(lived, key=lambda one: (one.mean, one.every)):
-        low, median, high = one.predicted
-        errors.append(one.same_failures / one.seconds - 1)
+    for one, same in zip(lived, found, strict=True):
+        low, median, high = same.ettr
+        errors.append(same.seconds / one.seconds - 1)
         holds = low <= one.ettr <= high
         inside += holds
         ettr = f"{one.ettr:.1%} | {median:.1%} ({low:.1%} to {high:.1%}) | {'yes' if holds else 'no'}"
+        own = f"{statistics.fmean(one.restarts):.1f}" if one.restarts else "-"
         print(
-            f"| {one.mean:.0f} | {one.every} | {len(one.gaps)} | {ettr} "
-            f"| {one.seconds:.1f} | {one.same_failures:.1f} | {errors[-1]:+.1%} |"
+            f"| {one.mean:.0f} | {one.every} | {len(one.gaps)} | {own}, simulated {same.restart:.1f} | {ettr} "
+            f"| {one.seconds:.1f} | {same.seconds:.1f} | {errors[-1]:+.1%} |"
         )
     print(
         f"\n{inside} of {len(lived)} inside; error of seconds: median {statistics.median(map(abs, errors)):.1%}, "
