@@ -53,6 +53,12 @@ def test_what_is_told_names_layers_once(run_file: Path) -> None:
     assert "sent, tp: all-gather" in text and "layers.0" not in text
 
 
+def test_the_dry_run_is_meant_where_no_command_is_named(run_file: Path) -> None:
+    wrong = (run_file, "--vocab", 512, "--layout", "tp")
+    assert str(plan(*wrong).exception) == str(plan("dry-run", *wrong).exception) != "None"
+    assert "goodput" in plan("--help").stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

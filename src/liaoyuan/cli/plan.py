@@ -9,6 +9,7 @@ import typer
 
 from liaoyuan.cli.groups import DefaultCommand
 from liaoyuan.cli.plan_calibrate import calibrate
+from liaoyuan.cli.plan_goodput import goodput
 from liaoyuan.errors import LiaoyuanError, nearest
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Know before you run: what a job needs (the command that is meant if none is named).",
 )
-
-
-app.command("calibrate")(calibrate)
 
 
 @app.command("dry-run")
@@ -67,6 +65,10 @@ def plan(
     for one in found:
         print(_told(one) + (f"\n{_fit(one, card)}" if card else ""))
     print("Memory is that of tensors: workspaces of kernels, collectives' own buffers and fragmentation come on top.")
+
+
+app.command("calibrate")(calibrate)
+app.command("goodput")(goodput)
 
 
 def parse_layout(text: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from liaoyuan import config as configuration
+from liaoyuan.compute.plan.recovery import Failures, Recovery
 from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError, nearest
 
@@ -62,14 +63,6 @@ class Storage(Config):
     node_gb: float = Field(5.0, gt=0)
 
 
-class Failures(Config):
-    """Of nodes, per 1,000 node-days: the median and the 90% range of a log-normal belief."""
-
-    median: float = Field(3.5, gt=0)
-    low: float = Field(2.0, gt=0)
-    high: float = Field(15.0, gt=0)
-
-
 class Cluster(Config):
     """Cards in nodes, `per_node` in each, joined by links."""
 
@@ -79,6 +72,7 @@ class Cluster(Config):
     links: tuple[Link, ...] = Field(min_length=1)
     storage: Storage = Storage()
     failures: Failures = Failures()
+    recovery: Recovery = Recovery()
 
     @field_validator("links")
     @classmethod

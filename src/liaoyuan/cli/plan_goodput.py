@@ -1,0 +1,230 @@
+"""`liaoyuan plan goodput`: how long a job takes among failures, where the time goes, what to save and spare."""
+
+import json as json_format
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from liaoyuan.errors import LiaoyuanError
+
+if TYPE_CHECKING:
+    from liaoyuan.compute.plan import Cluster
+    from liaoyuan.compute.plan.goodput import Choices, Goodput, Interval, Run
+    from liaoyuan.compute.plan.recovery import Span
+    from liaoyuan.training.pretrain import PretrainConfig
+
+GIB = 2**30
+BAR = 24  # signs of the longest bar
+SHOWN = 0.0005  # share of the time below which a loss is not told
+
+
+def goodput(
+    run_file: Annotated[Path | None, typer.Argument(help="TOML file, as `liaoyuan train` takes it.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.steps=500000.")
+    ] = None,
+    cluster: Annotated[str, typer.Option(help="What it would run on: a name, such as h100, or a TOML file.")] = "h100",
+    processes: Annotated[int, typer.Option(min=1, help="How many processes (cards) it would run on.")] = 1,
+    step_seconds: Annotated[
+        str | None, typer.Option(metavar="S or LOW,MEDIAN,HIGH", help="Time of a step, without failures.")
+    ] = None,
+    tokens_per_second: Annotated[
+        str | None, typer.Option(metavar="N or LOW,MEDIAN,HIGH", help="In place of it: of all processes together.")
+    ] = None,
+    checkpoint_gib: Annotated[
+        float | None, typer.Option(min=0, help="Size of a checkpoint (default: from the model and its optimiser).")
+    ] = None,
+    spares: Annotated[int | None, typer.Option(min=0, help="Spare nodes (default: the cluster's).")] = None,
+    vocab: Annotated[int | None, typer.Option(min=1, help="Tokens known, if there is no corpus yet.")] = None,
+    lives: Annotated[int, typer.Option(min=20, help="How often the job is simulated.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Simulate a job among failures: days, where time is lost, the best interval between saves, and spare nodes."""
+    from liaoyuan.cli.progress import bar
+    from liaoyuan.compute.plan import read_cluster
+    from liaoyuan.compute.plan.goodput import best_every, best_spares, with_choice
+    from liaoyuan.compute.plan.goodput import goodput as predicted
+
+    run = _run(run_file, set_, processes, step_seconds, tokens_per_second, checkpoint_gib, vocab)
+    run, machines = with_choice(run, read_cluster(cluster), spares=spares)
+    with bar("As it is", quiet=json) as report:
+        now = predicted(run, machines, lives, seed, report)
+    with bar("Saves", quiet=json) as report:
+        saves = best_every(run, machines, seed=seed, report=report)
+    tuned = with_choice(run, machines, every=saves.best.value)
+    with bar("Spares", quiet=json) as report:
+        nodes = best_spares(*tuned, seed=seed, report=report)
+    with bar("At its best", quiet=json) as report:
+        best = predicted(*with_choice(*tuned, spares=nodes.best.value), lives, seed, report)
+    if json:
+        values = {"now": asdict(now), "best": asdict(best), "every": asdict(saves), "spares": asdict(nodes)}
+        print(json_format.dumps(_finite({"cluster": machines.name, "run": _described(run), **values}), indent=2))
+        return
+    print(_heading(run, machines, now))
+    print(_table(now, best))
+    print(_advice(run, saves, nodes))
+
+
+def read_span(text: str, option: str) -> "Span":
+    """Return the span that '10' or '9,10,12' names.
+
+    Raises:
+        LiaoyuanError: it is no such thing, or not above 0.
+    """
+    from pydantic import ValidationError
+
+    from liaoyuan.compute.plan.recovery import Span
+
+    try:
+        numbers = [float(part) for part in text.split(",")]
+        found = Span.model_validate(numbers[0] if len(numbers) == 1 else numbers)
+    except (ValueError, ValidationError):
+        found = None
+    if found is None or found.low <= 0:
+        raise LiaoyuanError(f"{option} {text}: write a number above 0, or three that rise, as 9,10,12.")
+    return found
+
+
+def _run(
+    run_file: Path | None,
+    set_: list[str] | None,
+    processes: int,
+    step_seconds: str | None,
+    tokens_per_second: str | None,
+    checkpoint_gib: float | None,
+    vocab: int | None,
+) -> "Run":
+    from liaoyuan import config as configuration
+    from liaoyuan.compute.plan.goodput import Run
+    from liaoyuan.compute.plan.recovery import Span
+    from liaoyuan.training.pretrain import PretrainConfig
+
+    config = configuration.load(PretrainConfig, run_file, ["corpus=.", *(set_ or [])] if not run_file else set_ or [])
+    if (step_seconds is None) == (tokens_per_second is None):
+        raise LiaoyuanError("Say how long a step takes: --step-seconds 10 or 9,10,12, or --tokens-per-second.")
+    if step_seconds is not None:
+        step = read_span(step_seconds, "--step-seconds")
+    else:
+        rate, tokens = read_span(tokens_per_second or "", "--tokens-per-second"), config.train.batch_tokens
+        step = Span(low=tokens / rate.high, median=tokens / rate.median, high=tokens / rate.low)
+    size = checkpoint_gib * GIB if checkpoint_gib is not None else _state_bytes(config, vocab)
+    local = config.checkpoint.local_every if config.checkpoint.local else 0
+    every = min(config.train.checkpoint_every, config.train.steps)
+    return Run(config.train.steps, step, processes, size, every, config.checkpoint.asynchronous, local)
+
+
+def _state_bytes(config: "PretrainConfig", vocab: int | None) -> float:
+    from liaoyuan.compute.plan.dry_run import Planned
+    from liaoyuan.compute.plan.goodput.state import state_bytes
+    from liaoyuan.data import load_corpus
+    from liaoyuan.training.pretrain import shaped
+
+    try:
+        tokens = vocab or load_corpus(config.corpus).tokenizer().vocab_size
+    except LiaoyuanError as error:
+        raise LiaoyuanError(
+            f"{error} Or say here how many different tokens there are, --vocab, or the size of a checkpoint, "
+            "--checkpoint-gib."
+        ) from error
+    return state_bytes(shaped(config.model, tokens, None, Planned("cuda")), config.train)
+
+
+def _heading(run: "Run", machines: "Cluster", now: "Goodput") -> str:
+    nodes = run.nodes(machines)
+    return (
+        f"{run.processes:,} cards in {nodes:,} nodes, {machines.name}\n"
+        f"{run.steps:,} steps of {run.step.median:,.3g} s: {now.ideal_days.median:,.3g} days if nothing ever failed; "
+        f"a checkpoint of {run.state_bytes / GIB:,.1f} GiB\n"
+        f"{now.lives:,} lives of the job, each with its own rate of failures: median, and the middle 90%\n"
+    )
+
+
+def _table(now: "Goodput", best: "Goodput") -> str:
+    rows: list[tuple[str, ...]] = [("", "as it is", "at its best")]
+
+    def add(name: str, show: Any) -> None:
+        rows.append((name, show(now), show(best)))
+
+    add("steps between saves", lambda one: f"{one.every:,}")
+    add("spare nodes", lambda one: f"{one.spares:,}")
+    add("effective training time", lambda one: _interval(one.ettr, 100, "%"))
+    add("days to finish", lambda one: _interval(one.days))
+    add("hours between failures", lambda one: _interval(one.mtbf_hours))
+    add("failures", lambda one: _interval(one.failures))
+    add("  with no spare at hand", lambda one: _interval(one.waits))
+    add("a save holds up, s", lambda one: _interval(one.save_seconds))
+    add("  is written after, s", lambda one: _interval(one.write_seconds))
+    if now.energy_mwh.median:
+        add("energy of the cards, MWh", lambda one: _interval(one.energy_mwh))
+    if now.cost.median:
+        add("cost", lambda one: _interval(one.cost))
+    if now.unfinished or best.unfinished:
+        add("lives that never ended", lambda one: f"{one.unfinished:.1%}")
+    rows.append(("share of the time lost to", "", ""))
+    most = max(mean for one in (now, best) for mean, _ in one.losses.values()) or 1.0
+    for name in now.losses:
+        if max(now.losses[name][0], best.losses[name][0]) >= SHOWN:
+            rows.append((f"  {name}", *(_share(one.losses[name][0], most) for one in (now, best))))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        "  ".join(part.ljust(width) for part, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _interval(values: "Interval", factor: float = 1.0, unit: str = "") -> str:
+    low, median, high = (_number(value * factor) for value in (values.low, values.median, values.high))
+    return f"{median}{unit} ({low} to {high})"
+
+
+def _number(value: float) -> str:
+    if math.isinf(value):
+        return "never"
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{digits}f}".rstrip("0").rstrip(".") if digits else f"{value:,.0f}"
+
+
+def _share(value: float, most: float) -> str:
+    return f"{value:6.2%} {'█' * round(BAR * value / most)}"
+
+
+def _advice(run: "Run", saves: "Choices", nodes: "Choices") -> str:
+    step = run.step.median
+    low, high = saves.as_good
+    lines = [
+        f"\nSave every {saves.best.value:,} steps ({_minutes(saves.best.value * step)}); from {low:,} to {high:,} "
+        f"is as good within 0.2%. Daly's formula gives {saves.formula:,}."
+    ]
+    if saves.best.value != run.every:
+        lines[0] += f" (train.checkpoint_every is {run.every:,}.)"
+    low, high = nodes.as_good
+    lines.append(
+        f"{nodes.best.value:,} spare nodes cost the fewest card-hours, their own included; "
+        f"from {low:,} to {high:,} is as good within 0.2%:"
+    )
+    lines.append("  spare nodes    mean ETTR   card-hours, against the best")
+    for one in nodes.tried:
+        lines.append(f"  {one.value:11,}    {one.ettr:9.1%}   +{one.price / nodes.best.price - 1:.1%}")
+    return "\n".join(lines)
+
+
+def _minutes(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def _described(run: "Run") -> dict[str, Any]:
+    return {**asdict(run), "step": run.step.model_dump()}
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with None in place of what is infinite, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
