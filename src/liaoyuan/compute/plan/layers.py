@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from liaoyuan.compute.plan.actions import Action
 from liaoyuan.compute.plan.apart import apart_each
@@ -87,7 +88,7 @@ class Sketch:
     kinds: tuple[Block, ...]
     ranks: tuple[int, ...]
 
-    @property
+    @cached_property
     def stages(self) -> list[Counter[Block]]:
         """How many blocks of each kind each stage of the whole job has."""
         return [Counter(blocks_of(self.job, own)) for own in _cut(self.job)]

@@ -167,7 +167,7 @@ class Whole:
 
     # With a pipeline
 
-    @property
+    @cached_property
     def _more(self) -> list[list[float]]:
         """How many blocks of each kind each stage has beyond the base."""
         return [self.sketch.more(counts) for counts in self.sketch.stages]
