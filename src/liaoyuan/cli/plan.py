@@ -40,14 +40,24 @@ def plan(
     device: Annotated[str | None, typer.Option(help="Kind of device, if no cluster says it; else cuda.")] = None,
     vocab: Annotated[int | None, typer.Option(min=1, help="Tokens known, if there is no corpus yet.")] = None,
     rank: Annotated[list[int] | None, typer.Option(help="Process to look at (default: first and last stage).")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Tell how long a step takes on the cluster, why, and how sure that is.")
+    ] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="With --explain: what the cards give, as `plan calibrate` writes it.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Dry-run a training job: memory of a process, what fills it, its matrix products, and what it sends."""
+    from liaoyuan.cli.plan_step import explain as explained
     from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan import footprints, read_cluster
 
     card = read_cluster(cluster).accelerator if cluster else None
     job = _job(run_file, set_, processes, layout, device or (card.device if card else "cuda"), vocab)
+    if explain or profile:
+        explained(job, cluster, profile, json)
+        return
     if bad := [number for number in rank or [] if number >= processes]:
         raise LiaoyuanError(f"There is no process {bad[0]}: they are numbered 0 to {processes - 1}.")
     with bar("Plan", quiet=json) as report:
