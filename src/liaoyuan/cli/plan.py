@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liaoyuan.cli.groups import DefaultCommand
+from liaoyuan.cli.plan_validate import validate
 from liaoyuan.errors import LiaoyuanError, nearest
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ def plan(
     for one in found:
         print(_told(one) + (f"\n{_fit(one, card)}" if card else ""))
     print("Memory is that of tensors: workspaces of kernels, collectives' own buffers and fragmentation come on top.")
+
+
+app.command("validate")(validate)
 
 
 def parse_layout(text: str) -> dict[str, Any]:

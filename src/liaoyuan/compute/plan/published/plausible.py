@@ -1,0 +1,263 @@
+"""What a row leaves open, filled in by draws over what is plausible: what does not fit in a card is not.
+
+Draws of rows of one source use the same random numbers, field by field: whoever left a field out in two rows most
+likely did the same thing in both, so that what one row tells about it holds for the other.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from liaoyuan.compute.plan.published.accelerators import Machines
+from liaoyuan.compute.plan.published.rows import Row
+
+DRAWS = 24
+FIELDS = ("layout", "seq", "batch", "micro", "vpp", "recompute", "fused", "sharding", "sequence", "compiled", "flops",
+          "halved", "steps")  # fmt: skip
+STATE_BYTES = 16  # of a weight in training: itself, its gradient, and the optimiser's copy and two moments
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a transformer.
+
+    feed_forward: of one expert, or of the dense layer. shared: feed-forward size that each token passes besides its
+    experts, on average over layers (shared experts, layers that are dense).
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    feed_forward: int
+    gated: bool
+    vocab: int
+    experts: int = 0
+    topk: int = 1
+    shared: float = 0.0
+
+    @property
+    def attention_weights(self) -> float:
+        """Weights of the attention of a layer."""
+        return 2.0 * self.hidden * self.hidden * (1 + self.kv_heads / self.heads)
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices a feed-forward layer has."""
+        return 3 if self.gated else 2
+
+    def layer_weights(self, active: bool) -> float:
+        """Weights of a layer: all of them, or those that a token meets."""
+        experts = (self.topk if active else self.experts) if self.experts else 1
+        size = self.shared + experts * self.feed_forward
+        return self.attention_weights + self.matrices * self.hidden * size + self.hidden * self.experts
+
+    def weights(self, active: bool = False) -> float:
+        """Weights of all layers and of both embeddings."""
+        return self.layers * self.layer_weights(active) + 2.0 * self.vocab * self.hidden
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A job with nothing left open. batch: sequences of a step. sharded_over: among how many cards weights (or only the
+    optimiser's state) are divided. fused: attention that keeps no scores. sequence: norms divided among tp too.
+    hardware, halved: how the source counts FLOPs, if it reports them.
+    """
+
+    shape: Shape
+    cards: int
+    seq: int
+    batch: int
+    micro: int
+    tp: int
+    pp: int
+    vpp: int
+    dp: int
+    cp: int
+    ep: int
+    recompute: str
+    fused: bool
+    sharding: str
+    sharded_over: int
+    sequence: bool
+    compiled: bool
+    dtype: str
+    hardware: bool
+    halved: bool
+
+    @property
+    def microbatches(self) -> int:
+        """Of a step, in each pipeline."""
+        return max(1, round(self.batch / (self.micro * self.dp)))
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.batch * self.seq
+
+    def model_flops(self) -> float:
+        """FLOPs of a token, forward and backward, without what is computed again (Chowdhery et al. 2022, appendix B)."""
+        shape = self.shape
+        weights = shape.weights(active=True) - shape.vocab * shape.hidden
+        return 6.0 * weights + 12.0 * shape.layers * shape.hidden * self.seq / (2 if self.halved else 1)
+
+    def counted_flops(self) -> float:
+        """FLOPs of a token as the source counts them (with recomputation: Narayanan et al. 2021, equation 3)."""
+        return self.model_flops() * (4 / 3 if self.hardware and self.recompute == "full" else 1)
+
+
+def uniforms(draws: int = DRAWS) -> dict[str, np.ndarray]:
+    """Return for each field `draws` numbers that fill 0 to 1 evenly, in an order of its own."""
+    chance = np.random.default_rng(7)
+    return {name: (chance.permutation(draws) + 0.5) / draws for name in FIELDS}
+
+
+def setups(row: Row, where: Machines, chances: dict[str, np.ndarray]) -> tuple[Setup, ...]:
+    """Return one job for each draw; the same one for all, if the row leaves nothing open."""
+    shape = shape_of(row)
+    count = len(next(iter(chances.values())))
+    return tuple(_setup(row, where, shape, {name: values[i] for name, values in chances.items()}) for i in range(count))
+
+
+def shape_of(row: Row) -> Shape:
+    """Return the sizes of a row's model; of what it leaves out, the usual (and what its number of weights asks for)."""
+    vocab = row.vocab or 50_000
+    hidden, layers = row.hidden, row.layers
+    if hidden is None or layers is None:
+        hidden, layers = _usual(row.params or 1e9, hidden, layers)
+    heads = row.heads or max(1, hidden // 128)
+    kv_heads = min(row.kv_heads or heads, heads)
+    experts = row.experts or 0
+    ffn = row.ffn or (max(64, hidden // 4) if experts else 4 * hidden)
+    gated = _gated(row, layers, hidden, heads, kv_heads, ffn, vocab)
+    shape = Shape(layers, hidden, heads, kv_heads, ffn, gated, vocab, experts, row.topk or (2 if experts else 1))
+    if experts and row.active:  # what the active weights ask for beyond experts and attention is shared by all tokens
+        missing = (row.active - shape.weights(active=True)) / layers / (shape.matrices * hidden)
+        return Shape(**{**vars(shape), "shared": max(0.0, missing)})
+    if not row.ffn and row.params and not experts:
+        per_layer = (row.params - 2.0 * vocab * hidden) / layers - shape.attention_weights
+        return Shape(**{**vars(shape), "feed_forward": max(hidden, round(per_layer / shape.matrices / hidden))})
+    return shape
+
+
+def _usual(params: float, hidden: int | None, layers: int | None) -> tuple[int, int]:
+    """Return (hidden, layers) of so many weights, 12 hidden^2 in each layer and about 1 layer for 128 of width."""
+    if hidden:
+        return hidden, max(1, round(params / (12.0 * hidden * hidden)))
+    width = math.sqrt(params / (12.0 * layers)) if layers else (params * 110 / 12) ** (1 / 3)
+    width = max(128, 128 * round(width / 128))
+    return width, layers or max(1, round(params / (12.0 * width * width)))
+
+
+def _gated(row: Row, layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int) -> bool:
+    """Return whether the feed-forward layer has a gate, by the number of weights, else by its size."""
+    if row.experts:
+        return True
+    if row.params:
+        both = [Shape(layers, hidden, heads, kv_heads, ffn, gated, vocab).weights() for gated in (False, True)]
+        return abs(math.log(both[1] / row.params)) < abs(math.log(both[0] / row.params))
+    return ffn != 4 * hidden
+
+
+def _setup(row: Row, where: Machines, shape: Shape, chance: dict[str, float]) -> Setup:
+    card = where.cluster.accelerator
+    room = card.usable_bytes
+    seq = row.seq_len or _pick((2048, 4096, 8192), chance["seq"])
+    tp, pp, dp, cp = _layout(row, shape, room, chance["layout"], where.cluster.per_node)
+    ep = min(row.ep or (min(8, shape.experts, tp * dp) if shape.experts else 1), max(1, tp * cp * dp))
+    batch = row.batch or dp * max(1, round(_pick((2**20, 2**22, 2**24), chance["batch"]) / seq / dp))
+    vpp = row.vpp or (_pick((1, 1, 2, max(1, shape.layers // pp // 2)), chance["vpp"]) if pp > 1 else 1)
+    micro = row.micro_batch or _micro(batch, dp, seq, chance["micro"])
+    over = tp * pp * (dp if ep <= 1 else max(1, dp))
+    sharding = row.sharding or _sharding(shape, tp * pp, dp, room, chance["sharding"])
+    fused = chance["fused"] < _fused(where.generation, row)
+    sequence = tp > 1 and chance["sequence"] < (0.3 if where.generation in ("volta", "ampere") else 0.9)
+    held = STATE_BYTES * shape.weights() / (over if sharding == "full" else tp * pp)
+    recompute = row.recompute or _recompute(
+        shape, micro * seq / cp, tp, pp, fused, seq, max(0.0, room - min(held, room / 2)), chance["recompute"]
+    )
+    return Setup(
+        shape=shape,
+        cards=row.cards,
+        seq=seq,
+        batch=batch,
+        micro=micro,
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        dp=dp,
+        cp=cp,
+        ep=ep,
+        recompute=recompute,
+        fused=fused,
+        sharding=sharding if dp * cp > 1 else "none",
+        sharded_over=min(row.sharded_over or dp * cp, dp * cp),
+        sequence=sequence,
+        compiled=chance["compiled"] < 0.3 if row.compiled is None else row.compiled,
+        dtype=row.dtype or "bfloat16",
+        hardware=chance["flops"] < (0.5 if recompute == "full" else 0.0) if row.hardware is None else row.hardware,
+        halved=chance["halved"] < 0.3 if row.halved is None else row.halved,
+    )
+
+
+def _pick(choices: Sequence[int], chance: float) -> int:
+    return choices[min(len(choices) - 1, int(chance * len(choices)))]
+
+
+def _layout(row: Row, shape: Shape, room: float, chance: float, per_node: int) -> tuple[int, int, int, int]:
+    """Return (tp, pp, dp, cp): what is stated, and else either all data-parallel or as many parts as must be."""
+    cp = row.cp or 1
+    if row.tp and row.pp:
+        return row.tp, row.pp, row.dp or max(1, row.cards // (row.tp * row.pp * cp)), cp
+    tp, pp = row.tp or 1, row.pp or 1
+    inside = row.cards // max(1, cp)
+    if chance < 0.5 and not (row.tp or row.pp):  # tensor and pipeline parallel, the fewest parts that hold the state
+        state = shape.weights() * 10
+        while state / (tp * pp) > 0.6 * room and tp * pp < inside:
+            if not row.tp and tp < min(8, per_node) and inside % (2 * tp * pp) == 0:
+                tp *= 2
+            elif not row.pp and pp < shape.layers and inside % (2 * tp * pp) == 0:
+                pp *= 2
+            else:
+                break
+    return tp, pp, max(1, inside // (tp * pp)), cp
+
+
+def _micro(batch: int, dp: int, seq: int, chance: float) -> int:
+    """Return a micro batch of about 2,048 to 8,192 tokens that divides a data-parallel part of the batch."""
+    each = max(1, batch // dp)
+    wanted = max(1, _pick((2048, 4096, 8192), chance) // seq)
+    return next(size for size in range(min(wanted, each), 0, -1) if each % size == 0)
+
+
+def _sharding(shape: Shape, parts: int, dp: int, room: float, chance: float) -> str:
+    if dp == 1:
+        return "none"
+    if shape.weights() * 6 / parts > 0.8 * room:  # not even weights and gradients fit
+        return "full"
+    if shape.weights() * STATE_BYTES / parts > 0.8 * room:
+        return "optimizer"
+    return "none" if chance < 0.35 else "optimizer"
+
+
+def _fused(generation: str, row: Row) -> float:
+    """Return how likely attention keeps no scores: by when such cards, and training in half precision, were usual."""
+    if generation == "volta":
+        return 0.05
+    if generation == "ampere":
+        return 0.1 if row.dtype == "float16" else 0.6
+    return 1.0
+
+
+def _recompute(shape: Shape, tokens: float, tp: int, pp: int, fused: bool, seq: int, room: float, chance: float) -> str:
+    """Return how much is recomputed, among what fits (Korthikanti et al. 2022, section 4, for bytes of a layer)."""
+    scores = 0.0 if fused else 5.0 * shape.heads * seq / shape.hidden
+    wide = shape.feed_forward * max(1, shape.topk) / shape.hidden
+    kept = {"none": 10 + 6 * wide + scores, "selective": 10 + 6 * wide}
+    depth = min(pp, 8) * math.ceil(shape.layers / pp)
+    fits = [name for name, per in kept.items() if tokens * shape.hidden * per / tp * depth < room]
+    choices = [*fits, "full"] if fits else ["full"]
+    return choices[min(len(choices) - 1, int(chance * len(choices)))]
