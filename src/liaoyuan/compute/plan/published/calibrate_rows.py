@@ -15,6 +15,7 @@ from liaoyuan.compute.plan.published.cases import FIGURES, NAMES, Case
 
 NOISE = 0.04  # of a measurement that no figure explains
 SHARED = 0.7  # of the variance of what is left open, the part that rows of a source have in common
+ROUNDS = 3  # of looking again how times depend on figures, where those have moved to
 HUBER = 1.5  # standard deviations beyond which a calibration row counts less
 
 
@@ -52,8 +53,8 @@ def linear(cases: Sequence[Case], at: np.ndarray) -> Linear:
 def _slopes(case: Case, figures: np.ndarray, which: int) -> np.ndarray:
     """Return by how much the logarithm of the time rises with that of each figure, over the middle of its range."""
     found = np.zeros(len(NAMES))
-    for index, name in enumerate(NAMES):
-        step = 0.7 * FIGURES[name].total
+    for index in case.asked(which):
+        step = 0.7 * FIGURES[NAMES[index]].total
         up, down = figures.copy(), figures.copy()
         up[index] += step
         down[index] -= step
@@ -61,64 +62,77 @@ def _slopes(case: Case, figures: np.ndarray, which: int) -> np.ndarray:
     return found
 
 
-def alike(cases: Sequence[Case]) -> tuple[np.ndarray, np.ndarray]:
-    """Return which rows [rows, rows] are of one generation, and which of one source."""
-    generations = np.array([case.where.generation for case in cases])
-    sources = np.array([case.row.source for case in cases])
-    return generations[:, None] == generations, sources[:, None] == sources
+class Ties:
+    """Which rows [rows, rows] are of one generation, and which of one source; and how much of each figure they share."""
+
+    def __init__(self, cases: Sequence[Case]) -> None:
+        generations = np.array([case.where.generation for case in cases])
+        sources = np.array([case.row.source for case in cases])
+        self.source = sources[:, None] == sources
+        masks = {"everywhere": np.ones_like(self.source), "generation": generations[:, None] == generations}
+        self.parts = [
+            (mask, np.array([getattr(one, name) ** 2 for one in FIGURES.values()]))
+            for name, mask in {**masks, "source": self.source}.items()
+        ]
+
+    def covariance(self, near: Linear) -> tuple[np.ndarray, np.ndarray]:
+        """Return that of the rows' logarithms [rows, rows], and the part of it that comes from what rows leave open."""
+        left_open = near.spread @ near.spread.T / near.spread.shape[1]
+        opened = SHARED * self.source * left_open + np.diag((1 - SHARED) * np.diag(left_open))
+        return opened + sum(mask * ((near.slopes * part) @ near.slopes.T) for mask, part in self.parts), opened
+
+    def figures(self, slopes: np.ndarray, weights: np.ndarray, used: np.ndarray) -> np.ndarray:
+        """Return the figures [rows, figures] that weights [used] of calibration rows with such slopes ask for."""
+        pulled = slopes[used] * weights[:, None]
+        return sum((mask[:, used] @ pulled) * part for mask, part in self.parts)
 
 
-def covariance(near: Linear, cases: Sequence[Case]) -> np.ndarray:
-    """Return that of the rows' logarithms [rows, rows], without the noise of measurements."""
-    generation, source = alike(cases)
-    spreads = FIGURES.values()
-    parts = [
-        np.array([getattr(spread, name) ** 2 for spread in spreads]) for name in ("everywhere", "generation", "source")
-    ]
-    slopes = near.slopes
-    found = (slopes * parts[0]) @ slopes.T
-    found += generation * ((slopes * parts[1]) @ slopes.T)
-    found += source * ((slopes * parts[2]) @ slopes.T)
-    left_open = near.spread @ near.spread.T / near.spread.shape[1]
-    return found + SHARED * source * left_open + np.diag((1 - SHARED) * np.diag(left_open))
-
-
-def weights(covariance: np.ndarray, misfit: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (weights [used], inverse [used, used]) of calibration rows: a row that fits none counts less (Huber)."""
-    inside = covariance[np.ix_(used, used)]
-    noise = np.full(len(used), NOISE**2)
+def weights(inside: np.ndarray, misfit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (weights, inverse of the covariance) of calibration rows: one that fits none counts less (Huber 1964)."""
+    noise = np.full(len(misfit), NOISE**2)
     for _ in range(3):
         inverse = np.linalg.inv(inside + np.diag(noise))
-        found = inverse @ misfit[used]
+        found = inverse @ misfit
         apart = np.abs(found) / np.sqrt(np.diag(inverse))  # of each from what the others tell, in standard deviations
-        noise = np.where(apart > HUBER, NOISE**2 * (apart / HUBER) ** 2, NOISE**2)
+        noise = NOISE**2 * np.maximum(1.0, apart / HUBER) ** 2
     return found, inverse
 
 
-def believed(near: Linear, cases: Sequence[Case], used: np.ndarray) -> tuple[Belief, np.ndarray]:
-    """Return what the rows in `used` (indices) tell about all, and the figures [rows, figures] that follow for each."""
-    shared = covariance(near, cases)
-    measured = np.array([case.measured for case in cases])
+def believed(
+    near: Linear, cases: Sequence[Case], used: np.ndarray, rows: Sequence[int], rounds: int = ROUNDS
+) -> Belief:
+    """Return what calibration rows in `used` (indices) tell about `rows` (indices).
+
+    Figures move away from where `near` took the times as linear: calibration rows are looked at again there, `rounds` - 1 times.
+    """
+    ties = Ties(cases)
     if not len(used):
-        return Belief(near.mean, np.sqrt(np.diag(shared) + NOISE**2)), np.zeros_like(near.slopes)
-    found, inverse = weights(shared, measured - near.mean, used)
-    across = shared[:, used]
-    mean = near.mean + across @ found
-    variance = np.diag(shared) - np.einsum("ij,jk,ik->i", across, inverse, across)
-    generation, source = alike(cases)
-    figures = np.zeros_like(near.slopes)
-    pulled = near.slopes[used] * found[:, None]
-    for part, mask in (("everywhere", np.ones_like(source)), ("generation", generation), ("source", source)):
-        spread = np.array([getattr(one, part) ** 2 for one in FIGURES.values()])
-        figures += (mask[:, used] @ pulled) * spread
-    return Belief(mean, np.sqrt(np.maximum(variance, 0.0) + NOISE**2)), figures
+        sigma = np.sqrt(np.diag(ties.covariance(near)[0]) + NOISE**2)
+        return Belief(near.mean[list(rows)], sigma[list(rows)])
+    measured = np.array([case.measured for case in cases])
+    mean, slopes = near.mean.copy(), near.slopes.copy()
+    for number in range(rounds):
+        now = Linear(mean, slopes, near.spread)
+        shared, opened = ties.covariance(now)
+        found, inverse = weights(shared[np.ix_(used, used)], (measured - mean)[used])
+        figures = ties.figures(slopes, found, used)
+        if number + 1 == rounds:
+            break
+        again = linear([cases[index] for index in used], figures[used])
+        mean[used], slopes[used] = again.mean, again.slopes
+    across = shared[np.ix_(list(rows), used)]
+    variance = np.diag(shared)[list(rows)] - np.einsum("ij,jk,ik->i", across, inverse, across)
+    there = [cases[index].predicted(figures[index])[cases[index].draws].mean() for index in rows]
+    return Belief(
+        np.array(there) + opened[np.ix_(list(rows), used)] @ found, np.sqrt(np.maximum(variance, 0.0) + NOISE**2)
+    )
 
 
 def chosen(near: Linear, cases: Sequence[Case], most: int = 3) -> list[int]:
     """Return the rows to calibrate by: of each source at most `most` and at most half, those whose measurement would
     narrow the predictions of its others most (greedily; measured values are not looked at), complete ones first.
     """
-    shared = covariance(near, cases)
+    shared, _ = Ties(cases).covariance(near)
     found = list[int]()
     sources = dict[str, list[int]]()
     for index, case in enumerate(cases):

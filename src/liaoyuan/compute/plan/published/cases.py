@@ -89,6 +89,23 @@ class Case:
         setup = self.programs[which].setup
         return as_time(self.row, self.where, setup, self.priced(figures, which).seconds)
 
+    def asked(self, which: int) -> list[int]:
+        """Return which figures its time may depend on, by their place in NAMES."""
+        setup = self.programs[which].setup
+        without = {
+            "float8": setup.dtype != "float8",
+            "attention": not setup.fused,
+            "near": self.row.cards == 1,
+            "far": self.nodes <= 1,
+            "latency": self.row.cards == 1,
+            "tp": setup.tp == 1,
+            "dp": setup.dp * setup.cp == 1,
+            "ep": setup.ep == 1,
+            "pp": setup.pp == 1,
+            "jitter": self.nodes <= 1,
+        }
+        return [index for index, name in enumerate(NAMES) if not without.get(name)]
+
     def _at(self, figures: np.ndarray) -> tuple[DeviceProfile, Fabric, Habits]:
         key = tuple(figures.tolist())
         if key not in self.profiles:
@@ -139,7 +156,7 @@ def changed(where: Machines, by: Mapping[str, float]) -> tuple[DeviceProfile, Fa
     }
 
     def change(name: str, figure: Figure) -> Figure:
-        log = by.get(factors.get(name, ""), 0.0)
+        log = by.get(factors.get(name, ""), 0.0) if name != "memory" else -by["traffic"]
         if name.startswith("products."):
             log = by["product"] + (by["float8"] if name.endswith("float8") else 0.0)
         return Figure(median=figure.median * math.exp(log))
@@ -152,7 +169,6 @@ def changed(where: Machines, by: Mapping[str, float]) -> tuple[DeviceProfile, Fa
     profile = profile.model_copy(update={"products": products})
     usual = Habits()
     habits = Habits(
-        traffic=usual.traffic * math.exp(by["traffic"]),
         calls=usual.calls * math.exp(by["calls"]),
         tp=usual.tp * math.exp(by["tp"]),
         dp=usual.dp * math.exp(by["dp"]),

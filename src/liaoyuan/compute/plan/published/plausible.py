@@ -55,6 +55,10 @@ class Shape:
         size = self.shared + experts * self.feed_forward
         return self.attention_weights + self.matrices * self.hidden * size + self.hidden * self.experts
 
+    def expert_weights(self) -> float:
+        """Weights of all experts of all layers."""
+        return float(self.matrices * self.hidden * self.feed_forward * self.experts * self.layers)
+
     def weights(self, active: bool = False) -> float:
         """Weights of all layers and of both embeddings."""
         return self.layers * self.layer_weights(active) + 2.0 * self.vocab * self.hidden
@@ -64,7 +68,7 @@ class Shape:
 class Setup:
     """A job with nothing left open. batch: sequences of a step. sharded_over: among how many cards weights (or only the
     optimiser's state) are divided. fused: attention that keeps no scores. sequence: norms divided among tp too.
-    hardware, halved: how the source counts FLOPs, if it reports them.
+    etp: tensor parallelism of experts. hardware, halved: how the source counts FLOPs, if it reports them.
     """
 
     shape: Shape
@@ -78,6 +82,7 @@ class Setup:
     dp: int
     cp: int
     ep: int
+    etp: int
     recompute: str
     fused: bool
     sharding: str
@@ -163,22 +168,24 @@ def _gated(row: Row, layers: int, hidden: int, heads: int, kv_heads: int, ffn: i
 
 
 def _setup(row: Row, where: Machines, shape: Shape, chance: dict[str, float]) -> Setup:
-    card = where.cluster.accelerator
-    room = card.usable_bytes
+    room = where.cluster.accelerator.usable_bytes
     seq = row.seq_len or _pick((2048, 4096, 8192), chance["seq"])
     tp, pp, dp, cp = _layout(row, shape, room, chance["layout"], where.cluster.per_node)
-    ep = min(row.ep or (min(8, shape.experts, tp * dp) if shape.experts else 1), max(1, tp * cp * dp))
-    batch = row.batch or dp * max(1, round(_pick((2**20, 2**22, 2**24), chance["batch"]) / seq / dp))
+    over, sharding = _sharding(row, shape, tp * pp, dp * cp, room, chance["sharding"])
+    batch = row.batch or _batch(row.cards, tp * pp * cp, pp, dp, seq, chance["batch"])
+    micro = row.micro_batch or _micro(batch, dp, seq, sharding == "full", chance["micro"])
     vpp = row.vpp or (_pick((1, 1, 2, max(1, shape.layers // pp // 2)), chance["vpp"]) if pp > 1 else 1)
-    micro = row.micro_batch or _micro(batch, dp, seq, chance["micro"])
-    over = tp * pp * (dp if ep <= 1 else max(1, dp))
-    sharding = row.sharding or _sharding(shape, tp * pp, dp, room, chance["sharding"])
+    ep = min(row.ep or (min(8, shape.experts, tp * dp) if shape.experts else 1), max(1, tp * cp * dp))
+    own = shape.expert_weights() / (ep * pp)
+    etp = tp if shape.experts and tp > 1 and (ep == 1 or 6 * own > 0.8 * room) else 1
     fused = chance["fused"] < _fused(where.generation, row)
-    sequence = tp > 1 and chance["sequence"] < (0.3 if where.generation in ("volta", "ampere") else 0.9)
-    held = STATE_BYTES * shape.weights() / (over if sharding == "full" else tp * pp)
+    held = (6 + 12 / over if sharding != "none" else 18) * shape.weights() / (tp * pp * ep)
+    held = held if sharding != "full" else 18 * shape.weights() / (tp * pp * over)
     recompute = row.recompute or _recompute(
         shape, micro * seq / cp, tp, pp, fused, seq, max(0.0, room - min(held, room / 2)), chance["recompute"]
     )
+    counted = row.reported in ("tflops", "mfu", "hfu")
+    hardware = chance["flops"] < 0.5 if row.hardware is None else row.hardware
     return Setup(
         shape=shape,
         cards=row.cards,
@@ -191,15 +198,16 @@ def _setup(row: Row, where: Machines, shape: Shape, chance: dict[str, float]) ->
         dp=dp,
         cp=cp,
         ep=ep,
+        etp=etp,
         recompute=recompute,
         fused=fused,
-        sharding=sharding if dp * cp > 1 else "none",
-        sharded_over=min(row.sharded_over or dp * cp, dp * cp),
-        sequence=sequence,
+        sharding=sharding,
+        sharded_over=over,
+        sequence=tp > 1 and chance["sequence"] < (0.3 if where.generation in ("volta", "ampere") else 0.9),
         compiled=chance["compiled"] < 0.3 if row.compiled is None else row.compiled,
         dtype=row.dtype or "bfloat16",
-        hardware=chance["flops"] < (0.5 if recompute == "full" else 0.0) if row.hardware is None else row.hardware,
-        halved=chance["halved"] < 0.3 if row.halved is None else row.halved,
+        hardware=counted and recompute == "full" and (hardware or row.reported == "hfu"),
+        halved=counted and (chance["halved"] < 0.3 if row.halved is None else row.halved),
     )
 
 
@@ -226,21 +234,38 @@ def _layout(row: Row, shape: Shape, room: float, chance: float, per_node: int) -
     return tp, pp, max(1, inside // (tp * pp)), cp
 
 
-def _micro(batch: int, dp: int, seq: int, chance: float) -> int:
-    """Return a micro batch of about 2,048 to 8,192 tokens that divides a data-parallel part of the batch."""
+def _batch(cards: int, parts: int, pp: int, dp: int, seq: int, chance: float) -> int:
+    """Return sequences of a step: 4,096 to 16,384 tokens of a card, up to 32 million in all, but so many that a
+    pipeline is filled.
+    """
+    tokens = min(_pick((4096, 8192, 16384), chance) * cards, 2**25)
+    each = max(1, round(tokens / seq / dp), 4 * pp if pp > 1 else 1)
+    return each * dp
+
+
+def _micro(batch: int, dp: int, seq: int, sharded: bool, chance: float) -> int:
+    """Return a micro batch that divides a data-parallel part of the batch: of about 2,048 to 8,192 tokens, or, where
+    weights are gathered for each, of up to four times as many.
+    """
     each = max(1, batch // dp)
-    wanted = max(1, _pick((2048, 4096, 8192), chance) // seq)
+    wanted = max(1, _pick((2048, 4096, 8192), chance) * (4 if sharded else 1) // seq)
     return next(size for size in range(min(wanted, each), 0, -1) if each % size == 0)
 
 
-def _sharding(shape: Shape, parts: int, dp: int, room: float, chance: float) -> str:
-    if dp == 1:
-        return "none"
+def _sharding(row: Row, shape: Shape, parts: int, data: int, room: float, chance: float) -> tuple[int, str]:
+    """Return among how many cards what is divided: of optimiser state and weights, as little as must be."""
+    over = min(row.sharded_over or data, data)
+    if not row.sharded_over and row.dp and not (row.tp or row.pp):  # its replicas are stated, and no other part
+        over = max(1, data // row.dp)
+    if data == 1 or over == 1:
+        return 1, "none"
+    if row.sharding:
+        return over, row.sharding
     if shape.weights() * 6 / parts > 0.8 * room:  # not even weights and gradients fit
-        return "full"
+        return over, "full"
     if shape.weights() * STATE_BYTES / parts > 0.8 * room:
-        return "optimizer"
-    return "none" if chance < 0.35 else "optimizer"
+        return over, "optimizer"
+    return (1, "none") if chance < 0.35 else (over, "optimizer")
 
 
 def _fused(generation: str, row: Row) -> float:

@@ -23,13 +23,11 @@ OPTIMISER_BYTES = 30.0  # read and written for a weight by Adam with a copy in s
 class Habits:
     """What a program does of which the source says nothing.
 
-    traffic: element-wise bytes, of those of a program whose kernels are fused as usual. calls: host seconds of a call,
-    of the profile's. tp, dp, ep, pp: of what is sent, the share that never hides behind computing. jitter: how much
-    longer all take for each doubling of nodes (waiting for the slowest).
+    calls: host seconds of a call, of the profile's. tp, dp, ep, pp: of what is sent, the share that never hides behind
+    computing. jitter: how much longer all take for each doubling of nodes (waiting for the slowest).
     """
 
-    traffic: float = 1.0
-    calls: float = 1.0
+    calls: float = 2.0
     tp: float = 0.8
     dp: float = 0.3
     ep: float = 0.8
@@ -89,8 +87,16 @@ def program(setup: Setup) -> Program:
 def price(program: Program, profile: DeviceProfile, fabric: Fabric, habits: Habits, nodes: float) -> Parts:
     """Return how long a step takes on cards and links whose figures are certain."""
     setup = program.setup
-    times = {phase: _total(works, profile, habits) for phase, works in _phases(program)}
-    sent = {key: _sent(program, fabric, *key) for key in _keys(program)}
+    times = {
+        "forward": sum(seconds(work, profile) for work in program.forward),
+        "backward": sum(seconds(work, profile) for work in program.backward),
+        "head": sum(seconds(work, profile) for work in program.head),
+        "update": sum(seconds(work, profile) for work in program.update),
+    }
+    sent = dict[tuple[str, str], float]()
+    for message in program.messages:
+        taken = message.count * fabric.transfer(message.kind, message.sent, message.ranks).seconds
+        sent[message.axis, message.phase] = sent.get((message.axis, message.phase), 0.0) + taken
     layer = _layer_seconds(times, sent, habits, profile.contention.median)
     host = program.calls * profile.launch.median * habits.calls
     layers = setup.shape.layers
@@ -115,34 +121,6 @@ def price(program: Program, profile: DeviceProfile, fabric: Fabric, habits: Habi
     return Parts(computing * scale, {name: value * scale for name, value in exposed.items()})
 
 
-def _phases(program: Program) -> tuple[tuple[str, tuple[Work, ...]], ...]:
-    return (
-        ("forward", program.forward),
-        ("backward", program.backward),
-        ("head", program.head),
-        ("update", program.update),
-    )
-
-
-def _keys(program: Program) -> set[tuple[str, str]]:
-    return {(message.axis, message.phase) for message in program.messages}
-
-
-def _total(works: tuple[Work, ...], profile: DeviceProfile, habits: Habits) -> float:
-    return sum(
-        seconds(work if work.kind != "stream" else replace(work, traffic=work.traffic * habits.traffic), profile)
-        for work in works
-    )
-
-
-def _sent(program: Program, fabric: Fabric, axis: str, phase: str) -> float:
-    return sum(
-        message.count * fabric.transfer(message.kind, message.sent, message.ranks).seconds
-        for message in program.messages
-        if (message.axis, message.phase) == (axis, phase)
-    )
-
-
 def _layer_seconds(
     times: dict[str, float], sent: dict[tuple[str, str], float], habits: Habits, contention: float
 ) -> dict[str, float]:
@@ -165,16 +143,21 @@ def _layer(setup: Setup) -> tuple[Work, ...]:
     head = shape.hidden // shape.heads
     size = LINEAR_BYTES.get(dtype, 2)
     qkv = (shape.heads + 2 * shape.kv_heads) * head
-    works = [
+    norms = 10.0 * 2 * tokens * shape.hidden / (tp if setup.sequence else 1)
+    inner = 6.0 * 2 * tokens * shape.hidden / tp
+    return _streams_as_one(
         product(tokens, max(1, qkv // tp), shape.hidden, dtype, size=size),
         product(tokens, shape.hidden, max(1, shape.hidden // tp), dtype, size=size),
         *_attention(setup, tokens),
         *_feed_forward(setup, tokens, size),
-    ]
-    norms = 10.0 * 2 * tokens * shape.hidden / (tp if setup.sequence else 1)
-    inner = 6.0 * 2 * tokens * shape.hidden / tp
-    factor = 0.6 if setup.compiled else 1.0
-    return (*works, stream(factor * norms), stream(factor * inner))
+        stream((norms + inner) * (0.6 if setup.compiled else 1.0)),
+    )
+
+
+def _streams_as_one(*works: Work) -> tuple[Work, ...]:
+    """Return works with those that only move bytes as one."""
+    moved = sum(work.traffic for work in works if work.kind == "stream")
+    return (*(work for work in works if work.kind != "stream"), stream(moved))
 
 
 def _attention(setup: Setup, tokens: int) -> list[Work]:
@@ -207,8 +190,8 @@ def _feed_forward(setup: Setup, tokens: int, size: int) -> list[Work]:
         ]
     if shape.experts:
         local = max(1, shape.experts // setup.ep)
-        rows = max(1, round(tokens * shape.topk * setup.ep / shape.experts / tp))
-        inner = shape.feed_forward
+        rows = max(1, round(tokens * shape.topk * setup.ep / shape.experts / (tp // setup.etp)))
+        inner = max(1, shape.feed_forward // setup.etp)
         works += [
             product(rows, up * inner, shape.hidden, dtype, batch=local, size=size),
             product(rows, shape.hidden, inner, dtype, batch=local, size=size),
@@ -248,16 +231,15 @@ def _head(setup: Setup) -> tuple[Work, ...]:
 
 
 def _update(setup: Setup) -> tuple[Work, ...]:
-    own = _own_weights(setup) / (setup.sharded_over if setup.sharding != "none" else 1)
+    own = sum(_own_weights(setup)) / (setup.sharded_over if setup.sharding != "none" else 1)
     return (stream(OPTIMISER_BYTES * own, "float32"),)
 
 
-def _own_weights(setup: Setup) -> float:
-    """Return the weights of which a card would hold a part, were they not divided among data-parallel cards."""
-    shape = setup.shape
-    experts = shape.matrices * shape.hidden * shape.feed_forward * shape.experts * shape.layers
-    rest = shape.weights() - experts
-    return rest / (setup.tp * setup.pp) + experts / (setup.ep * setup.pp)
+def _own_weights(setup: Setup) -> tuple[float, float]:
+    """Return the weights, and those of experts, that a card holds if no data-parallel card holds them for it."""
+    experts = setup.shape.expert_weights()
+    rest = setup.shape.weights() - experts
+    return rest / (setup.tp * setup.pp), experts / (setup.ep * setup.etp * setup.pp)
 
 
 def _messages(setup: Setup) -> list[Message]:
@@ -284,21 +266,23 @@ def _messages(setup: Setup) -> list[Message]:
     if setup.pp > 1:
         apart = tp * cp * dp
         found.append(Message("pp", "step", "send", wide / tp, range(0, 2 * apart, apart), 2.0 * setup.vpp))
-    return [*found, *_data_messages(setup, data)]
+    dense, experts = _own_weights(setup)
+    found += _data_messages(setup, dense, data, setup.sharded_over)
+    if experts:
+        among = range(0, tp * cp * dp, setup.ep * setup.etp)
+        found += _data_messages(setup, experts, among, min(setup.sharded_over, len(among)))
+    return found
 
 
-def _data_messages(setup: Setup, data: range) -> list[Message]:
-    """Return what data-parallel cards send: of a layer if weights are divided, else of the step."""
+def _data_messages(setup: Setup, own: float, data: range, over: int) -> list[Message]:
+    """Return what data-parallel cards send for so many weights: of a layer if weights are divided, else of the step."""
     cards = len(data)
     if cards == 1:
         return []
-    shape, over = setup.shape, setup.sharded_over
     gradient = 2.0 if setup.dtype == "float16" else 4.0
-    own = _own_weights(setup)
-    group = data[:over]
-    part = (over - 1) / over
+    group, part = data[:over], (over - 1) / over
     if setup.sharding in ("full", "gradients"):
-        layer = own * setup.pp / shape.layers
+        layer = own * setup.pp / setup.shape.layers
         found = [
             Message("shard", "forward", "all-gather", 2 * layer * part, group),
             Message("shard", "backward", "reduce-scatter", 2 * layer * part, group),

@@ -21,7 +21,6 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import Progress, Report, silent
 
 NINETY = 1.645  # standard deviations on either side that hold 90%
-ROUNDS = 2  # of taking the figures that follow, and looking again how times depend on them there
 WORST = 3
 
 
@@ -145,11 +144,8 @@ def validate(path: Path, report: Report = silent) -> Validation:
 
 
 def _calibrated(cases: Sequence[Case], near: Linear, used: np.ndarray) -> Outcome:
-    belief, at = believed(near, cases, used)
-    for _ in range(ROUNDS):
-        belief, at = believed(linear(cases, at), cases, used)
     scored = [index for index in range(len(cases)) if index not in set(used.tolist())]
-    return _outcome(cases, belief, scored, dict.fromkeys(scored, used), used)
+    return _outcome(cases, believed(near, cases, used, scored), scored, dict.fromkeys(scored, used), used)
 
 
 def _unseen(cases: Sequence[Case], near: Linear, used: np.ndarray) -> Outcome:
@@ -157,10 +153,9 @@ def _unseen(cases: Sequence[Case], near: Linear, used: np.ndarray) -> Outcome:
     for source in dict.fromkeys(case.row.source for case in cases):
         own = [index for index, case in enumerate(cases) if case.row.source == source]
         rest = np.array([index for index in used if index not in set(own)], dtype=int)
-        belief, at = believed(near, cases, rest)
-        for index in own:
-            mean[index] = cases[index].predicted(at[index])[cases[index].draws].mean()
-            sigma[index], others[index] = belief.sigma[index], rest
+        belief = believed(near, cases, rest, own, rounds=1)
+        mean[own], sigma[own] = belief.mean, belief.sigma
+        others |= dict.fromkeys(own, rest)
     return _outcome(cases, Belief(mean, sigma), list(range(len(cases))), others, used)
 
 
@@ -168,10 +163,10 @@ def _outcome(
     cases: Sequence[Case], belief: Belief, scored: Sequence[int], fitted: dict[int, np.ndarray], used: np.ndarray
 ) -> Outcome:
     found = list[Predicted]()
-    for index in scored:
+    for place, index in enumerate(scored):
         case, rest = cases[index], [cases[other] for other in fitted[index]]
-        apart = belief.mean[index] - case.measured
-        reach = NINETY * belief.sigma[index]
+        apart = belief.mean[place] - case.measured
+        reach = NINETY * belief.sigma[place]
         found.append(
             Predicted(
                 case.row.line,
