@@ -74,8 +74,8 @@ def crossing(kind: str, levels: tuple[tuple[int, int], ...]) -> tuple[tuple[floa
     levels: for each, how many parts of the level below form a part of it, and how many of its parts there are.
     """
     size = math.prod(width for width, _ in levels)
-    found, inside = list[tuple[float, float]](), 1
-    for width, _ in levels:
+    found, inside, inside_parts = list[tuple[float, float]](), 1, size
+    for width, parts in levels:
         outside = inside * width
         if width == 1:
             found.append((0.0, 0.0))
@@ -85,7 +85,7 @@ def crossing(kind: str, levels: tuple[tuple[int, int], ...]) -> tuple[tuple[floa
             found.append((1.0 if kind == "send" else 1.0 / inside, math.ceil(math.log2(width))))
         else:  # hierarchical: inside first, then each card its own part of the whole with its sisters elsewhere
             part = (width - 1) / (width * inside) / ((size - 1) / size)
-            twice = 2 if kind == "all-reduce" else 1
-            found.append((part, twice * min(width - 1, 2 * math.ceil(math.log2(width)) + 2)))
-        inside = outside
+            hops = inside_parts - parts  # of a ring through all cards
+            found.append((part, min(2 * hops, 4 * math.ceil(math.log2(width)) + 4) if kind == "all-reduce" else hops))
+        inside, inside_parts = outside, parts
     return tuple(found)

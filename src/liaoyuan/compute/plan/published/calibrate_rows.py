@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from liaoyuan.compute.plan.published.cases import FIGURES, NAMES, Case
+from liaoyuan.compute.plan.published.cases import FIGURES, NAMES, PRIVATE, Case
 
 NOISE = 0.04  # of a measurement that no figure explains
 SHARED = 0.7  # of the variance of what is left open, the part that rows of a source have in common
@@ -78,7 +78,8 @@ class Ties:
     def covariance(self, near: Linear) -> tuple[np.ndarray, np.ndarray]:
         """Return that of the rows' logarithms [rows, rows], and the part of it that comes from what rows leave open."""
         left_open = near.spread @ near.spread.T / near.spread.shape[1]
-        opened = SHARED * self.source * left_open + np.diag((1 - SHARED) * np.diag(left_open))
+        private = near.slopes**2 @ (PRIVATE**2 * self.parts[-1][1])
+        opened = SHARED * self.source * left_open + np.diag((1 - SHARED) * np.diag(left_open) + private)
         return opened + sum(mask * ((near.slopes * part) @ near.slopes.T) for mask, part in self.parts), opened
 
     def figures(self, slopes: np.ndarray, weights: np.ndarray, used: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ likely did the same thing in both, so that what one row tells about it holds for
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,14 +17,16 @@ DRAWS = 24
 FIELDS = ("layout", "seq", "batch", "micro", "vpp", "recompute", "fused", "sharding", "sequence", "compiled", "flops",
           "halved", "steps")  # fmt: skip
 STATE_BYTES = 16  # of a weight in training: itself, its gradient, and the optimiser's copy and two moments
-GIB = 2**30
+HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
+LATENT_RANK, LATENT_WIDTH, VALUE_DIM = 1024, 448, 128  # of latent attention (DeepSeek-AI 2024): ranks of queries and of
+# keys on average, what a head has of queries, keys and values, and of values alone
 
 
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a transformer.
 
-    feed_forward: of one expert, or of the dense layer. shared: feed-forward size that each token passes besides its
+    feed_forward: of one expert, or of the dense layer. latent: attention through low ranks. shared: feed-forward size that each token passes besides its
     experts, on average over layers (shared experts, layers that are dense).
     """
 
@@ -38,11 +40,16 @@ class Shape:
     experts: int = 0
     topk: int = 1
     shared: float = 0.0
+    head_dim: int = 128
+    latent: bool = False
 
     @property
     def attention_weights(self) -> float:
         """Weights of the attention of a layer."""
-        return 2.0 * self.hidden * self.hidden * (1 + self.kv_heads / self.heads)
+        if self.latent:
+            ranks = 2.0 * LATENT_RANK * self.hidden
+            return ranks + self.heads * (LATENT_WIDTH * LATENT_RANK + VALUE_DIM * self.hidden)
+        return 2.0 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
 
     @property
     def matrices(self) -> int:
@@ -137,15 +144,30 @@ def shape_of(row: Row) -> Shape:
     kv_heads = min(row.kv_heads or heads, heads)
     experts = row.experts or 0
     ffn = row.ffn or (max(64, hidden // 4) if experts else 4 * hidden)
-    gated = _gated(row, layers, hidden, heads, kv_heads, ffn, vocab)
-    shape = Shape(layers, hidden, heads, kv_heads, ffn, gated, vocab, experts, row.topk or (2 if experts else 1))
-    if experts and row.active:  # what the active weights ask for beyond experts and attention is shared by all tokens
-        missing = (row.active - shape.weights(active=True)) / layers / (shape.matrices * hidden)
-        return Shape(**{**vars(shape), "shared": max(0.0, missing)})
-    if not row.ffn and row.params and not experts:
+    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "kv_heads": kv_heads, "feed_forward": ffn}
+    shape = Shape(**sizes, gated=bool(experts), vocab=vocab, experts=experts, topk=row.topk or (2 if experts else 1))
+    if experts:
+        return _with_experts(row, shape)
+    shape = replace(shape, head_dim=max(1, hidden // heads))
+    shape = replace(shape, gated=_gated(row, shape))
+    if not row.ffn and row.params:
         per_layer = (row.params - 2.0 * vocab * hidden) / layers - shape.attention_weights
-        return Shape(**{**vars(shape), "feed_forward": max(hidden, round(per_layer / shape.matrices / hidden))})
+        return replace(shape, feed_forward=max(hidden, round(per_layer / shape.matrices / hidden)))
     return shape
+
+
+def _with_experts(row: Row, shape: Shape) -> Shape:
+    """Return it with attention, and what all tokens share, as the numbers of weights ask for."""
+    if not row.kv_heads and row.heads:
+        shape = replace(shape, latent=True, head_dim=160)
+    elif row.params:  # what is left of the weights is attention's
+        left = (row.params - replace(shape, head_dim=0).weights()) / shape.layers
+        size = max(1.0, left / (2.0 * shape.hidden * (shape.heads + shape.kv_heads)))
+        shape = replace(shape, head_dim=min(HEAD_DIMS, key=lambda known: abs(math.log(known / size))))
+    if row.active:
+        missing = (row.active - shape.weights(active=True)) / shape.layers / (shape.matrices * shape.hidden)
+        return replace(shape, shared=max(0.0, missing))
+    return replace(shape, shared=float(shape.feed_forward) if shape.topk > 4 else 0.0)
 
 
 def _usual(params: float, hidden: int | None, layers: int | None) -> tuple[int, int]:
@@ -157,14 +179,12 @@ def _usual(params: float, hidden: int | None, layers: int | None) -> tuple[int, 
     return width, layers or max(1, round(params / (12.0 * width * width)))
 
 
-def _gated(row: Row, layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int) -> bool:
+def _gated(row: Row, shape: Shape) -> bool:
     """Return whether the feed-forward layer has a gate, by the number of weights, else by its size."""
-    if row.experts:
-        return True
     if row.params:
-        both = [Shape(layers, hidden, heads, kv_heads, ffn, gated, vocab).weights() for gated in (False, True)]
-        return abs(math.log(both[1] / row.params)) < abs(math.log(both[0] / row.params))
-    return ffn != 4 * hidden
+        plain, gated = (abs(math.log(replace(shape, gated=gate).weights() / row.params)) for gate in (False, True))
+        return gated < plain
+    return shape.feed_forward != 4 * shape.hidden
 
 
 def _setup(row: Row, where: Machines, shape: Shape, chance: dict[str, float]) -> Setup:
@@ -173,7 +193,7 @@ def _setup(row: Row, where: Machines, shape: Shape, chance: dict[str, float]) ->
     tp, pp, dp, cp = _layout(row, shape, room, chance["layout"], where.cluster.per_node)
     over, sharding = _sharding(row, shape, tp * pp, dp * cp, room, chance["sharding"])
     batch = row.batch or _batch(row.cards, tp * pp * cp, pp, dp, seq, chance["batch"])
-    micro = row.micro_batch or _micro(batch, dp, seq, sharding == "full", chance["micro"])
+    micro = row.micro_batch or _micro(batch, dp, pp, seq, sharding == "full", chance["micro"])
     vpp = row.vpp or (_pick((1, 1, 2, max(1, shape.layers // pp // 2)), chance["vpp"]) if pp > 1 else 1)
     ep = min(row.ep or (min(8, shape.experts, tp * dp) if shape.experts else 1), max(1, tp * cp * dp))
     own = shape.expert_weights() / (ep * pp)
@@ -243,12 +263,14 @@ def _batch(cards: int, parts: int, pp: int, dp: int, seq: int, chance: float) ->
     return each * dp
 
 
-def _micro(batch: int, dp: int, seq: int, sharded: bool, chance: float) -> int:
+def _micro(batch: int, dp: int, pp: int, seq: int, sharded: bool, chance: float) -> int:
     """Return a micro batch that divides a data-parallel part of the batch: of about 2,048 to 8,192 tokens, or, where
-    weights are gathered for each, of up to four times as many.
+    weights are gathered for each, of up to four times as many; of a pipeline now and then as many as it has stages.
     """
     each = max(1, batch // dp)
     wanted = max(1, _pick((2048, 4096, 8192), chance) * (4 if sharded else 1) // seq)
+    if pp > 1 and chance > 0.75:
+        wanted = max(wanted, each // pp)
     return next(size for size in range(min(wanted, each), 0, -1) if each % size == 0)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from liaoyuan.compute.plan.cost import seconds
 from liaoyuan.compute.plan.fabric import Fabric
 from liaoyuan.compute.plan.profile import DeviceProfile
-from liaoyuan.compute.plan.published.plausible import Setup
+from liaoyuan.compute.plan.published.plausible import LATENT_RANK, LATENT_WIDTH, VALUE_DIM, Setup
 from liaoyuan.compute.plan.work import Work, product, stream
 
 LINEAR_BYTES = {"float8": 1, "float32": 4}
@@ -138,16 +138,13 @@ def _layer_seconds(
 
 def _layer(setup: Setup) -> tuple[Work, ...]:
     """Return the forward work of one layer for one microbatch, on one card."""
-    shape, tp, dtype = setup.shape, setup.tp, setup.dtype
+    shape, tp = setup.shape, setup.tp
     tokens = max(1, setup.micro * setup.seq // setup.cp)
-    head = shape.hidden // shape.heads
-    size = LINEAR_BYTES.get(dtype, 2)
-    qkv = (shape.heads + 2 * shape.kv_heads) * head
+    size = LINEAR_BYTES.get(setup.dtype, 2)
     norms = 10.0 * 2 * tokens * shape.hidden / (tp if setup.sequence else 1)
     inner = 6.0 * 2 * tokens * shape.hidden / tp
     return _streams_as_one(
-        product(tokens, max(1, qkv // tp), shape.hidden, dtype, size=size),
-        product(tokens, shape.hidden, max(1, shape.hidden // tp), dtype, size=size),
+        *_projections(setup, tokens, size),
         *_attention(setup, tokens),
         *_feed_forward(setup, tokens, size),
         stream((norms + inner) * (0.6 if setup.compiled else 1.0)),
@@ -163,17 +160,34 @@ def _streams_as_one(*works: Work) -> tuple[Work, ...]:
 def _attention(setup: Setup, tokens: int) -> list[Work]:
     shape = setup.shape
     dtype = "float16" if setup.dtype == "float16" else "bfloat16"
-    flops = 4.0 * tokens * setup.seq * shape.hidden / setup.tp
+    wide = shape.heads * shape.head_dim
+    flops = 4.0 * tokens * setup.seq * wide / setup.tp
+    heads = max(1, shape.heads // setup.tp)
     if setup.fused:
-        return [Work("attention", dtype, flops / 2, 2.0 * 4 * tokens * shape.hidden / setup.tp)]
-    heads, width = max(1, setup.micro * shape.heads // setup.tp), shape.hidden // shape.heads
-    rows = max(1, tokens // setup.micro)
-    scores = 2.0 * heads * rows * setup.seq
+        moved = 2.0 * 4 * tokens * wide / setup.tp
+        return [Work("attention", dtype, flops / 2, moved, tokens, setup.seq // 2, shape.head_dim, heads)]
+    rows, batch = max(1, tokens // setup.micro), setup.micro * heads
     return [
-        product(rows, setup.seq, width, dtype, batch=heads),
-        product(rows, width, setup.seq, dtype, batch=heads),
-        stream(5.0 * scores, dtype),  # masked softmax, and dropout with its mask
+        product(rows, setup.seq, shape.head_dim, dtype, batch=batch),
+        product(rows, shape.head_dim, setup.seq, dtype, batch=batch),
+        stream(5.0 * 2.0 * batch * rows * setup.seq, dtype),  # masked softmax, and dropout with its mask
     ]
+
+
+def _projections(setup: Setup, tokens: int, size: int) -> list[Work]:
+    """Return queries, keys and values, and what puts the heads together."""
+    shape, tp, dtype = setup.shape, setup.tp, setup.dtype
+    out = shape.heads * (shape.head_dim if not shape.latent else VALUE_DIM)
+    works = [product(tokens, shape.hidden, max(1, out // tp), dtype, size=size)]
+    if shape.latent:
+        heads = shape.heads * LATENT_WIDTH
+        works.append(product(tokens, 2 * LATENT_RANK, shape.hidden, dtype, size=size))
+        works.append(product(tokens, max(1, heads // tp), LATENT_RANK, dtype, size=size))
+        works.append(stream(2.0 * 4 * tokens * heads / tp))
+    else:
+        qkv = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        works.append(product(tokens, max(1, qkv // tp), shape.hidden, dtype, size=size))
+    return works
 
 
 def _feed_forward(setup: Setup, tokens: int, size: int) -> list[Work]:
@@ -205,10 +219,8 @@ def _backward(setup: Setup, forward: tuple[Work, ...]) -> tuple[Work, ...]:
     """Return the work of the backward pass: two products for each, two and a half times the fused attention."""
     found = list[Work]()
     for work in forward:
-        if work.kind == "product":
-            size = LINEAR_BYTES.get(work.dtype, 2)
-            found.append(replace(product(work.m, work.k, work.n, work.dtype, work.batch, size), backward=True))
-            found.append(replace(product(work.k, work.n, work.m, work.dtype, work.batch, size), backward=True))
+        if work.kind == "product":  # its two gradients
+            found.append(replace(work, flops=2 * work.flops, traffic=2 * work.traffic, backward=True))
         elif work.kind == "attention":
             found.append(replace(work, flops=2.5 * work.flops, traffic=2 * work.traffic, backward=True))
         else:
@@ -253,7 +265,7 @@ def _messages(setup: Setup) -> list[Message]:
         found.append(Message("tp", "forward", "all-reduce", sent, range(tp), 2))
         found.append(Message("tp", "backward", "all-reduce", sent, range(tp), 4 if setup.recompute == "full" else 2))
     if cp > 1:
-        keys = 2.0 * tokens * 2 * shape.kv_heads * (shape.hidden // shape.heads) / tp * (cp - 1)
+        keys = 2.0 * tokens * 2 * shape.kv_heads * shape.head_dim / tp * (cp - 1)
         ring = range(0, tp * cp, tp)
         found.append(Message("cp", "forward", "all-gather", keys, ring))
         found.append(Message("cp", "backward", "all-gather", 2 * keys, ring))
@@ -294,19 +306,23 @@ def _data_messages(setup: Setup, own: float, data: range, over: int) -> list[Mes
             sent = gradient * own / over * 2 * (len(others) - 1) / len(others)
             found.append(Message("dp", "step", "all-reduce", sent, others))
         return found
-    if setup.sharding == "none" or over < cards:
-        found = [Message("dp", "step", "all-reduce", gradient * own * 2 * (cards - 1) / cards, data)]
-        if setup.sharding == "optimizer":
-            found.append(Message("dp", "step", "all-gather", 2 * own * part, group))
-        return found
-    return [
-        Message("dp", "step", "reduce-scatter", gradient * own * part, data),
-        Message("dp", "step", "all-gather", 2 * own * part, data),
+    buckets = setup.shape.layers / setup.pp  # one message for each layer
+    reduced, gathered = gradient * own / buckets, 2 * own / buckets
+    if setup.sharding == "none":
+        return [Message("dp", "step", "all-reduce", reduced * 2 * (cards - 1) / cards, data, buckets)]
+    found = [
+        Message("dp", "step", "reduce-scatter", reduced * part, group, buckets),
+        Message("dp", "step", "all-gather", gathered * part, group, buckets),
     ]
+    if over < cards:
+        others = data[::over]
+        sent = reduced / over * 2 * (len(others) - 1) / len(others)
+        found.append(Message("dp", "step", "all-reduce", sent, others, buckets))
+    return found
 
 
 def _calls(setup: Setup) -> float:
     """Return the host's calls for a layer, forward and backward: of an eager program, about 3 forward for an operator."""
-    forward = 24.0 + (8 if setup.tp > 1 else 0) + (40 if setup.shape.experts else 0) + (0 if setup.fused else 4)
+    forward = 24.0 + (8 if setup.tp > 1 else 0) + (120 if setup.shape.experts else 0) + (0 if setup.fused else 4)
     backward = 1.6 * forward + (forward if setup.recompute == "full" else 0)
     return (forward + backward) * (0.5 if setup.compiled else 1.0)
