@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from liaoyuan.compute.plan.cluster import Cluster
 from liaoyuan.compute.plan.published.accelerators import Machines
 from liaoyuan.compute.plan.published.rows import Row
 
 DRAWS = 24
-FIELDS = ("layout", "seq", "batch", "micro", "vpp", "recompute", "fused", "sharding", "sequence", "compiled", "flops",
+FIELDS = ("again", "layout", "seq", "batch", "micro", "vpp", "recompute", "fused", "sharding", "sequence", "compiled", "flops",
           "halved", "steps")  # fmt: skip
 STATE_BYTES = 16  # of a weight in training: itself, its gradient, and the optimiser's copy and two moments
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
@@ -91,6 +92,7 @@ class Setup:
     ep: int
     etp: int
     recompute: str
+    again: float
     fused: bool
     sharding: str
     sharded_over: int
@@ -189,8 +191,9 @@ def _gated(row: Row, shape: Shape) -> bool:
 
 def _setup(row: Row, where: Machines, shape: Shape, chance: dict[str, float]) -> Setup:
     room = where.cluster.accelerator.usable_bytes
-    seq = row.seq_len or _pick((2048, 4096, 8192), chance["seq"])
-    tp, pp, dp, cp = _layout(row, shape, room, chance["layout"], where.cluster.per_node)
+    old = where.generation in ("volta", "ampere")
+    seq = row.seq_len or _pick((2048, 2048, 4096) if old else (4096, 4096, 8192), chance["seq"])
+    tp, pp, dp, cp = _layout(row, shape, room, chance["layout"], where.cluster)
     over, sharding = _sharding(row, shape, tp * pp, dp * cp, room, chance["sharding"])
     batch = row.batch or _batch(row.cards, tp * pp * cp, pp, dp, seq, chance["batch"])
     micro = row.micro_batch or _micro(batch, dp, pp, seq, sharding == "full", chance["micro"])
@@ -198,7 +201,8 @@ def _setup(row: Row, where: Machines, shape: Shape, chance: dict[str, float]) ->
     ep = min(row.ep or (min(8, shape.experts, tp * dp) if shape.experts else 1), max(1, tp * cp * dp))
     own = shape.expert_weights() / (ep * pp)
     etp = tp if shape.experts and tp > 1 and (ep == 1 or 6 * own > 0.8 * room) else 1
-    fused = chance["fused"] < _fused(where.generation, row)
+    scores = 6.0 * micro * max(1, shape.heads // tp) * seq * (seq / cp)  # bytes: kept, softmax, and its gradient
+    fused = scores > 0.2 * room or chance["fused"] < _fused(where.generation, row)
     held = (6 + 12 / over if sharding != "none" else 18) * shape.weights() / (tp * pp * ep)
     held = held if sharding != "full" else 18 * shape.weights() / (tp * pp * over)
     recompute = row.recompute or _recompute(
@@ -220,6 +224,7 @@ def _setup(row: Row, where: Machines, shape: Shape, chance: dict[str, float]) ->
         ep=ep,
         etp=etp,
         recompute=recompute,
+        again={"full": 1.0, "none": 0.0}.get(recompute, 0.0 if chance["again"] < 0.6 else 0.5),
         fused=fused,
         sharding=sharding,
         sharded_over=over,
@@ -235,17 +240,18 @@ def _pick(choices: Sequence[int], chance: float) -> int:
     return choices[min(len(choices) - 1, int(chance * len(choices)))]
 
 
-def _layout(row: Row, shape: Shape, room: float, chance: float, per_node: int) -> tuple[int, int, int, int]:
+def _layout(row: Row, shape: Shape, room: float, chance: float, cluster: Cluster) -> tuple[int, int, int, int]:
     """Return (tp, pp, dp, cp): what is stated, and else either all data-parallel or as many parts as must be."""
     cp = row.cp or 1
     if row.tp and row.pp:
         return row.tp, row.pp, row.dp or max(1, row.cards // (row.tp * row.pp * cp)), cp
     tp, pp = row.tp or 1, row.pp or 1
     inside = row.cards // max(1, cp)
-    if chance < 0.5 and not (row.tp or row.pp):  # tensor and pipeline parallel, the fewest parts that hold the state
+    torus = cluster.accelerator.device == "xla"  # whose programs divide weights over all cards, as a rule
+    if chance < 0.4 and not (row.tp or row.pp or torus):  # tensor and pipeline parallel, the fewest parts that hold the state
         state = shape.weights() * 10
         while state / (tp * pp) > 0.6 * room and tp * pp < inside:
-            if not row.tp and tp < min(8, per_node) and inside % (2 * tp * pp) == 0:
+            if not row.tp and tp < min(8, cluster.per_node) and inside % (2 * tp * pp) == 0:
                 tp *= 2
             elif not row.pp and pp < shape.layers and inside % (2 * tp * pp) == 0:
                 pp *= 2

@@ -79,8 +79,9 @@ class Parts:
 def program(setup: Setup) -> Program:
     """Return a step of a job."""
     forward = _layer(setup)
-    again = {"full": forward, "selective": tuple(work for work in forward if work.kind != "product")}
-    backward = (*_backward(setup, forward), *again.get(setup.recompute, ()))
+    again = [work for work in forward if setup.recompute != "none" and work.kind != "product"]
+    again += [_part(work, setup.again) for work in forward if setup.again and work.kind == "product"]
+    backward = (*_backward(forward), *again)
     return Program(setup, forward, backward, _head(setup), _update(setup), tuple(_messages(setup)), _calls(setup))
 
 
@@ -141,13 +142,13 @@ def _layer(setup: Setup) -> tuple[Work, ...]:
     shape, tp = setup.shape, setup.tp
     tokens = max(1, setup.micro * setup.seq // setup.cp)
     size = LINEAR_BYTES.get(setup.dtype, 2)
-    norms = 10.0 * 2 * tokens * shape.hidden / (tp if setup.sequence else 1)
-    inner = 6.0 * 2 * tokens * shape.hidden / tp
+    norms = 12.0 * 2 * tokens * shape.hidden / (tp if setup.sequence else 1)
+    inner = 8.0 * 2 * tokens * shape.hidden / tp
     return _streams_as_one(
         *_projections(setup, tokens, size),
         *_attention(setup, tokens),
         *_feed_forward(setup, tokens, size),
-        stream((norms + inner) * (0.6 if setup.compiled else 1.0)),
+        stream((norms + inner) * (0.5 if setup.compiled else 1.0)),
     )
 
 
@@ -215,7 +216,12 @@ def _feed_forward(setup: Setup, tokens: int, size: int) -> list[Work]:
     return works
 
 
-def _backward(setup: Setup, forward: tuple[Work, ...]) -> tuple[Work, ...]:
+def _part(work: Work, share: float) -> Work:
+    """Return the work of that share of the calls, as one."""
+    return replace(work, flops=share * work.flops, traffic=share * work.traffic)
+
+
+def _backward(forward: tuple[Work, ...]) -> tuple[Work, ...]:
     """Return the work of the backward pass: two products for each, two and a half times the fused attention."""
     found = list[Work]()
     for work in forward:
@@ -323,6 +329,9 @@ def _data_messages(setup: Setup, own: float, data: range, over: int) -> list[Mes
 
 def _calls(setup: Setup) -> float:
     """Return the host's calls for a layer, forward and backward: of an eager program, about 3 forward for an operator."""
-    forward = 24.0 + (8 if setup.tp > 1 else 0) + (120 if setup.shape.experts else 0) + (0 if setup.fused else 4)
+    shape = setup.shape
+    forward = 24.0 + (8 if setup.tp > 1 else 0) + (0 if setup.fused else 4)
+    if shape.experts:  # the router, what puts tokens in order, and two products for each expert of the card
+        forward += 60 + 2 * shape.experts / setup.ep * (3 if setup.dtype == "float8" else 1)
     backward = 1.6 * forward + (forward if setup.recompute == "full" else 0)
     return (forward + backward) * (0.5 if setup.compiled else 1.0)
