@@ -16,6 +16,7 @@ from liaoyuan.compute.plan.published.cases import FIGURES, NAMES, PRIVATE, Case
 NOISE = 0.04  # of a measurement that no figure explains
 SHARED = 0.7  # of the variance of what is left open, the part that rows of a source have in common
 ROUNDS = 3  # of looking again how times depend on figures, where those have moved to
+PROGRAM = 0.09  # of a program of a source, which all of its rows share
 HUBER = 1.5  # standard deviations beyond which a calibration row counts less
 
 
@@ -68,7 +69,9 @@ class Ties:
     def __init__(self, cases: Sequence[Case]) -> None:
         generations = np.array([case.where.generation for case in cases])
         sources = np.array([case.row.source for case in cases])
+        programs = np.array([case.row.program for case in cases])
         self.source = sources[:, None] == sources
+        self.program = self.source & (programs[:, None] == programs)
         masks = {"everywhere": np.ones_like(self.source), "generation": generations[:, None] == generations}
         self.parts = [
             (mask, np.array([getattr(one, name) ** 2 for one in FIGURES.values()]))
@@ -79,7 +82,7 @@ class Ties:
         """Return that of the rows' logarithms [rows, rows], and the part of it that comes from what rows leave open."""
         left_open = near.spread @ near.spread.T / near.spread.shape[1]
         private = near.slopes**2 @ (PRIVATE**2 * self.parts[-1][1])
-        opened = SHARED * self.source * left_open + np.diag((1 - SHARED) * np.diag(left_open) + private)
+        opened = PROGRAM**2 * self.program + SHARED * self.source * left_open + np.diag((1 - SHARED) * np.diag(left_open) + private)
         return opened + sum(mask * ((near.slopes * part) @ near.slopes.T) for mask, part in self.parts), opened
 
     def figures(self, slopes: np.ndarray, weights: np.ndarray, used: np.ndarray) -> np.ndarray:

@@ -27,12 +27,12 @@ class Habits:
     computing. jitter: how much longer all take for each doubling of nodes (waiting for the slowest).
     """
 
-    calls: float = 2.0
-    tp: float = 0.8
-    dp: float = 0.3
+    calls: float = 3.0
+    tp: float = 0.9
+    dp: float = 0.35
     ep: float = 0.8
     pp: float = 0.5
-    jitter: float = 0.002
+    jitter: float = 0.003
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def _layer(setup: Setup) -> tuple[Work, ...]:
     shape, tp = setup.shape, setup.tp
     tokens = max(1, setup.micro * setup.seq // setup.cp)
     size = LINEAR_BYTES.get(setup.dtype, 2)
-    norms = 12.0 * 2 * tokens * shape.hidden / (tp if setup.sequence else 1)
-    inner = 8.0 * 2 * tokens * shape.hidden / tp
+    norms = 14.0 * 2 * tokens * shape.hidden / (tp if setup.sequence else 1)
+    inner = 9.0 * 2 * tokens * shape.hidden / tp
     return _streams_as_one(
         *_projections(setup, tokens, size),
         *_attention(setup, tokens),

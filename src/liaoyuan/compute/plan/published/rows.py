@@ -38,7 +38,7 @@ class Row:
     reported: "step_time" (s), "tokens" (tokens/s of one card), "tflops" (of one card), "mfu", "hfu" or "card_hours".
     tokens_seen: of the whole run, for card-hours. peaks: TFLOP/s by dtype, as stated. hardware: whether its FLOPs count
     recomputation. sharding: "none", "optimizer", "gradients" or "full"; sharded_over: among how many data-parallel
-    cards; network_gb: GB/s of a node. compiled: whether kernels were fused by a compiler.
+    cards; network_gb: GB/s of a node. compiled: whether kernels were fused by a compiler. program: how its notes begin.
     """
 
     line: int
@@ -75,6 +75,7 @@ class Row:
     sharding: str | None = None
     sharded_over: int | None = None
     compiled: bool | None = None
+    program: str = ""
     network_gb: float | None = None
     tokens_seen: float | None = None
 
@@ -180,6 +181,7 @@ def _row(line: int, cells: dict[str, str]) -> Row:
         sharding=sharding,
         sharded_over=sharded_over,
         compiled=True if re.search(r"\bcompile", notes, re.I) else None,
+        program=_program(notes),
         network_gb=_network(notes),
         tokens_seen=_tokens_seen(notes),
     )
@@ -263,6 +265,12 @@ def _sharding(notes: str) -> tuple[str | None, int | None]:
     signs = {"gradients": r"SHARD_GRAD_OP|ZeRO-?2", "full": r"FSDP|FULL_SHARD|ZeRO-?3|\b2D\b|\b4D\b"}
     signs["optimizer"] = r"zero-?1|distributed ?optimizer"
     return next((name for name, sign in signs.items() if re.search(sign, notes, re.I)), None), None
+
+
+def _program(notes: str) -> str:
+    """Return the words with which notes begin, if no figure is among them: where a source compares programs, which."""
+    first = notes.partition(";")[0].strip()
+    return first if ";" in notes and re.fullmatch(r"[A-Za-z+\- ]{3,40}", first) else ""
 
 
 def _network(notes: str) -> float | None:
