@@ -14,7 +14,7 @@ import numpy as np
 from liaoyuan.compute.plan.published.cases import FIGURES, NAMES, PRIVATE, Case
 
 NOISE = 0.04  # of a measurement that no figure explains
-SHARED = 0.7  # of the variance of what is left open, the part that rows of a source have in common
+SHARED = 0.8  # of the variance of what is left open, the part that rows of a source have in common
 ROUNDS = 3  # of looking again how times depend on figures, where those have moved to
 PROGRAM = 0.09  # of a program of a source, which all of its rows share
 HUBER = 1.5  # standard deviations beyond which a calibration row counts less

@@ -15,7 +15,7 @@ from liaoyuan.compute.plan.published.accelerators import Machines
 from liaoyuan.compute.plan.published.rows import Row
 
 DRAWS = 24
-FIELDS = ("again", "layout", "seq", "batch", "micro", "vpp", "recompute", "fused", "sharding", "sequence", "compiled", "flops",
+FIELDS = ("gradient", "again", "experts", "layout", "seq", "batch", "micro", "vpp", "recompute", "fused", "sharding", "sequence", "compiled", "flops",
           "halved", "steps")  # fmt: skip
 STATE_BYTES = 16  # of a weight in training: itself, its gradient, and the optimiser's copy and two moments
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
@@ -76,6 +76,7 @@ class Shape:
 class Setup:
     """A job with nothing left open. batch: sequences of a step. sharded_over: among how many cards weights (or only the
     optimiser's state) are divided. fused: attention that keeps no scores. sequence: norms divided among tp too.
+    gradient: bytes of one as it is sent.
     etp: tensor parallelism of experts. hardware, halved: how the source counts FLOPs, if it reports them.
     """
 
@@ -99,6 +100,7 @@ class Setup:
     sequence: bool
     compiled: bool
     dtype: str
+    gradient: int
     hardware: bool
     halved: bool
 
@@ -200,7 +202,9 @@ def _setup(row: Row, where: Machines, shape: Shape, chance: dict[str, float]) ->
     vpp = row.vpp or (_pick((1, 1, 2, max(1, shape.layers // pp // 2)), chance["vpp"]) if pp > 1 else 1)
     ep = min(row.ep or (min(8, shape.experts, tp * dp) if shape.experts else 1), max(1, tp * cp * dp))
     own = shape.expert_weights() / (ep * pp)
-    etp = tp if shape.experts and tp > 1 and (ep == 1 or 6 * own > 0.8 * room) else 1
+    etp = 1
+    if shape.experts and tp > 1 and (ep == 1 or 6 * own > 0.8 * room):  # cut along tp, or whole ones along tp too
+        etp, ep = (tp, ep) if ep == 1 or chance["experts"] < 0.4 else (1, min(shape.experts, ep * tp))
     scores = 6.0 * micro * max(1, shape.heads // tp) * seq * (seq / cp)  # bytes: kept, softmax, and its gradient
     fused = scores > 0.2 * room or chance["fused"] < _fused(where.generation, row)
     held = (6 + 12 / over if sharding != "none" else 18) * shape.weights() / (tp * pp * ep)
@@ -231,6 +235,7 @@ def _setup(row: Row, where: Machines, shape: Shape, chance: dict[str, float]) ->
         sequence=tp > 1 and chance["sequence"] < (0.3 if where.generation in ("volta", "ampere") else 0.9),
         compiled=chance["compiled"] < 0.3 if row.compiled is None else row.compiled,
         dtype=row.dtype or "bfloat16",
+        gradient=2 if row.dtype == "float16" or chance["gradient"] < 0.5 or dp * cp == 1 else 4,
         hardware=counted and recompute == "full" and (hardware or row.reported == "hfu"),
         halved=counted and (chance["halved"] < 0.3 if row.halved is None else row.halved),
     )
@@ -270,14 +275,14 @@ def _batch(cards: int, parts: int, pp: int, dp: int, seq: int, chance: float) ->
 
 
 def _micro(batch: int, dp: int, pp: int, seq: int, sharded: bool, chance: float) -> int:
-    """Return a micro batch that divides a data-parallel part of the batch: of about 2,048 to 8,192 tokens, or, where
-    weights are gathered for each, of up to four times as many; of a pipeline now and then as many as it has stages.
+    """Return a micro batch of about 2,048 to 8,192 tokens, or, where weights are gathered for each, of four times as
+    many; of a pipeline now and then one of as many as it has stages.
     """
     each = max(1, batch // dp)
     wanted = max(1, _pick((2048, 4096, 8192), chance) * (4 if sharded else 1) // seq)
     if pp > 1 and chance > 0.75:
         wanted = max(wanted, each // pp)
-    return next(size for size in range(min(wanted, each), 0, -1) if each % size == 0)
+    return max(1, round(each / max(1, round(each / wanted))))
 
 
 def _sharding(row: Row, shape: Shape, parts: int, data: int, room: float, chance: float) -> tuple[int, str]:

@@ -277,7 +277,7 @@ def _messages(setup: Setup) -> list[Message]:
         found.append(Message("cp", "backward", "all-gather", 2 * keys, ring))
     if shape.experts and setup.ep > 1:
         rows = 2.0 * tokens * shape.hidden * shape.topk / tp * (setup.ep - 1) / setup.ep
-        group = range(0, tp * setup.ep, tp) if tp * setup.ep <= setup.cards else range(setup.ep)
+        group = range(0, tp * setup.ep, tp) if setup.etp > 1 else range(setup.ep)
         again = 4 if setup.recompute == "full" else 2
         found += [Message("ep", "forward", "all-to-all", rows, group, 2)]
         found += [Message("ep", "backward", "all-to-all", rows, group, again)]
@@ -297,13 +297,13 @@ def _data_messages(setup: Setup, own: float, data: range, over: int) -> list[Mes
     cards = len(data)
     if cards == 1:
         return []
-    gradient = 2.0 if setup.dtype == "float16" else 4.0
+    gradient = float(setup.gradient)
     group, part = data[:over], (over - 1) / over
     if setup.sharding in ("full", "gradients"):
         layer = own * setup.pp / setup.shape.layers
         found = [
             Message("shard", "forward", "all-gather", 2 * layer * part, group),
-            Message("shard", "backward", "reduce-scatter", 2 * layer * part, group),
+            Message("shard", "backward", "reduce-scatter", gradient * layer * part, group),
         ]
         if setup.sharding == "full":
             found.append(Message("shard", "backward", "all-gather", 2 * layer * part, group))
