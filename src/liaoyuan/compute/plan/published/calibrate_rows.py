@@ -82,7 +82,11 @@ class Ties:
         """Return that of the rows' logarithms [rows, rows], and the part of it that comes from what rows leave open."""
         left_open = near.spread @ near.spread.T / near.spread.shape[1]
         private = near.slopes**2 @ (PRIVATE**2 * self.parts[-1][1])
-        opened = PROGRAM**2 * self.program + SHARED * self.source * left_open + np.diag((1 - SHARED) * np.diag(left_open) + private)
+        opened = (
+            PROGRAM**2 * self.program
+            + SHARED * self.source * left_open
+            + np.diag((1 - SHARED) * np.diag(left_open) + private)
+        )
         return opened + sum(mask * ((near.slopes * part) @ near.slopes.T) for mask, part in self.parts), opened
 
     def figures(self, slopes: np.ndarray, weights: np.ndarray, used: np.ndarray) -> np.ndarray:

@@ -40,11 +40,11 @@ FIGURES: Mapping[str, Spread] = {
     "product": Spread(0.05, 0.08, 0.05),
     "float8": Spread(0.10, 0.10, 0.12),
     "half_k": Spread(0.50, 0.30, 0.00),
-    "attention": Spread(0.10, 0.20, 0.25),
+    "attention": Spread(0.10, 0.25, 0.30),
     "traffic": Spread(0.15, 0.10, 0.30),
     "calls": Spread(0.30, 0.20, 0.50),
     "near": Spread(0.10, 0.15, 0.15),
-    "far": Spread(0.20, 0.20, 0.70),
+    "far": Spread(0.20, 0.20, 0.85),
     "latency": Spread(0.30, 0.20, 0.30),
     "tp": Spread(0.15, 0.15, 0.30),
     "dp": Spread(0.30, 0.20, 0.50),
@@ -153,7 +153,9 @@ def changed(where: Machines, by: Mapping[str, float]) -> tuple[DeviceProfile, Fa
     factors = {
         **{f"links.{name}.share": "far" if name == levels[-1] else "near" for name in levels},
         **{f"links.{name}.latency": "latency" for name in levels},
-        "attention_forward": "attention", "attention_backward": "attention", "step": "step",
+        "attention_forward": "attention",
+        "attention_backward": "attention",
+        "step": "step",
     }
 
     def change(name: str, figure: Figure) -> Figure:

@@ -253,7 +253,9 @@ def _layout(row: Row, shape: Shape, room: float, chance: float, cluster: Cluster
     tp, pp = row.tp or 1, row.pp or 1
     inside = row.cards // max(1, cp)
     torus = cluster.accelerator.device == "xla"  # whose programs divide weights over all cards, as a rule
-    if chance < 0.4 and not (row.tp or row.pp or torus):  # tensor and pipeline parallel, the fewest parts that hold the state
+    if chance < 0.4 and not (
+        row.tp or row.pp or torus
+    ):  # tensor and pipeline parallel, the fewest parts that hold the state
         state = shape.weights() * 10
         while state / (tp * pp) > 0.6 * room and tp * pp < inside:
             if not row.tp and tp < min(8, cluster.per_node) and inside % (2 * tp * pp) == 0:
