@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liaoyuan.cli.groups import DefaultCommand
+from liaoyuan.cli.plan_calibrate import calibrate
 from liaoyuan.cli.plan_validate import validate
 from liaoyuan.errors import LiaoyuanError, nearest
 
@@ -66,6 +67,7 @@ def plan(
     print("Memory is that of tensors: workspaces of kernels, collectives' own buffers and fragmentation come on top.")
 
 
+app.command("calibrate")(calibrate)
 app.command("validate")(validate)
 
 

@@ -103,8 +103,13 @@ cached = st.tuples(profiles, st.floats(0, 1e8), st.floats(1, 8)).map(
     lambda x: x[0].model_copy(update={"cached_bytes": x[1], "cached_speed": x[2]})
 )
 products = st.builds(product, sizes, sizes, sizes, st.sampled_from(["bfloat16", "float32"]), st.integers(1, 64))
-sided = st.builds(lambda work, backward: replace(work, backward=backward, flops=work.flops * (1 + backward)), products,
-                  st.booleans())  # fmt: skip
+
+
+def sided_as(work: Work, backward: bool) -> Work:
+    return replace(work, backward=backward, flops=work.flops * (1 + backward))
+
+
+sided = st.builds(sided_as, products, st.booleans())
 works = st.one_of(sided, st.floats(1, 1e10).map(stream))
 
 
@@ -125,11 +130,10 @@ def test_a_card_that_gives_more_is_never_slower(work: Work, profile: DeviceProfi
 def test_two_halves_never_cost_less_than_the_whole(
     m: int, n: int, k: int, batch: int, cut: str, backward: bool, profile: DeviceProfile
 ) -> None:
-    half = replace(product(m, n, k, batch=batch), backward=backward)
-    half = replace(half, flops=half.flops * (1 + backward))
-    whole = product(*(size * (1 + (cut == axis)) for size, axis in ((m, "m"), (n, "n"), (k, "k"))), batch=batch * (1 + (cut == "b")))  # fmt: skip
-    whole = replace(whole, backward=backward, flops=half.flops * 2)
-    assert seconds(whole, profile) <= 2 * seconds(half, profile) * (1 + 1e-12)
+    half = sided_as(product(m, n, k, batch=batch), backward)
+    twice = {axis: 2 if axis == cut else 1 for axis in "mnkb"}
+    whole = product(m * twice["m"], n * twice["n"], k * twice["k"], batch=batch * twice["b"])
+    assert seconds(sided_as(whole, backward), profile) <= 2 * seconds(half, profile) * (1 + 1e-12)
 
 
 @settings(deadline=None, max_examples=50)

@@ -20,7 +20,7 @@ SHARPNESS = 4.0  # of the roofline's ridge: where both are equal, a call takes 2
 CUTS = (1, 2, 4, 8)  # parts that the depth of a product may be cut in
 CUT = 8.0  # half_k's that each of them costs more: its sums are written and read again in fp32
 WHOLE_HEAD = 128  # at which the shares of attention are told
-PLAIN = OperatorRate(share=1.0)
+NONE = (0.0, 0.0, 0.0)
 Unit = tuple[tuple[int, int, int], tuple[int, int], int, float]  # tile, least, units and half_tile of a rate
 
 
@@ -31,19 +31,21 @@ def seconds(work: Work, profile: DeviceProfile) -> float:
     """
     if not work.flops and not work.traffic:
         return 0.0
-    own = profile.operators.get(f"{work.operator}.{work.dtype}", PLAIN)
-    moving = moved(work.traffic, profile)
-    if work.kind == "stream":  # what is measured may be bound by what it computes of the bytes
-        computing = work.traffic / (profile.memory.median * own.share) if own is not PLAIN else 0.0
-    else:
-        computing = _computing(work, profile, own)
-    return profile.call.median * own.calls + _either(computing, moving)
+    own = profile.operators.get(f"{work.operator}.{work.dtype}")
+    calling = profile.call.median * (own.calls if own else 1.0)
+    if work.kind == "stream":
+        return calling + (_moved(work.traffic, profile, own.share, own.near) if own else moved(work.traffic, profile))
+    return calling + _either(_computing(work, profile, own), moved(work.traffic, profile))
 
 
 def moved(traffic: float, profile: DeviceProfile) -> float:
     """Return the seconds in which so many bytes are read and written, of which the first may lie in the cache."""
-    near = min(traffic, profile.cached_bytes)
-    return (near / profile.cached_speed + traffic - near) / profile.memory.median
+    return _moved(traffic, profile, 1.0, profile.cached_speed)
+
+
+def _moved(traffic: float, profile: DeviceProfile, share: float, near: float) -> float:
+    inside = min(traffic, profile.cached_bytes)
+    return (inside / near + traffic - inside) / (profile.memory.median * share)
 
 
 def _either(computing: float, moving: float) -> float:
@@ -53,18 +55,16 @@ def _either(computing: float, moving: float) -> float:
     return most * ((computing / most) ** SHARPNESS + (moving / most) ** SHARPNESS) ** (1 / SHARPNESS)
 
 
-def _computing(work: Work, profile: DeviceProfile, own: OperatorRate) -> float:
+def _computing(work: Work, profile: DeviceProfile, own: OperatorRate | None) -> float:
     rate = rate_of(work.dtype, profile)
-    peak = rate.peak_tflops * 1e12 * rate.share.median * own.share
+    peak = rate.peak_tflops * 1e12 * rate.share.median * (own.share if own else 1.0)
     if work.kind == "attention":
-        share = 1.0
-        if own is PLAIN:
-            share = (profile.attention_backward if work.backward else profile.attention_forward).median
-        return work.flops / (peak * share * _attended(work, profile, own))
+        usual = (profile.attention_backward if work.backward else profile.attention_forward).median
+        return work.flops / (peak * (1.0 if own else usual) * _attended(work, profile, own))
     if not work.products:
         return work.flops / peak
-    each = work.flops / len(work.products)
-    return sum(each / (peak * _efficiency(*shape, work.batch, rate, own.half)) for shape in work.products)
+    each, half = work.flops / len(work.products), own.half if own else NONE
+    return sum(each / (peak * _efficiency(*shape, work.batch, rate, half)) for shape in work.products)
 
 
 def _efficiency(
@@ -75,11 +75,11 @@ def _efficiency(
     return rows * columns * depth * batch / _spent(rows, columns, depth, batch, unit, half)
 
 
-def _attended(work: Work, profile: DeviceProfile, own: OperatorRate) -> float:
+def _attended(work: Work, profile: DeviceProfile, own: OperatorRate | None) -> float:
     """Return the share of the rate of attention with many keys and heads of 128 that one of this shape reaches."""
     if not work.k:
         return 1.0
-    keys, head = own.half[1:] if own is not PLAIN else (profile.half_keys, profile.half_head)
+    keys, head = own.half[1:] if own else (profile.half_keys, profile.half_head)
     return work.n / (work.n + keys) * (1 + head / WHOLE_HEAD) / (1 + head / work.k)
 
 
@@ -88,7 +88,7 @@ def efficiency(work: Work, rate: ProductRate) -> float:
     shapes = work.products
     if not shapes:
         return 1.0
-    return len(shapes) / sum(1 / _efficiency(*shape, work.batch, rate, PLAIN.half) for shape in shapes)
+    return len(shapes) / sum(1 / _efficiency(*shape, work.batch, rate, NONE) for shape in shapes)
 
 
 @lru_cache(maxsize=65536)

@@ -52,15 +52,17 @@ class ProductRate(Config):
 class OperatorRate(Config):
     """Of one operator in one dtype, as it was measured on the machine.
 
-    share: of what its kind of work gives: of the dtype's products, or of the memory's bytes/s (above 1 where it is
-        faster). calls: of the usual seconds of a call.
+    share: of what its kind of work gives: of the rate of the dtype's products, or of the memory's bytes/s, which an
+        operator that changes memory in place may exceed. calls: of the usual seconds of a call.
     half: rows, columns and depth that every product costs beside its own; of attention, the last two are keys and
         the size of a head.
+    near: how many times as fast bytes are moved that lie in the cache.
     """
 
     share: float = Field(gt=0)
     calls: float = Field(1.0, ge=0)
     half: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    near: float = Field(1.0, ge=1)
 
 
 class LinkRate(Config):
@@ -99,8 +101,8 @@ class DeviceProfile(Config):
     half_head: float = Field(40.0, ge=0)
     cached_bytes: float = Field(0.0, ge=0)
     cached_speed: float = Field(1.0, ge=1)
-    operators: dict[str, OperatorRate] = {}
-    residuals: dict[str, float] = {}
+    operators: dict[str, OperatorRate] = Field(default_factory=dict)
+    residuals: dict[str, float] = Field(default_factory=dict)
 
     def figures(self) -> dict[str, Figure]:
         """Return every uncertain figure by a name, such as "products.bfloat16" or "links.rail.share"."""

@@ -90,7 +90,7 @@ class Recorder:
         self._blocks: dict[int, _Block] = {}  # by the identity of their storage
         self._count = 0
         self._live = 0
-        self._mode = _BelowDTensor(program, self._take)
+        self._mode = BelowDTensor(program, self._take)
         self._changes: list[tuple[_Block, int]] = []  # of memory since the trace began: a block, and by how much
 
     def __enter__(self) -> "Recorder":
@@ -191,7 +191,7 @@ class _Block:
     call: tuple[str, str, Phase]  # module, operator and phase of the call that was the first to have it
 
 
-class _BelowDTensor(Watch):
+class BelowDTensor(Watch):
     """Watches what a process computes with its own parts of tensors, in all stages of a program that it holds."""
 
     def __init__(self, program: Program, around: Callable[..., Any]) -> None:

@@ -135,7 +135,7 @@ def validate(path: Path, report: Report = silent) -> Validation:
     used = np.array(chosen(near, cases), dtype=int)
     report(Progress(1, 3, "part"))
     totals = dict[str, int]()
-    for line, source in sorted([(one.line, one.source) for one in (*rows, *refused)]):
+    for _, source in sorted((one.line, one.source) for one in (*rows, *refused)):
         totals[source] = totals.get(source, 0) + 1
     calibrated = _calibrated(cases, near, used)
     report(Progress(2, 3, "part"))
