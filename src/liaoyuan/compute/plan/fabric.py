@@ -82,7 +82,7 @@ class Fabric:
 
 @lru_cache(maxsize=16384)
 def _members(ranks: Sequence[int], reaches: tuple[int, ...]) -> Levels:
-    """Return for each level how many parts of the level below form a part of it, and how many of its parts there are."""
+    """Return for each level how many parts of the level below form a part of it, and how many parts it has."""
     found, parts_before = list[tuple[int, int]](), len(ranks)
     for reach in reaches:
         parts = len({rank // reach for rank in ranks}) if reach else 1

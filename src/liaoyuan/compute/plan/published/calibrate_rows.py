@@ -64,7 +64,7 @@ def _slopes(case: Case, figures: np.ndarray, which: int) -> np.ndarray:
 
 
 class Ties:
-    """Which rows [rows, rows] are of one generation, and which of one source; and how much of each figure they share."""
+    """Which rows [rows, rows] are of one generation and of one source, and how much of each figure they share."""
 
     def __init__(self, cases: Sequence[Case]) -> None:
         generations = np.array([case.where.generation for case in cases])
@@ -111,7 +111,8 @@ def believed(
 ) -> Belief:
     """Return what calibration rows in `used` (indices) tell about `rows` (indices).
 
-    Figures move away from where `near` took the times as linear: calibration rows are looked at again there, `rounds` - 1 times.
+    Figures move away from where `near` took the times as linear: calibration rows are looked at again there, one time
+    less than `rounds`.
     """
     ties = Ties(cases)
     if not len(used):
@@ -128,12 +129,11 @@ def believed(
             break
         again = linear([cases[index] for index in used], figures[used])
         mean[used], slopes[used] = again.mean, again.slopes
-    across = shared[np.ix_(list(rows), used)]
-    variance = np.diag(shared)[list(rows)] - np.einsum("ij,jk,ik->i", across, inverse, across)
+    wanted = np.array(rows, dtype=int)
+    across = shared[np.ix_(wanted, used)]
+    variance = np.diag(shared)[wanted] - np.einsum("ij,jk,ik->i", across, inverse, across)
     there = [cases[index].predicted(figures[index])[cases[index].draws].mean() for index in rows]
-    return Belief(
-        np.array(there) + opened[np.ix_(list(rows), used)] @ found, np.sqrt(np.maximum(variance, 0.0) + NOISE**2)
-    )
+    return Belief(np.array(there) + opened[np.ix_(wanted, used)] @ found, np.sqrt(np.maximum(variance, 0.0) + NOISE**2))
 
 
 def chosen(near: Linear, cases: Sequence[Case], most: int = 3) -> list[int]:

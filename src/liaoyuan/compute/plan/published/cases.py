@@ -127,7 +127,7 @@ def case_of(row: Row, chances: dict[str, np.ndarray], seen: dict[str, Profiles])
 
 
 def as_time(row: Row, where: Machines, setup: Setup, seconds: float) -> float:
-    """Return the logarithm of a step's seconds in the terms in which a row reports: of a step, token or counted FLOP."""
+    """Return the logarithm of a step's seconds in a row's terms: those of a step, of a token or of a counted FLOP."""
     if row.reported == "step_time":
         return math.log(seconds)
     each = seconds * setup.cards / setup.tokens

@@ -15,8 +15,23 @@ from liaoyuan.compute.plan.published.accelerators import Machines
 from liaoyuan.compute.plan.published.rows import Row
 
 DRAWS = 24
-FIELDS = ("gradient", "again", "experts", "layout", "seq", "batch", "micro", "vpp", "recompute", "fused", "sharding", "sequence", "compiled", "flops",
-          "halved", "steps")  # fmt: skip
+FIELDS = (
+    "gradient",
+    "again",
+    "experts",
+    "layout",
+    "seq",
+    "batch",
+    "micro",
+    "vpp",
+    "recompute",
+    "fused",
+    "sharding",
+    "sequence",
+    "compiled",
+    "flops",
+    "halved",
+)
 STATE_BYTES = 16  # of a weight in training: itself, its gradient, and the optimiser's copy and two moments
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
 LATENT_RANK, LATENT_WIDTH, VALUE_DIM = 1024, 448, 128  # of latent attention (DeepSeek-AI 2024): ranks of queries and of
@@ -27,8 +42,8 @@ LATENT_RANK, LATENT_WIDTH, VALUE_DIM = 1024, 448, 128  # of latent attention (De
 class Shape:
     """Sizes of a transformer.
 
-    feed_forward: of one expert, or of the dense layer. latent: attention through low ranks. shared: feed-forward size that each token passes besides its
-    experts, on average over layers (shared experts, layers that are dense).
+    feed_forward: of one expert, or of the dense layer. shared: feed-forward size that each token passes besides its
+    experts, on average over layers (shared experts, layers that are dense). latent: attention through low ranks.
     """
 
     layers: int
@@ -115,14 +130,15 @@ class Setup:
         return self.batch * self.seq
 
     def model_flops(self) -> float:
-        """FLOPs of a token, forward and backward, without what is computed again (Chowdhery et al. 2022, appendix B)."""
+        """FLOPs of a token, both ways, without what is computed again (Chowdhery et al. 2022, appendix B)."""
         shape = self.shape
         weights = shape.weights(active=True) - shape.vocab * shape.hidden
         return 6.0 * weights + 12.0 * shape.layers * shape.hidden * self.seq / (2 if self.halved else 1)
 
     def counted_flops(self) -> float:
         """FLOPs of a token as the source counts them (with recomputation: Narayanan et al. 2021, equation 3)."""
-        return self.model_flops() * (4 / 3 if self.hardware and self.recompute == "full" else 1)
+        again = (self.model_flops() - 6.0 * self.shape.vocab * self.shape.hidden) / 3
+        return self.model_flops() + (again if self.hardware and self.recompute == "full" else 0.0)
 
 
 def uniforms(draws: int = DRAWS) -> dict[str, np.ndarray]:
@@ -135,7 +151,9 @@ def setups(row: Row, where: Machines, chances: dict[str, np.ndarray]) -> tuple[S
     """Return one job for each draw; the same one for all, if the row leaves nothing open."""
     shape = shape_of(row)
     count = len(next(iter(chances.values())))
-    return tuple(_setup(row, where, shape, {name: values[i] for name, values in chances.items()}) for i in range(count))
+    return tuple(
+        _setup(row, where, shape, {name: float(values[i]) for name, values in chances.items()}) for i in range(count)
+    )
 
 
 def shape_of(row: Row) -> Shape:
@@ -148,8 +166,8 @@ def shape_of(row: Row) -> Shape:
     kv_heads = min(row.kv_heads or heads, heads)
     experts = row.experts or 0
     ffn = row.ffn or (max(64, hidden // 4) if experts else 4 * hidden)
-    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "kv_heads": kv_heads, "feed_forward": ffn}
-    shape = Shape(**sizes, gated=bool(experts), vocab=vocab, experts=experts, topk=row.topk or (2 if experts else 1))
+    topk = row.topk or (2 if experts else 1)
+    shape = Shape(layers, hidden, heads, kv_heads, ffn, bool(experts), vocab, experts, topk)
     if experts:
         return _with_experts(row, shape)
     shape = replace(shape, head_dim=max(1, hidden // heads))

@@ -328,7 +328,7 @@ def _data_messages(setup: Setup, own: float, data: range, over: int) -> list[Mes
 
 
 def _calls(setup: Setup) -> float:
-    """Return the host's calls for a layer, forward and backward: of an eager program, about 3 forward for an operator."""
+    """Return the host's calls for a layer, both ways: of an eager program, about three for an operator."""
     shape = setup.shape
     forward = 24.0 + (8 if setup.tp > 1 else 0) + (0 if setup.fused else 4)
     if shape.experts:  # the router, what puts tokens in order, and two products for each expert of the card

@@ -5,7 +5,7 @@ only calibration rows of others). Medians are of a source, then over sources, so
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,17 +95,17 @@ def figures(rows: Sequence[Predicted]) -> dict[str, Any]:
     """Return errors and intervals of rows: medians of each source, then over sources."""
     names = sorted({name for row in rows for name in row.baselines})
     return {
-        **_errors(rows, lambda row: row.error),
+        **_errors([(row.source, row.error) for row in rows]),
         "coverage_90": _mean([float(row.inside) for row in rows]),
         "mean_interval_width": _mean([row.high - row.low for row in rows]),
-        "baselines": {name: _errors(rows, lambda row, name=name: row.baselines[name]) for name in names},
+        "baselines": {name: _errors([(row.source, row.baselines[name]) for row in rows]) for name in names},
     }
 
 
-def _errors(rows: Sequence[Predicted], error: Callable[[Predicted], float]) -> dict[str, float | None]:
+def _errors(errors: Sequence[tuple[str, float]]) -> dict[str, float | None]:
     by_source = dict[str, list[float]]()
-    for row in rows:
-        by_source.setdefault(row.source, []).append(error(row))
+    for source, error in errors:
+        by_source.setdefault(source, []).append(error)
     if not by_source:
         return {"median_absolute_error": None, "signed_bias": None}
     absolute = [statistics.median(abs(value) for value in values) for values in by_source.values()]
@@ -135,7 +135,8 @@ def validate(path: Path, report: Report = silent) -> Validation:
     used = np.array(chosen(near, cases), dtype=int)
     report(Progress(1, 3, "part"))
     totals = dict[str, int]()
-    for _, source in sorted((one.line, one.source) for one in (*rows, *refused)):
+    told = [(row.line, row.source) for row in rows] + [(one.line, one.source) for one in refused]
+    for _, source in sorted(told):
         totals[source] = totals.get(source, 0) + 1
     calibrated = _calibrated(cases, near, used)
     report(Progress(2, 3, "part"))
