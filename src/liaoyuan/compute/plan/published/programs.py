@@ -16,6 +16,7 @@ from liaoyuan.compute.plan.published.plausible import LATENT_RANK, LATENT_WIDTH,
 from liaoyuan.compute.plan.work import Work, product, stream
 
 LINEAR_BYTES = {"float8": 1, "float32": 4}
+REST = 1.06  # of what is told, what a step takes: data, logging, clipping, and kernels that nobody counts
 OPTIMISER_BYTES = 30.0  # read and written for a weight by Adam with a copy in single precision
 
 
@@ -118,7 +119,7 @@ def price(program: Program, profile: DeviceProfile, fabric: Fabric, habits: Habi
     computing = steady - exposed["pp"] + times["update"]
     total = computing + sum(exposed.values())
     exposed["jitter"] = total * habits.jitter * math.log2(max(1.0, nodes))
-    scale = profile.step.median
+    scale = profile.step.median * REST
     return Parts(computing * scale, {name: value * scale for name, value in exposed.items()})
 
 
