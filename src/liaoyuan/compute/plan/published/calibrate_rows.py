@@ -17,6 +17,7 @@ NOISE = 0.04  # of a measurement that no figure explains
 SHARED = 0.8  # of the variance of what is left open, the part that rows of a source have in common
 ROUNDS = 3  # of looking again how times depend on figures, where those have moved to
 PROGRAM = 0.09  # of a program of a source, which all of its rows share
+CAREFUL = 2.0
 HUBER = 1.5  # standard deviations beyond which a calibration row counts less
 
 
@@ -78,14 +79,14 @@ class Ties:
             for name, mask in {**masks, "source": self.source}.items()
         ]
 
-    def covariance(self, near: Linear) -> tuple[np.ndarray, np.ndarray]:
+    def covariance(self, near: Linear, private: float = PRIVATE) -> tuple[np.ndarray, np.ndarray]:
         """Return that of the rows' logarithms [rows, rows], and the part of it that comes from what rows leave open."""
         left_open = near.spread @ near.spread.T / near.spread.shape[1]
-        private = near.slopes**2 @ (PRIVATE**2 * self.parts[-1][1])
+        own = near.slopes**2 @ (private**2 * self.parts[-1][1])
         opened = (
             PROGRAM**2 * self.program
             + SHARED * self.source * left_open
-            + np.diag((1 - SHARED) * np.diag(left_open) + private)
+            + np.diag((1 - SHARED) * np.diag(left_open) + own)
         )
         return opened + sum(mask * ((near.slopes * part) @ near.slopes.T) for mask, part in self.parts), opened
 
@@ -138,9 +139,11 @@ def believed(
 
 def chosen(near: Linear, cases: Sequence[Case], most: int = 3) -> list[int]:
     """Return the rows to calibrate by: of each source at most `most` and at most half, those whose measurement would
-    narrow the predictions of its others most (greedily; measured values are not looked at), complete ones first.
+    narrow the intervals of all its rows most (greedily; measured values are not looked at), complete ones first.
+
+    While choosing, what is a row's own counts `CAREFUL` times: rows that lean on what is least known are bad witnesses.
     """
-    shared, _ = Ties(cases).covariance(near)
+    shared, _ = Ties(cases).covariance(near, CAREFUL * PRIVATE)
     found = list[int]()
     sources = dict[str, list[int]]()
     for index, case in enumerate(cases):
@@ -149,17 +152,16 @@ def chosen(near: Linear, cases: Sequence[Case], most: int = 3) -> list[int]:
         inside = shared[np.ix_(rows, rows)]
         able = [place for place, index in enumerate(rows) if cases[index].row.complete] or list(range(len(rows)))
         taken = list[int]()
-        for _ in range(min(most, len(rows) // 2)):
-            left = [place for place in able if place not in taken]
-            if not left:
-                break
+        for _ in range(min(most, len(rows) // 2, len(able))):
+            left = (place for place in able if place not in taken)
             taken.append(min(left, key=lambda place: _remaining(inside, [*taken, place])))
         found += [rows[place] for place in taken]
     return sorted(found)
 
 
 def _remaining(covariance: np.ndarray, taken: list[int]) -> float:
-    """Return the variance that is left of all rows together once those in `taken` are measured."""
-    inside = covariance[np.ix_(taken, taken)] + NOISE**2 * np.eye(len(taken))
+    """Return the standard deviations that are left of all rows together once those in `taken` are measured."""
+    inside = covariance[np.ix_(taken, taken)] + (CAREFUL * NOISE) ** 2 * np.eye(len(taken))
     across = covariance[:, taken]
-    return float(np.trace(covariance) - np.trace(across @ np.linalg.solve(inside, across.T)))
+    left = np.diag(covariance) - np.einsum("ij,ji->i", across, np.linalg.solve(inside, across.T))
+    return float(np.sqrt(np.maximum(left, 0.0)).sum())

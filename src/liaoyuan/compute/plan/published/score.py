@@ -27,7 +27,8 @@ WORST = 3
 @dataclass(frozen=True)
 class Predicted:
     """A row that is scored. error: of the time, relative, positive if it is predicted to be slower than it was; low
-    and high: what the interval allows of it; baselines: their errors.
+    and high: what the interval allows of it; known: whether a row of the same model on as many cards calibrated its
+    source; baselines: their errors.
     """
 
     line: int
@@ -37,6 +38,7 @@ class Predicted:
     error: float
     low: float
     high: float
+    known: bool
     baselines: dict[str, float]
 
     @property
@@ -70,6 +72,7 @@ class Validation:
             "rows_calibrated": len(self.calibrated.calibrated_by),
             "rows_refused": len(self.refused),
             "refused": [asdict(one) for one in self.refused],
+            "new_models_and_sizes": figures([row for row in self.calibrated.rows if not row.known]),
             "unseen": {**figures(self.unseen.rows), "rows_scored": len(self.unseen.rows)},
             "sources": [self._source(name) for name in self.totals],
         }
@@ -166,6 +169,7 @@ def _outcome(
     found = list[Predicted]()
     for place, index in enumerate(scored):
         case, rest = cases[index], [cases[other] for other in fitted[index]]
+        same = [(other.row.model, other.row.cards) for other in rest if other.row.source == case.row.source]
         apart = belief.mean[place] - case.measured
         reach = NINETY * belief.sigma[place]
         found.append(
@@ -177,6 +181,7 @@ def _outcome(
                 float(np.expm1(apart)),
                 float(np.expm1(apart - reach)),
                 float(np.expm1(apart + reach)),
+                (case.row.model, case.row.cards) in same,
                 {
                     "constant_rate": float(np.expm1(constant_rate(case, rest) - case.measured)),
                     "roofline": float(np.expm1(roofline(case) - case.measured)),
