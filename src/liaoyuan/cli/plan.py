@@ -10,6 +10,7 @@ import typer
 from liaoyuan.cli.groups import DefaultCommand
 from liaoyuan.cli.plan_calibrate import calibrate
 from liaoyuan.cli.plan_goodput import goodput
+from liaoyuan.cli.plan_validate import validate
 from liaoyuan.errors import LiaoyuanError, nearest
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def plan(
 
 app.command("calibrate")(calibrate)
 app.command("goodput")(goodput)
+app.command("validate")(validate)
 
 
 def parse_layout(text: str) -> dict[str, Any]:

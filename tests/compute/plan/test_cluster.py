@@ -31,14 +31,15 @@ latency_us = 10
 @pytest.mark.parametrize("name", cluster_names())
 def test_what_ships_is_whole_and_nearer_is_faster(name: str) -> None:
     found = read_cluster(name)
-    assert found.accelerator.peak_tflops["bfloat16"] > found.accelerator.peak_tflops["float32"]
+    peaks = found.accelerator.peak_tflops
+    assert peaks.get("bfloat16", peaks.get("float16", 0)) > peaks["float32"]
     assert 0 < found.accelerator.usable_bytes < found.accelerator.memory_gib * 2**30
     rates = [link.bandwidth_gb for link in found.links]
     assert rates == sorted(rates, reverse=True)
 
 
 def test_the_accelerators_of_the_plan_are_there() -> None:
-    assert {"h100", "h200", "b200", "a100", "ascend-910b", "ascend-910c", "tpu-v5p", "cpu"} == set(cluster_names())
+    assert {"h100", "h200", "b200", "a100", "ascend-910b", "ascend-910c", "tpu-v5p", "cpu"} <= set(cluster_names())
 
 
 def test_ones_own_file_is_read(tmp_path: Path) -> None:
