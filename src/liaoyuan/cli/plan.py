@@ -38,14 +38,22 @@ def plan(
     device: Annotated[str | None, typer.Option(help="Kind of device, if no cluster says it; else cuda.")] = None,
     vocab: Annotated[int | None, typer.Option(min=1, help="Tokens known, if there is no corpus yet.")] = None,
     rank: Annotated[list[int] | None, typer.Option(help="Process to look at (default: first and last stage).")] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Axes that a search leaves as they are: 'tp=8,microbatches=16'.")
+    ] = None,
+    whole: Annotated[int, typer.Option(min=1, help="Layouts that a search predicts as a whole.")] = 12,
+    profile: Annotated[Path | None, typer.Option(help="What `plan calibrate` measured of such a card.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Dry-run a training job: memory of a process, what fills it, its matrix products, and what it sends."""
+    """Dry-run a training job; or rank its layouts, if it has none (or "auto") and a cluster is named."""
     from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan import footprints, read_cluster
 
     card = read_cluster(cluster).accelerator if cluster else None
-    job = _job(run_file, set_, processes, layout, device or (card.device if card else "cuda"), vocab)
+    job, has_layout = _job(run_file, set_, processes, layout, device or (card.device if card else "cuda"), vocab)
+    if cluster and not has_layout:
+        _search(job, cluster, profile, keep, whole, json)
+        return
     if bad := [number for number in rank or [] if number >= processes]:
         raise LiaoyuanError(f"There is no process {bad[0]}: they are numbered 0 to {processes - 1}.")
     with bar("Plan", quiet=json) as report:
@@ -90,7 +98,8 @@ def parse_layout(text: str) -> dict[str, Any]:
 
 def _job(
     run_file: Path | None, set_: list[str] | None, processes: int, layout: str | None, device: str, vocab: int | None
-) -> "Job":
+) -> "tuple[Job, bool]":
+    """Return the job, and whether it names a layout."""
     from liaoyuan import config as configuration
     from liaoyuan.compute.plan import Job
     from liaoyuan.compute.plan.dry_run import Planned
@@ -105,7 +114,21 @@ def _job(
         raise LiaoyuanError(f"{error} Or say here how many different tokens there are: --vocab.") from error
     chosen = configuration.parse(Layout, parse_layout(layout), "--layout") if layout else config.layout
     model = shaped(config.model, tokens, None, Planned(device))
-    return Job(model, chosen, processes, config.sequence_length, config.train, device)
+    named = bool(layout) or ("layout" in config.model_fields_set and not config.plan.auto)
+    return Job(model, chosen, processes, config.sequence_length, config.train, device), named
+
+
+def _search(job: "Job", cluster: str, profile: Path | None, keep: str | None, whole: int, json: bool) -> None:
+    from liaoyuan.cli.plan_search import find, show
+    from liaoyuan.cli.progress import bar
+    from liaoyuan.compute.plan import read_cluster
+    from liaoyuan.compute.plan.profile import assumed, read_profile
+
+    machines = read_cluster(cluster)
+    figures = read_profile(profile) if profile else assumed(machines)
+    with bar("Search", quiet=json) as report:
+        ranking = find(job, machines, figures, keep, whole, report)
+    show(ranking, figures, json)
 
 
 def _told(one: "Footprint") -> str:

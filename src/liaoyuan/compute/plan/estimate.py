@@ -174,7 +174,7 @@ class _Stage:
     def __add__(self, other: "_Stage") -> "_Stage":
         return _Stage(*(a + b for a, b in zip(self._values, other._values, strict=True)))
 
-    def times(self, count: int) -> "_Stage":
+    def times(self, count: float) -> "_Stage":
         return _Stage(*(count * value for value in self._values))
 
     @property
@@ -204,11 +204,14 @@ def _ends(layout: Layout) -> list[int]:
 
 
 def _waits(layout: Layout, stages: list[_Stage], place: int) -> tuple[float, float]:
-    """Return how long a process waits for its first microbatch, and for the stages before after its last one."""
+    """Return about how long a process waits for its first microbatch, and for the stages before after its last one."""
+    if layout.pp > 1 and layout.schedule in ("zbv", "dualpipev"):
+        # Nothing if forward, gradients of inputs and of weights take equally long (Qi et al. 2023, sec. 6).
+        mean = sum(stages, start=_Stage()).times(1 / len(stages))
+        uneven = mean.forward + mean.inputs - 2 * (mean.backward - mean.inputs)
+        return (layout.pp - 1) * max(uneven, 0.1 * (mean.forward + mean.backward)), 0.0
     before = stages[: min(stage_numbers(layout, place))] if layout.pp > 1 else []
     fill = sum(stage.forward for stage in before)
-    if layout.schedule in ("zbv", "dualpipev"):
-        return fill, sum(stage.inputs for stage in before)
     return fill, sum(stage.backward for stage in before)
 
 

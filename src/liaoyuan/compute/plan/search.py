@@ -23,6 +23,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import Progress, Report, silent
 
 WHOLE = 12  # layouts that are run dry
+LIKELY = 0.95  # of the memory by formulas that must fit for a layout to be predicted before others
 ALIKE = 3  # of them, that have the same tp, pp, cp and ep
 DIGITS = 4  # of seconds, beyond which two layouts are as fast
 
@@ -121,7 +122,7 @@ def search(
     choices = _estimated(fitting, Estimator(Fabric(cluster, certain), certain), report)
     found = _Found()
     if reckon:
-        _predict(choices, found, reckon, whole, workers, report)
+        _predict(choices, cluster.accelerator.usable_bytes, found, reckon, whole, workers, report)
     slow = sum(choice.estimate.floor > found.best for choice in choices)
     done = {id(choice.job) for choice in (*found.fit, *(one for one, _ in found.refused))}
     rest = [choice for choice in choices if id(choice.job) not in done]
@@ -189,13 +190,19 @@ class _Found:
 
 
 def _predict(
-    choices: Sequence[Choice], found: _Found, reckon: Reckon, whole: int | None, workers: int, report: Report
+    choices: Sequence[Choice],
+    room: int,
+    found: _Found,
+    reckon: Reckon,
+    whole: int | None,
+    workers: int,
+    report: Report,
 ) -> None:
     """Predict the most promising choices as a whole."""
     total, asked = min(len(choices), whole or len(choices)), list[Choice]()
 
     def promising() -> Iterator[tuple[Reckon, Job]]:
-        for choice in _in_turn(choices):
+        for choice in _in_turn(choices, room):
             if len(asked) - len(found.refused) >= total:
                 return
             if choice.estimate.floor <= found.best:
@@ -213,11 +220,16 @@ def _call(given: tuple[Reckon, Job]) -> Reckoned:
     return reckon(job)
 
 
-def _in_turn(choices: Sequence[Choice]) -> Iterator[Choice]:
-    """Yield the choices, best estimate first, but of those alike only the first few before all others."""
+def _in_turn(choices: Sequence[Choice], room: int) -> Iterator[Choice]:
+    """Yield the choices, best estimate first, but of those alike only the first few before all others, and those that
+    fit only if the formulas are wrong after them.
+    """
     seen: Counter[tuple[int, ...]] = Counter()
     late = list[Choice]()
     for choice in choices:
+        if choice.memory.peak * LIKELY > room:
+            late.append(choice)
+            continue
         layout = choice.job.layout
         family = layout.tp, layout.pp, layout.context, layout.ep
         seen[family] += 1
