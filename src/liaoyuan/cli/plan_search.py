@@ -33,12 +33,12 @@ def find(
     report: "Report",
 ) -> "Ranking":
     """Return the ranking of the job's layouts; `keep`: "tp=8,microbatches=16", `whole`: as `search` takes it."""
+    from liaoyuan.compute.plan.reckoned import by_prediction
     from liaoyuan.compute.plan.search import search
     from liaoyuan.compute.plan.space import Kept
-    from liaoyuan.compute.plan.whole import predicting
 
     kept = Kept.of(parse_kept(keep)) if keep else None
-    return search(job, cluster, profile, predicting(cluster, profile), kept, whole, report)
+    return search(job, cluster, profile, by_prediction(cluster, profile), kept, whole, report)
 
 
 def parse_kept(text: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from liaoyuan.compute.plan.cluster import Cluster
 from liaoyuan.compute.plan.dry_run import Job
 from liaoyuan.compute.plan.estimate import Estimator
 from liaoyuan.compute.plan.fabric import Fabric
+from liaoyuan.compute.plan.predict import predict
 from liaoyuan.compute.plan.profile import DeviceProfile, Figure
 from liaoyuan.compute.plan.step_time import Span
 from liaoyuan.training.flops import TRAINING
@@ -53,6 +54,18 @@ def utilisation(job: Job, cluster: Cluster, seconds: float) -> float:
     peaks = cluster.accelerator.peak_tflops
     peak = peaks.get(job.model.dtype, peaks.get("bfloat16", max(peaks.values())))
     return model / (seconds * job.processes * peak * 1e12)
+
+
+def by_prediction(cluster: Cluster, profile: DeviceProfile) -> Callable[[Job], Reckoned]:
+    """Return what reckons a layout by its whole prediction, from dry runs of a few layers."""
+
+    def reckon(job: Job) -> Reckoned:
+        found = predict(job, cluster, profile, at_once=1)
+        fullest = max(found.memory, key=lambda one: one.total.median / one.room)
+        step = found.step
+        return Reckoned(step.seconds, fullest.total.median, fullest.room, step.computing, step.exposed, step.rests_on)
+
+    return reckon
 
 
 def by_formulas(cluster: Cluster, profile: DeviceProfile) -> Callable[[Job], Reckoned]:
