@@ -1,5 +1,6 @@
 """Calls in forked processes, a few at a time: dry runs make process groups, and a second core should not be idle."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 
 from liaoyuan.errors import LiaoyuanError
 
+log = logging.getLogger(__name__)
+
 Given = TypeVar("Given")
 Found = TypeVar("Found")
 
@@ -17,14 +20,11 @@ Found = TypeVar("Found")
 def together(
     function: Callable[[Given], Found], given: Iterable[Given], workers: int = 2
 ) -> Iterator[tuple[int, Found | LiaoyuanError]]:
-    """Yield the number of each input and `function` of it, or the error that it raised, as they come.
+    """Yield the number of each input and `function` of it, or what went wrong with it, as they come.
 
     An input is asked for when a process is free for it.
 
     Each call has a process of its own, in a group of its own, with which all that it starts ends.
-
-    Raises:
-        RuntimeError: with the text of a failure that is no LiaoyuanError. LiaoyuanError: a process has died.
     """
     context = multiprocessing.get_context("fork")
     running: dict[Connection, tuple[int, Any]] = {}
@@ -53,13 +53,12 @@ def _answer(connection: Connection, process: Any) -> Any:
         kind, found = connection.recv()
     except EOFError:
         process.join()
-        raise LiaoyuanError(
-            f"A process of the planner has died (exit code {process.exitcode}): most likely memory is lacking."
-        ) from None
+        return LiaoyuanError(f"its process has died (exit code {process.exitcode}): most likely memory is lacking")
     finally:
         _end(process)
     if kind == "failed":
-        raise RuntimeError(found)
+        log.warning("A prediction has failed:\n%s", found)
+        return LiaoyuanError(f"it could not be predicted ({found.strip().splitlines()[-1]})")
     return LiaoyuanError(found) if kind == "refused" else found
 
 
