@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liaoyuan.cli.groups import DefaultCommand
+from liaoyuan.cli.plan_advice import buy, largest, shapes
+from liaoyuan.cli.plan_calibrate import calibrate
 from liaoyuan.errors import LiaoyuanError, nearest
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def plan(
     from liaoyuan.compute.plan import footprints, read_cluster
 
     card = read_cluster(cluster).accelerator if cluster else None
-    job, has_layout = _job(run_file, set_, processes, layout, device or (card.device if card else "cuda"), vocab)
+    job, has_layout = job_of(run_file, set_, processes, layout, device or (card.device if card else "cuda"), vocab)
     if cluster and not has_layout:
         _search(job, cluster, profile, keep, whole, json)
         return
@@ -71,6 +73,12 @@ def plan(
     for one in found:
         print(_told(one) + (f"\n{_fit(one, card)}" if card else ""))
     print("Memory is that of tensors: workspaces of kernels, collectives' own buffers and fragmentation come on top.")
+
+
+app.command("calibrate")(calibrate)
+app.command("largest")(largest)
+app.command("buy")(buy)
+app.command("shapes")(shapes)
 
 
 def parse_layout(text: str) -> dict[str, Any]:
@@ -96,7 +104,7 @@ def parse_layout(text: str) -> dict[str, Any]:
     return values
 
 
-def _job(
+def job_of(
     run_file: Path | None, set_: list[str] | None, processes: int, layout: str | None, device: str, vocab: int | None
 ) -> "tuple[Job, bool]":
     """Return the job, and whether it names a layout."""

@@ -49,7 +49,9 @@ GROUPS = {  # of PyTorch's operators, by name; others are told by their tags
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call. dtype: of the largest tensor of floats that it reads or writes, whose products it computes."""
+    """Of one call. dtype: of the largest tensor of floats that it reads or writes; of matrix products, of the narrowest
+    floats that it reads, since sums and statistics beside them are wider.
+    """
 
     flops: int
     traffic: int
@@ -60,8 +62,11 @@ def cost_of(call: Call, output: Any) -> Cost:
     """Return what this call had to compute and move."""
     tensors = [*tensors_in(call.inputs), *tensors_in(tuple(call.named_inputs.values())), *tensors_in(output)]
     largest = max((x for x in tensors if x.is_floating_point()), key=Tensor.numel, default=None)
-    dtype = torch.float32 if largest is None else largest.dtype
-    return Cost(_flops(call, output), _traffic(call, tensors), dtype)
+    dtype, flops = torch.float32 if largest is None else largest.dtype, _flops(call, output)
+    if flops:
+        read = [x.dtype for x in tensors_in(call.inputs) if x.is_floating_point() and x.dim() > 1]
+        dtype = min(read, key=lambda one: one.itemsize, default=dtype)
+    return Cost(flops, _traffic(call, tensors), dtype)
 
 
 @functools.cache

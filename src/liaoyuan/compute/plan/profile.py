@@ -10,9 +10,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from liaoyuan.compute.plan.cluster import Accelerator, Cluster
+from liaoyuan.compute.plan.cards import Card, card_of
+from liaoyuan.compute.plan.cluster import Cluster
 from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.rundir import write_atomic
 
 VERSION = 1
 
@@ -29,15 +31,38 @@ class Figure(Config):
 
 
 class ProductRate(Config):
-    """Of matrix products in one dtype: m, n and k cost as `tile`s that are begun, and k short ones start slowly.
+    """Of matrix products in one dtype.
 
-    share: of the peak that large products reach. half_k: the k at which half of it is reached.
+    share: of the peak that large products reach.
+    tile: the most of m and n that one unit of the card computes at a time, and what k is filled up to; smaller ones,
+        down to `least`, are used where they serve better. units: of the card, which work side by side on a tile each.
+    half_tile: m n / (m + n) of a tile of which the unit is fed fast enough for half its rate; 0: of any.
+    half_k: the k at which half of the rate is reached, since every tile has a beginning and an end.
     """
 
     peak_tflops: float = Field(gt=0)
     share: Figure
     tile: tuple[int, int, int] = (128, 128, 32)
+    least: tuple[int, int] = (16, 16)
+    units: int = Field(1, gt=0)
+    half_tile: float = Field(0.0, ge=0)
     half_k: float = Field(64.0, ge=0)
+
+
+class OperatorRate(Config):
+    """Of one operator in one dtype, as it was measured on the machine.
+
+    share: of what its kind of work gives: of the rate of the dtype's products, or of the memory's bytes/s, which an
+        operator that changes memory in place may exceed. calls: of the usual seconds of a call.
+    half: rows, columns and depth that every product costs beside its own; of attention, the last two are keys and
+        the size of a head.
+    near: how many times as fast bytes are moved that lie in the cache.
+    """
+
+    share: float = Field(gt=0)
+    calls: float = Field(1.0, ge=0)
+    half: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    near: float = Field(1.0, ge=1)
 
 
 class LinkRate(Config):
@@ -50,11 +75,14 @@ class LinkRate(Config):
 class DeviceProfile(Config):
     """What one kind of card gives.
 
-    products: by dtype. attention: of the products' rate, forward and backward. memory: bytes/s of element-wise work.
+    products: by dtype. attention: of the products' rate, forward and backward, with heads of 128 and many keys; at
+    `half_keys` keys that a query sees, and towards heads of no size with `half_head`, it is half.
+    memory: bytes/s of element-wise work. What is no larger than `cached_bytes` moves `cached_speed` times as fast.
+    operators: by "name.dtype", what was measured of them in place of the above.
     call: seconds that a call takes on the card whatever it does. launch: seconds of the host for each call.
     links: by the name of the level. contention: how much longer computing takes while messages travel.
     step: spread of a step that nothing here explains (the median of a figure is 1).
-    rests_on: in words, where the figures are from.
+    rests_on: in words, where the figures are from. residuals: by benchmark, the logarithm of measured over told.
     """
 
     version: int = VERSION
@@ -69,6 +97,12 @@ class DeviceProfile(Config):
     contention: Figure
     step: Figure
     rests_on: str
+    half_keys: float = Field(64.0, ge=0)
+    half_head: float = Field(40.0, ge=0)
+    cached_bytes: float = Field(0.0, ge=0)
+    cached_speed: float = Field(1.0, ge=1)
+    operators: dict[str, OperatorRate] = Field(default_factory=dict)
+    residuals: dict[str, float] = Field(default_factory=dict)
 
     def figures(self) -> dict[str, Figure]:
         """Return every uncertain figure by a name, such as "products.bfloat16" or "links.rail.share"."""
@@ -102,8 +136,8 @@ class DeviceProfile(Config):
         return self.with_figures(lambda _, figure: figure.at(0.0))
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Write it as JSON, whole or not at all; raises LiaoyuanError if it cannot be written."""
+        write_atomic(path, self.model_dump_json(indent=2) + "\n")
 
 
 def read_profile(path: Path) -> DeviceProfile:
@@ -124,8 +158,9 @@ def read_profile(path: Path) -> DeviceProfile:
 
 
 def assumed(cluster: Cluster) -> DeviceProfile:
-    """Return what such cards usually give of the makers' figures, with wide uncertainty."""
-    card = cluster.accelerator
+    """Return what such cards usually give of the makers' figures (`cards.py`), with wide uncertainty."""
+    accelerator = cluster.accelerator
+    card = card_of(accelerator)
     links = {
         link.name: LinkRate(
             share=Figure(median=0.8 if link.reach else 0.7, sigma=0.2),
@@ -133,37 +168,29 @@ def assumed(cluster: Cluster) -> DeviceProfile:
         )
         for link in cluster.links
     }
-    rest = _host(card)
     return DeviceProfile(
-        name=card.name,
-        products={
-            dtype: ProductRate(peak_tflops=peak, share=Figure(median=0.7, sigma=0.12), tile=_tile(card))
-            for dtype, peak in card.peak_tflops.items()
-        },
-        attention_forward=Figure(median=0.75, sigma=0.25),
-        attention_backward=Figure(median=0.6, sigma=0.25),
-        memory=Figure(median=card.bandwidth_gb * 1e9 * 0.8, sigma=0.12),
+        name=accelerator.name,
+        products={dtype: _products(card, dtype, peak) for dtype, peak in accelerator.peak_tflops.items()},
+        attention_forward=Figure(median=card.attention[0], sigma=0.25),
+        attention_backward=Figure(median=card.attention[1], sigma=0.25),
+        memory=Figure(median=accelerator.bandwidth_gb * 1e9 * card.memory_share, sigma=0.1),
+        call=Figure(median=card.call, sigma=0.4),
+        launch=Figure(median=card.launch, sigma=0.4),
         links=links,
-        rests_on="the makers' figures, and what such cards usually give of them",
-        **rest,
+        contention=Figure(median=card.contention, sigma=0.05),
+        step=Figure(median=1.0, sigma=0.05),
+        rests_on=f"the makers' figures, and {card.source}",
     )
 
 
-def _host(card: Accelerator) -> dict[str, Figure]:
-    if card.device == "cpu":
-        return {
-            "call": Figure(median=5e-6, sigma=0.5),
-            "launch": Figure(median=1e-6, sigma=0.5),
-            "contention": Figure(median=1.3, sigma=0.2),
-            "step": Figure(median=1.0, sigma=0.1),
-        }
-    return {
-        "call": Figure(median=3e-6, sigma=0.4),
-        "launch": Figure(median=6e-6, sigma=0.4),
-        "contention": Figure(median=1.1, sigma=0.05),
-        "step": Figure(median=1.0, sigma=0.05),
-    }
-
-
-def _tile(card: Accelerator) -> tuple[int, int, int]:
-    return (16, 64, 32) if card.device == "cpu" else (128, 128, 64)
+def _products(card: Card, dtype: str, peak: float) -> ProductRate:
+    share = card.share8 if dtype.startswith("float8") else card.share
+    return ProductRate(
+        peak_tflops=peak,
+        share=Figure(median=share, sigma=card.sigma),
+        tile=card.tile,
+        least=card.least,
+        units=card.units,
+        half_tile=card.half_tile,
+        half_k=card.half_k,
+    )
