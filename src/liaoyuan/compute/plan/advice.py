@@ -79,7 +79,7 @@ def outcome(
         LiaoyuanError: no layout is legal, or none fits.
     """
     reckon = by_prediction(cluster, profile) if whole else by_formulas(cluster, profile)
-    best = search(job, cluster, profile, reckon, None, whole or 1, report, workers=2 if whole else 1).best
+    best = search(job, cluster, profile, reckon, None, whole or 1, report, workers=2 if whole else 0).best
     steps = math.ceil(tokens / job.train.batch_tokens)
     seconds = best.found.seconds if best.found else Span(best.seconds, best.seconds, best.seconds)
     return Outcome(best, cluster, steps, _days(steps, seconds, effective))
@@ -116,20 +116,23 @@ def family(vocab: int, keys: int = KEY_HEADS) -> Iterator[ModelConfig]:
     """Yield dense models of one shape, smallest first: layers, heads and width grow together."""
     hidden, seen = 1024.0, set[int]()
     while hidden < 2**16:
-        size = round(hidden / (keys * HEAD_DIM)) * keys * HEAD_DIM if hidden >= 4096 else round(hidden / 256) * 256
+        wide = keys * HEAD_DIM if hidden >= 4096 else 256
+        size = round(hidden / wide) * wide
         if size not in seen:
             seen.add(size)
-            yield _shaped(size, vocab, keys)
+            layers = max(4, round(size / DEEP))
+            for more in range(0, wide // DEEP, 2):  # as deep as the next, before it is as wide
+                yield _shaped(size, layers + more, vocab, keys)
         hidden *= STEP
 
 
-def _shaped(hidden: int, vocab: int, keys: int) -> ModelConfig:
+def _shaped(hidden: int, layers: int, vocab: int, keys: int) -> ModelConfig:
     heads = hidden // HEAD_DIM
     values = {
         "model_type": "llama",
         "hidden_size": hidden,
         "intermediate_size": round(hidden * WIDER / 256) * 256,
-        "num_hidden_layers": max(4, round(hidden / DEEP)),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": keys if heads % keys == 0 else math.gcd(heads, keys),
         "head_dim": HEAD_DIM,

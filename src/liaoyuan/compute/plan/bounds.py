@@ -124,10 +124,11 @@ def memory_at(job: Job, place: int) -> Memory:
 
 
 def _mailboxes(layout: Layout, place: int) -> int:
-    """Return from how many stages elsewhere something arrives: each microbatch has memory of its own for it."""
+    """Return from how many stages something arrives: each microbatch has memory of its own for it."""
     stages = stage_numbers(layout, place) if layout.pp > 1 else [0]
-    neighbours = [(stage, other) for stage in stages for other in (stage - 1, stage + 1)]
-    return sum(0 <= other < layout.stages and other not in stages for _, other in neighbours)
+    neighbours = [other for stage in stages for other in (stage - 1, stage + 1)]
+    # Zero-bubble schedules leave behind what their last stage has handed out.
+    return sum(0 <= other < layout.stages for other in neighbours) + (layout.schedule == "zbv" and layout.pp > 1)
 
 
 def _optimiser_bytes(job: Job, element: int) -> int:
@@ -157,11 +158,13 @@ def _sharded(job: Job, terms: Place, weights: Held, place: int) -> tuple[int, in
     way = element if reduces_by_exchange(job.layout, job.device) else WIDE
     gathered = (weights.root + 2 * weights.layer) * element
     reducing = weights.layer * (element + way)
-    first = summed + activations + max(now + reducing, head)
-    last = summed + weights.own * element + now + reducing
-    if first >= last:
-        return gathered, summed, activations, max(now + reducing, head)
-    return gathered, summed + weights.own * element, 0, now + reducing
+    layers = job.model.num_hidden_layers
+    moments = (
+        (summed, activations, max(now, head)),  # the backward pass begins
+        (summed, activations * (layers - 1) // layers, now + reducing),  # a layer's gradients are on their way
+        (summed + weights.own * element, 0, now + reducing),  # it ends
+    )
+    return gathered, *max(moments, key=sum)
 
 
 def _pipelined(job: Job, terms: Place, weights: Held, place: int) -> tuple[int, int, int, int]:

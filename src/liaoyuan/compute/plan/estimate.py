@@ -6,7 +6,7 @@ rules for what is hidden behind computing. It decides which layouts are worth a 
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from liaoyuan.compute.plan.bounds import Layers, held_weights, layers_at, tokens_of
 from liaoyuan.compute.plan.cost import seconds as price
@@ -78,6 +78,8 @@ class Estimator:
         total = sum((part.times(count) for part, count in parts), start=_Stage())
         if number == layout.stages - 1:
             total += self._head(terms)
+        if number and layout.pp > 1 and layout.schedule == "zbv":
+            total = total.twice()
         return total
 
     def _priced(self, terms: Place, layer: int, again: bool) -> "_Stage":
@@ -90,6 +92,8 @@ class Estimator:
             self._seconds(_heavy(both)),
             self._seconds(_inputs(work)),
             work.flops,
+            self._seconds(_gradients(work)),
+            sum(one.flops for one in _gradients(work)),
         )
 
     def _head(self, terms: Place) -> "_Stage":
@@ -97,7 +101,14 @@ class Estimator:
         backward = gradients(forward)
         back = self._seconds(backward)
         return _Stage(
-            price(forward, self.profile), back, price(forward, self.profile), back, back / 2, 3 * forward.flops
+            price(forward, self.profile),
+            back,
+            price(forward, self.profile),
+            back,
+            back / 2,
+            3 * forward.flops,
+            back,
+            2 * forward.flops,
         )
 
     def _seconds(self, works: tuple[Work, ...]) -> float:
@@ -110,6 +121,11 @@ class Estimator:
         work = sum(own, start=_Stage())
         layers = sum(count for part in layers_at(job.model, layout, place) for _, _, count in part)
         launches = CALLS * layers * self.profile.launch.median
+        if layout.pp > 1 and layout.schedule == "dualpipev":  # splits about so many of its backward passes
+            part = min(1.0, layout.pp / (2 * microbatches))
+            work = replace(
+                work, backward=work.backward + part * work.products, flops=work.flops + part * work.product_flops
+            )
         one_pass = max(work.forward + work.backward, launches)
         weights = held_weights(job.model, layout, place)
         update = price(stream(float(weights.own * OPTIMISER_BYTES)), self.profile)
@@ -161,7 +177,7 @@ class Estimator:
 @dataclass(frozen=True)
 class _Stage:
     """Seconds of a microbatch in a stage: forward, backward (recomputation too), the least of both, and those of the
-    gradients that other stages wait for.
+    gradients that other stages wait for. products: of the backward pass's products alone, with their FLOPs.
     """
 
     forward: float = 0.0
@@ -170,6 +186,19 @@ class _Stage:
     least_backward: float = 0.0
     inputs: float = 0.0
     flops: float = 0.0
+    products: float = 0.0
+    product_flops: float = 0.0
+
+    def twice(self) -> "_Stage":
+        """Return the stage whose backward pass is split: a product's two gradients are computed together, so both
+        halves compute both.
+        """
+        return replace(
+            self,
+            backward=self.backward + self.products,
+            least_backward=self.least_backward + self.products,
+            flops=self.flops + self.product_flops,
+        )
 
     def __add__(self, other: "_Stage") -> "_Stage":
         return _Stage(*(a + b for a, b in zip(self._values, other._values, strict=True)))
@@ -186,11 +215,17 @@ class _Stage:
             self.least_backward,
             self.inputs,
             self.flops,
+            self.products,
+            self.product_flops,
         )
 
 
 def _heavy(works: tuple[Work, ...]) -> tuple[Work, ...]:
     return tuple(work for work in works if work.kind != "stream")
+
+
+def _gradients(work: LayerWork) -> tuple[Work, ...]:
+    return tuple(one for one in work.backward if one.kind == "product")
 
 
 def _inputs(work: LayerWork) -> tuple[Work, ...]:

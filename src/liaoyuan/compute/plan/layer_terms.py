@@ -168,7 +168,9 @@ def _feed_forward_kept(place: Place, kind: str) -> int:
     experts = model.experts
     assert experts
     shared = place.own * 3 * experts.shared_intermediate_size
-    return shared + place.rows * (2 * model.hidden_size + 3 * experts.moe_intermediate_size)
+    wide = place.own * model.hidden_size * WIDE // place.element  # the router's input, in fp32
+    trips = 4 if place.ep > 1 else 2  # rows as they are sorted, sent, received and summed
+    return shared + wide + place.rows * (trips * model.hidden_size + 3 * experts.moe_intermediate_size)
 
 
 def _saved_products(place: Place, kind: str) -> int:
@@ -233,18 +235,12 @@ def layer_work(place: Place, layer: int, recomputed: bool) -> LayerWork:
     )
     again: tuple[Work, ...] = ()
     if recomputed and place.recompute == "full":
-        needed = forward[:-1] if _last_is_spared(place, layer) else forward
-        again = (*needed, attention, streams)
+        again = (*forward, attention, streams)
     elif recomputed and place.recompute == "selective":
-        again = (streams,)
+        again = (attention, streams) if place.ring > 1 else (streams,)  # the ring's is none that is kept
     return LayerWork(
         (*forward, attention, streams), (*backward, twice, replace(streams, traffic=2 * streams.traffic)), again
     )
-
-
-def _last_is_spared(place: Place, layer: int) -> bool:
-    """Recomputation ends where the backward pass needs no more: before the last product of a dense layer."""
-    return not place.model.is_sparse(layer) and not place.model.post_norms
 
 
 def _attention_again(place: Place) -> float:

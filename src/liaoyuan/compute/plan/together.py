@@ -24,8 +24,12 @@ def together(
 
     An input is asked for when a process is free for it.
 
-    Each call has a process of its own, in a group of its own, with which all that it starts ends.
+    Each call has a process of its own, in a group of its own, with which all that it starts ends. With no workers this
+    process makes the calls itself, one after the other.
     """
+    if not workers:
+        yield from ((number, _here(function, one)) for number, one in enumerate(given))
+        return
     context = multiprocessing.get_context("fork")
     running: dict[Connection, tuple[int, Any]] = {}
     todo = iter(enumerate(given))
@@ -46,6 +50,13 @@ def together(
     finally:
         for _, process in running.values():
             _end(process)
+
+
+def _here(function: Callable[[Given], Found], given: Given) -> Found | LiaoyuanError:
+    try:
+        return function(given)
+    except LiaoyuanError as error:
+        return error
 
 
 def _answer(connection: Connection, process: Any) -> Any:
