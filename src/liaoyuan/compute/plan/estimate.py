@@ -61,6 +61,12 @@ class Estimator:
             slowest.sent,
         )
 
+    def at(self, job: Job, place: int) -> Estimate:
+        """Return what a process at a place of the pipeline computes, waits for and sends; without the floor."""
+        terms = Place.of(job.model, job.layout, tokens_of(job), job.sequence_length)
+        stages = [self._stage(terms, layers, n, job.layout) for n, layers in self._stages(job)]
+        return self._at(job, terms, stages, place)
+
     def floor(self, job: Job) -> float:
         """Return the seconds that no step of the job can be shorter than."""
         terms = Place.of(job.model, job.layout, tokens_of(job), job.sequence_length)

@@ -202,11 +202,11 @@ def passing(place: Place, kind: str) -> int:
         bare = replace(place, recompute="none")
         again = kept(bare, kind) - kept(place, kind) + 2 * place.own * place.model.hidden_size * place.element
     model = place.model
-    if kind == "dense":
-        inner = place.tokens * 3 * model.intermediate_size // place.tp
+    if kind == "dense":  # at the gate: its gradients, of three halves one of which is kept no more
+        inner = place.tokens * 2 * model.intermediate_size // place.tp
     else:
         assert model.experts
-        inner = place.rows * (3 * model.experts.moe_intermediate_size + model.hidden_size)
+        inner = place.rows * (2 * model.experts.moe_intermediate_size + model.hidden_size)
     return max(0, again) + (inner + 2 * place.own * model.hidden_size) * place.element
 
 

@@ -28,11 +28,15 @@ Loads = tuple[tuple[str, float], ...]
 class Prices:
     """What work and messages cost by a profile whose figures are certain.
 
-    streams: whether the host goes on while the device computes. crowd: how many processes share a core.
+    streams: whether the host goes on while the device computes. crowd: how many processes share a core. everybody: how
+    many processes there are in the world, if more than in the sample.
     """
 
-    def __init__(self, profile: DeviceProfile, fabric: Fabric, streams: bool, crowd: float = 1.0) -> None:
+    def __init__(
+        self, profile: DeviceProfile, fabric: Fabric, streams: bool, crowd: float = 1.0, everybody: int = 0
+    ) -> None:
         self.profile, self.fabric, self.streams, self.crowd = profile, fabric, streams, crowd
+        self.everybody = tuple(range(everybody))
         self.launch = profile.launch.median * crowd
         self.contention = max(1.0, profile.contention.median)
         self._works: dict[Work, float] = {}
@@ -49,7 +53,8 @@ class Prices:
         """Return what a message takes."""
         found = self._messages.get(message)
         if found is None:
-            found = self._messages[message] = self.fabric.transfer(message.kind, message.bytes, message.ranks)
+            ranks = self.everybody if message.axis == "world" and self.everybody else message.ranks
+            found = self._messages[message] = self.fabric.transfer(message.kind, message.bytes, ranks)
         return found
 
 
