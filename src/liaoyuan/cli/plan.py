@@ -40,6 +40,9 @@ def plan(
     device: Annotated[str | None, typer.Option(help="Kind of device, if no cluster says it; else cuda.")] = None,
     vocab: Annotated[int | None, typer.Option(min=1, help="Tokens known, if there is no corpus yet.")] = None,
     rank: Annotated[list[int] | None, typer.Option(help="Process to look at (default: first and last stage).")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Tell how long a step takes on the cluster, why, and how sure that is.")
+    ] = False,
     keep: Annotated[
         str | None, typer.Option(help="Axes that a search leaves as they are: 'tp=8,microbatches=16'.")
     ] = None,
@@ -48,13 +51,17 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Dry-run a training job; or rank its layouts, if it has none (or "auto") and a cluster is named."""
+    from liaoyuan.cli.plan_step import explain as explained
     from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan import footprints, read_cluster
 
     card = read_cluster(cluster).accelerator if cluster else None
     job, has_layout = job_of(run_file, set_, processes, layout, device or (card.device if card else "cuda"), vocab)
-    if cluster and not has_layout:
+    if cluster and not has_layout and not explain:
         _search(job, cluster, profile, keep, whole, json)
+        return
+    if explain or profile:
+        explained(job, cluster, profile, json)
         return
     if bad := [number for number in rank or [] if number >= processes]:
         raise LiaoyuanError(f"There is no process {bad[0]}: they are numbered 0 to {processes - 1}.")

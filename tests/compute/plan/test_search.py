@@ -46,16 +46,17 @@ def cluster_with(gib: float = 79.6, faster: float = 1.0) -> Cluster:
     return H100.model_copy(update={"links": links, "accelerator": card})
 
 
-def found(job: Job, cluster: Cluster = H100, kept: Kept | None = None) -> Ranking:
-    return search(job, cluster, assumed(cluster), by_formulas(cluster, assumed(cluster)), kept, 3, workers=0)
+def found(job: Job, cluster: Cluster = H100, kept: Kept | None = None, whole: int = 0) -> Ranking:
+    reckon = by_formulas(cluster, assumed(cluster)) if whole else None
+    return search(job, cluster, assumed(cluster), reckon, kept, whole, workers=0)
 
 
 jobs = st.builds(
     job_of,
     kind=st.sampled_from(["dense", "experts"]),
-    processes=st.sampled_from([2, 4, 6, 8, 16]),
-    rows=st.sampled_from([8, 12, 48]),
-    length=st.sampled_from([1024, 4096]),
+    processes=st.sampled_from([2, 4, 6]),
+    rows=st.sampled_from([6, 8, 12]),
+    length=st.sampled_from([1024, 2048]),
     layers=st.sampled_from([4, 6]),
 )
 
@@ -76,7 +77,7 @@ def another_truth(job: Job, cluster: Cluster, seed: int) -> Callable[[Job], Reck
     return reckon
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(job=jobs, gib=st.sampled_from([4.0, 8.0, 79.6]), seed=st.integers(0, 99))
 def test_the_best_is_that_of_all_whatever_predicts_them(job: Job, gib: float, seed: int) -> None:
     cluster = cluster_with(gib)
@@ -92,7 +93,7 @@ def test_the_best_is_that_of_all_whatever_predicts_them(job: Job, gib: float, se
     assert ranking.legal == len(all_of_them)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(job=jobs)
 def test_all_that_is_proposed_is_legal_and_once(job: Job) -> None:
     seen = set()
@@ -103,13 +104,13 @@ def test_all_that_is_proposed_is_legal_and_once(job: Job) -> None:
     assert len(seen) == sum(1 for _ in candidates(job, None, REACHES))
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(job=jobs)
 def test_twice_the_bandwidth_never_hurts(job: Job) -> None:
     assert found(job, cluster_with(faster=2.0)).best.seconds <= found(job).best.seconds * (1 + 1e-9)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(job=jobs)
 def test_more_cards_are_slower_only_by_waiting_that_has_a_name(job: Job) -> None:
     few, many = found(job).best, found(replace(job, processes=2 * job.processes)).best
@@ -119,7 +120,7 @@ def test_more_cards_are_slower_only_by_waiting_that_has_a_name(job: Job) -> None
 
 
 def test_the_order_is_total_and_axes_that_bring_nothing_come_last() -> None:
-    ranking = found(job_of())
+    ranking = found(job_of(processes=4), whole=2)
     orders = [choice.order for choice in ranking.choices]
     assert orders == sorted(orders) and len(set(orders)) == len(orders)
     estimates = [choice.seconds for choice in ranking.choices[ranking.whole :]]
@@ -135,7 +136,7 @@ def test_what_is_kept_stays_and_unknown_axes_are_named() -> None:
 
 def test_neighbours_are_too_large_or_slower_for_a_reason() -> None:
     cluster = cluster_with(8.0)
-    ranking = found(job_of(rows=64, layers=24), cluster)
+    ranking = found(job_of(rows=64, layers=24), cluster, Kept.of({"ulysses": 1, "ring": 1}), 2)
     told = reasons(ranking, assumed(cluster))
     best = describe(ranking.best.job)
     assert {one.axis for one in told} >= {"recompute", "microbatches"}
@@ -159,7 +160,7 @@ def test_a_prediction_that_fails_is_told_and_the_others_go_on() -> None:
             raise LiaoyuanError("this one is not liked")
         return by_formulas(H100, assumed(H100))(job)
 
-    kept = Kept.of({"microbatches": 2, "recompute": "none", "pp": 1})
+    kept = Kept.of({"microbatches": 1, "recompute": "none", "pp": 1, "ulysses": 1, "ring": 1})
     ranking = search(job_of(), H100, assumed(H100), reckon, kept, None, workers=2)
     assert ranking.whole and all(choice.job.layout.tp > 1 for choice in ranking.choices[: ranking.whole])
     assert all(why == "this one is not liked" for _, why in ranking.refused)
