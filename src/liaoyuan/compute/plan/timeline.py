@@ -205,7 +205,7 @@ class _Network:
         now = begin
         while True:
             slower = contention if self.moving else 1.0
-            following = self._next() if self.moving or self._can_start() else math.inf
+            following = self._next()
             if now + work * slower <= following:
                 self._go(now + work * slower)
                 return now + work * slower
