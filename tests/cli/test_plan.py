@@ -8,6 +8,8 @@ from typer.testing import CliRunner, Result
 
 from liaoyuan.cli.main import app
 from liaoyuan.cli.plan import parse_layout
+from liaoyuan.compute.plan import read_cluster
+from liaoyuan.compute.plan.profile import assumed
 from liaoyuan.errors import LiaoyuanError
 
 RUN = """
@@ -74,3 +76,26 @@ def test_without_a_corpus_the_vocabulary_must_be_given(run_file: Path) -> None:
 
 def test_axes_of_context_parallel_are_named_plainly() -> None:
     assert parse_layout("tp=2, ring=4") == {"tp": "2", "cp": {"ring": "4"}}
+
+
+def test_a_step_is_told_with_its_reasons(run_file: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    assumed(read_cluster("h100")).median().save(profile)
+    arguments = (run_file, "--processes", 2, "--vocab", 512, "--layout", "fsdp=2", "--cluster", "h100", "--explain")
+    text = plan(*arguments, "--set", "train.batch_tokens=4096").stdout
+    assert "A step takes" in text and "tokens/s on each card" in text and "waiting for" in text
+    assert "The interval is as wide as it is because of" in text and "links." not in text.split("rests on")[1]
+    assert "it fits in 79.60 GiB" in text and "runtime and buffers of collectives" in text
+    found = json.loads(plan(*arguments, "--set", "train.batch_tokens=4096", "--profile", profile, "--json").stdout)
+    seconds = found["step"]["seconds"]
+    assert seconds["low"] == seconds["median"] == seconds["high"] > 0  # every figure is certain
+    waited = sum(found["step"]["exposed"].values())
+    assert found["step"]["computing"] + waited == pytest.approx(seconds["median"])
+    (memory,) = found["memory"]
+    assert memory["timeline"][0][1] == memory["timeline"][-1][1] == memory["lasting"]
+    assert max(held for _, held in memory["timeline"]) == memory["tensors"] < memory["total"]["median"]
+
+
+def test_a_step_is_not_told_without_a_cluster(run_file: Path) -> None:
+    result = plan(run_file, "--processes", 2, "--vocab", 512, "--explain")
+    assert isinstance(result.exception, LiaoyuanError) and "needs --cluster" in str(result.exception)

@@ -63,7 +63,7 @@ def _parts(found: "Prediction") -> list[str]:
     """Where the median step goes: computing, and what it waits for."""
     step = found.step
     waited = sorted(step.exposed.items(), key=lambda item: -item[1])
-    named = [(f"waiting for {name}" if name not in REASONS else REASONS[name], value) for name, value in waited]
+    named = [(REASONS.get(name, f"waiting for {name}"), value) for name, value in waited]
     parts = [("computing", step.computing), *named]
     total = sum(value for _, value in parts)
     return [

@@ -3,6 +3,7 @@
 from liaoyuan.compute.plan.cluster import Accelerator, Cluster, Link, cluster_names, read_cluster
 from liaoyuan.compute.plan.dry_run import Job, dry_run
 from liaoyuan.compute.plan.footprint import Footprint, footprints
+from liaoyuan.compute.plan.predict import Memory, Prediction, predict
 from liaoyuan.compute.plan.trace import Event, Held, Trace
 
 __all__ = [
@@ -13,9 +14,12 @@ __all__ = [
     "Held",
     "Job",
     "Link",
+    "Memory",
+    "Prediction",
     "Trace",
     "cluster_names",
     "dry_run",
     "footprints",
+    "predict",
     "read_cluster",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from liaoyuan.compute.plan.actions import BACKWARD, FORWARD, INPUT
 from liaoyuan.compute.plan.cluster import GIB, Cluster
 from liaoyuan.compute.plan.cost import rate_of
 from liaoyuan.compute.plan.dry_run import Job
@@ -109,7 +110,6 @@ def _predicted(whole: Whole, profile: DeviceProfile, details: bool) -> Predictio
     loads = whole.loads()
     tokens = job.rows * job.sequence_length
     model = TRAINING * tokens * job.model.flops_per_token((job.sequence_length + 1) / 2) / job.processes
-    executed = sum(load.flops for load in loads) / len(loads)
     peak = rate_of(job.model.dtype, profile).peak_tflops * 1e12
     rests_on = f"a dry run of the program; {profile.rests_on}"
     return Prediction(
@@ -117,7 +117,7 @@ def _predicted(whole: Whole, profile: DeviceProfile, details: bool) -> Predictio
         tuple(_memory(load, whole, middle, details) for load in loads),
         _per(tokens / job.processes, seconds),
         _per(model / peak, seconds),
-        _per(executed / peak, seconds),
+        _per(whole.executed / peak, seconds),
         middle.exposed.get(BUBBLE, 0.0) / middle.seconds,
         width,
         rests_on,
@@ -195,11 +195,21 @@ def _held(load: Load) -> tuple[Held, ...]:
 
 
 def _timeline(load: Load, whole: Whole, step: Step) -> list[tuple[float, int]]:
-    """Return bytes held over time: at the begin of each part of the step, at most, and at its end."""
-    parts = load.moments
+    """Return bytes held over time: at the begin of each part of the step, at most, and at its end.
+
+    What is kept for the backward pass is most at the end of a forward pass and at the begin of a backward one.
+    """
+    parts = list(load.moments)
     if step.flow is None:
-        each = step.seconds / len(parts)
-        times = [(number * each, (number + 1) * each) for number in range(len(parts))]
+        times = list(zip(step.begins, step.begins[1:], strict=False))
+        if whole.middle:
+            first, last = step.begins[whole.middle.start], step.begins[whole.middle.stop]
+            stop = whole.middle.stop
+            order = [(n, 0) for n in range(stop)]
+            order += [(n, again) for again in range(1, whole.times + 1) for n in whole.middle]
+            order += [(n, whole.times) for n in range(stop, len(parts))]
+            times = [(times[n][0] + again * (last - first), times[n][1] + again * (last - first)) for n, again in order]
+            parts = [parts[n] for n, _ in order]
     else:
         rank = load.rank // (whole.job.processes // whole.layout.pp)
         begins, ends = step.flow.begins[rank], step.flow.ends[rank]
@@ -207,6 +217,8 @@ def _timeline(load: Load, whole: Whole, step: Step) -> list[tuple[float, int]]:
         times = [(0.0, begins[0]), *zip(begins, ends, strict=True)]
         times += [(ends[-1], ends[-1] + rest), (ends[-1] + rest, step.seconds)]
     found = []
-    for (begin, end), (_, live, peak, after) in zip(times, parts, strict=True):
-        found += [(begin, round(live)), ((begin + end) / 2, round(peak)), (end, round(after))]
+    for (begin, end), (name, live, peak, after) in zip(times, parts, strict=True):
+        kind = name.split()[0]
+        most = end if kind == FORWARD else begin if kind in (BACKWARD, INPUT) else (begin + end) / 2
+        found += [(begin, round(live)), (most, round(peak)), (end, round(after))]
     return found

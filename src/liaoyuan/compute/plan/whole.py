@@ -5,7 +5,7 @@ of each stage is played by itself, and the schedule's actions flow through all p
 reduction of gradients and the optimiser after.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -29,12 +29,17 @@ HANDED = ("calls pp send", "bytes pp send")
 
 @dataclass
 class Step:
-    """Seconds of a step, of which a card computes, and waits for what: the mean over the processes of a pipeline."""
+    """Seconds of a step, of which a card computes, and waits for what: the mean over the processes of a pipeline.
+
+    bars: of a pipeline's actions, or of the sample's streams. begins: without a pipeline, when each part of the sample
+    begins in a step with all layers; flow: with one.
+    """
 
     seconds: float
     computing: float
     exposed: dict[str, float]
     bars: list[Bar] = field(default_factory=list)
+    begins: list[float] = field(default_factory=list)
     flow: Flow | None = None
 
 
@@ -80,33 +85,52 @@ class Whole:
         """Return what each kind of process holds: one, or of a pipeline the first, the fullest between, the last."""
         if self.layout.pp == 1:
             return [self._plain_load()]
-        found = [self._piped_load(rank) for rank in range(self.layout.pp)]
+        found = self._piped_loads
         middle = sorted(found[1:-1], key=lambda load: -load.peak)[:1]
         return [found[0], *middle, found[-1]]
+
+    @property
+    def executed(self) -> float:
+        """FLOPs of matrix products of a step, the mean over all processes."""
+        loads = [self._plain_load()] if self.layout.pp == 1 else self._piped_loads
+        return sum(load.flops for load in loads) / len(loads)
 
     # Without a pipeline
 
     def _plain(self, profile: DeviceProfile, details: bool) -> Step:
         prices = Prices(profile, Fabric(self.cluster, profile), self.job.device != "cpu", crowd(self.job, self.cluster))
-        base, *more = (self._played(sample, prices, details) for sample in self._variants)
-        values = extended(base[0], base[0], [values for values, _ in more], self._more[0])
-        return _step(values, base[1])
+        played = [self._played(sample, prices, details) for sample in self._variants]
+        ends = [self._with_microbatches(lines) for lines in played]
+        step = _step(extended(ends[0], ends[0], ends[1:], self._more[0]), played[0][-1].bars)
+        begins = [{str(number): line.seconds for number, line in enumerate(lines)} for lines in played]
+        step.begins = list(extended(begins[0], begins[0], begins[1:], self._more[0]).values())
+        return step
 
-    def _played(self, sample: Sample, prices: Prices, details: bool) -> tuple[Values, list[Bar]]:
+    def _played(self, sample: Sample, prices: Prices, details: bool) -> list[Timeline]:
+        """Return what has happened until each part of a sample, and until the end."""
         ops = [op for part in sample.parts for op in part.ops]
-        marks, count = list[int](), 0
-        for part in sample.parts:
-            if part.name == MICROBATCH:
-                marks.append(count)
-            count += len(part.ops)
-        *until, end = play(ops, prices, details, marks)
-        values = _values(end)
-        if len(until) >= 3:
-            times = self.microbatches - len(until)
-            before, after = _values(until[0]), _values(until[1])
+        counts = [len(part.ops) for part in sample.parts]
+        return play(ops, prices, details, [sum(counts[:number]) for number in range(len(counts))])
+
+    def _with_microbatches(self, lines: Sequence[Timeline]) -> Values:
+        """Return what has happened in the end, with all microbatches that there are."""
+        values, middle = _values(lines[-1]), self.middle
+        if middle:
+            before, after = _values(lines[middle.start]), _values(lines[middle.stop])
             for key in after:
-                values[key] = values.get(key, 0.0) + times * (after[key] - before.get(key, 0.0))
-        return values, end.bars
+                values[key] = values.get(key, 0.0) + self.times * (after[key] - before.get(key, 0.0))
+        return values
+
+    @cached_property
+    def middle(self) -> range | None:
+        """The parts of the sample's microbatch that stands for those that it does not have (None: it has all)."""
+        places = [number for number, part in enumerate(self.samples.base[0].parts) if part.name == MICROBATCH]
+        return range(places[0], places[1]) if len(places) >= 3 and self.times else None
+
+    @property
+    def times(self) -> int:
+        """How many microbatches the small job does not have."""
+        return self.microbatches - self.sketch.small.train.microbatches
 
     @cached_property
     def _batches(self) -> int:
@@ -115,7 +139,7 @@ class Whole:
         each = (
             count * self.job.sequence_length * (8 + 8 + 4) + (count + 1) * 4
         )  # tokens, positions, weights; boundaries
-        return each * (self.microbatches - self.sketch.small.train.microbatches)
+        return each * self.times
 
     def _plain_load(self) -> Load:
         base, *more = ([_held(part, self._batches) for part in sample.parts] for sample in self._variants)
@@ -130,10 +154,9 @@ class Whole:
 
     def _counted(self, sample: Sample) -> Values:
         """Return the counts of a whole step with all its microbatches."""
-        total, numbers = dict[str, float](), [n for n, part in enumerate(sample.parts) if part.name == MICROBATCH]
+        total, middle = dict[str, float](), self.middle or range(0)
         for number, part in enumerate(sample.parts):
-            is_middle = len(numbers) >= 3 and numbers[0] <= number < numbers[1]
-            times = 1 + (self.microbatches - len(numbers)) * is_middle
+            times = 1 + self.times * (number in middle)
             for key, value in part.counts.items():
                 total[key] = total.get(key, 0.0) + times * value
         return total
@@ -195,6 +218,10 @@ class Whole:
     def _handed(self) -> int:
         return max(part.handed for sample in self.samples.base for part in sample.parts if part.action)
 
+    @cached_property
+    def _piped_loads(self) -> list[Load]:
+        return [self._piped_load(rank) for rank in range(self.layout.pp)]
+
     def _piped_load(self, rank: int) -> Load:
         held, counts = _Costs(self, _held_change), _Costs(self, lambda part: part.counts)
         lasting = held.lasting(rank) + self._batches + self._arriving(rank)
@@ -230,14 +257,14 @@ class Whole:
         """Bytes of the places where stages receive that the small job does not have: for each microbatch its own."""
         last = self.layout.stages - 1
         places = sum((stage > 0) + (stage < last) for stage in stage_numbers(self.layout, rank))
-        return places * self._handed * (self.microbatches - self.sketch.small.train.microbatches)
+        return places * self._handed * self.times
 
     @property
     def _stacked(self) -> int:
         """Bytes of what the schedule is given of the microbatches that the small job does not have."""
         tokens = self.job.rows // (self.layout.dp * self.layout.fsdp) // self.microbatches * self.job.sequence_length
         each = tokens // self.layout.context * (3 * 8 + 4)  # tokens, positions, targets, weights
-        return each * (self.microbatches - self.sketch.small.train.microbatches)
+        return each * self.times
 
     def _hands_on(self, action: Action, rank: int) -> bool:
         """Return whether what comes of an action goes to another process."""
@@ -365,7 +392,8 @@ def _held_change(part: Part) -> Values:
 
 def _step(values: Values, bars: list[Bar], flowed: Flow | None = None) -> Step:
     exposed = {key.removeprefix(EXPOSED): value for key, value in values.items() if key.startswith(EXPOSED)}
-    return Step(values[SECONDS], values[COMPUTING], {k: v for k, v in exposed.items() if v > 0}, bars, flowed)
+    waited = {name: value for name, value in exposed.items() if value > 0}
+    return Step(values[SECONDS], values[COMPUTING], waited, bars, flow=flowed)
 
 
 def _load(
