@@ -14,7 +14,7 @@ from liaoyuan.rundir import CONFIG
 from liaoyuan.training.pretrain import pretrain
 from tests.compute.job import Job, losses
 
-FEW = ("layout=auto", "train.steps=4", "train.checkpoint_every=2")
+FEW = ("layout=auto", "plan.whole=1", "train.steps=4", "train.checkpoint_every=2")
 
 
 def test_two_processes_train_on_the_layout_that_the_first_has_found(run_file: Path, tmp_path: Path) -> None:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from liaoyuan.parallel import World
     from liaoyuan.training.pretrain import PretrainConfig
 
-WHOLE = 4  # layouts that are predicted as a whole before a run may begin
-
 
 def find_layout(config: "PretrainConfig", out: Path, device: "Device", cluster: str | None = None) -> "PretrainConfig":
     """Return the run with a finished layout where it asks for one; for the process that asks, before others join it.
@@ -53,7 +51,7 @@ def find_layout(config: "PretrainConfig", out: Path, device: "Device", cluster: 
     from liaoyuan.compute.plan.reasons import reasons
 
     with bar("Plan") as report:
-        ranking = find(job, machines, profile, keep, WHOLE, report)
+        ranking = find(job, machines, profile, keep, config.plan.whole, report)
     for line in told(ranking, reasons(ranking, profile)):
         _say(line)
     return _finished(config, ranking.best.job)

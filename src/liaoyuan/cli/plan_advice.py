@@ -62,8 +62,8 @@ def largest(
         return
     model = found.job.model
     print(
-        f"{processes:,} x {machines.accelerator.name} train a dense model of {model.num_parameters() / 1e9:,.3g} billion "
-        f"weights on {tokens_per_weight:g} tokens each in {days:g} days:\n"
+        f"{processes:,} x {machines.accelerator.name} train a dense model of {model.num_parameters() / 1e9:,.3g} "
+        f"billion weights on {tokens_per_weight:g} tokens each in {days:g} days:\n"
         f"  hidden size {model.hidden_size:,}, {model.num_hidden_layers} layers, {model.num_attention_heads} heads of "
         f"{model.head_dim} ({model.num_key_value_heads} of keys and values), intermediate size "
         f"{model.intermediate_size:,}"

@@ -64,6 +64,7 @@ class PlanConfig(Config):
     auto: bool = False  # the layout is still to be found; `layout = "auto"` is short for it
     cluster: str | None = None  # a name, such as "h100", or a TOML file; none: the kind of this machine
     profile: Path | None = None  # what `liaoyuan plan calibrate` wrote
+    whole: int = Field(4, gt=0)  # layouts that are predicted as a whole, of all that formulas put in order
 
 
 class PretrainConfig(Config):

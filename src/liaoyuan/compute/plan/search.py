@@ -174,6 +174,7 @@ class _Found:
 
     fit: list[Choice] = field(default_factory=list)
     refused: list[tuple[Choice, str]] = field(default_factory=list)
+    failed: int = 0  # of them, those for which there was no prediction
 
     @property
     def best(self) -> float:
@@ -182,6 +183,7 @@ class _Found:
     def take(self, choice: Choice, answer: Reckoned | LiaoyuanError) -> None:
         if isinstance(answer, LiaoyuanError):
             self.refused.append((choice, str(answer)))
+            self.failed += 1
         elif not answer.fits:
             told = f"it holds {answer.bytes / 2**30:,.1f} GiB of the {answer.room / 2**30:,.1f} that there are"
             self.refused.append((replace(choice, found=answer), told))
@@ -203,7 +205,7 @@ def _predict(
 
     def promising() -> Iterator[tuple[Reckon, Job]]:
         for choice in _in_turn(choices, room):
-            if len(asked) - len(found.refused) >= total:
+            if len(asked) - len(found.refused) >= total or (found.failed >= total and not found.fit):
                 return
             if choice.estimate.floor <= found.best:
                 asked.append(choice)
