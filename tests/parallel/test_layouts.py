@@ -69,6 +69,7 @@ EXPERT_ROWS = {
     "ring 2 x ulysses 2": axes(4, 8, ring=2, ulysses=2),
     "1f1b": axes(2, 4, pp=2),
     "ep 4 of fsdp 2 x tp 2, recomputed": axes(4, tp=2, ep=4, recompute="full"),
+    "ep 2, selectively recomputed": axes(2, ep=2, recompute="selective"),
     "ep 2, pp 2 x fsdp 2 x tp 2": axes(8, 2, pp=2, tp=2, ep=2),
     "ep 4, zbv 2 x fsdp 2 x ulysses 2": axes(8, 4, pp=2, ulysses=2, ep=4, schedule="zbv"),
     "ep 8 of fsdp 2 x ring 2 x tp 2": axes(8, 4, ring=2, tp=2, ep=8),

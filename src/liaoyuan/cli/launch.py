@@ -152,6 +152,10 @@ def _divides(config: Any) -> Callable[[int], bool]:
     """
     from liaoyuan.data.batches import Division
 
+    if getattr(getattr(config, "plan", None), "auto", False):
+        from liaoyuan.cli.auto_layout import legal_counts
+
+        return legal_counts(config)
     layout, settings = config.layout, config.train
     alike = layout.pp * layout.context * layout.tp  # processes that work on the same part of a batch
     fewest = alike * layout.dp * (layout.fsdp or 1)

@@ -11,6 +11,7 @@ from liaoyuan.cli.groups import DefaultCommand
 from liaoyuan.cli.plan_calibrate import calibrate
 from liaoyuan.cli.plan_goodput import goodput
 from liaoyuan.cli.plan_validate import validate
+from liaoyuan.cli.plan_advice import buy, largest, shapes
 from liaoyuan.errors import LiaoyuanError, nearest
 
 if TYPE_CHECKING:
@@ -44,18 +45,23 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="Tell how long a step takes on the cluster, why, and how sure that is.")
     ] = False,
-    profile: Annotated[
-        Path | None, typer.Option(help="With --explain: what the cards give, as `plan calibrate` writes it.")
+    keep: Annotated[
+        str | None, typer.Option(help="Axes that a search leaves as they are: 'tp=8,microbatches=16'.")
     ] = None,
+    whole: Annotated[int, typer.Option(min=1, help="Layouts that a search predicts as a whole.")] = 12,
+    profile: Annotated[Path | None, typer.Option(help="What `plan calibrate` measured of such a card.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Dry-run a training job: memory of a process, what fills it, its matrix products, and what it sends."""
+    """Dry-run a training job; or rank its layouts, if it has none (or "auto") and a cluster is named."""
     from liaoyuan.cli.plan_step import explain as explained
     from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan import footprints, read_cluster
 
     card = read_cluster(cluster).accelerator if cluster else None
-    job = _job(run_file, set_, processes, layout, device or (card.device if card else "cuda"), vocab)
+    job, has_layout = job_of(run_file, set_, processes, layout, device or (card.device if card else "cuda"), vocab)
+    if cluster and not has_layout and not explain:
+        _search(job, cluster, profile, keep, whole, json)
+        return
     if explain or profile:
         explained(job, cluster, profile, json)
         return
@@ -81,6 +87,9 @@ def plan(
 app.command("calibrate")(calibrate)
 app.command("goodput")(goodput)
 app.command("validate")(validate)
+app.command("largest")(largest)
+app.command("buy")(buy)
+app.command("shapes")(shapes)
 
 
 def parse_layout(text: str) -> dict[str, Any]:
@@ -106,9 +115,10 @@ def parse_layout(text: str) -> dict[str, Any]:
     return values
 
 
-def _job(
+def job_of(
     run_file: Path | None, set_: list[str] | None, processes: int, layout: str | None, device: str, vocab: int | None
-) -> "Job":
+) -> "tuple[Job, bool]":
+    """Return the job, and whether it names a layout."""
     from liaoyuan import config as configuration
     from liaoyuan.compute.plan import Job
     from liaoyuan.compute.plan.dry_run import Planned
@@ -123,7 +133,21 @@ def _job(
         raise LiaoyuanError(f"{error} Or say here how many different tokens there are: --vocab.") from error
     chosen = configuration.parse(Layout, parse_layout(layout), "--layout") if layout else config.layout
     model = shaped(config.model, tokens, None, Planned(device))
-    return Job(model, chosen, processes, config.sequence_length, config.train, device)
+    named = bool(layout) or ("layout" in config.model_fields_set and not config.plan.auto)
+    return Job(model, chosen, processes, config.sequence_length, config.train, device), named
+
+
+def _search(job: "Job", cluster: str, profile: Path | None, keep: str | None, whole: int, json: bool) -> None:
+    from liaoyuan.cli.plan_search import find, show
+    from liaoyuan.cli.progress import bar
+    from liaoyuan.compute.plan import read_cluster
+    from liaoyuan.compute.plan.profile import assumed, read_profile
+
+    machines = read_cluster(cluster)
+    figures = read_profile(profile) if profile else assumed(machines)
+    with bar("Search", quiet=json) as report:
+        ranking = find(job, machines, figures, keep, whole, report)
+    show(ranking, figures, json)
 
 
 def _told(one: "Footprint") -> str:

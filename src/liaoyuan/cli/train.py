@@ -20,18 +20,24 @@ def train(
     ] = None,
     corpus: Annotated[Path | None, typer.Option(help="Folder that `liaoyuan data` wrote.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/train"),
+    cluster: Annotated[
+        str | None, typer.Option(help='For layout = "auto": a name, such as h100, or a TOML file (default: as here).')
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Pretrain a model on a corpus, or go on from its weights. Run again to go on after a stop."""
+    from liaoyuan.cli.auto_layout import find_layout, share_layout
     from liaoyuan.cli.progress import bar
     from liaoyuan.device import select_device
     from liaoyuan.models import read_config
     from liaoyuan.parallel import start
     from liaoyuan.training.pretrain import MODEL, pretrain
 
-    config = train_config(run_file, set_, corpus)
-    world = start(select_device(config.device))
+    device = select_device((config := train_config(run_file, set_, corpus)).device)
+    asked = find_layout(config, out, device, cluster)
+    world = start(device)
     try:
+        config = share_layout(asked, world) if config.plan.auto else config
         with bar("Train", quiet=not world.is_first) as report:
             result = pretrain(config, out, report, world)
         if world.is_first:

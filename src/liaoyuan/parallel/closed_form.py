@@ -6,11 +6,13 @@ bytes in more calls, once more the counts of experts' rows, and one more sum for
 that are `exact` send as much for their layers, but gather the head, which is not counted here.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.distributed.tensor import Placement
 
 from liaoyuan.models import Decoder, ModelConfig
 from liaoyuan.parallel.fsdp import reduces_by_exchange
@@ -138,7 +140,7 @@ def _weights(count: _Count) -> None:
             count.add(axis, size, "reduce-scatter", times, part * size * count.wide)
         count.add("dp", layout.dp, "all-reduce", times, part * count.wide)
         for name, shape in shapes:
-            if axis == "shard" and is_uncut(name):
+            if axis == "shard" and _uncut(name):
                 uncut += math.ceil(shape[0] / size) * math.prod(shape[1:])
     count.add("tp", layout.tp, "all-reduce", times, uncut * count.wide)
 
@@ -146,23 +148,51 @@ def _weights(count: _Count) -> None:
 def _units(count: _Count) -> dict[str, list[tuple[str, Sequence[int]]]]:
     """Return the weights that FSDP gathers together, names and shapes after tp and ep have cut them."""
     layout, cut = count.layout, count.cut
-    with torch.device("meta"):
-        weights = [(name, list(weight.shape)) for name, weight in Decoder(count.config).named_parameters()]
-    if layout.pp > 1 and count.config.tie_word_embeddings:
-        weights.append((HEAD, [count.config.vocab_size, count.config.hidden_size]))
     units: dict[str, list[tuple[str, Sequence[int]]]] = {}
-    for name, shape in weights:
-        stage = stage_with(name, cut)
-        if stage not in count.stages:
-            continue
-        unit = ".".join(name.split(".")[:2]) if name.startswith("layers.") else f"root of stage {stage}"
-        if ".experts." in name:
-            unit += ".experts"
-            shape[0] //= layout.ep
-        elif placement(name) in (ROWS, COLUMNS):
-            shape[0 if placement(name) == ROWS else 1] //= layout.tp
-        units.setdefault(unit, []).append((name, shape))
+    for stage in count.stages:
+        for layer in cut[stage]:
+            for part, weights in _parts(count.config)[layer].items():
+                units[f"layers.{layer}{part}"] = [(one.name, one.cut(layout)) for one in weights]
+        ends = [one for one in _parts(count.config)[ENDS][""] if stage_with(one.name, cut) == stage]
+        if layout.pp > 1 and count.config.tie_word_embeddings and stage == layout.stages - 1:
+            ends.append(_Weight(HEAD, (count.config.vocab_size, count.config.hidden_size), ROWS))
+        if ends:
+            units[f"root of stage {stage}"] = [(one.name, one.cut(layout)) for one in ends]
     return units
+
+
+_uncut = functools.cache(is_uncut)
+ENDS = -1  # in the place of a layer's number: embedding, last norm, head
+
+
+@dataclass(frozen=True)
+class _Weight:
+    name: str
+    shape: tuple[int, ...]
+    placed: Placement | None  # by tp; None: by ep
+
+    def cut(self, layout: Layout) -> list[int]:
+        """Return its shape in a process of tp or ep."""
+        shape = list(self.shape)
+        if self.placed is None:
+            shape[0] //= layout.ep
+        elif self.placed in (ROWS, COLUMNS):
+            shape[0 if self.placed == ROWS else 1] //= layout.tp
+        return shape
+
+
+@functools.cache
+def _parts(config: ModelConfig) -> dict[int, dict[str, list[_Weight]]]:
+    """Return for each layer, and for the ends, its weights: "" those that FSDP gathers with it, and ".experts"."""
+    with torch.device("meta"):
+        weights = [(name, tuple(weight.shape)) for name, weight in Decoder(config).named_parameters()]
+    parts: dict[int, dict[str, list[_Weight]]] = {ENDS: {"": []}}
+    for name, shape in weights:
+        experts = ".experts." in name
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else ENDS
+        one = _Weight(name, shape, None if experts else placement(name))
+        parts.setdefault(layer, {}).setdefault(".experts" if experts else "", []).append(one)
+    return parts
 
 
 def _tensor_parallel(count: _Count, layer: int, again: bool) -> None:

@@ -86,7 +86,7 @@ def resolve(layout: Layout, processes: int, shape: Shape) -> Layout:
             legal layout.
     """
     filled, reason = _fill(layout, processes)
-    reason = reason or _objection(filled, processes, shape)
+    reason = reason or objection(filled, processes, shape)
     if reason is None:
         return filled
     near = _nearest(filled, processes, shape)
@@ -104,8 +104,8 @@ def _fill(layout: Layout, processes: int) -> tuple[Layout, str | None]:
     return filled, None
 
 
-def _objection(layout: Layout, processes: int, shape: Shape) -> str | None:
-    """Return why the layout is illegal, or None."""
+def objection(layout: Layout, processes: int, shape: Shape) -> str | None:
+    """Return why a layout with every axis filled in is illegal, or None."""
     model = shape.model
     total = layout.pp * layout.dp * layout.fsdp * layout.context * layout.tp
     tokens = shape.sequence_length * shape.rows // max(1, layout.dp * layout.fsdp * shape.microbatches)
@@ -178,12 +178,12 @@ def _nearest(layout: Layout, processes: int, shape: Shape) -> Layout | None:
     """Return the legal layout that differs in the fewest axes, and in those the least."""
     best, least = None, (math.inf, math.inf)
     for tp, ulysses, ring, pp, dp, fsdp in _factorisations(processes, 6):
-        for ep in _divisors(fsdp * ulysses * ring * tp) if shape.model.experts else [1]:
+        for ep in divisors(fsdp * ulysses * ring * tp) if shape.model.experts else [1]:
             cp = ContextParallel.model_construct(ulysses=ulysses, ring=ring)
             update = {"tp": tp, "cp": cp, "pp": pp, "dp": dp, "ep": ep, "fsdp": fsdp}
             candidate = layout.model_copy(update=update)
             distance = _distance(candidate, layout)
-            if distance < least and _objection(candidate, processes, shape) is None:
+            if distance < least and objection(candidate, processes, shape) is None:
                 best, least = candidate, distance
     return best
 
@@ -193,13 +193,14 @@ def _factorisations(number: int, factors: int) -> Iterator[tuple[int, ...]]:
     if factors == 1:
         yield (number,)
         return
-    for first in _divisors(number):
+    for first in divisors(number):
         for rest in _factorisations(number // first, factors - 1):
             yield first, *rest
 
 
 @functools.cache
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Return all numbers that divide `number`, smallest first."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 

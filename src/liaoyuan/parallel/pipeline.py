@@ -6,6 +6,7 @@ stage of each arm of a V.
 """
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,9 +55,14 @@ def cut_layers(config: ModelConfig, stages: int) -> list[range]:
 
     Cost is that of matrix products per token, the last stage's head included.
     """
+    return list(_cut_layers(config, stages))
+
+
+@functools.cache
+def _cut_layers(config: ModelConfig, stages: int) -> tuple[range, ...]:
     costs = [config.layer_products(layer) for layer in range(config.num_hidden_layers)]
     head = 2.0 * config.vocab_size * config.hidden_size
-    return _cut([*costs[:-1], costs[-1] + head], stages)
+    return tuple(_cut([*costs[:-1], costs[-1] + head], stages))
 
 
 def _cut(costs: Sequence[float], stages: int) -> list[range]:

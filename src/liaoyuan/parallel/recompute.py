@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from liaoyuan.models import Decoder
 from liaoyuan.models.experts import Router
@@ -27,6 +32,13 @@ EXPENSIVE = {
     ours.linear.default,
     ours.grouped_linear.default,
     ours.attention.default,
+}
+
+
+# Marks for profilers, which FSDP sets around experts within a layer, and not equally often when it is computed again.
+SAC_IGNORED_OPS |= {
+    torch.ops.profiler._record_function_enter_new.default,
+    torch.ops.profiler._record_function_exit._RecordFunction,
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from liaoyuan.checkpoint import load_weights, save_program
 from liaoyuan.checkpoint.training_state import CheckpointConfig
@@ -28,7 +28,7 @@ from liaoyuan.training.loop import STATE, TrainConfig, TrainResult, extra_of, ma
 from liaoyuan.training.optimiser import Optimiser
 
 MODEL = "model"
-FREE = ("layout.", "checkpoint.")  # sections that may change when a run goes on: states know no layout
+FREE = ("layout.", "checkpoint.", "plan.")  # sections that may change when a run goes on: states know no layout
 
 
 FREE_WORDS = ("dtype", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
@@ -58,6 +58,15 @@ class ShapeConfig(Config):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: what the device multiplies fast
 
 
+class PlanConfig(Config):
+    """The section `[plan]` of a run file: whom the command line asks where `layout = "auto"`. Training needs none."""
+
+    auto: bool = False  # the layout is still to be found; `layout = "auto"` is short for it
+    cluster: str | None = None  # a name, such as "h100", or a TOML file; none: the kind of this machine
+    profile: Path | None = None  # what `liaoyuan plan calibrate` wrote
+    whole: int = Field(4, gt=0)  # layouts that are predicted as a whole, of all that formulas put in order
+
+
 class PretrainConfig(Config):
     """A pretraining run."""
 
@@ -65,11 +74,20 @@ class PretrainConfig(Config):
     model: ShapeConfig = ShapeConfig()
     train: TrainConfig
     layout: Layout = Layout()
+    plan: PlanConfig = PlanConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sequence_length: int = Field(512, gt=0)
     held_out_tokens: int = Field(32768, gt=0)  # of the held-out split, for the loss shown beside the training loss
     device: str = "auto"
     ops: dict[str, str] = Field(default_factory=dict)  # kernels, where not those chosen: {attention = "reference"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("layout") != "auto":
+            return values
+        plan = values.get("plan", {})
+        return values | {"layout": {}, "plan": {**plan, "auto": True} if isinstance(plan, dict) else plan}
 
 
 def pretrain(config: PretrainConfig, folder: Path, report: Report = silent, world: World | None = None) -> TrainResult:
@@ -80,6 +98,8 @@ def pretrain(config: PretrainConfig, folder: Path, report: Report = silent, worl
     Raises:
         LiaoyuanError: no corpus, a shape or layout that does not fit, a folder of another run, a full disk.
     """
+    if config.plan.auto:
+        raise LiaoyuanError('Training takes a layout, not "auto": `liaoyuan train` finds one before it begins.')
     configure(config.ops)
     world = world or World(device=select_device(config.device))
     corpus = load_corpus(config.corpus)
