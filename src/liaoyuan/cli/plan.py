@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from liaoyuan.cli.groups import DefaultCommand
 from liaoyuan.errors import LiaoyuanError, nearest
 
 if TYPE_CHECKING:
@@ -15,7 +16,14 @@ if TYPE_CHECKING:
 CONTEXT = ("ulysses", "ring")
 SHOWN = 6  # parts of the memory at the peak
 
+app = typer.Typer(
+    cls=DefaultCommand,
+    rich_markup_mode=None,
+    help="Know before you run: what a job needs (the command that is meant if none is named).",
+)
 
+
+@app.command("dry-run")
 def plan(
     run_file: Annotated[Path | None, typer.Argument(help="TOML file, as `liaoyuan train` takes it.")] = None,
     set_: Annotated[
