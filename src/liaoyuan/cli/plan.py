@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liaoyuan.cli.groups import DefaultCommand
+from liaoyuan.cli.plan_serve import serve, serve_rates
 from liaoyuan.errors import LiaoyuanError, nearest
 
 if TYPE_CHECKING:
@@ -132,3 +133,7 @@ def _size(count: float) -> str:
             return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+app.command("serve")(serve)
+app.command("serve-rates")(serve_rates)

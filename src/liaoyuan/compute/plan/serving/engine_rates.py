@@ -9,20 +9,19 @@ from liaoyuan.compute.plan.profile import Figure
 from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError
 
-FIGURES = ("step", "sequence", "row", "products", "attention", "unexplained")
+FIGURES = ("step", "sequence", "products", "attention", "unexplained")
 
 
 class EngineRates(Config):
     """Of one process that leads an engine.
 
-    step: seconds of any step: planning, drawing, telling. sequence: further ones for each sequence in it; row: for each
-    row of the vocabulary that is drawn from. products, attention: by what the prices of these are to be multiplied.
-    unexplained: spread of a step that nothing here explains (the median is 1).
+    step: seconds of any step: planning, drawing, telling. sequence: further ones for each sequence in it. products,
+    attention: by what the prices of these are to be multiplied. unexplained: spread of what nothing here explains, over
+    a whole run (the median is 1).
     """
 
     step: Figure = Figure(median=5e-4, sigma=0.4)
-    sequence: Figure = Figure(median=3e-6, sigma=0.4)
-    row: Figure = Figure(median=1e-6, sigma=0.4)
+    sequence: Figure = Figure(median=4e-6, sigma=0.4)
     products: Figure = Figure(median=1.0, sigma=0.1)
     attention: Figure = Figure(median=1.0, sigma=0.1)
     unexplained: Figure = Figure(median=1.0, sigma=0.1)

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from liaoyuan.compute.plan.serving.experts import busiest
 from liaoyuan.compute.plan.work import Work, product, stream
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.cache import cached_layers
@@ -25,15 +26,15 @@ Sending = tuple[str, float]  # a collective, and the bytes that a process sends
 class Served:
     """A model as a replica of `tp` processes serves it; experts over `ep` of them.
 
-    bits: of its weights, a key of `BITS`; None: as they are. imbalance: the busiest process's rows of experts over the
-    mean. copies: further slots for experts in each process and layer.
+    bits: of its weights, a key of `BITS`; None: as they are. shares: of the rows of experts, those that come to each
+    process of ep, in any order; (): equal ones. copies: further slots for experts in each process and layer.
     """
 
     model: ModelConfig
     tp: int = 1
     ep: int = 1
     bits: str | None = None
-    imbalance: float = 1.0
+    shares: tuple[float, ...] = ()
     copies: int = 0
 
     @cached_property
@@ -65,6 +66,16 @@ class Served:
             expert = 3 * model.hidden_size * model.experts.moe_intermediate_size * self.ep / self.tp
             copies = sparse * self.copies * expert
         return (inner / self.tp + copies) * self.weight_size + tables / self.tp * self.size
+
+    def imbalance(self, tokens: int) -> float:
+        """Return the rows of experts of the busiest process of ep over the mean in a step of so many tokens.
+
+        The fewer tokens a step has, the more is chance; see `experts.busiest`.
+        """
+        if not self.model.experts or self.ep == 1:
+            return 1.0
+        shares = self.shares or (1 / self.ep,) * self.ep
+        return busiest(shares, tokens * self.model.experts.num_experts_per_tok)
 
     def step_bytes(self, tokens: int, rows: int) -> float:
         """Return bytes of what a step of so many tokens and drawn rows holds beside weights and cache, at most."""
@@ -111,7 +122,7 @@ class Served:
             chosen = tokens * model.experts.num_experts_per_tok
             width = model.experts.moe_intermediate_size
             found.append((2 * sparse, stream(2.0 * chosen * model.hidden_size * size, dtype)))  # there, and back
-            found.append((sparse, stream(3.0 * chosen / self.ep * self.imbalance * width * size, dtype)))
+            found.append((sparse, stream(3.0 * chosen / self.ep * self.imbalance(tokens) * width * size, dtype)))
         if rows:
             found.append((2, stream(float(rows * model.vocab_size * DRAWN) / 2, "float32")))
         return found
@@ -157,8 +168,8 @@ class Served:
         row = self.model.hidden_size * self.size
         chosen = tokens * self.model.experts.num_experts_per_tok
         if chosen * row < SPREAD_BYTES:
-            return [(1, ("all-gather", (self.tp - 1) * chosen / self.ep * self.imbalance * row))]
-        own = chosen / self.ep * self.imbalance * row * (self.tp - 1) / self.tp
+            return [(1, ("all-gather", (self.tp - 1) * chosen / self.ep * self.imbalance(tokens) * row))]
+        own = chosen / self.ep * self.imbalance(tokens) * row * (self.tp - 1) / self.tp
         return [(1, ("all-to-all", own)), (1, ("all-gather", tokens * row * (self.tp - 1) / self.tp))]
 
     def _attention_shapes(self) -> list[tuple[int, int]]:
@@ -187,7 +198,7 @@ class Served:
         experts, hidden = self.model.experts, self.model.hidden_size
         assert experts
         here = experts.num_experts / self.ep
-        rows = tokens * experts.num_experts_per_tok / self.ep * self.imbalance
+        rows = tokens * experts.num_experts_per_tok / self.ep * self.imbalance(tokens)
         asked = here * (1 - (1 - experts.num_experts_per_tok / experts.num_experts) ** tokens)
         count = max(1, round(min(asked, rows, here)))
         width = experts.moe_intermediate_size * self.ep // self.tp

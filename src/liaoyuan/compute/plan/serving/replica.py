@@ -18,6 +18,7 @@ from liaoyuan.inference.sequence import Sequence, block_keys, root_key
 from liaoyuan.inference.sizes import EngineConfig
 
 Price = Callable[[np.ndarray, np.ndarray, int], float]  # counts, lengths, rows -> seconds; see `StepPrice`
+KEPT_EVERY = 32  # steps
 FIRST_PREFIX = 2**40  # tokens that stand for prefixes begin here, above the numbers of requests
 
 
@@ -40,7 +41,8 @@ class Replica:
     """One engine that serves. Its time is `now`; it is busy or idle until whoever drives it says what comes next.
 
     blocks: of its cache. most: tokens of the longest request. steps, busy: how many it took, and their seconds.
-    gaps: seconds between two tokens of one answer, for all. peak: blocks held at most.
+    gaps: seconds between two tokens of one answer, for all. peak: blocks held at most. kinds: every `KEPT_EVERY`-th
+    step, as a price takes it.
     """
 
     price: Price
@@ -53,7 +55,7 @@ class Replica:
     busy: float = 0.0
     peak: int = 0
     gaps: list[np.ndarray] = field(default_factory=list)
-    longest_step: float = 0.0
+    kinds: list[tuple[np.ndarray, np.ndarray, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         config = self.config
@@ -103,9 +105,7 @@ class Replica:
         self._arrivals += 1
         request = Request(answer.number, prompt, SamplingParams(max_tokens=ask.output_tokens))
         tokens = np.array(prompt, dtype=np.int64)
-        sequence = Sequence(
-            request, 0, total, self._arrivals, None, tokens, np.zeros(len(tokens), dtype=np.float32)
-        )
+        sequence = Sequence(request, 0, total, self._arrivals, None, tokens, np.zeros(len(tokens), dtype=np.float32))
         if known:
             self._bring(sequence)
         self._answers[answer.number] = answer
@@ -126,8 +126,9 @@ class Replica:
         took = self.price(plan.counts, plan.lengths, len(plan.samplers))
         self.now += took
         self.busy += took
+        if self.steps % KEPT_EVERY == 0:
+            self.kinds.append((plan.counts, plan.lengths, len(plan.samplers)))
         self.steps += 1
-        self.longest_step = max(self.longest_step, took)
         self.computed += len(plan.tokens)
         self.peak = max(self.peak, self.pool.size - self.pool.free)
         scheduler, slots = self._scheduler, plan.samplers

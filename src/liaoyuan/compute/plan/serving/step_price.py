@@ -43,7 +43,7 @@ class StepPrice:
         [S]; `rows` tokens are drawn.
         """
         parts, rates = self.parts(counts, lengths, rows), self.rates
-        own = rates.step.median + rates.sequence.median * len(counts) + rates.row.median * rows
+        own = rates.step.median + rates.sequence.median * len(counts)
         computing = parts.products * rates.products.median + parts.attention * rates.attention.median
         launching = parts.calls * self.profile.launch.median
         if self._on_cpu:
