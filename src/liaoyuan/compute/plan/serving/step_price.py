@@ -35,7 +35,7 @@ class StepPrice:
         self.served, self.cluster, self.profile, self.rates = served, cluster, profile, rates
         self._on_cpu = cluster.accelerator.device == "cpu"
         self._graphs = graphs and served.tp == 1 and cluster.accelerator.device == "cuda"
-        self._fabric = Fabric(cluster, profile)
+        self.fabric = Fabric(cluster, profile)
         self._known: dict[tuple[int, int], tuple[float, float, int]] = {}
 
     def __call__(self, counts: np.ndarray, lengths: np.ndarray, rows: int) -> float:
@@ -87,7 +87,7 @@ class StepPrice:
             self._known[key] = (
                 sum(times * seconds(work, self.profile) for times, work in works),
                 sum(
-                    times * self._fabric.transfer(kind, sent, ranks).seconds
+                    times * self.fabric.transfer(kind, sent, ranks).seconds
                     for times, (kind, sent) in self.served.sent(tokens, rows)
                 ),
                 sum(times for times, _ in works),
