@@ -1,8 +1,7 @@
 """Serving as planned beside serving as it is: the engine on this machine, workloads of different rates and lengths.
 
-The engine's rates are from a short calibration, whose rounds lie between the workloads (the machine's speed drifts), and
-from nothing that the workloads show; requests come to a real engine and to a planned one at
-the same times. The clock of the real one is CPU-seconds of its process, from one request to the next when it is idle,
+The engine's rates are from a short calibration, whose rounds lie between the workloads (the machine's speed drifts),
+and from nothing that the workloads show; requests come to a real engine and to a planned one at the same times. The clock of the real one is CPU-seconds of its process, from one request to the next when it is idle,
 so that a busy machine disturbs little; one thread. Weights are drawn at random: what is drawn does not matter, as every
 answer runs to its limit.
 

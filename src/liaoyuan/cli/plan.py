@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from liaoyuan.cli.groups import DefaultCommand
 from liaoyuan.cli.plan_serve import serve, serve_rates
+from liaoyuan.cli.plan_tune import PlanCommand, tune
 from liaoyuan.errors import LiaoyuanError, nearest
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ CONTEXT = ("ulysses", "ring")
 SHOWN = 6  # parts of the memory at the peak
 
 app = typer.Typer(
-    cls=DefaultCommand,
+    cls=PlanCommand,
     rich_markup_mode=None,
     help="Know before you run: what a job needs (the command that is meant if none is named).",
 )
@@ -135,5 +135,6 @@ def _size(count: float) -> str:
     raise AssertionError
 
 
+app.command("tune")(tune)
 app.command("serve")(serve)
 app.command("serve-rates")(serve_rates)

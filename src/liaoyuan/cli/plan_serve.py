@@ -1,4 +1,4 @@
-"""`liaoyuan plan serve` and `plan serve-rates`: what serving a trace of requests takes, and how to find what cards do."""
+"""`liaoyuan plan serve` and `plan serve-rates`: what a trace of requests takes, and how to find what cards do."""
 
 import json as json_format
 from dataclasses import asdict, replace

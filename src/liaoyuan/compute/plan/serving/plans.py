@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from liaoyuan.compute.plan.cluster import Cluster
 from liaoyuan.compute.plan.fabric import Fabric
 from liaoyuan.compute.plan.profile import DeviceProfile
@@ -18,6 +20,7 @@ from liaoyuan.inference.sizes import EngineConfig
 from liaoyuan.rundir import Progress, Report, silent
 
 Z = 1.645  # standard deviations that hold 90% between them
+Kinds = list[tuple[np.ndarray, np.ndarray, int]]  # steps, as a price takes them
 STEPS_TOLD = 200  # by which it is told how a figure moves a step
 
 
@@ -123,8 +126,8 @@ def plan_way(
         gib = served.weight_bytes / 2**30
         return Planned(
             way,
-            why_not=f"{gib:,.1f} GiB of weights leave a card room for {max(0, blocks) * config.block_size:,} tokens, and "
-            f"the longest request has {longest:,}",
+            why_not=f"{gib:,.1f} GiB of weights leave a card room for {max(0, blocks) * config.block_size:,} tokens, "
+            f"and the longest request has {longest:,}",
         )
     price = StepPrice(served, machines.cluster, machines.certain.profile, machines.rates)
     median, kinds = _simulate(asks, way, price, config, blocks, 1.0)
@@ -157,7 +160,7 @@ def plan_ways(
 
 def _simulate(
     asks: Sequence[Ask], way: Way, price: StepPrice, config: EngineConfig, blocks: int, factor: float
-) -> tuple[Outcome, list]:  # type: ignore[type-arg]
+) -> tuple[Outcome, Kinds]:
     """Serve the trace, with every step `factor` times as long as its price."""
     longest = max(ask.prompt_tokens + ask.output_tokens for ask in asks)
     most = min(longest, price.served.model.max_position_embeddings)
@@ -174,7 +177,7 @@ def _simulate(
     return outcome, [kind for replica in replicas for kind in replica.kinds]
 
 
-def _spread(served: Served, machines: Machines, kinds: list) -> tuple[float, tuple[tuple[str, float], ...]]:  # type: ignore[type-arg]
+def _spread(served: Served, machines: Machines, kinds: Kinds) -> tuple[float, tuple[tuple[str, float], ...]]:
     """Return by what factor steps of these kinds may be longer, and by what each figure alone makes them so.
 
     Each figure is moved to both ends of what holds 90% of it; what it changes is added in quadrature, in logarithms.

@@ -32,8 +32,8 @@ class Times:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trace meets. first_token, between_tokens, whole: seconds until the first token of an answer, between two of
-    its tokens, and until the last. seconds: from the first arrival to the last token. throughput: generated tokens a
+    """What a trace meets. first_token, between_tokens, whole: seconds until the first token of an answer, between two
+    of its tokens, and until the last. seconds: from the first arrival to the last token. throughput: generated tokens a
     second. refused: requests that could never fit. peak_blocks: held at most in one replica, of `blocks`.
     busy: share of the time that the busiest replica computed. preemptions: how often a request gave way to another.
     """

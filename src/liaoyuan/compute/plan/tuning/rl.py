@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from liaoyuan.compute.plan.serving import Ask, Machines, Replica, Served, StepPrice, serve
-from liaoyuan.compute.plan.serving.plans import Z
+from liaoyuan.compute.plan.serving.plans import Kinds, Z
 from liaoyuan.compute.plan.step_time import Span
 from liaoyuan.compute.plan.tuning.update_price import Update, UpdatePrice
 from liaoyuan.inference.sizes import EngineConfig
 from liaoyuan.models import ModelConfig
+from liaoyuan.rundir import Progress, Report, silent
 from liaoyuan.tuning.recipe import ReinforceConfig
 
-Kinds = list[tuple[np.ndarray, np.ndarray, int]]  # steps of an engine, as a price takes them
 CRITIC_FORWARDS = 1  # passes of a critic over what is learned before it is learned from
 
 
@@ -138,9 +138,12 @@ class RlPlanner:
         hours = Span(seconds.low * steps, seconds.median * steps, seconds.high * steps)
         return RlPlan(split, phases, seconds, hours, tokens / phases.step, causes)
 
-    def search(self, cards: int) -> list[RlPlan]:
+    def search(self, cards: int, report: Report = silent) -> list[RlPlan]:
         """Return plans of the ways to split so many cards, the fastest first, which alone has its interval."""
-        found = [self.plan(split, interval=False) for split in splits(self.job.model, cards)]
+        found, among = list[RlPlan](), splits(self.job.model, cards)
+        for number, split in enumerate(among, 1):
+            found.append(self.plan(split, interval=False))
+            report(Progress(number, len(among), "split", split.describe()))
         found.sort(key=lambda one: one.phases.step if one.phases else math.inf)
         if found[0].phases:
             found[0] = self.plan(found[0].split)
@@ -264,7 +267,7 @@ class RlPlanner:
 
 
 def splits(model: ModelConfig, cards: int) -> list[Split]:
-    """Return the ways to share or split cards: rollouts on all of them, or on so many eighths, in replicas of any tp."""
+    """Return the ways to use cards: rollouts on all of them, or on so many eighths, in replicas of any tp."""
     sides = [0, *sorted({max(1, round(cards * part / 8)) for part in range(1, 8)} - {cards})] if cards > 1 else [0]
     found, tp = list[Split](), 1
     while tp <= cards and model.num_key_value_heads % tp == 0:
