@@ -1,9 +1,10 @@
 """Serving as planned beside serving as it is: the engine on this machine, workloads of different rates and lengths.
 
 The engine's rates are from a short calibration, whose rounds lie between the workloads (the machine's speed drifts),
-and from nothing that the workloads show; requests come to a real engine and to a planned one at the same times. The clock of the real one is CPU-seconds of its process, from one request to the next when it is idle,
-so that a busy machine disturbs little; one thread. Weights are drawn at random: what is drawn does not matter, as every
-answer runs to its limit.
+and from nothing that the workloads show. Requests come to a real engine and to a planned one at the same times. The
+clock of the real one is that of CPU-seconds of its process, set forward to the next request when it is idle, so that a
+busy machine disturbs little; one thread. Weights are drawn at random: what they say does not matter, as every answer
+runs to its limit.
 
     python benchmarks/plan_serving.py --size small
 """

@@ -164,9 +164,10 @@ def _plan_rl(
         print(json_format.dumps([asdict(one) for one in found], indent=2))
         return
     what = f"{'Distillation' if config.teacher else 'RL'} ({rl.advantage}, {config.method})"
+    mean = sum(job.lengths) / len(job.lengths)
     print(
         f"{what}: {shape.num_parameters():,} weights on {cards} x {on.cluster.accelerator.name}; {rl.steps:,} steps of "
-        f"{rl.problems} problems x {rl.group} answers, {sum(job.lengths) / len(job.lengths):,.0f} tokens on the mean, {max(job.lengths):,} at most"
+        f"{rl.problems} problems x {rl.group} answers, {mean:,.0f} tokens on the mean, {max(job.lengths):,} at most"
     )
     print(_table(found))
     if (best := found[0]).hours and best.seconds:

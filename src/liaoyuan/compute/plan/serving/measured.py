@@ -20,7 +20,8 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.models import Decoder
 
-BATCHES, DEEPEST = (1, 2, 4, 8, 16), 1024  # sequences that decode at once; tokens that they have at most
+BATCHES, DEEPEST = (1, 4, 16, 64, 256), 1024  # sequences that decode at once; tokens that they have at most
+ROOM = 24 * 1024  # tokens of all of them together
 TIMED = 6  # steps of each kind of decoding, of which the median counts
 LEAST = 1e-9  # a rate is never quite nothing: figures are positive
 SMALLEST_SIGMA = 0.02
@@ -58,7 +59,7 @@ def fit(timed: list[Timed], price: StepPrice) -> EngineRates:
         raise LiaoyuanError(f"Four rates cannot be told from {len(timed)} steps.")
     rows = np.array([_features(step, price) for step in timed])
     seconds = np.array([step.seconds for step in timed])
-    found = _least_squares(rows / seconds[:, None], np.ones(len(seconds)))
+    found = least_squares(rows / seconds[:, None], np.ones(len(seconds)))
     apart = np.log(np.maximum(rows @ found, LEAST) / seconds)
     sigma = max(SMALLEST_SIGMA, float(np.median(np.abs(apart)) * 1.4826))  # of a normal one
     names = ("step", "sequence", "products", "attention")
@@ -76,7 +77,7 @@ def _features(step: Timed, price: StepPrice) -> list[float]:
     return [1.0, float(len(step.counts)), parts.products + launching, parts.attention]
 
 
-def _least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Return x >= 0 with the least |rows x - wanted|: the best of all sets of unknowns that are not zero."""
     best, least = np.zeros(rows.shape[1]), math.inf
     for count in range(1, rows.shape[1] + 1):
@@ -91,11 +92,11 @@ def _least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 def _time_steps(model: Decoder, clock: Callable[[], float]) -> Iterator[Timed]:
     longest = min(model.config.max_position_embeddings, DEEPEST + 4 * TIMED)
-    engine = Engine(model, EngineConfig(max_sequences=max(BATCHES), max_batch_tokens=2048, cache_tokens=40 * 1024))
+    engine = Engine(model, EngineConfig(max_sequences=max(BATCHES), max_batch_tokens=2048, cache_tokens=ROOM))
     deep = longest - 2 * TIMED - 2
     depths = sorted({max(2, deep // 16), deep})
     for batch, depth in itertools.product(BATCHES, depths):
-        if (batch + 1) * (depth + 2 * TIMED) < 40 * 1024:
+        if (batch + 1) * (depth + 2 * TIMED + engine.config.block_size) < ROOM:
             yield from _decode(engine, batch, depth, clock)
     lengths = [length for length in (8, 32, 128, 512, 2048) if length < longest]
     for length in [*lengths, deep]:

@@ -71,7 +71,6 @@ class Replica:
             lambda _: None,
         )
         self._answers: dict[int, Answer] = {}
-        self._in_slot = np.full(config.max_sequences, -1, dtype=np.int64)
         self._last = np.zeros(config.max_sequences)
         self._prefixes: dict[str, int] = {}
         self._arrivals = 0

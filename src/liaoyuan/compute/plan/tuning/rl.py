@@ -15,7 +15,7 @@ import numpy as np
 from liaoyuan.compute.plan.serving import Ask, Machines, Replica, Served, StepPrice, serve
 from liaoyuan.compute.plan.serving.plans import Kinds, Z
 from liaoyuan.compute.plan.step_time import Span
-from liaoyuan.compute.plan.tuning.update_price import Update, UpdatePrice
+from liaoyuan.compute.plan.tuning.update_price import Scale, Update, UpdatePrice
 from liaoyuan.inference.sizes import EngineConfig
 from liaoyuan.models import ModelConfig
 from liaoyuan.rundir import Progress, Report, silent
@@ -121,7 +121,7 @@ class RlPlanner:
 
     job: RlJob
     machines: Machines
-    scale: float = 1.0
+    scale: Scale | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def plan(self, split: Split, interval: bool = True) -> RlPlan:

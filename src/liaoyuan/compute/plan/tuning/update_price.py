@@ -36,18 +36,32 @@ class Update:
     updates: int = 1
 
 
+@dataclass(frozen=True)
+class Scale:
+    """By what the prices are to be multiplied on a machine, and seconds of a pass forward and back that come on top."""
+
+    computing: float = 1.0
+    each: float = 0.0
+
+
 class UpdatePrice:
     """Prices of passes and updates of one model on one profile, whose figures are taken at their medians.
 
-    scale: by which what is computed is multiplied, as measured beside the prices; see `measured_scale`.
+    scale: by which what is computed is multiplied, and seconds of a pass forward and back that nothing explains, as
+    measured beside the prices; see `measured`.
     """
 
     def __init__(
-        self, model: ModelConfig, cluster: Cluster, profile: DeviceProfile, scale: float = 1.0, trained: float = 1.0
+        self,
+        model: ModelConfig,
+        cluster: Cluster,
+        profile: DeviceProfile,
+        scale: "Scale | None" = None,
+        trained: float = 1.0,
     ) -> None:
         """trained: share of the weights that are trained (adapters: a small one)."""
         self.served, self.cluster, self.profile = Served(model), cluster, profile
-        self.scale, self.trained = scale, trained
+        self.scale, self.trained = scale or Scale(), trained
         self._fabric = Fabric(cluster, profile)
 
     def state_bytes(self, cards: int) -> float:
@@ -69,7 +83,7 @@ class UpdatePrice:
     def optimise(self, cards: int = 1) -> float:
         """Return the seconds of a step of the optimiser."""
         moved = self.served.model.num_parameters() * self.trained / cards * (STEP_TRAFFIC + NORM_TRAFFIC)
-        return seconds(stream(moved, "float32"), self.profile) * self.scale
+        return seconds(stream(moved, "float32"), self.profile) * self.scale.computing
 
     def _passes(self, update: Update, cards: int, times: float, gathers: int) -> float:
         """Return the seconds of passes over a card's share, `times` as much work as one forward; gathers: collectives
@@ -80,7 +94,8 @@ class UpdatePrice:
             return 0.0
         count = max(update.updates, math.ceil(own / MICROBATCH_TOKENS))
         tokens, scored = max(1, round(own / count)), max(1, round(rows / count))
-        computing = self._computing(tokens, scored, update.context) * times * self.scale
+        computing = self._computing(tokens, scored, update.context) * times * self.scale.computing
+        computing += self.scale.each * times / 3.0
         sending = 0.0
         if cards > 1:
             part = self.served.model.num_parameters() * self.served.size * (cards - 1) / cards
