@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 
-from liaoyuan.compute.plan import Cluster, read_cluster
+from liaoyuan.compute.plan import Cluster, Job, dry_run, read_cluster
+from liaoyuan.compute.plan.apart import apart
 from liaoyuan.compute.plan.profile import assumed
 from liaoyuan.compute.plan.serving import EngineRates, Machines, Served
-from liaoyuan.compute.plan.tuning import RlJob, RlPlanner, Split, Update, UpdatePrice, splits
+from liaoyuan.compute.plan.tuning import RlJob, RlPlanner, Split, Update, UpdatePrice, priced, splits
 from liaoyuan.models import ModelConfig
+from liaoyuan.parallel import Layout
+from liaoyuan.training import TrainConfig
 from liaoyuan.tuning.recipe import ReinforceConfig
 from tests.compute.plan.serving.models import big
 
@@ -110,3 +113,21 @@ def test_the_search_ranks_all_ways() -> None:
     assert {one.split for one in found} == set(splits(smaller(), 2))
     steps = [one.phases.step for one in found if one.phases]
     assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize(("cards", "microbatches"), [(1, 2), (8, 1)])
+def test_the_closed_form_is_near_a_dry_run_of_the_program(cards: int, microbatches: int) -> None:
+    changes = {"hidden_size": 2048, "intermediate_size": 7168, "num_attention_heads": 16, "num_key_value_heads": 4}
+    model = replace(big(), num_hidden_layers=2, vocab_size=16000, **changes)
+    tokens = 4096 * cards * microbatches
+    train = TrainConfig(steps=2, batch_tokens=tokens, microbatches=microbatches)
+    on = machines().certain
+    seconds, _ = priced(apart(dry_run, Job(model, Layout(), cards, 2048, train, "cuda")), on.cluster, on.profile)
+    closed = UpdatePrice(model, on.cluster, on.profile).learn(Update(tokens, 1024, tokens), cards)
+    assert closed == pytest.approx(seconds.median, rel=0.15)
+
+
+def test_seconds_of_training_may_come_from_elsewhere() -> None:
+    found = RlPlanner(job(), machines(), training=lambda update, cards: 7.0 / cards).plan(Split(2))
+    assert found.phases and found.phases.training == pytest.approx(3.5)
+    assert found.seconds and found.seconds.low < found.seconds.high
