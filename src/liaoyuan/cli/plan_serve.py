@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Model = Annotated[Path, typer.Argument(help="Folder of the model; its config.json is enough.")]
 COPIES = (0, 1, 2, 4)  # further slots for experts that are tried
+DECODING, READ = 64, 2048  # sequences and tokens of the steps that show what it is worth
 
 
 def serve(
@@ -203,20 +204,24 @@ def _best(one: "Planned", seen: "Outcome", config: "EngineConfig", on: "Machines
 
 
 def _told_spreads(spreads: "list[Spread]", served: "Served", way: "Way", on: "Machines") -> str:
-    """Return what placements of experts give, and what a step of 64 sequences takes with each."""
+    """Return what placements of experts give, and what steps take with each."""
     import numpy as np
 
     from liaoyuan.compute.plan.serving import StepPrice
 
     ranks = spreads[0].ranks
-    lines = [f"\nExperts over {ranks} processes: busiest over mean of whole windows, and a step of 64 who decode:"]
-    counts, lengths = np.ones(64, dtype=np.int64), np.full(64, 1024)
+    lines = [
+        f"\nExperts over {ranks} processes: rows of the busiest over the mean, and steps in which {DECODING} decode, or "
+        f"{READ:,} tokens of a prompt are read:"
+    ]
+    decode = np.ones(DECODING, dtype=np.int64), np.full(DECODING, 1024), DECODING
+    prefill = np.array([READ]), np.array([READ]), 1
     for one in spreads:
         part = replace(served, tp=ranks, ep=ranks, shares=one.shares, copies=one.copies)
-        took = StepPrice(part, on.cluster, on.certain.profile, on.rates)(counts, lengths, 64)
+        price = StepPrice(part, on.cluster, on.certain.profile, on.rates)
         what = f"moved, {one.copies} further slots" if one.moved else "stay in their order"
         lines.append(
             f"  {what:24} imbalance {one.imbalance:.3f} (worst window {one.worst:.3f}), {one.moves:,} sent, "
-            f"step {1e3 * took:.2f} ms"
+            f"{1e3 * price(*decode):.2f} and {1e3 * price(*prefill):.2f} ms"
         )
     return "\n".join(lines)
