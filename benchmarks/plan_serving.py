@@ -33,6 +33,7 @@ from liaoyuan.compute.plan.serving.step_price import StepPrice
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.models import Decoder, config_from_dict, initialise
 
+BATCHES = (1, 2, 4, 8, 16)  # of the calibration
 SIZES = {"tiny": (64, 5, 512), "small": (256, 6, 4096), "middle": (512, 8, 8192)}  # hidden size, layers, vocabulary
 
 
@@ -80,12 +81,12 @@ def main() -> None:
     profile = assumed(cluster).median()
     served = Served(model.config)
     unknown = StepPrice(served, cluster, profile, EngineRates())
-    rough, timed = measure(model, unknown, 1)
+    rough, timed = measure(model, unknown, 1, batches=BATCHES)
     real = []
     for load in LOADS:
         asks = asked(StepPrice(served, cluster, profile, rough), load)
         real.append((load, asks, really(model, load.config, asks)))
-        timed += measure(model, unknown, options.rounds)[1]
+        timed += measure(model, unknown, options.rounds, batches=BATCHES)[1]
         print(f"{load.name}: {len(asks)} requests served", flush=True)
     rates = fit(timed, unknown)
     print(f"{options.size}: {model.config.num_parameters():,} weights; {rates.rests_on}")

@@ -7,7 +7,7 @@ of relative errors, no rate negative; what is left says how far the rates are to
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -38,14 +38,18 @@ class Timed:
 
 
 def measure(
-    model: Decoder, price: StepPrice, rounds: int = 3, clock: Callable[[], float] = time.process_time
+    model: Decoder,
+    price: StepPrice,
+    rounds: int = 3,
+    clock: Callable[[], float] = time.process_time,
+    batches: Sequence[int] = BATCHES,
 ) -> tuple[EngineRates, list[Timed]]:
     """Return the rates of an engine of `model` on this machine, and the steps they are from.
 
     price: of this model with a profile of this machine, whose products and attention the rates put right.
-    clock: seconds; CPU-seconds where others share the machine.
+    clock: seconds; CPU-seconds where others share the machine. batches: sequences that decode at once.
     """
-    timed = [step for _ in range(rounds) for step in _time_steps(model, clock)]
+    timed = [step for _ in range(rounds) for step in _time_steps(model, clock, batches)]
     return fit(timed, price), timed
 
 
@@ -90,12 +94,12 @@ def least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return best
 
 
-def _time_steps(model: Decoder, clock: Callable[[], float]) -> Iterator[Timed]:
+def _time_steps(model: Decoder, clock: Callable[[], float], batches: Sequence[int]) -> Iterator[Timed]:
     longest = min(model.config.max_position_embeddings, DEEPEST + 4 * TIMED)
-    engine = Engine(model, EngineConfig(max_sequences=max(BATCHES), max_batch_tokens=2048, cache_tokens=ROOM))
+    engine = Engine(model, EngineConfig(max_sequences=max(batches), max_batch_tokens=2048, cache_tokens=ROOM))
     deep = longest - 2 * TIMED - 2
     depths = sorted({max(2, deep // 16), deep})
-    for batch, depth in itertools.product(BATCHES, depths):
+    for batch, depth in itertools.product(batches, depths):
         if (batch + 1) * (depth + 2 * TIMED + engine.config.block_size) < ROOM:
             yield from _decode(engine, batch, depth, clock)
     lengths = [length for length in (8, 32, 128, 512, 2048) if length < longest]
