@@ -211,8 +211,8 @@ def _told_spreads(spreads: "list[Spread]", served: "Served", way: "Way", on: "Ma
 
     ranks = spreads[0].ranks
     lines = [
-        f"\nExperts over {ranks} processes: rows of the busiest over the mean, and steps in which {DECODING} decode, or "
-        f"{READ:,} tokens of a prompt are read:"
+        f"\nExperts over {ranks} processes: rows of the busiest over the mean, and steps in which {DECODING} decode, "
+        f"or {READ:,} tokens of a prompt are read:"
     ]
     decode = np.ones(DECODING, dtype=np.int64), np.full(DECODING, 1024), DECODING
     prefill = np.array([READ]), np.array([READ]), 1
