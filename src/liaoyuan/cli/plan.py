@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from liaoyuan.cli.groups import DefaultCommand
+from liaoyuan.cli.plan_advice import buy, largest, shapes
 from liaoyuan.cli.plan_calibrate import calibrate
 from liaoyuan.cli.plan_goodput import goodput
+from liaoyuan.cli.plan_serve import serve, serve_rates
+from liaoyuan.cli.plan_tune import PlanCommand, tune
 from liaoyuan.cli.plan_validate import validate
-from liaoyuan.cli.plan_advice import buy, largest, shapes
 from liaoyuan.errors import LiaoyuanError, nearest
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ CONTEXT = ("ulysses", "ring")
 SHOWN = 6  # parts of the memory at the peak
 
 app = typer.Typer(
-    cls=DefaultCommand,
+    cls=PlanCommand,
     rich_markup_mode=None,
     help="Know before you run: what a job needs (the command that is meant if none is named).",
 )
@@ -174,3 +175,8 @@ def _size(count: float) -> str:
             return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+app.command("tune")(tune)
+app.command("serve")(serve)
+app.command("serve-rates")(serve_rates)

@@ -62,7 +62,7 @@ def run_preference(
     configure(config.ops)
     world = world or World(device=select_device(config.device))
     tokenizer, start = Tokenizer.load(config.model), config.start
-    (learned, held_out), left_out = _items(config, tokenizer)
+    (learned, held_out), left_out = read_judged(config, tokenizer)
     program, world = start.lay_out(config.layout, config.train, config.sequence_length, world)
     if world.is_first:
         has_begun, control = (folder / STATE).exists(), folder / "control"
@@ -164,7 +164,7 @@ def _reading(mark: int, settings: PreferenceLoss, items: Sequence[Judged], total
     return Reading(mark=mark, middle=float(rewards.mean()), thoughts=any(message.think for message in answers))
 
 
-def _items(config: PreferenceConfig, tokenizer: Tokenizer) -> tuple[tuple[list[Judged], list[Judged]], int]:
+def read_judged(config: PreferenceConfig, tokenizer: Tokenizer) -> tuple[tuple[list[Judged], list[Judged]], int]:
     """Return what is learned from and what is held out, and how many bad rows and long records were left out."""
     mark = tokenizer.eos_ids[0] if config.preference.loss == "reward" else None
     left_out = 0

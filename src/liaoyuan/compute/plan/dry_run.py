@@ -78,7 +78,7 @@ def dry_run(job: Job, rank: int = 0, steps: int = 2) -> Trace:
     Raises:
         LiaoyuanError: the layout does not fit the job.
     """
-    with _alone_among(job.processes, rank), operators_called():
+    with alone_among(job.processes, rank), operators_called():
         world = World(rank, job.processes, Planned(job.device)).arrange(job.resolved)
         with torch.device("meta"):
             model = Decoder(job.model).to(job.model.torch_dtype)
@@ -118,7 +118,7 @@ def empty_batch(job: Job, world: World) -> Batch:
 
 
 @contextmanager
-def _alone_among(processes: int, rank: int) -> Iterator[None]:
+def alone_among(processes: int, rank: int) -> Iterator[None]:
     """Be process `rank` of so many of which no other exists."""
     if processes == 1:
         yield

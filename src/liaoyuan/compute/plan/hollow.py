@@ -4,6 +4,7 @@ A hollow tensor has a shape, a dtype and strides, and no memory (PyTorch's FakeT
 whole numbers alone (document boundaries, positions, rows for each expert) is real, so that it can be read and decided
 by. What depends on a hollow tensor is hollow, but for these: a hollow number that is read is 2, or 1 if it is a whole
 one; what a router chose is divided equally among the experts; and an exchange of whole numbers brings what was sent.
+What a mask of real truth values takes of a hollow tensor is as much as the mask has that is true.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from liaoyuan.ops.watch import name_of, tensors_in
 
 READ, COUNTED = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.bincount.default
+TAKE = torch.ops.aten.index.Tensor
 READ_FLOAT, READ_WHOLE = 2.0, 1  # a norm of 2 is finite, and clipped
 WHOLE = (torch.int32, torch.int64, torch.bool, torch.uint8)
 RECEIVED = 1  # what a stage of a pipeline is sent: the vote that shapes are known
@@ -46,6 +48,8 @@ class Hollow(TorchDispatchMode):
             return _even(given[0].numel(), args[2] if len(args) > 2 else kwargs["minlength"])
         if given and not hollow and not any(x.is_floating_point() for x in given):
             return _real(func, args, kwargs, given)
+        if func is TAKE and hollow:
+            args = (args[0], [_places(index) for index in args[1]], *args[2:])
         with self._mode:
             out = func(*args, **kwargs)
         if not given and isinstance(out, Tensor) and out.dtype in WHOLE:
@@ -67,6 +71,13 @@ def _real(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: li
             for x in given:
                 x.fill_(RECEIVED)
     return func(*args, **kwargs)
+
+
+def _places(index: Tensor | None) -> Tensor | None:
+    """Return the places of a mask of one dimension that is known, int64; other indices as they are."""
+    if index is None or isinstance(index, FakeTensor) or index.dtype is not torch.bool or index.dim() != 1:
+        return index
+    return index.nonzero()[:, 0]
 
 
 def _even(rows: int, parts: int) -> Tensor:

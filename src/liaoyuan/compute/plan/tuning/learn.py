@@ -1,0 +1,156 @@
+"""What fine-tuning and learning from preferences hold and take: a dry step of the program, and as many as the records
+make.
+"""
+
+import math
+from dataclasses import dataclass
+
+from liaoyuan.compute.plan.apart import apart
+from liaoyuan.compute.plan.cluster import Cluster
+from liaoyuan.compute.plan.cost import seconds
+from liaoyuan.compute.plan.fabric import Fabric
+from liaoyuan.compute.plan.profile import DeviceProfile
+from liaoyuan.compute.plan.serving.plans import Z
+from liaoyuan.compute.plan.step_time import Span
+from liaoyuan.compute.plan.trace import Held, Trace
+from liaoyuan.compute.plan.tuning.dry_tune import TuneJob, dry_tune
+from liaoyuan.compute.plan.tuning.update_price import Update, UpdatePrice
+from liaoyuan.compute.plan.work import work_of
+from liaoyuan.models.lora import projections
+from liaoyuan.tuning.sft_config import EVALUATIONS, FEWEST_STEPS
+
+PADDING = 0.03  # share of the tokens of rows that are packed; docs/tune.md measures 1 to 4%
+FEW_BITS = {"int8": 1.0, "int4": 0.5 + 2 / 32}  # bytes of a weight below adapters, scales included
+BESIDE = ("shard", "expert_shard", "dp")  # axes whose collectives travel while others compute
+
+
+@dataclass(frozen=True)
+class Records:
+    """What there is to learn: how many records, and the tokens of all of them; held_out: tokens that are measured."""
+
+    count: int
+    tokens: int
+    held_out: int = 0
+
+    @property
+    def mean(self) -> int:
+        return max(2, round(self.tokens / max(1, self.count)))
+
+
+@dataclass(frozen=True)
+class LearnPlan:
+    """A run of `steps` steps on so many processes. peak: bytes of tensors of a process at most, of which `lasting`
+    between steps; held: what they are. trained: numbers that are trained. seconds: of a step; hours: of the run, with
+    what it measures and asks of the model to begin with. causes: by what each figure may change a step.
+    """
+
+    steps: int
+    tokens: int
+    peak: int
+    lasting: int
+    held: tuple[Held, ...]
+    trained: int
+    flops: int
+    seconds: Span
+    hours: Span
+    causes: tuple[tuple[str, float], ...]
+    rests_on: str
+
+
+def steps_of(records: Records, epochs: float, batch_tokens: int) -> int:
+    """Return in how many steps records are seen so often, when they are packed; see `tuning.sft_config.resolved`."""
+    return max(FEWEST_STEPS, math.ceil(records.tokens * epochs / (1 - PADDING) / batch_tokens))
+
+
+def plan_learning(tune: TuneJob, records: Records, cluster: Cluster, profile: DeviceProfile) -> LearnPlan:
+    """Return what a run takes whose steps are those of `tune`.
+
+    Raises:
+        LiaoyuanError: the layout does not fit, or the model has no projections to adapt.
+    """
+    step = apart(dry_tune, tune)
+    usual, causes = priced(step.trace, cluster, profile)
+    saved = _saved(tune)
+    train = tune.job.train
+    share = step.trained / tune.job.model.num_parameters()
+    further = _beside(tune, records, UpdatePrice(tune.job.model, cluster, profile.median(), trained=min(1.0, share)))
+    hours = [
+        (train.steps * each + further * each / usual.median) / 3600 for each in (usual.low, usual.median, usual.high)
+    ]
+    return LearnPlan(
+        train.steps,
+        train.steps * train.batch_tokens,
+        step.trace.peak - saved,
+        step.trace.before - saved,
+        tuple(step.trace.held),
+        step.trained,
+        step.trace.flops,
+        usual,
+        Span(*hours),
+        causes,
+        profile.rests_on,
+    )
+
+
+def priced(trace: Trace, cluster: Cluster, profile: DeviceProfile) -> tuple[Span, tuple[tuple[str, float], ...]]:
+    """Return the seconds of a recorded step, and by what factor each figure may change them.
+
+    Calls follow each other, the host launches them beside; collectives of sharding travel while others compute, so
+    that the longer of both counts, and all others are waited for.
+    """
+    usual = _seconds(trace, cluster, profile.median())
+    reach = dict[str, float]()
+    for z in (-Z, Z):
+        for name, figure in profile.figures().items():
+            if figure.sigma:
+                moved = profile.with_figures(lambda n, f, name=name, z=z: f.at(z if n == name else 0.0))  # type: ignore[misc]
+                by = abs(math.log(_seconds(trace, cluster, moved) / usual))
+                reach[name] = max(reach.get(name, 0.0), by)
+    total = math.sqrt(sum(value**2 for value in reach.values()))
+    causes = sorted(((name, math.exp(by)) for name, by in reach.items() if by > 1e-4), key=lambda one: -one[1])
+    return Span(usual * math.exp(-total), usual, usual * math.exp(total)), tuple(causes)
+
+
+def _seconds(trace: Trace, cluster: Cluster, profile: DeviceProfile) -> float:
+    fabric = Fabric(cluster, profile)
+    computing = launching = beside = waited = 0.0
+    for event in trace.events:
+        if event.collective is None:
+            computing += seconds(work_of(event), profile)
+            launching += profile.launch.median
+            continue
+        took = fabric.transfer(event.collective.kind, float(event.collective.bytes), event.collective.ranks).seconds
+        if event.collective.axis in BESIDE:
+            beside += took
+        else:
+            waited += took
+    own = computing + launching if cluster.accelerator.device == "cpu" else max(computing, launching)
+    contended = own + min(own, beside) * (profile.contention.median - 1)
+    return (max(contended, beside) + waited) * profile.step.median
+
+
+def _beside(tune: TuneJob, records: Records, price: UpdatePrice) -> float:
+    """Return the seconds of what is computed beside the steps: measuring, and the reference of every answer once."""
+    cards, context = tune.job.processes, records.mean / 2
+    passes = EVALUATIONS + 1
+    took = (
+        passes * price.forward(Update(records.held_out, context, records.held_out), cards) if records.held_out else 0.0
+    )
+    loss = tune.preference
+    if loss is not None and loss.has_reference and not tune.has_adapters:
+        took += price.forward(Update(records.tokens, context, records.tokens), cards)
+    return took
+
+
+def _saved(tune: TuneJob) -> int:
+    """Return by how many bytes weights of few bits below adapters are smaller than what the dry step held."""
+    if not tune.has_adapters or tune.lora.base == "whole":
+        return 0
+    import torch
+
+    from liaoyuan.models import Decoder
+
+    with torch.device("meta"):
+        model = Decoder(tune.job.model)
+    numbers = sum(math.prod(module.weight.shape) for module in projections(model).values())
+    return int(numbers * (tune.job.model.torch_dtype.itemsize - FEW_BITS[tune.lora.base]))
