@@ -36,8 +36,8 @@ KINDS: tuple[Words, ...] = (  # of what goes on, in the order of their colours
 )
 FORWARD, BACKWARD, UPDATE, MESSAGE, HOST = range(len(KINDS))
 WAITING = {
-    "bubble": Text("other stages of the pipeline (bubble)", "流水线其他级（气泡）"),
-    "launch": Text("its own host (launch)", "自身主机（下发）"),
+    "bubble": Text("pipeline (bubble)", "流水线（气泡）"),
+    "launch": Text("host (launch)", "主机（下发）"),
 }
 
 
