@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from liaoyuan.compute.plan.actions import marking
 from liaoyuan.compute.plan.hollow import Hollow
 from liaoyuan.compute.plan.trace import Recorder, Trace
 from liaoyuan.data import Batch
@@ -22,6 +23,7 @@ from liaoyuan.parallel import Layout, Program, World
 from liaoyuan.parallel.layout import Shape, resolve
 from liaoyuan.parallel.program import give_memory, take_apart
 from liaoyuan.training.loop import TrainConfig, make_optimiser, take_step
+from liaoyuan.training.optimiser import Optimiser
 
 BF16 = torch.bfloat16
 
@@ -71,6 +73,8 @@ class Job:
 def dry_run(job: Job, rank: int = 0, steps: int = 2) -> Trace:
     """Return what process `rank` does in the last of `steps` steps; the first makes what later ones keep.
 
+    One step alone is preceded by an update with no gradients, which makes the optimiser's state.
+
     Raises:
         LiaoyuanError: the layout does not fit the job.
     """
@@ -88,10 +92,19 @@ def dry_run(job: Job, rank: int = 0, steps: int = 2) -> Trace:
 def _steps(job: Job, program: Program, world: World, recorder: Recorder, steps: int) -> Trace:
     optimiser = make_optimiser(program, job.train, world)
     batches = [empty_batch(job, world) for _ in range(job.train.microbatches)]
-    for _ in range(steps):
-        recorder.restart()
-        take_step(program, optimiser, batches, job.train.learning_rate, job.train.clip, world)
+    if steps == 1:
+        _update(program, optimiser)
+    with marking(recorder, optimiser):
+        for _ in range(steps):
+            recorder.restart()
+            take_step(program, optimiser, batches, job.train.learning_rate, job.train.clip, world)
     return recorder.finish()
+
+
+def _update(program: Program, optimiser: Optimiser) -> None:
+    for _, weight in program.named_parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimiser.step(0.0)
 
 
 def empty_batch(job: Job, world: World) -> Batch:

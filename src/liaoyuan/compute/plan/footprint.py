@@ -49,10 +49,10 @@ def footprints(job: Job, ranks: tuple[int, ...] | None = None, report: Report = 
 def _footprint(job: Job, rank: int) -> Footprint:
     trace = dry_run(job, rank)
     sent = {f"{axis}: {kind}": value for (axis, kind), value in sorted(trace.traffic().items())}
-    return Footprint(rank, trace.peak, trace.before, trace.flops, sent, tuple(_alike(trace.held)))
+    return Footprint(rank, trace.peak, trace.before, trace.flops, sent, tuple(alike(trace.held)))
 
 
-def _alike(held: list[Held]) -> list[Held]:
+def alike(held: list[Held]) -> list[Held]:
     """Return what is held with the layers added up, largest first."""
     sums: dict[tuple[str, str, Phase], Held] = {}
     for one in held:

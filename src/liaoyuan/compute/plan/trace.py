@@ -23,6 +23,7 @@ from liaoyuan.parallel import Program
 from liaoyuan.parallel.traffic import Collective, Collectives, Traffic, count
 
 IGNORED = ("prim.", "profiler.")  # questions and marks, which do nothing
+FILLED = ("c10d::alltoall_base_", "c10d::alltoall_", "c10d::recv_", "c10d::recv_any_source_")  # their first argument
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,29 @@ class Held:
 
 
 @dataclass
+class Mark:
+    """Where a part of the step begins: at the call of this number, with so many bytes held, `peak` at most in it."""
+
+    name: str
+    event: int
+    live: int
+    peak: int
+
+
+@dataclass
 class Trace:
-    """The calls of a step in order; `before` bytes were held when it began, `peak` at most, by `held` then."""
+    """The calls of a step in order; `before` bytes were held when it began, `peak` at most, by `held` then; `after` in
+    the end.
+
+    marks: the parts of the step, as `actions.py` names them; the first begins with the step.
+    """
 
     events: list[Event] = field(default_factory=list)
     before: int = 0
     peak: int = 0
+    after: int = 0
     held: list[Held] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
 
     @property
     def flops(self) -> int:
@@ -85,11 +102,12 @@ class Recorder:
     """Records what a program, which has its memory already, does inside `with recorder:`; `restart` begins anew."""
 
     def __init__(self, program: Program) -> None:
-        self.trace = Trace()
+        self.trace = Trace(marks=[Mark("begin", 0, 0, 0)])
         self._collectives = Collectives(program.mesh)
         self._blocks: dict[int, _Block] = {}  # by the identity of their storage
         self._count = 0
         self._live = 0
+        self._phase: Phase = "update"
         self._mode = _BelowDTensor(program, self._take)
         self._changes: list[tuple[_Block, int]] = []  # of memory since the trace began: a block, and by how much
 
@@ -106,7 +124,12 @@ class Recorder:
     def restart(self) -> None:
         """Begin a new trace, with what is held now."""
         self.trace = Trace(before=self._live, peak=self._live)
+        self.mark("begin")
         self._changes = [(block, block.bytes) for block in self._blocks.values()]
+
+    def mark(self, name: str) -> None:
+        """Note that another part of the step begins."""
+        self.trace.marks.append(Mark(name, len(self.trace.events), self._live, self._live))
 
     def finish(self) -> Trace:
         """Return the trace, with what was held at its peak told by who made it, largest first."""
@@ -124,9 +147,13 @@ class Recorder:
                 parts.setdefault(made[number], []).append(size)
         held = [Held(*maker, sum(sizes), len(sizes)) for maker, sizes in parts.items()]
         self.trace.held = sorted(held, key=lambda part: -part.bytes)
+        self.trace.after = self._live
         return self.trace
 
     def _take(self, call: Call, compute: Callable[[], Any]) -> Any:
+        if call.phase != self._phase:
+            self._phase = call.phase
+            self.mark(call.phase)
         out = compute()
         if call.operator.startswith(IGNORED):
             return out
@@ -174,6 +201,9 @@ class Recorder:
         self._changes.append((block, by))
         if self._live > self.trace.peak:
             self.trace.peak = self._live
+        last = self.trace.marks[-1]
+        if self._live > last.peak:
+            last.peak = self._live
 
     def _free(self, key: int) -> None:
         block = self._blocks.pop(key)
@@ -207,18 +237,21 @@ class _BelowDTensor(Watch):
 
 def _changed(call: Call) -> Iterator[Tensor]:
     """Yield the tensors that a call changes in place."""
-    for value, argument in zip(call.inputs, _arguments(call.function), strict=False):
-        if argument:
-            yield from tensors_in(value)
+    for place, name in enumerate(_arguments(call.function)):
+        if name:
+            yield from tensors_in(call.inputs[place] if place < len(call.inputs) else call.named_inputs.get(name))
 
 
 @functools.cache
-def _arguments(function: Any) -> tuple[bool, ...]:
-    """Return of each argument of an operator whether it is changed."""
+def _arguments(function: Any) -> tuple[str, ...]:
+    """Return of each argument of an operator its name if it is changed, else ""."""
     schema = getattr(function, "_schema", None)
     if schema is None:
         return ()
-    return tuple(bool(argument.alias_info and argument.alias_info.is_write) for argument in schema.arguments)
+    if schema.name in FILLED:  # whose schemas do not say it
+        return (schema.arguments[0].name,)
+    changed = [argument.alias_info and argument.alias_info.is_write for argument in schema.arguments]
+    return tuple(argument.name if is_so else "" for argument, is_so in zip(schema.arguments, changed, strict=True))
 
 
 @contextmanager

@@ -1,0 +1,212 @@
+"""A step of a job on a cluster before either exists: how long it takes, what it holds, and how sure that is.
+
+What is exact is computed: calls, FLOPs, bytes, dependencies. What is not is a figure of the profile; each is moved by
+itself to both ends of its 90% range, and what that does to the logarithm of the step is added in quadrature.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from liaoyuan.compute.plan.cluster import GIB, Cluster
+from liaoyuan.compute.plan.cost import rate_of
+from liaoyuan.compute.plan.dry_run import Job
+from liaoyuan.compute.plan.layers import sample, sketch
+from liaoyuan.compute.plan.profile import DeviceProfile, Figure, assumed
+from liaoyuan.compute.plan.step_time import Span, StepTime
+from liaoyuan.compute.plan.trace import Held
+from liaoyuan.compute.plan.whole import BUBBLE, Load, Step, Whole
+from liaoyuan.parallel.traffic import Sent
+from liaoyuan.training.flops import TRAINING
+
+RANGE = 1.645  # standard deviations, between which and their negative lies 90% of a normal distribution
+# Of the peak of tensors, what an allocator that keeps blocks loses to their sizes: nobody has measured it for this
+# program; steps of equal shapes lose little.
+FRAGMENTATION = Figure(median=0.03, sigma=0.7)
+RESERVED = 0.3  # sigma of what the cluster's file says that the runtime and the collectives' buffers take
+SHOWN = 12  # parts of what is held at the peak
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the processes of one kind hold in a step, compute and send.
+
+    rank: one of them. stage: their place in the pipeline, in words. tensors: bytes at the peak, of which `lasting` are
+    held between steps; `held` says what they are, largest first. allowance: by name, bytes that come on top. total:
+    both together; room: bytes that the card has for them. timeline: (second, bytes of tensors) where asked for.
+    flops: of matrix products. sent: by axis and collective.
+    """
+
+    rank: int
+    stage: str
+    tensors: int
+    lasting: int
+    allowance: dict[str, Span]
+    total: Span
+    room: int
+    held: tuple[Held, ...] = ()
+    timeline: tuple[tuple[float, int], ...] = ()
+    flops: float = 0.0
+    sent: dict[str, Sent] = field(default_factory=dict)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it does by the median."""
+        return self.total.median <= self.room
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A step of a job on a cluster.
+
+    step: how long it takes. memory: of each kind of process. tokens_per_second: of one card. model_utilisation,
+    hardware_utilisation: model FLOPs, and those executed (recomputation too), over what a card's peak would do. bubble:
+    share of the step in which a card waits for other stages. width: by figure of the profile, the share of the
+    uncertainty (variance of the logarithm) that comes from it, largest first. rests_on: what it rests on, in words.
+    """
+
+    step: StepTime
+    memory: tuple[Memory, ...]
+    tokens_per_second: Span
+    model_utilisation: Span
+    hardware_utilisation: Span
+    bubble: float
+    width: dict[str, float]
+    rests_on: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether every kind of process fits its card."""
+        return all(one.fits for one in self.memory)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return {"fits": self.fits, **asdict(self)}
+
+
+def predict(
+    job: Job, cluster: Cluster, profile: DeviceProfile | None = None, details: bool = False, at_once: int = 2
+) -> Prediction:
+    """Return how a step of the job goes on this cluster, whose cards are those of the profile (None: `assumed`).
+
+    details: with bars (`StepTime.bars`) and a memory timeline for each kind of process.
+    at_once: how many processes run dry at the same time.
+
+    Raises:
+        LiaoyuanError: the layout does not fit the job.
+    """
+    profile = profile or assumed(cluster)
+    plan = sketch(job)
+    whole = Whole(plan, sample(plan, at_once), cluster)
+    return _predicted(whole, profile, details)
+
+
+def _predicted(whole: Whole, profile: DeviceProfile, details: bool) -> Prediction:
+    job, cluster = whole.job, whole.cluster
+    middle = whole.step(profile.median(), details)
+    seconds, width = spread(lambda one: whole.step(one).seconds * one.step.median, profile)
+    loads = whole.loads()
+    tokens = job.rows * job.sequence_length
+    model = TRAINING * tokens * job.model.flops_per_token((job.sequence_length + 1) / 2) / job.processes
+    executed = sum(load.flops for load in loads) / len(loads)
+    peak = rate_of(job.model.dtype, profile).peak_tflops * 1e12
+    rests_on = f"a dry run of the program; {profile.rests_on}"
+    return Prediction(
+        StepTime(seconds, middle.computing, middle.exposed, tuple(middle.bars), rests_on),
+        tuple(_memory(load, whole, middle, details) for load in loads),
+        _per(tokens / job.processes, seconds),
+        _per(model / peak, seconds),
+        _per(executed / peak, seconds),
+        middle.exposed.get(BUBBLE, 0.0) / middle.seconds,
+        width,
+        rests_on,
+    )
+
+
+def spread(value: Callable[[DeviceProfile], float], profile: DeviceProfile) -> tuple[Span, dict[str, float]]:
+    """Return the 90% range of a value of a profile, and by figure its share of the variance, largest first.
+
+    value: of a profile whose figures are certain; positive.
+    """
+    median = math.log(value(profile.median()))
+    moves = dict[str, tuple[float, float]]()
+    for name, figure in profile.figures().items():
+        if figure.sigma:
+            ends = [math.log(value(_moved(profile, name, z))) - median for z in (-RANGE, RANGE)]
+            moves[name] = min(0.0, *ends), max(0.0, *ends)
+    down, up = (math.sqrt(sum(move[side] ** 2 for move in moves.values())) for side in (0, 1))
+    shares = {name: (high - low) ** 2 for name, (low, high) in moves.items()}
+    total = sum(shares.values()) or 1.0
+    width = {name: share / total for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share > 0}
+    return Span(math.exp(median - down), math.exp(median), math.exp(median + up)), width
+
+
+def _moved(profile: DeviceProfile, which: str, z: float) -> DeviceProfile:
+    return profile.with_figures(lambda name, figure: figure.at(z if name == which else 0.0))
+
+
+def _per(amount: float, seconds: Span) -> Span:
+    return Span(amount / seconds.high, amount / seconds.median, amount / seconds.low)
+
+
+def _memory(load: Load, whole: Whole, step: Step, details: bool) -> Memory:
+    card = whole.cluster.accelerator
+    reserved = Figure(median=max(card.reserved_gib * GIB, 1.0), sigma=RESERVED)
+    lost = Figure(median=max(load.peak, 1.0) * FRAGMENTATION.median, sigma=FRAGMENTATION.sigma)
+    allowance = {"runtime and buffers of collectives": _range(reserved), "fragmentation": _range(lost)}
+    most = sum(span.median for span in allowance.values())
+    above = math.hypot(*(span.high - span.median for span in allowance.values()))
+    below = math.hypot(*(span.median - span.low for span in allowance.values()))
+    total = Span(load.peak + most - below, load.peak + most, load.peak + most + above)
+    room = int(card.memory_gib * GIB)
+    return Memory(
+        load.rank,
+        load.place,
+        round(load.peak),
+        round(load.lasting),
+        allowance,
+        total,
+        room,
+        _held(load),
+        tuple(_timeline(load, whole, step)) if details else (),
+        load.flops,
+        load.sent,
+    )
+
+
+def _range(figure: Figure) -> Span:
+    return Span(figure.at(-RANGE).median, figure.median, figure.at(RANGE).median)
+
+
+def _held(load: Load) -> tuple[Held, ...]:
+    """Return what is held at the peak: as in the sample, with its activations multiplied until they make up for it."""
+    held = load.sample.held
+    kept = sum(one.bytes for one in held if one.phase == "forward" and one.module.startswith("layers."))
+    rest = sum(one.bytes for one in held) - kept
+    times = max(0.0, (load.peak - rest) / kept) if kept else 1.0
+    found = [
+        Held(one.module, one.operator, one.phase, round(one.bytes * times), round(one.tensors * times))
+        if one.phase == "forward" and one.module.startswith("layers.")
+        else one
+        for one in held
+    ]
+    return tuple(sorted(found, key=lambda one: -one.bytes)[:SHOWN])
+
+
+def _timeline(load: Load, whole: Whole, step: Step) -> list[tuple[float, int]]:
+    """Return bytes held over time: at the begin of each part of the step, at most, and at its end."""
+    parts = load.moments
+    if step.flow is None:
+        each = step.seconds / len(parts)
+        times = [(number * each, (number + 1) * each) for number in range(len(parts))]
+    else:
+        rank = load.rank // (whole.job.processes // whole.layout.pp)
+        begins, ends = step.flow.begins[rank], step.flow.ends[rank]
+        rest = (step.seconds - ends[-1]) / 2
+        times = [(0.0, begins[0]), *zip(begins, ends, strict=True)]
+        times += [(ends[-1], ends[-1] + rest), (ends[-1] + rest, step.seconds)]
+    found = []
+    for (begin, end), (_, live, peak, after) in zip(times, parts, strict=True):
+        found += [(begin, round(live)), ((begin + end) / 2, round(peak)), (end, round(after))]
+    return found

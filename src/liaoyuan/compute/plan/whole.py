@@ -1,0 +1,378 @@
+"""The step of a whole job, from samples of small ones: seconds by any profile, and what each process holds.
+
+Without a pipeline the sample is played as one sequence and extended by layers and microbatches. With one, each action
+of each stage is played by itself, and the schedule's actions flow through all processes; gathers go before them, the
+reduction of gradients and the optimiser after.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from liaoyuan.compute.plan.actions import FORWARD, MICROBATCH, OPTIMISER, REDUCE, WEIGHT, Action, orders
+from liaoyuan.compute.plan.cluster import Cluster
+from liaoyuan.compute.plan.dry_run import Job
+from liaoyuan.compute.plan.fabric import Fabric
+from liaoyuan.compute.plan.flow import Flow, flow
+from liaoyuan.compute.plan.layers import Block, Part, Sample, Samples, Sketch, Values, extended
+from liaoyuan.compute.plan.ops import COMPUTE
+from liaoyuan.compute.plan.profile import DeviceProfile
+from liaoyuan.compute.plan.step_time import Bar
+from liaoyuan.compute.plan.timeline import Prices, Timeline, play
+from liaoyuan.parallel.pipeline import stage_numbers
+from liaoyuan.parallel.traffic import Sent
+
+SECONDS, COMPUTING, EXPOSED = "seconds", "computing", "exposed "
+BUBBLE, PIPELINE = "bubble", "pp"
+HANDED = ("calls pp send", "bytes pp send")
+
+
+@dataclass
+class Step:
+    """Seconds of a step, of which a card computes, and waits for what: the mean over the processes of a pipeline."""
+
+    seconds: float
+    computing: float
+    exposed: dict[str, float]
+    bars: list[Bar] = field(default_factory=list)
+    flow: Flow | None = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """What process `rank` holds at most and between steps (bytes), and computes and sends in a step.
+
+    moments: what it holds as the step goes on, in order: name of the part of the step, bytes at its begin, at most, and
+    at its end.
+    """
+
+    rank: int
+    place: str
+    peak: float
+    lasting: float
+    flops: float
+    traffic: float
+    sent: dict[str, Sent]
+    moments: tuple[tuple[str, float, float, float], ...]
+    sample: Sample
+
+
+def crowd(job: Job, cluster: Cluster) -> float:
+    """Return how many processes share a core: of a cluster of CPUs joined by one level, which is one machine."""
+    alone = job.device != "cpu" or len(cluster.links) > 1
+    return 1.0 if alone else max(1.0, job.processes / cluster.per_node)
+
+
+class Whole:
+    """A job, told from its samples."""
+
+    def __init__(self, sketch: Sketch, samples: Samples, cluster: Cluster) -> None:
+        self.sketch, self.samples, self.cluster = sketch, samples, cluster
+        self.job: Job = sketch.job
+        self.layout = sketch.job.resolved
+        self.microbatches = self.job.train.microbatches
+
+    def step(self, profile: DeviceProfile, details: bool = False) -> Step:
+        """Return a step by a profile whose figures are certain."""
+        return self._piped(profile, details) if self.layout.pp > 1 else self._plain(profile, details)
+
+    def loads(self) -> list[Load]:
+        """Return what each kind of process holds: one, or of a pipeline the first, the fullest between, the last."""
+        if self.layout.pp == 1:
+            return [self._plain_load()]
+        found = [self._piped_load(rank) for rank in range(self.layout.pp)]
+        middle = sorted(found[1:-1], key=lambda load: -load.peak)[:1]
+        return [found[0], *middle, found[-1]]
+
+    # Without a pipeline
+
+    def _plain(self, profile: DeviceProfile, details: bool) -> Step:
+        prices = Prices(profile, Fabric(self.cluster, profile), self.job.device != "cpu", crowd(self.job, self.cluster))
+        base, *more = (self._played(sample, prices, details) for sample in self._variants)
+        values = extended(base[0], base[0], [values for values, _ in more], self._more[0])
+        return _step(values, base[1])
+
+    def _played(self, sample: Sample, prices: Prices, details: bool) -> tuple[Values, list[Bar]]:
+        ops = [op for part in sample.parts for op in part.ops]
+        marks, count = list[int](), 0
+        for part in sample.parts:
+            if part.name == MICROBATCH:
+                marks.append(count)
+            count += len(part.ops)
+        *until, end = play(ops, prices, details, marks)
+        values = _values(end)
+        if len(until) >= 3:
+            times = self.microbatches - len(until)
+            before, after = _values(until[0]), _values(until[1])
+            for key in after:
+                values[key] = values.get(key, 0.0) + times * (after[key] - before.get(key, 0.0))
+        return values, end.bars
+
+    @cached_property
+    def _batches(self) -> int:
+        """Bytes of the microbatches that the small job does not have."""
+        count = self.job.rows // (self.layout.dp * self.layout.fsdp) // self.microbatches
+        each = (
+            count * self.job.sequence_length * (8 + 8 + 4) + (count + 1) * 4
+        )  # tokens, positions, weights; boundaries
+        return each * (self.microbatches - self.sketch.small.train.microbatches)
+
+    def _plain_load(self) -> Load:
+        base, *more = ([_held(part, self._batches) for part in sample.parts] for sample in self._variants)
+        moments = []
+        for number, held in enumerate(base):
+            values = extended(held, held, [other[number] for other in more], self._more[0])
+            moments.append((self.samples.base[0].parts[number].name, values["live"], values["peak"], values["after"]))
+        counts = [self._counted(sample) for sample in self._variants]
+        values = extended(counts[0], counts[0], counts[1:], self._more[0])
+        peak = max(most for _, _, most, _ in moments)
+        return _load(0, "every process", peak, moments[-1][3], values, tuple(moments), self.samples.base[0])
+
+    def _counted(self, sample: Sample) -> Values:
+        """Return the counts of a whole step with all its microbatches."""
+        total, numbers = dict[str, float](), [n for n, part in enumerate(sample.parts) if part.name == MICROBATCH]
+        for number, part in enumerate(sample.parts):
+            is_middle = len(numbers) >= 3 and numbers[0] <= number < numbers[1]
+            times = 1 + (self.microbatches - len(numbers)) * is_middle
+            for key, value in part.counts.items():
+                total[key] = total.get(key, 0.0) + times * value
+        return total
+
+    @cached_property
+    def _variants(self) -> tuple[Sample, ...]:
+        return (self.samples.base[0], *self.samples.more)
+
+    # With a pipeline
+
+    @property
+    def _more(self) -> list[list[float]]:
+        """How many blocks of each kind each stage has beyond the base."""
+        return [self.sketch.more(counts) for counts in self.sketch.stages]
+
+    def _piped(self, profile: DeviceProfile, details: bool) -> Step:
+        each = self.job.processes // self.layout.pp
+        cores = self.cluster.per_node if crowd(self.job, self.cluster) > 1 else float("inf")
+        fabric = Fabric(self.cluster, profile)
+        prices = Prices(profile, fabric, self.job.device != "cpu", max(1.0, each / cores))
+        costs = _Costs(self, lambda part: _values(play(part.ops, prices)[-1]))
+        order = orders(self.layout, self.microbatches)
+        handed = self._handed
+
+        def travel(sender: int, receiver: int) -> float:
+            return fabric.transfer("send", handed, (sender * each, receiver * each)).seconds
+
+        begins = [costs.part(rank, "begin") for rank in range(self.layout.pp)]
+        flowed = flow(
+            order,
+            lambda action, is_first: costs.action(action, is_first)[SECONDS],
+            travel,
+            self.layout.stages,
+            max(1.0, cores / each),
+            [values[SECONDS] for values in begins],
+        )
+        ends = [costs.part(rank, REDUCE) for rank in range(self.layout.pp)]
+        updates = [costs.part(rank, OPTIMISER) for rank in range(self.layout.pp)]
+        reduced = [flowed.ends[rank][-1] + ends[rank][SECONDS] for rank in range(self.layout.pp)]
+        seconds = max(reduced) + max(values[SECONDS] for values in updates)
+        total = dict[str, float]()
+        for rank in range(self.layout.pp):
+            seen = set[tuple[str, int]]()
+            values = [begins[rank], ends[rank], updates[rank]]
+            for action in order[rank]:
+                values.append(costs.action(action, (action.kind, action.stage) not in seen))
+                seen.add((action.kind, action.stage))
+            for one in values:
+                for key, value in one.items():
+                    total[key] = total.get(key, 0.0) + value / self.layout.pp
+            own = sum(one[SECONDS] for one in values) + flowed.travel[rank]
+            waited = {PIPELINE: flowed.travel[rank], BUBBLE: max(0.0, seconds - own)}
+            for name, value in waited.items():
+                total[EXPOSED + name] = total.get(EXPOSED + name, 0.0) + value / self.layout.pp
+        total[SECONDS] = seconds
+        return _step(total, _bars(order, flowed) if details else [], flowed)
+
+    @cached_property
+    def _handed(self) -> int:
+        return max(part.handed for sample in self.samples.base for part in sample.parts if part.action)
+
+    def _piped_load(self, rank: int) -> Load:
+        held, counts = _Costs(self, _held_change), _Costs(self, lambda part: part.counts)
+        lasting = held.lasting(rank) + self._batches
+        begin, reduce, update = (held.part(rank, name) for name in ("begin", REDUCE, OPTIMISER))
+        live, moments, total = lasting, list[tuple[str, float, float, float]](), dict[str, float]()
+        seen = set[tuple[str, int]]()
+
+        def take(name: str, change: Values, counted: Values) -> None:
+            nonlocal live
+            moments.append((name, live, live + change["rise"], live + change["change"]))
+            live += change["change"]
+            for key, value in counted.items():
+                total[key] = total.get(key, 0.0) + value
+
+        take("begin", begin, counts.part(rank, "begin"))
+        for action in orders(self.layout, self.microbatches)[rank]:
+            is_first = (action.kind, action.stage) not in seen
+            seen.add((action.kind, action.stage))
+            counted = {key: value for key, value in counts.action(action, is_first).items() if key not in HANDED}
+            if self._hands_on(action, rank):
+                counted |= dict(zip(HANDED, (1.0, float(self._handed)), strict=True))
+            take(str(action), held.action(action, is_first), counted)
+        take(REDUCE, reduce, counts.part(rank, REDUCE))
+        live = lasting - update["change"]
+        take(OPTIMISER, update, counts.part(rank, OPTIMISER))
+        peak = max(most for _, _, most, _ in moments)
+        place = {0: "first of the pipeline", self.layout.pp - 1: "last of the pipeline"}.get(rank, "between")
+        number = rank * (self.job.processes // self.layout.pp)
+        return _load(number, place, peak, lasting, total, tuple(moments), self.samples.base[self._place(rank)])
+
+    def _hands_on(self, action: Action, rank: int) -> bool:
+        """Return whether what comes of an action goes to another process."""
+        if action.kind == WEIGHT:
+            return False
+        following = action.stage + (1 if action.kind == FORWARD else -1)
+        return 0 <= following < self.layout.stages and following not in stage_numbers(self.layout, rank)
+
+    def _place(self, rank: int) -> int:
+        """Return which of the sketch's ranks stands for a process of the pipeline."""
+        count, last = len(self.sketch.ranks), self.layout.pp - 1
+        return 0 if rank == 0 else count - 1 if rank == last else min(1, count - 1)
+
+
+ValueOf = Callable[[Part], Values]
+
+
+class _Costs:
+    """Some values of the parts of samples, for the parts of the whole job."""
+
+    def __init__(self, whole: Whole, value: ValueOf) -> None:
+        self.whole, self.value = whole, value
+        self.small = whole.sketch.small.resolved
+        self._parts: dict[tuple[int, int, str], Values] = {}
+        self._actions: dict[tuple[str, int, bool], Values] = {}
+        self._ranks: dict[tuple[int, str], Values] = {}
+
+    def action(self, action: Action, is_first: bool) -> Values:
+        """Return it of an action of the whole job; is_first: of its kind in its stage."""
+        key = action.kind, action.stage, is_first
+        if key not in self._actions:
+            samples, more = self.whole.samples, self.whole._more[action.stage]
+            place, stage = self._standing(action.stage)
+            middle = self._middle()
+            base = self._of(samples.base[place], action.kind, stage, is_first)
+            here = self._of(samples.base[samples.place], action.kind, middle, is_first)
+            others = [self._of(sample, action.kind, middle, is_first) for sample in samples.more]
+            self._actions[key] = extended(base, here, others, more)
+        return self._actions[key]
+
+    def part(self, rank: int, name: str) -> Values:
+        """Return it of what a process of the pipeline does besides actions: "begin", "reduce" or "optimiser"."""
+        if (rank, name) not in self._ranks:
+            samples = self.whole.samples
+            base = samples.base[self.whole._place(rank)]
+            here, others = samples.base[samples.place], samples.more
+            self._ranks[rank, name] = extended(
+                self._sum(base, name),
+                self._sum(here, name),
+                [self._sum(other, name) for other in others],
+                self._more_of(rank),
+            )
+        return self._ranks[rank, name]
+
+    def lasting(self, rank: int) -> float:
+        """Return bytes that a process of the pipeline holds between steps."""
+        samples = self.whole.samples
+        base, here = samples.base[self.whole._place(rank)], samples.base[samples.place]
+        others = [{"lasting": float(other.lasting)} for other in samples.more]
+        found = extended(
+            {"lasting": float(base.lasting)}, {"lasting": float(here.lasting)}, others, self._more_of(rank)
+        )
+        return found["lasting"]
+
+    def _more_of(self, rank: int) -> list[float]:
+        own = stage_numbers(self.whole.layout, rank)
+        counts = dict[Block, int]()
+        for stage in own:
+            for block, count in self.whole.sketch.stages[stage].items():
+                counts[block] = counts.get(block, 0) + count
+        return self.whole.sketch.more(counts, len(own))
+
+    def _standing(self, stage: int) -> tuple[int, int]:
+        """Return which of the sketch's ranks, and which stage of its, stands for a stage."""
+        last = self.whole.layout.stages - 1
+        own = 0 if stage == 0 else self.small.stages - 1 if stage == last else self._middle()
+        return next(rank for rank in range(self.small.pp) if own in stage_numbers(self.small, rank)), own
+
+    def _middle(self) -> int:
+        """Return the stage of the small job whose layers stand for all."""
+        return min(stage_numbers(self.small, self.whole.samples.place))
+
+    def _of(self, sample: Sample, kind: str, stage: int, is_first: bool) -> Values:
+        found = [
+            (number, part)
+            for number, part in enumerate(sample.parts)
+            if (action := part.action) and (action.kind, action.stage) == (kind, stage)
+        ]
+        if not found:
+            return {}
+        number, part = found[0 if is_first or len(found) == 1 else 1]
+        return self._valued(sample, number, part)
+
+    def _sum(self, sample: Sample, name: str) -> Values:
+        total: Values = {}
+        for number, part in enumerate(sample.parts):
+            if part.name == name:
+                for key, value in self._valued(sample, number, part).items():
+                    total[key] = total.get(key, 0.0) + value
+        return total
+
+    def _valued(self, sample: Sample, number: int, part: Part) -> Values:
+        key = id(sample), number, part.name
+        if key not in self._parts:
+            self._parts[key] = self.value(part)
+        return self._parts[key]
+
+
+def _values(line: Timeline) -> Values:
+    exposed = {EXPOSED + name: value for name, value in line.exposed.items()}
+    return {SECONDS: line.seconds, COMPUTING: line.busy.get(COMPUTE, 0.0), **exposed}
+
+
+def _held(part: Part, besides: int) -> Values:
+    return {
+        "live": float(part.live + besides),
+        "peak": float(part.peak + besides),
+        "after": float(part.after + besides),
+    }
+
+
+def _held_change(part: Part) -> Values:
+    return {"rise": float(part.peak - part.live), "change": float(part.after - part.live)}
+
+
+def _step(values: Values, bars: list[Bar], flowed: Flow | None = None) -> Step:
+    exposed = {key.removeprefix(EXPOSED): value for key, value in values.items() if key.startswith(EXPOSED)}
+    return Step(values[SECONDS], values[COMPUTING], {k: v for k, v in exposed.items() if v > 0}, bars, flowed)
+
+
+def _load(
+    rank: int,
+    place: str,
+    peak: float,
+    lasting: float,
+    counts: Values,
+    moments: tuple[tuple[str, float, float, float], ...],
+    sample: Sample,
+) -> Load:
+    names = [key.removeprefix("calls ") for key in counts if key.startswith("calls ")]
+    sent = {name: Sent(round(counts[f"calls {name}"]), round(counts[f"bytes {name}"])) for name in sorted(names)}
+    return Load(rank, place, peak, lasting, counts["flops"], counts["traffic"], sent, moments, sample)
+
+
+def _bars(order: tuple[tuple[Action, ...], ...], flowed: Flow) -> list[Bar]:
+    return list(_each_bar(order, flowed))
+
+
+def _each_bar(order: tuple[tuple[Action, ...], ...], flowed: Flow) -> Iterator[Bar]:
+    for rank, actions in enumerate(order):
+        times = zip(actions, flowed.begins[rank], flowed.ends[rank], strict=True)
+        yield from (Bar(f"stage {rank}", begin, end, str(action)) for action, begin, end in times)
