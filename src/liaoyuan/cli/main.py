@@ -16,7 +16,7 @@ from liaoyuan.cli.eval import evaluate
 from liaoyuan.cli.groups import GroupedCommand
 from liaoyuan.cli.launch import launch
 from liaoyuan.cli.ops import app as ops
-from liaoyuan.cli.plan import plan
+from liaoyuan.cli.plan import app as plan
 from liaoyuan.cli.process import tune_process
 from liaoyuan.cli.quickstart import quickstart
 from liaoyuan.cli.report import report
@@ -47,7 +47,7 @@ app.command()(score)
 app.command(cls=GroupedCommand)(serve)
 app.command()(chat)
 app.command()(convert)
-app.command()(plan)
+app.add_typer(plan, name="plan")
 app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.add_typer(ops, name="ops")
 app.command()(report)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from liaoyuan.cli.groups import DefaultCommand
 from liaoyuan.errors import LiaoyuanError, nearest
 
 if TYPE_CHECKING:
@@ -15,7 +16,14 @@ if TYPE_CHECKING:
 CONTEXT = ("ulysses", "ring")
 SHOWN = 6  # parts of the memory at the peak
 
+app = typer.Typer(
+    cls=DefaultCommand,
+    rich_markup_mode=None,
+    help="Know before you run: what a job needs (the command that is meant if none is named).",
+)
 
+
+@app.command("dry-run")
 def plan(
     run_file: Annotated[Path | None, typer.Argument(help="TOML file, as `liaoyuan train` takes it.")] = None,
     set_: Annotated[
@@ -30,14 +38,24 @@ def plan(
     device: Annotated[str | None, typer.Option(help="Kind of device, if no cluster says it; else cuda.")] = None,
     vocab: Annotated[int | None, typer.Option(min=1, help="Tokens known, if there is no corpus yet.")] = None,
     rank: Annotated[list[int] | None, typer.Option(help="Process to look at (default: first and last stage).")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Tell how long a step takes on the cluster, why, and how sure that is.")
+    ] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="With --explain: what the cards give, as `plan calibrate` writes it.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Dry-run a training job: memory of a process, what fills it, its matrix products, and what it sends."""
+    from liaoyuan.cli.plan_step import explain as explained
     from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan import footprints, read_cluster
 
     card = read_cluster(cluster).accelerator if cluster else None
     job = _job(run_file, set_, processes, layout, device or (card.device if card else "cuda"), vocab)
+    if explain or profile:
+        explained(job, cluster, profile, json)
+        return
     if bad := [number for number in rank or [] if number >= processes]:
         raise LiaoyuanError(f"There is no process {bad[0]}: they are numbered 0 to {processes - 1}.")
     with bar("Plan", quiet=json) as report:

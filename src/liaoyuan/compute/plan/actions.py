@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from liaoyuan.compute.plan.trace import Recorder
@@ -21,8 +20,7 @@ from liaoyuan.training.optimiser import Optimiser
 
 FORWARD, BACKWARD, INPUT, WEIGHT = "forward", "backward", "input", "weight"
 KINDS = {"FORWARD": FORWARD, "FULL_BACKWARD": BACKWARD, "BACKWARD_INPUT": INPUT, "BACKWARD_WEIGHT": WEIGHT}  # PyTorch's
-BEGIN, MICROBATCH, REDUCE, OPTIMISER = "begin", "microbatch", "reduce", "optimiser"  # further marks
-INITIALISE = "initialise"  # what a pipeline does once, in its first step
+MICROBATCH, REDUCE, OPTIMISER = "microbatch", "reduce", "optimiser"  # further marks
 
 
 class Action(NamedTuple):
@@ -51,8 +49,7 @@ def marking(recorder: Recorder, optimiser: Optimiser) -> Iterator[None]:
     real: dict[tuple[Any, str], Any] = {}
 
     def put(owner: Any, name: str, note: Callable[..., str], after: bool = False) -> None:
-        function = getattr(owner, name)
-        real.setdefault((owner, name), function)
+        function = real[owner, name] = getattr(owner, name)
 
         def noting(*inputs: Any, **named: Any) -> Any:
             if not after:
@@ -70,8 +67,6 @@ def marking(recorder: Recorder, optimiser: Optimiser) -> Iterator[None]:
     put(_PipelineStageBase, "backward_one_chunk", _backward)
     put(_PipelineStageBase, "backward_weight_one_chunk", _weight)
     put(_PipelineStageBase, "perform_reduce_grad", lambda *_, **__: REDUCE)
-    put(_PipelineSchedule, "_initialize_pp_stages", lambda *_, **__: INITIALISE)
-    put(_PipelineSchedule, "_initialize_pp_stages", lambda *_, **__: BEGIN, after=True)
     put(optimiser, "accumulate", lambda: MICROBATCH, after=True)
     put(optimiser, "step", lambda *_, **__: OPTIMISER)
     try:
@@ -79,6 +74,10 @@ def marking(recorder: Recorder, optimiser: Optimiser) -> Iterator[None]:
     finally:
         for (owner, name), function in real.items():
             setattr(owner, name, function)
+
+
+def _forward(stage: Any, chunk: int, *_: Any, **__: Any) -> str:
+    return f"{FORWARD} {stage.stage_index} {chunk}"
 
 
 def _backward(stage: Any, chunk: int, loss: Any = None, full_backward: bool = True, **_: Any) -> str:

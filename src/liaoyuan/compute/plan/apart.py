@@ -37,11 +37,11 @@ def apart_each(function: Callable[..., Found], calls: Sequence[tuple[Any, ...]],
                 number, arguments = waiting.pop()
                 connection, process = _start(function, arguments)
                 running[connection] = number, process
-            for connection in wait(list(running)):
-                assert isinstance(connection, Connection)
-                number, process = running[connection]
-                found[number] = _answer(connection, process)
-                _end(*running.pop(connection)[1:])
+            for ready in wait(list(running)):
+                assert isinstance(ready, Connection)
+                number, process = running[ready]
+                found[number] = _answer(ready, process)
+                _end(running.pop(ready)[1])
     finally:
         for _, process in running.values():
             _end(process)

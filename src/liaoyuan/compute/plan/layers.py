@@ -24,6 +24,7 @@ from liaoyuan.parallel.pipeline import cut_layers
 FEW = 2  # layers of each kind in a model without stages; with stages, one in each
 MICROBATCHES = 3  # of a step that is run dry, the second of which is like all others between the first and the last
 STAGES = 3
+CUT = "cut_layers"  # by this name `program` cuts a model into stages
 PHASES = ("forward", "backward", "update")
 Block = tuple[tuple[bool, int | None], ...]  # layers that repeat together: of each, whether it is sparse, its window
 Values = dict[str, float]
@@ -203,24 +204,24 @@ def _sample(job: Job, blocks: tuple[Block, ...], rank: int) -> Sample:
     layers = [layer for block in blocks for layer in block]
     with _cut_equally():
         job = replace(job, model=with_layers(job.model, layers * job.resolved.stages))
-        trace = dry_run(job, rank, steps=1)
+        trace = dry_run(job, rank, steps=1 if job.resolved.pp == 1 else 2)  # pipelines prepare much in their first
     return Sample(tuple(_parts(trace, job)), trace.after, trace.peak, tuple(alike(trace.held)))
 
 
 @contextmanager
 def _cut_equally() -> Iterator[None]:
     """Let every stage have the same layers, whatever they cost."""
-    real = program.cut_layers
+    real = getattr(program, CUT)
 
     def cut(config: ModelConfig, stages: int) -> list[range]:
         each = config.num_hidden_layers // stages
         return [range(stage * each, (stage + 1) * each) for stage in range(stages)]
 
-    program.cut_layers = cut
+    setattr(program, CUT, cut)
     try:
         yield
     finally:
-        program.cut_layers = real
+        setattr(program, CUT, real)
 
 
 def _parts(trace: Trace, job: Job) -> Iterator[Part]:

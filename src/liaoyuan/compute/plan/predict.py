@@ -103,7 +103,7 @@ def predict(
 
 
 def _predicted(whole: Whole, profile: DeviceProfile, details: bool) -> Prediction:
-    job, cluster = whole.job, whole.cluster
+    job = whole.job
     middle = whole.step(profile.median(), details)
     seconds, width = spread(lambda one: whole.step(one).seconds * one.step.median, profile)
     loads = whole.loads()

@@ -28,11 +28,15 @@ Loads = tuple[tuple[str, float], ...]
 class Prices:
     """What work and messages cost by a profile whose figures are certain.
 
-    streams: whether the host goes on while the device computes. crowd: how many processes share a core.
+    streams: whether the host goes on while the device computes. crowd: how many processes share a core. everybody: how
+    many processes there are in the world, if more than in the sample.
     """
 
-    def __init__(self, profile: DeviceProfile, fabric: Fabric, streams: bool, crowd: float = 1.0) -> None:
+    def __init__(
+        self, profile: DeviceProfile, fabric: Fabric, streams: bool, crowd: float = 1.0, everybody: int = 0
+    ) -> None:
         self.profile, self.fabric, self.streams, self.crowd = profile, fabric, streams, crowd
+        self.everybody = tuple(range(everybody))
         self.launch = profile.launch.median * crowd
         self.contention = max(1.0, profile.contention.median)
         self._works: dict[Work, float] = {}
@@ -49,7 +53,8 @@ class Prices:
         """Return what a message takes."""
         found = self._messages.get(message)
         if found is None:
-            found = self._messages[message] = self.fabric.transfer(message.kind, message.bytes, message.ranks)
+            ranks = self.everybody if message.axis == "world" and self.everybody else message.ranks
+            found = self._messages[message] = self.fabric.transfer(message.kind, message.bytes, ranks)
         return found
 
 
@@ -187,7 +192,9 @@ class _Network:
     def wait_for(self, number: int) -> None:
         """Go on until a message has arrived."""
         while self.ends[number] != self.ends[number]:
-            self._go(self._next())
+            following = self._next()
+            assert following < math.inf, "a message is waited for that never sets out"
+            self._go(following)
 
     def compute(self, begin: float, work: float, contention: float) -> float:
         """Return when so many seconds of work end that begin now; they take longer while messages travel."""
@@ -208,8 +215,8 @@ class _Network:
 
     def drain(self) -> tuple[float, int]:
         """Go on until everything has arrived; return when, and what was the last."""
-        while self.moving or any(self.queues.values()):
-            self._go(self._next())
+        while (following := self._next()) < math.inf:
+            self._go(following)
         return (self.ends[self.last], self.last) if self.last >= 0 else (0.0, -1)
 
     def _next(self) -> float:
@@ -222,8 +229,6 @@ class _Network:
         for stream, queue in self.queues.items():
             if queue and stream not in streams and self._free(queue[0][2]):
                 found = min(found, max(self.now, queue[0][1]))
-        if found == math.inf:
-            raise AssertionError("a message is waited for that never sets out")
         return found
 
     def _free(self, after: tuple[int, ...]) -> bool:
@@ -235,7 +240,7 @@ class _Network:
             if not self.moving and not any(self.queues.values()):
                 self.now = max(self.now, until)
                 return
-            following = self._next() if self.moving or self._can_start() else math.inf
+            following = self._next()
             step = min(until, following) - self.now
             if step > 0:
                 self._travel(step)
@@ -243,9 +248,6 @@ class _Network:
                 return
             self._finish()
             self._start()
-
-    def _can_start(self) -> bool:
-        return any(queue and self._free(queue[0][2]) for queue in self.queues.values())
 
     def _travel(self, step: float) -> None:
         self.now += step

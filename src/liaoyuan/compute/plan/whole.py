@@ -153,7 +153,7 @@ class Whole:
         each = self.job.processes // self.layout.pp
         cores = self.cluster.per_node if crowd(self.job, self.cluster) > 1 else float("inf")
         fabric = Fabric(self.cluster, profile)
-        prices = Prices(profile, fabric, self.job.device != "cpu", max(1.0, each / cores))
+        prices = Prices(profile, fabric, self.job.device != "cpu", max(1.0, each / cores), self.job.processes)
         costs = _Costs(self, lambda part: _values(play(part.ops, prices)[-1]))
         order = orders(self.layout, self.microbatches)
         handed = self._handed
@@ -197,7 +197,7 @@ class Whole:
 
     def _piped_load(self, rank: int) -> Load:
         held, counts = _Costs(self, _held_change), _Costs(self, lambda part: part.counts)
-        lasting = held.lasting(rank) + self._batches
+        lasting = held.lasting(rank) + self._batches + self._arriving(rank)
         begin, reduce, update = (held.part(rank, name) for name in ("begin", REDUCE, OPTIMISER))
         live, moments, total = lasting, list[tuple[str, float, float, float]](), dict[str, float]()
         seen = set[tuple[str, int]]()
@@ -210,6 +210,7 @@ class Whole:
                 total[key] = total.get(key, 0.0) + value
 
         take("begin", begin, counts.part(rank, "begin"))
+        live += self._stacked
         for action in orders(self.layout, self.microbatches)[rank]:
             is_first = (action.kind, action.stage) not in seen
             seen.add((action.kind, action.stage))
@@ -224,6 +225,19 @@ class Whole:
         place = {0: "first of the pipeline", self.layout.pp - 1: "last of the pipeline"}.get(rank, "between")
         number = rank * (self.job.processes // self.layout.pp)
         return _load(number, place, peak, lasting, total, tuple(moments), self.samples.base[self._place(rank)])
+
+    def _arriving(self, rank: int) -> int:
+        """Bytes of the places where stages receive that the small job does not have: for each microbatch its own."""
+        last = self.layout.stages - 1
+        places = sum((stage > 0) + (stage < last) for stage in stage_numbers(self.layout, rank))
+        return places * self._handed * (self.microbatches - self.sketch.small.train.microbatches)
+
+    @property
+    def _stacked(self) -> int:
+        """Bytes of what the schedule is given of the microbatches that the small job does not have."""
+        tokens = self.job.rows // (self.layout.dp * self.layout.fsdp) // self.microbatches * self.job.sequence_length
+        each = tokens // self.layout.context * (3 * 8 + 4)  # tokens, positions, targets, weights
+        return each * (self.microbatches - self.sketch.small.train.microbatches)
 
     def _hands_on(self, action: Action, rank: int) -> bool:
         """Return whether what comes of an action goes to another process."""
