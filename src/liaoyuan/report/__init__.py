@@ -22,7 +22,7 @@ from liaoyuan.report.page import (
     Table,
 )
 from liaoyuan.report.picture import picture
-from liaoyuan.report.plot import Bar, Bars, Interval, Intervals, Line, Lines, Plot, Point, Points
+from liaoyuan.report.plot import Bar, Bars, Gantt, Interval, Intervals, Line, Lines, Plot, Point, Points, Stretch
 from liaoyuan.report.text import Text, Words
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Cell",
     "Code",
     "Figure",
+    "Gantt",
     "Interval",
     "Intervals",
     "KeyFigures",
@@ -48,6 +49,7 @@ __all__ = [
     "Samples",
     "Section",
     "Side",
+    "Stretch",
     "Table",
     "Text",
     "Words",

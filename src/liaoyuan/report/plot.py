@@ -102,7 +102,29 @@ class Points:
     curves: Sequence[Line] = ()
 
 
-Drawing = Lines | Bars | Intervals | Points
+@dataclass(frozen=True)
+class Stretch:
+    """From `begin` to `end` something of kind `kind` goes on in row `row` (both by number)."""
+
+    row: int
+    kind: int
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Gantt:
+    """What goes on when: rows, first on top, with stretches whose colours are their kinds. Stretches that a reader
+    could not tell apart are drawn as one.
+    """
+
+    x_label: Words
+    rows: Sequence[Words]
+    kinds: Sequence[Words]
+    stretches: Sequence[Stretch]
+
+
+Drawing = Lines | Bars | Intervals | Points | Gantt
 
 
 @dataclass(frozen=True)
@@ -141,6 +163,8 @@ def has_data(drawing: Drawing) -> bool:
         return any(math.isfinite(bar.value) for bar in drawing.bars)
     if isinstance(drawing, Points):
         return any(_is_drawable(point) for point in drawing.points)
+    if isinstance(drawing, Gantt):
+        return bool(_told_apart(drawing))
     return any(_is_finite(value) for row in drawing.values for value in row)
 
 
@@ -160,6 +184,8 @@ def legend(drawing: Drawing) -> list[tuple[Words, int]]:
         entries = [(line.name, i if line.colour is None else line.colour) for i, line in enumerate(drawing.lines)]
     elif isinstance(drawing, Points):
         entries = [(line.name, i + 1) for i, line in enumerate(drawing.curves)]
+    elif isinstance(drawing, Gantt):
+        entries = [(name, i) for i, name in enumerate(drawing.kinds)]
     else:
         entries = [(name, i) for i, name in enumerate(drawing.series)]
     return [(name, colour % SERIES) for name, colour in entries] if len(entries) > 1 else []
@@ -178,7 +204,7 @@ def svg(plot: Plot, prefix: str) -> str:
     labels = _Labels()
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "liaoyuan", "font.size": 9.0}
     with matplotlib.rc_context(style):
-        rows = len(plot.drawing.bars) if isinstance(plot.drawing, Bars) else _interval_rows(plot.drawing)
+        rows = _rows(plot.drawing)
         height = 0.75 + 0.30 * rows if rows else 3.0
         figure = Figure(figsize=(WIDTHS[plot.wide], height))
         figure.patch.set_visible(False)
@@ -197,14 +223,21 @@ def _draw(axes: Any, drawing: Drawing, labels: _Labels) -> None:
         _draw_bars(axes, drawing, labels)
     elif isinstance(drawing, Points):
         _draw_points(axes, drawing, labels)
+    elif isinstance(drawing, Gantt):
+        _draw_gantt(axes, drawing, labels)
     else:
         _draw_intervals(axes, drawing, labels)
 
 
-def _interval_rows(drawing: Drawing) -> int:
-    if not isinstance(drawing, Intervals):
-        return 0
-    return max(2, round(len(drawing.groups) * (0.7 + 0.25 * len(drawing.series))))
+def _rows(drawing: Drawing) -> int:
+    """Return how many rows a drawing that has named rows is high; others 0."""
+    if isinstance(drawing, Bars):
+        return len(drawing.bars)
+    if isinstance(drawing, Gantt):
+        return len(drawing.rows)
+    if isinstance(drawing, Intervals):
+        return max(2, round(len(drawing.groups) * (0.7 + 0.25 * len(drawing.series))))
+    return 0
 
 
 def _margins(figure: Any, axes: Any, plot: Plot) -> None:
@@ -329,6 +362,31 @@ def _draw_points(axes: Any, drawing: Points, labels: _Labels) -> None:
         axis.set_minor_formatter(lambda value, _: "")
     axes.tick_params(which="minor", length=0)
     axes.margins(x=0.12, y=0.12)
+
+
+def _draw_gantt(axes: Any, drawing: Gantt, labels: _Labels) -> None:
+    _frame(axes, labels, drawing.x_label)
+    axes.grid(axis="x", color=GRID, linewidth=0.6)
+    for (row, kind), pieces in _told_apart(drawing).items():
+        axes.broken_barh([(begin, end - begin) for begin, end in pieces], (row - 0.36, 0.72), color=_colour(kind))
+    _name_rows(axes, [labels(name) for name in drawing.rows])
+    axes.margins(x=0.0)
+
+
+def _told_apart(drawing: Gantt, most: int = 1500) -> dict[tuple[int, int], list[list[float]]]:
+    """Return by row and kind the stretches from begin to end; those nearer than a `most`th of the width are one."""
+    known = [x for x in drawing.stretches if math.isfinite(x.begin) and math.isfinite(x.end) and x.end > x.begin]
+    if not known:
+        return {}
+    gap = (max(x.end for x in known) - min(x.begin for x in known)) / most
+    found: dict[tuple[int, int], list[list[float]]] = {}
+    for x in sorted(known, key=lambda stretch: stretch.begin):
+        pieces = found.setdefault((x.row, x.kind), [])
+        if pieces and x.begin - pieces[-1][1] < gap:
+            pieces[-1][1] = max(pieces[-1][1], x.end)
+        else:
+            pieces.append([x.begin, x.end])
+    return found
 
 
 def _name_rows(axes: Any, names: list[str]) -> None:
