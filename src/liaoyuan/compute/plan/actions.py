@@ -121,7 +121,9 @@ def _several(layout: Layout, microbatches: int) -> Iterator[list[Action]]:
         )
         for number in stage_numbers(layout, 0)
     ]
-    made: Any = MULTI[layout.schedule](stages, microbatches, scale_grads=False)  # type: ignore[arg-type]
+    from torch.distributed.pipelining import schedules  # slow to import
+
+    made: Any = getattr(schedules, MULTI[layout.schedule])(stages, microbatches, scale_grads=False)
     for rank in range(layout.pp):
         known = [action for action in made.pipeline_order[rank] if action is not None]
         flat = [part for action in known for part in action.sub_actions or (action,)]
