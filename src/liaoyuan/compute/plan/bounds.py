@@ -193,8 +193,8 @@ def in_flight(layout: Layout, place: int, microbatches: int) -> list[int]:
         forward = min(turn + 2 * last + 1, 2 * microbatches)
         first = sum(1 for step in range(forward) if step // turn % 2 == 0)
         return [first, forward - first]
-    more = 1 if layout.schedule == "dualpipev" else 0
-    return [min(microbatches, 2 * size - place), min(microbatches, place + more)]
+    first = 2 * size - place - (layout.schedule == "zbv")
+    return [min(microbatches, first), min(microbatches, place + 1)]
 
 
 def _one_pass(job: Job, terms: Place, place: int) -> tuple[int, int, int]:
