@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CONTEXT = ("ulysses", "ring")
 SHOWN = 6  # parts of the memory at the peak
+PAGE = "report.html"
 
 app = typer.Typer(
     cls=PlanCommand,
@@ -51,7 +52,11 @@ def plan(
     ] = None,
     whole: Annotated[int, typer.Option(min=1, help="Layouts that a search predicts as a whole.")] = 12,
     profile: Annotated[Path | None, typer.Option(help="What `plan calibrate` measured of such a card.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Page of the prediction, or of the best layout (default: report.html)."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON; a page only with --report.")] = False,
 ) -> None:
     """Dry-run a training job; or rank its layouts, if it has none (or "auto") and a cluster is named."""
     from liaoyuan.cli.plan_step import explain as explained
@@ -60,16 +65,17 @@ def plan(
 
     card = read_cluster(cluster).accelerator if cluster else None
     job, has_layout = job_of(run_file, set_, processes, layout, device or (card.device if card else "cuda"), vocab)
+    page = report or (None if json else Path(PAGE))
     if cluster and not has_layout and not explain:
-        _search(job, cluster, profile, keep, whole, json)
+        _search(job, cluster, profile, keep, whole, json, page)
         return
-    if explain or profile:
-        explained(job, cluster, profile, json)
+    if explain or profile or report:
+        explained(job, cluster, profile, json, page)
         return
     if bad := [number for number in rank or [] if number >= processes]:
         raise LiaoyuanError(f"There is no process {bad[0]}: they are numbered 0 to {processes - 1}.")
-    with bar("Plan", quiet=json) as report:
-        found = footprints(job, tuple(rank) if rank else None, report)
+    with bar("Plan", quiet=json) as progress:
+        found = footprints(job, tuple(rank) if rank else None, progress)
     if json:
         values: dict[str, Any] = {"processes": processes, "footprints": [asdict(one) for one in found]}
         if card:
@@ -138,7 +144,10 @@ def job_of(
     return Job(model, chosen, processes, config.sequence_length, config.train, device), named
 
 
-def _search(job: "Job", cluster: str, profile: Path | None, keep: str | None, whole: int, json: bool) -> None:
+def _search(
+    job: "Job", cluster: str, profile: Path | None, keep: str | None, whole: int, json: bool, page: Path | None
+) -> None:
+    from liaoyuan.cli.plan_page import write_page
     from liaoyuan.cli.plan_search import find, show
     from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan import read_cluster
@@ -149,6 +158,8 @@ def _search(job: "Job", cluster: str, profile: Path | None, keep: str | None, wh
     with bar("Search", quiet=json) as report:
         ranking = find(job, machines, figures, keep, whole, report)
     show(ranking, figures, json)
+    if page:
+        write_page(page, ranking.best.job, machines, figures, ranking=ranking, quiet=json)
 
 
 def _told(one: "Footprint") -> str:

@@ -29,8 +29,10 @@ def goodput(
     cluster: Annotated[str, typer.Option(help="What it would run on: a name, such as h100, or a TOML file.")] = "h100",
     processes: Annotated[int, typer.Option(min=1, help="How many processes (cards) it would run on.")] = 1,
     step_seconds: Annotated[
-        str | None, typer.Option(metavar="S or LOW,MEDIAN,HIGH", help="Time of a step, without failures.")
+        str | None,
+        typer.Option(metavar="S or LOW,MEDIAN,HIGH", help="Time of a step, without failures (default: predicted)."),
     ] = None,
+    layout: Annotated[str | None, typer.Option(help="In place of [layout], to predict a step: 'tp=8,pp=16'.")] = None,
     tokens_per_second: Annotated[
         str | None, typer.Option(metavar="N or LOW,MEDIAN,HIGH", help="In place of it: of all processes together.")
     ] = None,
@@ -49,7 +51,7 @@ def goodput(
     from liaoyuan.compute.plan.goodput import best_every, best_spares, with_choice
     from liaoyuan.compute.plan.goodput import goodput as predicted
 
-    run = _run(run_file, set_, processes, step_seconds, tokens_per_second, checkpoint_gib, vocab)
+    run = _run(run_file, set_, processes, step_seconds, tokens_per_second, checkpoint_gib, vocab, cluster, layout, json)
     run, machines = with_choice(run, read_cluster(cluster), spares=spares)
     with bar("As it is", quiet=json) as report:
         now = predicted(run, machines, lives, seed, report)
@@ -97,6 +99,9 @@ def _run(
     tokens_per_second: str | None,
     checkpoint_gib: float | None,
     vocab: int | None,
+    cluster: str,
+    layout: str | None,
+    quiet: bool,
 ) -> "Run":
     from liaoyuan import config as configuration
     from liaoyuan.compute.plan.goodput import Run
@@ -104,10 +109,12 @@ def _run(
     from liaoyuan.training.pretrain import PretrainConfig
 
     config = configuration.load(PretrainConfig, run_file, ["corpus=.", *(set_ or [])] if not run_file else set_ or [])
-    if (step_seconds is None) == (tokens_per_second is None):
-        raise LiaoyuanError("Say how long a step takes: --step-seconds 10 or 9,10,12, or --tokens-per-second.")
+    if step_seconds is not None and tokens_per_second is not None:
+        raise LiaoyuanError("--step-seconds and --tokens-per-second say the same: give one of them, or none.")
     if step_seconds is not None:
         step = read_span(step_seconds, "--step-seconds")
+    elif tokens_per_second is None:
+        step = _predicted_step(run_file, set_, processes, cluster, layout, vocab, quiet)
     else:
         rate, tokens = read_span(tokens_per_second or "", "--tokens-per-second"), config.train.batch_tokens
         step = Span(low=tokens / rate.high, median=tokens / rate.median, high=tokens / rate.low)
@@ -115,6 +122,35 @@ def _run(
     local = config.checkpoint.local_every if config.checkpoint.local else 0
     every = min(config.train.checkpoint_every, config.train.steps)
     return Run(config.train.steps, step, processes, size, every, config.checkpoint.asynchronous, local)
+
+
+def _predicted_step(
+    run_file: Path | None,
+    set_: list[str] | None,
+    processes: int,
+    cluster: str,
+    layout: str | None,
+    vocab: int | None,
+    quiet: bool,
+) -> "Span":
+    """Return the seconds of a step, predicted from a dry run under the layout of the run file or the option."""
+    from liaoyuan.cli.plan import job_of
+    from liaoyuan.cli.progress import bar
+    from liaoyuan.compute.plan import predict, read_cluster
+    from liaoyuan.compute.plan.recovery import Span
+    from liaoyuan.rundir import Progress
+
+    machines = read_cluster(cluster)
+    job, has_layout = job_of(run_file, set_, processes, layout, machines.accelerator.device, vocab)
+    if not has_layout and processes > 1:
+        raise LiaoyuanError(
+            "How long a step takes depends on the layout: give [layout] in the run file or --layout (`liaoyuan plan` "
+            "without one finds the best), or say it: --step-seconds 10 or 9,10,12."
+        )
+    with bar("Step", quiet=quiet) as report:
+        seconds = predict(job, machines).step.seconds
+        report(Progress(1, 1, "layout", job.resolved.describe()))
+    return Span(low=seconds.low, median=seconds.median, high=seconds.high)
 
 
 def _state_bytes(config: "PretrainConfig", vocab: int | None) -> float:

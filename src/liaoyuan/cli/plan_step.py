@@ -18,12 +18,13 @@ BAR = 30  # signs of a bar that is the whole step
 REASONS = {"bubble": "waiting for other stages", "launch": "waiting for the host to ask"}
 
 
-def explain(job: "Job", cluster: str | None, profile: Path | None, json: bool) -> None:
-    """Print the prediction of a step.
+def explain(job: "Job", cluster: str | None, profile: Path | None, json: bool, report: Path | None = None) -> None:
+    """Print the prediction of a step, and write its page where `report` says.
 
     Raises:
         LiaoyuanError: no cluster is named, the profile is wrong, or the layout does not fit.
     """
+    from liaoyuan.cli.plan_page import write_page
     from liaoyuan.compute.plan import read_cluster
     from liaoyuan.compute.plan.predict import predict
     from liaoyuan.compute.plan.profile import read_profile
@@ -32,10 +33,12 @@ def explain(job: "Job", cluster: str | None, profile: Path | None, json: bool) -
     if cluster is None:
         raise LiaoyuanError("--explain tells how long a step takes: it needs --cluster, such as --cluster h100.")
     machines, known = read_cluster(cluster), read_profile(profile) if profile else None
-    with bar("Plan", quiet=json) as report:
-        found = predict(job, machines, known, details=json)
-        report(Progress(1, 1, "layout", job.resolved.describe()))
+    with bar("Plan", quiet=json) as progress:
+        found = predict(job, machines, known, details=True)
+        progress(Progress(1, 1, "layout", job.resolved.describe()))
     print(json_format.dumps(found.to_dict(), indent=2) if json else page(job, found))
+    if report:
+        write_page(report, job, machines, known, found, quiet=json)
 
 
 def page(job: "Job", found: "Prediction") -> str:

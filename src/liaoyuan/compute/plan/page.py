@@ -3,7 +3,11 @@
 import re
 from collections.abc import Sequence
 
+from liaoyuan.compute.plan.goodput import Goodput
+from liaoyuan.compute.plan.goodput import Interval as Lived
 from liaoyuan.compute.plan.predict import Memory, Prediction
+from liaoyuan.compute.plan.reasons import Reason
+from liaoyuan.compute.plan.search import Ranking
 from liaoyuan.compute.plan.step_time import Bar, Span
 from liaoyuan.report import Bar as PlotBar
 from liaoyuan.report import (
@@ -11,9 +15,12 @@ from liaoyuan.report import (
     Cell,
     Figure,
     Gantt,
+    Interval,
+    Intervals,
     KeyFigures,
     Line,
     Lines,
+    Noted,
     Page,
     Paragraph,
     Part,
@@ -27,6 +34,7 @@ from liaoyuan.report import (
 
 GIB = 2**30
 SHOWN = 8  # parts of the memory at the peak
+ROWS = 12  # layouts of the ranking
 KINDS: tuple[Words, ...] = (  # of what goes on, in the order of their colours
     Text("forward", "前向"),
     Text("backward", "反向"),
@@ -176,3 +184,70 @@ def _width(found: Prediction) -> Plot:
         ),
         wide=True,
     )
+
+
+def ranking_section(ranking: Ranking, told: Sequence[Reason]) -> Section:
+    """Return the best layouts in a table, and why not the neighbours of the best."""
+    room = ranking.cluster.accelerator.usable_bytes
+    header: list[Words] = [
+        Text("layout", "布局"),
+        Text("microbatches", "微批数"),
+        Text("recompute", "重算"),
+        Text("s a step", "秒每步"),
+        Text("memory", "显存"),
+        Text("bubble", "气泡"),
+    ]
+    rows: list[Sequence[Cell]] = []
+    for choice in ranking.choices[: max(ranking.whole, 1)][:ROWS]:
+        found = choice.found
+        note = _interval(found.seconds) if found else Text("by formulas", "按公式")
+        waits = found.exposed if found else choice.estimate.exposed
+        rows.append(
+            (
+                choice.job.layout.describe() + (f", {choice.job.layout.schedule}" if choice.job.layout.pp > 1 else ""),
+                str(choice.job.train.microbatches),
+                choice.job.layout.recompute,
+                Noted(f"{choice.seconds:.4g}", note),
+                f"{choice.bytes / room:.0%}",
+                f"{waits.get('bubble', 0.0) / choice.seconds:.1%}",
+            )
+        )
+    looked = Text(
+        f"{ranking.legal:,} layouts are legal; {ranking.too_large:,} hold too much, {ranking.too_slow:,} cannot be as "
+        f"fast as the best; {ranking.whole:,} were predicted as a whole.",
+        f"合法布局 {ranking.legal:,} 个；其中 {ranking.too_large:,} 个放不下，{ranking.too_slow:,} 个不可能快过最优者；"
+        f"{ranking.whole:,} 个做了完整预测。",
+    )
+    reasons = Table(
+        (Text("why not its neighbours", "为何不是邻近布局"), ""),
+        [(one.neighbour, one.sentence) for one in told],
+        left=True,
+    )
+    return Section(Text("The best layouts", "最优布局"), [Table(header, rows, looked), reasons])
+
+
+def goodput_section(found: Goodput) -> Section:
+    """Return what failures make of the job."""
+    rows = [(name, share) for name, (_, share) in found.losses.items() if share.high > 0]
+    figures = KeyFigures(
+        [
+            Figure(f"{found.days.median:.3g}", Text("days to finish", "完成所需天数"), _lived(found.days)),
+            Figure(f"{found.ideal_days.median:.3g}", Text("if nothing failed", "若无故障"), _lived(found.ideal_days)),
+            Figure(f"{found.ettr.median:.1%}", Text("effective training time", "有效训练时间占比"), _lived(found.ettr)),
+            Figure(f"{found.mtbf_hours.median:.3g} h", Text("between failures", "故障间隔"), _lived(found.mtbf_hours)),
+        ]
+    )
+    drawing = Intervals(
+        Text("share of the time, %", "占时间，%"),
+        [name for name, _ in rows],
+        [Text("lost", "损失")],
+        [[Interval(share.median, share.low, share.high) for _, share in rows]],
+    )
+    return Section(
+        Text("Among failures", "有故障时"),
+        [figures, Plot(Text("Where time is lost", "时间损失在哪里"), drawing, wide=True)],
+    )
+
+
+def _lived(found: Lived) -> Text:
+    return Text(f"{found.low:.3g} to {found.high:.3g}", f"{found.low:.3g} 至 {found.high:.3g}")

@@ -1,0 +1,65 @@
+"""The page of a plan: a predicted step, the ranking that it is the best of, and what failures make of the job."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from liaoyuan.errors import LiaoyuanError
+
+if TYPE_CHECKING:
+    from liaoyuan.compute.plan import Cluster, Job, Prediction
+    from liaoyuan.compute.plan.goodput import Goodput
+    from liaoyuan.compute.plan.profile import DeviceProfile
+    from liaoyuan.compute.plan.search import Ranking
+
+LIVES = 500  # of the job among failures
+
+
+def write_page(
+    path: Path,
+    job: "Job",
+    cluster: "Cluster",
+    profile: "DeviceProfile | None",
+    found: "Prediction | None" = None,
+    ranking: "Ranking | None" = None,
+    quiet: bool = False,
+) -> None:
+    """Write the page; found: the prediction with details, made here if there is none.
+
+    Raises:
+        LiaoyuanError: the file cannot be written.
+    """
+    from liaoyuan.cli.progress import bar
+    from liaoyuan.compute.plan.page import goodput_section, plan_page, ranking_section
+    from liaoyuan.compute.plan.predict import predict
+    from liaoyuan.compute.plan.profile import assumed
+    from liaoyuan.compute.plan.reasons import reasons
+    from liaoyuan.rundir import Progress, write_atomic
+
+    if found is None:
+        with bar("Page", quiet=quiet) as report:
+            found = predict(job, cluster, profile, details=True)
+            report(Progress(1, 1, "layout", job.resolved.describe()))
+    sections = [ranking_section(ranking, reasons(ranking, profile or assumed(cluster)))] if ranking else []
+    sections.append(goodput_section(_among_failures(job, cluster, found)))
+    told = (
+        f"{job.model.num_parameters():,} weights, {job.processes:,} x {cluster.accelerator.name}, "
+        f"{job.resolved.describe()}, {job.train.batch_tokens:,} tokens a step"
+    )
+    try:
+        write_atomic(path, plan_page(told, found, sections).html())
+    except OSError as error:
+        raise LiaoyuanError(f"The page cannot be written to {path}: {error.strerror}.") from error
+    if not quiet:
+        print(f"Page: {path}")
+
+
+def _among_failures(job: "Job", cluster: "Cluster", found: "Prediction") -> "Goodput":
+    from liaoyuan.compute.plan.goodput import Run, goodput
+    from liaoyuan.compute.plan.goodput.state import state_bytes
+    from liaoyuan.compute.plan.recovery import Span
+
+    seconds = found.step.seconds
+    step = Span(low=seconds.low, median=seconds.median, high=seconds.high)
+    every = min(job.train.checkpoint_every, job.train.steps)
+    run = Run(job.train.steps, step, job.processes, state_bytes(job.model, job.train), every, True, 0)
+    return goodput(run, cluster, LIVES)
