@@ -69,21 +69,24 @@ class Exchange:
         self.sent, self.received, self.group = list(sent), list(received), group
         self._work: Any = None
         self._leaving: Tensor | None = None
-        self.arriving: Tensor | None = None
+        self._arriving: Tensor | None = None
 
     def begin(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Send rows and return the tensor into which others come."""
         self._leaving = x.contiguous()
-        self.arriving = x.new_empty(sum(received), *x.shape[1:])
-        self._work = dist.all_to_all_single(
-            self.arriving, self._leaving, received, sent, group=self.group, async_op=True
-        )
-        return self.arriving
+        arriving = self._arriving = x.new_empty(sum(received), *x.shape[1:])
+        self._work = dist.all_to_all_single(arriving, self._leaving, received, sent, group=self.group, async_op=True)
+        return arriving
 
-    def end(self) -> None:
-        """Wait for it."""
+    def end(self) -> Tensor:
+        """Wait for it, and return what has arrived. It is let go of: the rows know the exchange, as part of autograd's
+        graph, and would else be held until cycles are collected.
+        """
         self._work.wait()
+        arrived, self._arriving = self._arriving, None
         self._work = self._leaving = None
+        assert arrived is not None
+        return arrived
 
 
 def start_exchange(
@@ -113,8 +116,7 @@ class _StartExchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
-        ctx.exchange.end()
-        return ctx.exchange.arriving, None  # not the gradient that came, which stands in for it
+        return ctx.exchange.end(), None  # not the gradient that came, which stands in for it
 
 
 class _FinishExchange(torch.autograd.Function):

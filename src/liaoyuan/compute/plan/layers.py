@@ -25,6 +25,7 @@ from liaoyuan.parallel.pipeline import cut_layers
 FEW = 2  # layers of each kind in a model without stages; with stages, one in each
 MICROBATCHES = 3  # of a step that is run dry, the second of which is like all others between the first and the last
 STAGES = 3
+SPLIT = ("zbv", "dualpipev")  # schedules that split the backward pass, where the first stage has no input's part
 CUT = "cut_layers"  # by this name `program` cuts a model into stages
 PHASES = ("forward", "backward", "update")
 Block = tuple[tuple[bool, int | None], ...]  # layers that repeat together: of each, whether it is sparse, its window
@@ -66,7 +67,7 @@ class Sample:
 @dataclass(frozen=True)
 class Samples:
     """base: of each of the sketch's `ranks`. more: with one more block of each of its `kinds`, of the rank at `place`:
-    what a block adds is the same everywhere.
+    what a block adds is the same everywhere, but for the first stage where the backward pass is split.
     """
 
     base: tuple[Sample, ...]
@@ -116,7 +117,7 @@ def sketch(job: Job) -> Sketch:
 
 def sample(sketch: Sketch, at_once: int = 2) -> Samples:
     """Run the small jobs dry, so many processes at the same time."""
-    place = min(1, len(sketch.ranks) - 1)
+    place = 0 if sketch.small.resolved.schedule in SPLIT else min(1, len(sketch.ranks) - 1)
     calls = [(sketch.small, sketch.base, rank) for rank in sketch.ranks]
     calls += [(sketch.small, _with(sketch.base, kind), sketch.ranks[place]) for kind in sketch.kinds]
     found = apart_each(_sample, calls, at_once)
@@ -183,7 +184,7 @@ def _last_if_short(block: Block) -> tuple[int, str]:
 def _smaller(job: Job) -> Job:
     """Return the job with few microbatches and stages, and as many rows in each microbatch."""
     layout, train = job.resolved, job.train
-    stages = min(layout.pp, 2 if layout.schedule in ("zbv", "dualpipev") else STAGES)
+    stages = min(layout.pp, 2 if layout.schedule in SPLIT else STAGES)
     layout = layout.model_copy(update={"pp": stages})
     few = max(fewest_microbatches(layout), MICROBATCHES if stages == 1 else stages)
     if layout.schedule == "interleaved" and stages > 1:

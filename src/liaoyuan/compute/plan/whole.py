@@ -14,7 +14,7 @@ from liaoyuan.compute.plan.cluster import Cluster
 from liaoyuan.compute.plan.dry_run import Job
 from liaoyuan.compute.plan.fabric import Fabric
 from liaoyuan.compute.plan.flow import Flow, flow
-from liaoyuan.compute.plan.layers import Block, Part, Sample, Samples, Sketch, Values, extended
+from liaoyuan.compute.plan.layers import SPLIT, Block, Part, Sample, Samples, Sketch, Values, extended
 from liaoyuan.compute.plan.ops import COMPUTE
 from liaoyuan.compute.plan.profile import DeviceProfile
 from liaoyuan.compute.plan.step_time import Bar
@@ -224,7 +224,7 @@ class Whole:
 
     def _piped_load(self, rank: int) -> Load:
         held, counts = _Costs(self, _held_change), _Costs(self, lambda part: part.counts)
-        lasting = held.lasting(rank) + self._batches + self._arriving(rank)
+        lasting = held.lasting(rank) + self._batches + self._arriving(rank) + self._left(rank)
         begin, reduce, update = (held.part(rank, name) for name in ("begin", REDUCE, OPTIMISER))
         live, moments, total = lasting, list[tuple[str, float, float, float]](), dict[str, float]()
         seen = set[tuple[str, int]]()
@@ -237,7 +237,7 @@ class Whole:
                 total[key] = total.get(key, 0.0) + value
 
         take("begin", begin, counts.part(rank, "begin"))
-        live += self._stacked
+        live += self._stacked - self._left(rank)
         for action in orders(self.layout, self.microbatches)[rank]:
             is_first = (action.kind, action.stage) not in seen
             seen.add((action.kind, action.stage))
@@ -259,12 +259,26 @@ class Whole:
         places = sum((stage > 0) + (stage < last) for stage in stage_numbers(self.layout, rank))
         return places * self._handed * self.times
 
+    def _left(self, rank: int) -> int:
+        """Bytes that stages have left of the last step for the microbatches that the small job does not have: losses,
+        and with a split backward pass the gradients that were handed on.
+        """
+        own = stage_numbers(self.layout, rank)
+        split = self.layout.schedule in SPLIT
+        handed = sum(stage > 0 and stage - 1 not in own for stage in own) if split else 0
+        losses = 4 * (self._tokens + 1) if self.layout.stages - 1 in own else 0
+        return (handed * self._handed + losses) * self.times
+
     @property
     def _stacked(self) -> int:
         """Bytes of what the schedule is given of the microbatches that the small job does not have."""
-        tokens = self.job.rows // (self.layout.dp * self.layout.fsdp) // self.microbatches * self.job.sequence_length
-        each = tokens // self.layout.context * (3 * 8 + 4)  # tokens, positions, targets, weights
-        return each * self.times
+        return self._tokens * (3 * 8 + 4) * self.times  # tokens, positions, targets, weights
+
+    @property
+    def _tokens(self) -> int:
+        """Of a microbatch, that one process of the pipeline has."""
+        rows = self.job.rows // (self.layout.dp * self.layout.fsdp) // self.microbatches
+        return rows * self.job.sequence_length // self.layout.context
 
     def _hands_on(self, action: Action, rank: int) -> bool:
         """Return whether what comes of an action goes to another process."""
@@ -298,10 +312,10 @@ class _Costs:
         if key not in self._actions:
             samples, more = self.whole.samples, self.whole._more[action.stage]
             place, stage = self._standing(action.stage)
-            middle = self._middle()
+            grown = self._grown(action.stage)
             base = self._of(samples.base[place], action.kind, stage, is_first)
-            here = self._of(samples.base[samples.place], action.kind, middle, is_first)
-            others = [self._of(sample, action.kind, middle, is_first) for sample in samples.more]
+            here = self._of(samples.base[samples.place], action.kind, grown, is_first)
+            others = [self._of(sample, action.kind, grown, is_first) for sample in samples.more]
             self._actions[key] = extended(base, here, others, more)
         return self._actions[key]
 
@@ -344,8 +358,13 @@ class _Costs:
         return next(rank for rank in range(self.small.pp) if own in stage_numbers(self.small, rank)), own
 
     def _middle(self) -> int:
-        """Return the stage of the small job whose layers stand for all."""
-        return min(stage_numbers(self.small, self.whole.samples.place))
+        """Return the stage of the small job that stands for those between the first and the last."""
+        return min(stage_numbers(self.small, min(1, self.small.pp - 1)))
+
+    def _grown(self, stage: int) -> int:
+        """Return the stage of the small job where it is seen what a block adds to a stage of the whole job."""
+        own = stage_numbers(self.small, self.whole.samples.place)
+        return min(own) if stage == 0 or 0 not in own else max(own)
 
     def _of(self, sample: Sample, kind: str, stage: int, is_first: bool) -> Values:
         found = [
@@ -355,7 +374,7 @@ class _Costs:
         ]
         if not found:
             return {}
-        number, part = found[0 if is_first or len(found) == 1 else 1]
+        number, part = found[0 if is_first else len(found) // 2]
         return self._valued(sample, number, part)
 
     def _sum(self, sample: Sample, name: str) -> Values:
