@@ -136,9 +136,9 @@ def kind_of(bar: Bar) -> int:
     """Return which of `KINDS` a bar is of, by its stream and name."""
     if re.search(r"\b(host|launch|copy)\b", bar.stream):
         return HOST
-    if "compute" not in bar.stream:
+    if not re.search(r"\b(compute|stage)\b", bar.stream):
         return MESSAGE
-    if "backward" in bar.name:
+    if re.match(r"backward|input|weight", bar.name):
         return BACKWARD
     return UPDATE if "update" in bar.name else FORWARD
 
@@ -163,8 +163,8 @@ def _held(one: Memory) -> Table:
         (f"{part.module or 'the model'}: {part.operator}", part.phase, f"{part.bytes / GIB:,.2f}")
         for part in one.held[:SHOWN]
     ]
-    rest = sum(part.bytes for part in one.held[SHOWN:])
-    if rest:
+    rest = one.tensors - sum(part.bytes for part in one.held[:SHOWN])
+    if rest > 0:
         rows.append((Text("all else", "其余"), "", f"{rest / GIB:,.2f}"))
     rows += [(name, Text("allowance", "预留"), f"{span.median / GIB:,.2f}") for name, span in one.allowance.items()]
     rows.append((Text("together", "合计"), "", f"{one.total.median / GIB:,.2f}"))

@@ -6,14 +6,14 @@ itself to both ends of its 90% range, and what that does to the logarithm of the
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from liaoyuan.compute.plan.actions import BACKWARD, FORWARD, INPUT
 from liaoyuan.compute.plan.cluster import GIB, Cluster
 from liaoyuan.compute.plan.cost import rate_of
 from liaoyuan.compute.plan.dry_run import Job
-from liaoyuan.compute.plan.layers import sample, sketch
+from liaoyuan.compute.plan.layers import extended, sample, sketch
 from liaoyuan.compute.plan.profile import DeviceProfile, Figure, assumed
 from liaoyuan.compute.plan.step_time import Span, StepTime
 from liaoyuan.compute.plan.trace import Held
@@ -27,6 +27,7 @@ RANGE = 1.645  # standard deviations, between which and their negative lies 90% 
 FRAGMENTATION = Figure(median=0.03, sigma=0.7)
 RESERVED = 0.3  # sigma of what the cluster's file says that the runtime and the collectives' buffers take
 SHOWN = 12  # parts of what is held at the peak
+MICROBATCHES = "kept for the backward passes of other microbatches"
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _memory(load: Load, whole: Whole, step: Step, details: bool) -> Memory:
         allowance,
         total,
         room,
-        _held(load),
+        _held(load, whole),
         tuple(_timeline(load, whole, step)) if details else (),
         load.flops,
         load.sent,
@@ -179,19 +180,26 @@ def _range(figure: Figure) -> Span:
     return Span(figure.at(-RANGE).median, figure.median, figure.at(RANGE).median)
 
 
-def _held(load: Load) -> tuple[Held, ...]:
-    """Return what is held at the peak: as in the sample, with its activations multiplied until they make up for it."""
-    held = load.sample.held
-    kept = sum(one.bytes for one in held if one.phase == "forward" and one.module.startswith("layers."))
-    rest = sum(one.bytes for one in held) - kept
-    times = max(0.0, (load.peak - rest) / kept) if kept else 1.0
-    found = [
-        Held(one.module, one.operator, one.phase, round(one.bytes * times), round(one.tensors * times))
-        if one.phase == "forward" and one.module.startswith("layers.")
-        else one
-        for one in held
-    ]
+def _held(load: Load, whole: Whole) -> tuple[Held, ...]:
+    """Return what is held at the peak: as in the sample, with all layers; what is left then are more microbatches."""
+    samples = whole.samples
+    base, here = _sizes(load.sample.held), _sizes(samples.base[samples.place].held)
+    others = [_sizes(sample.held) for sample in samples.more]
+    made = {_key(one): one for sample in (*samples.base, *samples.more) for one in sample.held}
+    values = extended(base, here, others, whole.more_of(load.rank))
+    found = [replace(made[key], bytes=round(size)) for key, size in values.items() if size >= 1]
+    rest = round(load.peak) - sum(one.bytes for one in found)
+    if rest > 0:
+        found.append(Held("layers.*", MICROBATCHES, "forward", rest, 0))
     return tuple(sorted(found, key=lambda one: -one.bytes)[:SHOWN])
+
+
+def _key(one: Held) -> str:
+    return f"{one.module} {one.operator} {one.phase}"
+
+
+def _sizes(held: tuple[Held, ...]) -> dict[str, float]:
+    return {_key(one): float(one.bytes) for one in held}
 
 
 def _timeline(load: Load, whole: Whole, step: Step) -> list[tuple[float, int]]:

@@ -5,6 +5,7 @@ of each stage is played by itself, and the schedule's actions flow through all p
 reduction of gradients and the optimiser after.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -88,6 +89,14 @@ class Whole:
         found = self._piped_loads
         middle = sorted(found[1:-1], key=lambda load: -load.peak)[:1]
         return [found[0], *middle, found[-1]]
+
+    def more_of(self, number: int) -> list[float]:
+        """Return how many blocks of each kind each stage of process `number` has beyond the samples', on the mean."""
+        if self.layout.pp == 1:
+            return self._more[0]
+        own = stage_numbers(self.layout, number // (self.job.processes // self.layout.pp))
+        counts = sum((self.sketch.stages[stage] for stage in own), Counter[Block]())
+        return self.sketch.more(counts, len(own))
 
     @property
     def executed(self) -> float:
@@ -302,6 +311,7 @@ class _Costs:
     def __init__(self, whole: Whole, value: ValueOf) -> None:
         self.whole, self.value = whole, value
         self.small = whole.sketch.small.resolved
+        self.each = whole.job.processes // whole.layout.pp
         self._parts: dict[tuple[int, int, str], Values] = {}
         self._actions: dict[tuple[str, int, bool], Values] = {}
         self._ranks: dict[tuple[int, str], Values] = {}
@@ -329,7 +339,7 @@ class _Costs:
                 self._sum(base, name),
                 self._sum(here, name),
                 [self._sum(other, name) for other in others],
-                self._more_of(rank),
+                self.whole.more_of(rank * self.each),
             )
         return self._ranks[rank, name]
 
@@ -339,17 +349,12 @@ class _Costs:
         base, here = samples.base[self.whole._place(rank)], samples.base[samples.place]
         others = [{"lasting": float(other.lasting)} for other in samples.more]
         found = extended(
-            {"lasting": float(base.lasting)}, {"lasting": float(here.lasting)}, others, self._more_of(rank)
+            {"lasting": float(base.lasting)},
+            {"lasting": float(here.lasting)},
+            others,
+            self.whole.more_of(rank * self.each),
         )
         return found["lasting"]
-
-    def _more_of(self, rank: int) -> list[float]:
-        own = stage_numbers(self.whole.layout, rank)
-        counts = dict[Block, int]()
-        for stage in own:
-            for block, count in self.whole.sketch.stages[stage].items():
-                counts[block] = counts.get(block, 0) + count
-        return self.whole.sketch.more(counts, len(own))
 
     def _standing(self, stage: int) -> tuple[int, int]:
         """Return which of the sketch's ranks, and which stage of its, stands for a stage."""
