@@ -12,9 +12,9 @@ from liaoyuan.compute.plan.trace import Held
 
 GIB = 2**30
 BARS = (
-    Bar("compute", 0.0, 1.0, "forward: linear"),
-    Bar("compute", 1.5, 3.0, "backward: linear"),
-    Bar("compute", 3.5, 4.0, "update: adamw_step"),
+    Bar("compute", 0.0, 1.0, "forward linear"),
+    Bar("compute", 1.5, 3.0, "backward linear"),
+    Bar("compute", 3.5, 4.0, "update adamw_step"),
     Bar("fsdp", 0.5, 1.5, "all-gather"),
     Bar("launch", 0.0, 0.1, "linear"),
 )

@@ -92,7 +92,7 @@ class _Reader:
         if event.operator == PACK_GRADIENTS and self.reduced >= 0:
             after = tuple({*after, self.reduced})
         holds = event.operator == READ or any(block in self.counting for block in event.reads)
-        name = f"{event.module}: {event.operator}" if event.module else event.operator
+        name = f"{event.phase} {event.module}: {event.operator}" if event.module else f"{event.phase} {event.operator}"
         self._add(Op(name, COMPUTE, work_of(event), None, -1, after, holds))
         self.computed = len(self.ops) - 1
         if event.operator == UNPACK:

@@ -129,7 +129,8 @@ def _charts(bars: Sequence[Bar]) -> list[Part]:
     used = sorted({stretch.kind for stretch in stretches})
     stretches = [Stretch(one.row, used.index(one.kind), one.begin, one.end) for one in stretches]
     drawing = Gantt(Text("seconds", "秒"), streams, [KINDS[kind] for kind in used], stretches)
-    return [Plot(Text("What goes on when", "何时做什么"), drawing, wide=True)]
+    note = Text("Of few layers and microbatches: all others are like them.", "仅示少数层与微批：其余与之相同。")
+    return [Plot(Text("What goes on when", "何时做什么"), drawing, note if "compute" in streams else "", wide=True)]
 
 
 def kind_of(bar: Bar) -> int:
@@ -140,7 +141,7 @@ def kind_of(bar: Bar) -> int:
         return MESSAGE
     if re.match(r"backward|input|weight", bar.name):
         return BACKWARD
-    return UPDATE if "update" in bar.name else FORWARD
+    return UPDATE if bar.name.startswith("update") else FORWARD
 
 
 def _memory(memory: Sequence[Memory]) -> list[Part]:
