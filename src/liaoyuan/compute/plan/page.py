@@ -103,7 +103,7 @@ def _rests(found: Prediction) -> Text:
 
 
 def _interval(span: Span, unit: str = "") -> Text:
-    low, high = (f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in (span.low, span.high))
+    low, high = _number(span.low), _number(span.high)
     return Text(f"{low} to {high}{unit}", f"{low} 至 {high}{unit}")
 
 
@@ -234,8 +234,16 @@ def goodput_section(found: Goodput) -> Section:
         [
             Figure(f"{found.days.median:.3g}", Text("days to finish", "完成所需天数"), _lived(found.days)),
             Figure(f"{found.ideal_days.median:.3g}", Text("if nothing failed", "若无故障"), _lived(found.ideal_days)),
-            Figure(f"{found.ettr.median:.1%}", Text("effective training time", "有效训练时间占比"), _lived(found.ettr)),
-            Figure(f"{found.mtbf_hours.median:.3g} h", Text("between failures", "故障间隔"), _lived(found.mtbf_hours)),
+            Figure(
+                f"{found.ettr.median:.1%}",
+                Text("effective training time", "有效训练时间占比"),
+                Text(
+                    f"{found.ettr.low:.1%} to {found.ettr.high:.1%}", f"{found.ettr.low:.1%} 至 {found.ettr.high:.1%}"
+                ),
+            ),
+            Figure(
+                f"{_number(found.mtbf_hours.median)} h", Text("between failures", "故障间隔"), _lived(found.mtbf_hours)
+            ),
         ]
     )
     drawing = Intervals(
@@ -251,4 +259,9 @@ def goodput_section(found: Goodput) -> Section:
 
 
 def _lived(found: Lived) -> Text:
-    return Text(f"{found.low:.3g} to {found.high:.3g}", f"{found.low:.3g} 至 {found.high:.3g}")
+    low, high = _number(found.low), _number(found.high)
+    return Text(f"{low} to {high}", f"{low} 至 {high}")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
