@@ -223,7 +223,7 @@ void quantised_linear(const QuantisedWeights& w, const float* x, const float* bi
 template <>
 void quantised_linear(const QuantisedWeights& w, const BFloat16* x, const BFloat16* bias, BFloat16* result,
                       const QuantisedShape& s) {
-#ifdef HAS_AMX
+#if defined(HAS_AMX) && defined(__AVX512BF16__)  // each AMX unit stands beside it; an emulated one may not
   if (amx_permitted()) return by_bits<TileProducts>(w, x, bias, result, s);
 #endif
 #ifdef __AVX512BF16__
