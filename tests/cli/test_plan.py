@@ -30,7 +30,8 @@ pp = 2
 
 
 @pytest.fixture
-def run_file(tmp_path: Path) -> Path:
+def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # where a page is written, if one is
     (tmp_path / "run.toml").write_text(RUN, encoding="utf-8")
     return tmp_path / "run.toml"
 
