@@ -21,7 +21,8 @@ from liaoyuan.compute.plan import Cluster, read_cluster
 from liaoyuan.compute.plan.cluster import Storage
 from liaoyuan.compute.plan.goodput import Run
 from liaoyuan.compute.plan.goodput.estimate import DAY, chances_of, costs_of, live
-from liaoyuan.compute.plan.recovery import KINDS, Failures, Kind, Recovery, Span, exactly, span
+from liaoyuan.compute.plan.recovery import KINDS, Failures, Kind, Recovery
+from liaoyuan.compute.plan.span import Z90, Span, exactly
 
 LIVES = 1000
 MINUTE = 60.0
@@ -35,12 +36,12 @@ RATES = {  # unexpected interruptions per 1,000 node-days, of 8 accelerators
 }
 # In place of defaults that come from the scored source.
 KINDS_WITHOUT_BYTEDANCE = (
-    Kind(name="process", share=0.4, detect=span(10, 60, 600)),
-    Kind(name="node", share=0.5, detect=span(30, 300, 1800), loses_node=True),
-    Kind(name="hang", share=0.1, detect=span(300, 1200, 3600), loses_node=True),
+    Kind(name="process", share=0.4, detect=Span(10, 60, 600)),
+    Kind(name="node", share=0.5, detect=Span(30, 300, 1800), loses_node=True),
+    Kind(name="hang", share=0.1, detect=Span(300, 1200, 3600), loses_node=True),
 )
 KINDS_WITHOUT_DLROVER = (
-    Kind(name="process", share=0.3, detect=span(10, 30, 300)),  # Llama 3 names no broken part for at most 40%
+    Kind(name="process", share=0.3, detect=Span(10, 30, 300)),  # Llama 3 names no broken part for at most 40%
     *(kind.model_copy(update={"share": share}) for kind, share in zip(KINDS[1:3], (0.6, 0.1), strict=True)),
 )
 
@@ -60,7 +61,7 @@ class Row:
     reported: float
     bound: bool = False
     weights: float = 100e9
-    saves: Span = field(default_factory=lambda: span(10 * MINUTE, 30 * MINUTE, 180 * MINUTE))
+    saves: Span = field(default_factory=lambda: Span(10 * MINUTE, 30 * MINUTE, 180 * MINUTE))
     step: float = 10.0
     asynchronous: bool = True
     every_step: bool = False
@@ -73,15 +74,15 @@ class Row:
 def others(source: str) -> Span:
     """Return the belief about the rate that the other sources make: log-normal, of their mean and deviation."""
     logs = [math.log(rate) for name, rate in RATES.items() if name != source]
-    centre, width = statistics.fmean(logs), 1.645 * statistics.stdev(logs)
-    return span(math.exp(centre - width), math.exp(centre), math.exp(centre + width))
+    centre, width = statistics.fmean(logs), Z90 * statistics.stdev(logs)
+    return Span(math.exp(centre - width), math.exp(centre), math.exp(centre + width))
 
 
 def counted(failures: int, cards: int, days: float) -> Span:
     """Return the rate of so many failures, with the range of a count."""
     rate = failures / (cards / 8) / days * 1000
-    width = 1.645 / math.sqrt(failures)
-    return span(rate * math.exp(-width), rate, rate * math.exp(width))
+    width = Z90 / math.sqrt(failures)
+    return Span(rate * math.exp(-width), rate, rate * math.exp(width))
 
 
 ENOUGH = 64  # spare nodes, where a job had a larger cluster around it
@@ -100,14 +101,14 @@ LLAMA = Row(
 BYTEDANCE = Recovery(
     kinds=KINDS_WITHOUT_BYTEDANCE,
     spares=ENOUGH,
-    start=span(60, 300, 1200),
-    requeue=span(600, 3600, 14400),
-    slow_while_saving=span(1.0, 1.05, 1.22),
+    start=Span(60, 300, 1200),
+    requeue=Span(600, 3600, 14400),
+    slow_while_saving=Span(1.0, 1.05, 1.22),
 )
-DLROVER = Recovery(kinds=KINDS_WITHOUT_DLROVER, stall=span(0.1, 1.0, 10.0))
+DLROVER = Recovery(kinds=KINDS_WITHOUT_DLROVER, stall=Span(0.1, 1.0, 10.0))
 BLOCKING = DLROVER.model_copy(update={"stall": exactly(120), "copy_gb": exactly(1e9), "spares": 0})
 THOUSANDS = others("")  # of cards: 2,000 here, from half to twice as many
-THOUSANDS = Span(low=THOUSANDS.low / 2, median=THOUSANDS.median, high=THOUSANDS.high * 2)
+THOUSANDS = Span(THOUSANDS.low / 2, THOUSANDS.median, THOUSANDS.high * 2)
 SHORT_STALL = DLROVER.model_copy(update={"stall": exactly(0.2), "copy_gb": exactly(1e9), "spares": 16})
 ROWS = (
     replace(LLAMA, rate=counted(419, 16384, 54), given=LLAMA.given + ", number of failures"),

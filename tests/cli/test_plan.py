@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from liaoyuan.cli.main import app
-from liaoyuan.cli.plan import parse_layout
+from liaoyuan.cli.plan_job import parse_layout
 from liaoyuan.compute.plan import read_cluster
 from liaoyuan.compute.plan.profile import assumed
 from liaoyuan.errors import LiaoyuanError
@@ -91,7 +91,7 @@ def test_a_step_is_told_with_its_reasons(run_file: Path, tmp_path: Path) -> None
     arguments = (run_file, "--processes", 2, "--vocab", 512, "--layout", "fsdp=2", "--cluster", "h100", "--explain")
     text = plan(*arguments, "--set", "train.batch_tokens=4096").stdout
     assert "A step takes" in text and "tokens/s on each card" in text and "waiting for" in text
-    assert "The interval is as wide as it is because of" in text and "links." not in text.split("rests on")[1]
+    assert "It is as wide because of" in text and "links." not in text.split("rests on")[1]
     assert "it fits in 79.60 GiB" in text and "runtime and buffers of collectives" in text
     found = json.loads(plan(*arguments, "--set", "train.batch_tokens=4096", "--profile", profile, "--json").stdout)
     seconds = found["step"]["seconds"]

@@ -68,11 +68,11 @@ def swapped_heads() -> None:
 
 def averaged_microbatches() -> None:
     """Pipeline: gradients divided by the number of microbatches."""
-    made = dict(pipeline.SINGLE)
-    for name, schedule in made.items():
-        pipeline.SINGLE[name] = lambda *args, schedule=schedule, **options: schedule(
-            *args, **(options | {"scale_grads": True})
-        )
+    from torch.distributed.pipelining import schedules
+
+    for name in pipeline.SINGLE.values():
+        made: Any = getattr(schedules, name)
+        setattr(schedules, name, lambda *args, made=made, **options: made(*args, **(options | {"scale_grads": True})))
 
 
 def lost_addend() -> None:

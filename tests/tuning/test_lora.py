@@ -80,9 +80,18 @@ def test_merged_weights_compute_what_weights_and_adapter_compute(
     if dtype is torch.float32:
         torch.testing.assert_close(found, unmerged, atol=2e-4, rtol=2e-4)
     else:  # both are off from what fp32 gives by bf16's rounding: the one no more than the other
-        exact = log_probs(adapted(with_weights_of(base), method, config).models[0])
-        off, merged_off = (float((x - exact).detach().square().mean().sqrt()) for x in (unmerged, found))
-        assert merged_off < 1.5 * off + 0.01
+        exact = adapted(with_weights_of(base), method, config).models[0]
+        off, merged_off = (usual_distance(model, exact) for model in (program.models[0], merged))
+        assert merged_off < 1.2 * off
+
+
+@torch.no_grad()
+def usual_distance(model: Decoder, exact: Decoder) -> float:
+    """Return the median over 320 tokens: the few whose rounded router chose another expert are off by much more."""
+    tokens = torch.randint(1, 30, (8 * 40,), generator=torch.Generator().manual_seed(1))
+    positions, context = packed_context([40] * 8)
+    found, right = (one(tokens, positions, context, targets=tokens.roll(-1)) for one in (model, exact))
+    return float((found - right).abs().median())
 
 
 def with_weights_of(model: Decoder) -> Decoder:

@@ -13,14 +13,14 @@ from liaoyuan.cli.plan_goodput import goodput
 from liaoyuan.cli.plan_serve import serve, serve_rates
 from liaoyuan.cli.plan_tune import PlanCommand, tune
 from liaoyuan.cli.plan_validate import validate
-from liaoyuan.errors import LiaoyuanError, nearest
+from liaoyuan.cli.plan_words import size
+from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
     from liaoyuan.compute.plan import Accelerator, Footprint, Job
+    from liaoyuan.training.pretrain import PretrainConfig
 
-CONTEXT = ("ulysses", "ring")
 SHOWN = 6  # parts of the memory at the peak
-PAGE = "report.html"
 
 app = typer.Typer(
     cls=PlanCommand,
@@ -59,18 +59,20 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON; a page only with --report.")] = False,
 ) -> None:
     """Dry-run a training job; or rank its layouts, if it has none (or "auto") and a cluster is named."""
+    from liaoyuan.cli.plan_job import job_of, names_layout, run_config
+    from liaoyuan.cli.plan_page import page_path
     from liaoyuan.cli.plan_step import explain as explained
     from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan import footprints, read_cluster
 
     card = read_cluster(cluster).accelerator if cluster else None
-    job, has_layout = job_of(run_file, set_, processes, layout, device or (card.device if card else "cuda"), vocab)
-    page = report or (None if json else Path(PAGE))
-    if cluster and not has_layout and not explain:
-        _search(job, cluster, profile, keep, whole, json, page)
+    config = run_config(run_file, set_)
+    job = job_of(config, processes, layout, device or (card.device if card else "cuda"), vocab)
+    if cluster and not names_layout(config, layout) and not explain:
+        _search(config, job, cluster, profile, keep, whole, json, page_path(report, json))
         return
     if explain or profile or report:
-        explained(job, cluster, profile, json, page)
+        explained(config, job, cluster, profile, json, page_path(report, json))
         return
     if bad := [number for number in rank or [] if number >= processes]:
         raise LiaoyuanError(f"There is no process {bad[0]}: they are numbered 0 to {processes - 1}.")
@@ -99,93 +101,45 @@ app.command("buy")(buy)
 app.command("shapes")(shapes)
 
 
-def parse_layout(text: str) -> dict[str, Any]:
-    """Return the keys of `[layout]` that a text like 'tp=8,ring=2,recompute=full' sets.
-
-    Raises:
-        LiaoyuanError: a part is no KEY=VALUE, or the key is unknown.
-    """
-    from liaoyuan.parallel import Layout
-
-    values: dict[str, Any] = {}
-    for part in text.replace(" ", "").split(","):
-        key, equals, value = part.partition("=")
-        known = [*(key for key in Layout.model_fields if key != "cp"), *CONTEXT]
-        if not equals or not value:
-            raise LiaoyuanError(f"--layout: '{part}' must look like tp=8.")
-        if key not in known:
-            raise LiaoyuanError(f"--layout: there is no axis or setting '{key}'{nearest(key, known) or '.'}")
-        if key in CONTEXT:
-            values.setdefault("cp", {})[key] = value
-        else:
-            values[key] = value
-    return values
-
-
-def job_of(
-    run_file: Path | None, set_: list[str] | None, processes: int, layout: str | None, device: str, vocab: int | None
-) -> "tuple[Job, bool]":
-    """Return the job, and whether it names a layout."""
-    from liaoyuan import config as configuration
-    from liaoyuan.compute.plan import Job
-    from liaoyuan.compute.plan.dry_run import Planned
-    from liaoyuan.data import load_corpus
-    from liaoyuan.parallel import Layout
-    from liaoyuan.training.pretrain import PretrainConfig, shaped
-
-    config = configuration.load(PretrainConfig, run_file, ["corpus=.", *(set_ or [])] if not run_file else set_ or [])
-    try:
-        tokens = vocab or load_corpus(config.corpus).tokenizer().vocab_size
-    except LiaoyuanError as error:
-        raise LiaoyuanError(f"{error} Or say here how many different tokens there are: --vocab.") from error
-    chosen = configuration.parse(Layout, parse_layout(layout), "--layout") if layout else config.layout
-    model = shaped(config.model, tokens, None, Planned(device))
-    named = bool(layout) or ("layout" in config.model_fields_set and not config.plan.auto)
-    return Job(model, chosen, processes, config.sequence_length, config.train, device), named
-
-
 def _search(
-    job: "Job", cluster: str, profile: Path | None, keep: str | None, whole: int, json: bool, page: Path | None
+    config: "PretrainConfig",
+    job: "Job",
+    cluster: str,
+    profile: Path | None,
+    keep: str | None,
+    whole: int,
+    json: bool,
+    page: Path | None,
 ) -> None:
+    from liaoyuan.cli.plan_job import machines_of
     from liaoyuan.cli.plan_page import write_page
     from liaoyuan.cli.plan_search import find, show
     from liaoyuan.cli.progress import bar
-    from liaoyuan.compute.plan import read_cluster
-    from liaoyuan.compute.plan.profile import assumed, read_profile
 
-    machines = read_cluster(cluster)
-    figures = read_profile(profile) if profile else assumed(machines)
+    machines, figures = machines_of(cluster, profile)
     with bar("Search", quiet=json) as report:
         ranking = find(job, machines, figures, keep, whole, report)
     show(ranking, figures, json)
     if page:
-        write_page(page, ranking.best.job, machines, figures, ranking=ranking, quiet=json)
+        write_page(page, config, ranking.best.job, machines, figures, ranking=ranking, quiet=json)
 
 
 def _told(one: "Footprint") -> str:
     lines = [
-        f"\nProcess {one.rank:,}: peak {_size(one.peak)}, of which {_size(one.lasting)} between steps; "
+        f"\nProcess {one.rank:,}: peak {size(one.peak)}, of which {size(one.lasting)} between steps; "
         f"{one.flops / 1e12:,.1f} TFLOP a step"
     ]
     for part in one.held[:SHOWN]:
-        lines.append(f"  {_size(part.bytes):>12}  {part.module or 'the model'}: {part.operator} ({part.phase})")
+        lines.append(f"  {size(part.bytes):>12}  {part.module or 'the model'}: {part.operator} ({part.phase})")
     for name, sent in sorted(one.sent.items(), key=lambda item: -item[1].bytes):
-        lines.append(f"  {_size(sent.bytes):>12}  sent, {name} in {sent.calls:,} calls")
+        lines.append(f"  {size(sent.bytes):>12}  sent, {name} in {sent.calls:,} calls")
     return "\n".join(lines)
 
 
 def _fit(one: "Footprint", card: "Accelerator") -> str:
     room = card.usable_bytes
     verb = "fits in" if one.peak <= room else "does NOT fit in"
-    return f"  It {verb} a {card.name}: {one.peak / room:.0%} of the {_size(room)} that tensors may take."
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
-        count /= 1024
-    raise AssertionError
+    return f"  It {verb} a {card.name}: {one.peak / room:.0%} of the {size(room)} that tensors may take."
 
 
 app.command("tune")(tune)

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from liaoyuan.cli.plan_words import read_span, told
 from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
-    from liaoyuan.compute.plan import Cluster
     from liaoyuan.compute.plan.advice import Outcome
-    from liaoyuan.compute.plan.profile import DeviceProfile
-    from liaoyuan.compute.plan.step_time import Span
     from liaoyuan.compute.plan.suits import Suit
 
 SHOWN = 5  # sizes of each kind
@@ -49,12 +47,15 @@ def largest(
     json: AsJson = False,
 ) -> None:
     """Tell the largest model that these cards train in so many days, and its best layout."""
+    from liaoyuan.cli.plan_job import machines_of
     from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan.advice import Wish
     from liaoyuan.compute.plan.advice import largest as found_largest
 
-    machines, figures = _machines(cluster, profile)
-    wish = Wish(days, tokens_per_weight, batch_tokens, sequence_length, vocab, read_share(effective))
+    machines, figures = machines_of(cluster, profile)
+    wish = Wish(
+        days, tokens_per_weight, batch_tokens, sequence_length, vocab, read_span(effective, "--effective", most=1)
+    )
     with bar("Largest", quiet=json) as report:
         found = found_largest(machines, figures, processes, wish, whole, report)
     if json:
@@ -68,7 +69,7 @@ def largest(
         f"{model.head_dim} ({model.num_key_value_heads} of keys and values), intermediate size "
         f"{model.intermediate_size:,}"
     )
-    print(_told(found))
+    print(_outcome(found))
     print(_basis(found))
 
 
@@ -86,14 +87,15 @@ def buy(
     json: AsJson = False,
 ) -> None:
     """Tell for each kind of machine how many cards train this run in so many days: layout, energy and cost."""
-    from liaoyuan.cli.plan import job_of
+    from liaoyuan.cli.plan_job import job_of, machines_of, run_config
     from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan.advice import to_buy
 
-    share, found = read_share(effective), dict[str, "Outcome | str"]()
+    config, share = run_config(run_file, set_), read_span(effective, "--effective", most=1)
+    found = dict[str, "Outcome | str"]()
     for name in clusters.replace(" ", "").split(","):
-        machines, figures = _machines(name, None)
-        job, _ = job_of(run_file, set_, machines.per_node, None, machines.accelerator.device, vocab)
+        machines, figures = machines_of(name, None)
+        job = job_of(config, machines.per_node, None, machines.accelerator.device, vocab)
         seen = tokens or float(job.train.steps * job.train.batch_tokens)
         try:
             with bar(name, quiet=json) as report:
@@ -106,9 +108,9 @@ def buy(
         return
     print(f"{job.model.num_parameters():,} weights, {seen:,.4g} tokens, in {days:g} days:")
     for name, one in found.items():
-        print(f"\n{name}: {one}" if isinstance(one, str) else f"\n{_cards(name, one)}\n{_told(one)}")
-    if told := next((one for one in found.values() if not isinstance(one, str)), None):
-        print(f"\n{_basis(told)}")
+        print(f"\n{name}: {one}" if isinstance(one, str) else f"\n{_cards(name, one)}\n{_outcome(one)}")
+    if first := next((one for one in found.values() if not isinstance(one, str)), None):
+        print(f"\n{_basis(first)}")
 
 
 def shapes(
@@ -123,9 +125,10 @@ def shapes(
     json: AsJson = False,
 ) -> None:
     """Tell which hidden size, head size and shape of experts suit a card: what its products reach of their best."""
+    from liaoyuan.cli.plan_job import machines_of
     from liaoyuan.compute.plan.suits import suits
 
-    machines, figures = _machines(cluster, profile)
+    machines, figures = machines_of(cluster, profile)
     found = suits(figures, hidden, tokens, sequence_length, tp, dtype, experts)
     if json:
         print(json_format.dumps({"card": figures.name, "suits": [asdict(one) for one in found]}, indent=2))
@@ -155,51 +158,24 @@ def _suit_line(one: "Suit") -> str:
     return f"  {one.value:>6,}{rows}: {one.efficiency:6.1%}" + (f"  (lost to {lost})" if lost else "")
 
 
-def read_share(text: str) -> "Span":
-    """Return the span of a share such as "0.9" or "0.8,0.9,0.97".
-
-    Raises:
-        LiaoyuanError: it is no such thing, or not between 0 and 1.
-    """
-    from liaoyuan.compute.plan.step_time import Span
-
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) == 1:
-        numbers *= 3
-    if len(numbers) != 3 or not 0 < numbers[0] <= numbers[1] <= numbers[2] <= 1:
-        raise LiaoyuanError(f"--effective {text}: write a share such as 0.9, or three that rise, as 0.8,0.9,0.97.")
-    return Span(*numbers)
-
-
-def _machines(cluster: str, profile: Path | None) -> "tuple[Cluster, DeviceProfile]":
-    from liaoyuan.compute.plan import read_cluster
-    from liaoyuan.compute.plan.profile import assumed, read_profile
-
-    machines = read_cluster(cluster)
-    return machines, read_profile(profile) if profile else assumed(machines)
-
-
 def _cards(name: str, one: "Outcome") -> str:
     cards, nodes = one.job.processes, one.job.processes // one.cluster.per_node
     return f"{name}: {cards:,} x {one.cluster.accelerator.name} ({nodes:,} nodes)"
 
 
-def _told(one: "Outcome") -> str:
+def _outcome(one: "Outcome") -> str:
     from liaoyuan.compute.plan.reckoned import tokens_per_second, utilisation
 
     choice, step = one.choice, one.choice.seconds
     lines = [
-        f"  layout: {choice.words}; {choice.bytes / one.cluster.accelerator.usable_bytes:.0%} of the memory",
+        f"  layout: {choice.words}; {choice.memory_share(one.cluster):.0%} of the memory",
         f"  a step of {step:,.3g} s, {tokens_per_second(one.job, step):,.4g} tokens/s a card, MFU "
         f"{utilisation(one.job, one.cluster, step):.1%}; {one.steps:,} steps",
-        f"  {_range(one.days)} days, {_range(one.card_hours)} card-hours",
+        f"  {told(one.days)} days, {told(one.card_hours)} card-hours",
     ]
     if energy := one.megawatt_hours:
-        lines.append(f"  {_range(energy)} MWh of the cards alone")
-    lines.append(f"  cost {_range(one.cost)}" if one.cost else "  no cost: the cluster has no price_per_hour")
+        lines.append(f"  {told(energy)} MWh of the cards alone")
+    lines.append(f"  cost {told(one.cost)}" if one.cost else "  no cost: the cluster has no price_per_hour")
     return "\n".join(lines)
 
 
@@ -209,10 +185,6 @@ def _basis(one: "Outcome") -> str:
         "Intervals hold 90%: of a step, and of the share of the time that counts. They rest on "
         f"{found.rests_on if found else 'formulas'}."
     )
-
-
-def _range(span: "Span") -> str:
-    return f"{span.median:,.3g} ({span.low:,.3g} to {span.high:,.3g})"
 
 
 def _values(one: "Outcome") -> dict[str, Any]:
@@ -225,7 +197,7 @@ def _values(one: "Outcome") -> dict[str, Any]:
         "layout": choice.job.layout.model_dump(mode="json"),
         "microbatches": one.job.train.microbatches,
         "step_seconds": asdict(choice.found.seconds) if choice.found else choice.seconds,
-        "memory_share": choice.bytes / one.cluster.accelerator.usable_bytes,
+        "memory_share": choice.memory_share(one.cluster),
         "steps": one.steps,
         "days": asdict(one.days),
         "card_hours": asdict(one.card_hours),

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from liaoyuan.cli.plan_words import GIB, read_span
 from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
     from liaoyuan.compute.plan import Cluster
     from liaoyuan.compute.plan.goodput import Choices, Goodput, Interval, Run
-    from liaoyuan.compute.plan.recovery import Span
+    from liaoyuan.compute.plan.span import Span
     from liaoyuan.training.pretrain import PretrainConfig
 
-GIB = 2**30
 BAR = 24  # signs of the longest bar
 SHOWN = 0.0005  # share of the time below which a loss is not told
 
@@ -46,13 +46,23 @@ def goodput(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Simulate a job among failures: days, where time is lost, the best interval between saves, and spare nodes."""
+    from liaoyuan.cli.plan_job import run_config
     from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan import read_cluster
     from liaoyuan.compute.plan.goodput import best_every, best_spares, with_choice
     from liaoyuan.compute.plan.goodput import goodput as predicted
 
-    run = _run(run_file, set_, processes, step_seconds, tokens_per_second, checkpoint_gib, vocab, cluster, layout, json)
-    run, machines = with_choice(run, read_cluster(cluster), spares=spares)
+    config, machines = run_config(run_file, set_), read_cluster(cluster)
+    if step_seconds is not None and tokens_per_second is not None:
+        raise LiaoyuanError("--step-seconds and --tokens-per-second say the same: give one of them, or none.")
+    size = checkpoint_gib * GIB if checkpoint_gib is not None else _state_bytes(config, vocab)
+    if step_seconds is not None:
+        step = read_span(step_seconds, "--step-seconds")
+    elif tokens_per_second is not None:
+        step = read_span(tokens_per_second, "--tokens-per-second").under(config.train.batch_tokens)
+    else:
+        step = _predicted_step(config, processes, machines, layout, vocab, json)
+    run, machines = with_choice(run_of(config, step, processes, size), machines, spares=spares)
     with bar("As it is", quiet=json) as report:
         now = predicted(run, machines, lives, seed, report)
     with bar("Saves", quiet=json) as report:
@@ -64,109 +74,53 @@ def goodput(
         best = predicted(*with_choice(*tuned, spares=nodes.best.value), lives, seed, report)
     if json:
         values = {"now": asdict(now), "best": asdict(best), "every": asdict(saves), "spares": asdict(nodes)}
-        print(json_format.dumps(_finite({"cluster": machines.name, "run": _described(run), **values}), indent=2))
+        print(json_format.dumps(_finite({"cluster": machines.name, "run": asdict(run), **values}), indent=2))
         return
     print(_heading(run, machines, now))
     print(_table(now, best))
     print(_advice(run, saves, nodes))
 
 
-def read_span(text: str, option: str) -> "Span":
-    """Return the span that '10' or '9,10,12' names.
-
-    Raises:
-        LiaoyuanError: it is no such thing, or not above 0.
-    """
-    from pydantic import ValidationError
-
-    from liaoyuan.compute.plan.recovery import Span
-
-    try:
-        numbers = [float(part) for part in text.split(",")]
-        found = Span.model_validate(numbers[0] if len(numbers) == 1 else numbers)
-    except (ValueError, ValidationError):
-        found = None
-    if found is None or found.low <= 0:
-        raise LiaoyuanError(f"{option} {text}: write a number above 0, or three that rise, as 9,10,12.")
-    return found
-
-
-def _run(
-    run_file: Path | None,
-    set_: list[str] | None,
-    processes: int,
-    step_seconds: str | None,
-    tokens_per_second: str | None,
-    checkpoint_gib: float | None,
-    vocab: int | None,
-    cluster: str,
-    layout: str | None,
-    quiet: bool,
-) -> "Run":
-    from liaoyuan import config as configuration
+def run_of(config: "PretrainConfig", step: "Span", processes: int, state_bytes: float) -> "Run":
+    """Return a run as far as failures are concerned."""
     from liaoyuan.compute.plan.goodput import Run
-    from liaoyuan.compute.plan.recovery import Span
-    from liaoyuan.training.pretrain import PretrainConfig
 
-    config = configuration.load(PretrainConfig, run_file, ["corpus=.", *(set_ or [])] if not run_file else set_ or [])
-    if step_seconds is not None and tokens_per_second is not None:
-        raise LiaoyuanError("--step-seconds and --tokens-per-second say the same: give one of them, or none.")
-    if step_seconds is not None:
-        step = read_span(step_seconds, "--step-seconds")
-    elif tokens_per_second is None:
-        step = _predicted_step(run_file, set_, processes, cluster, layout, vocab, quiet)
-    else:
-        rate, tokens = read_span(tokens_per_second or "", "--tokens-per-second"), config.train.batch_tokens
-        step = Span(low=tokens / rate.high, median=tokens / rate.median, high=tokens / rate.low)
-    size = checkpoint_gib * GIB if checkpoint_gib is not None else _state_bytes(config, vocab)
-    local = config.checkpoint.local_every if config.checkpoint.local else 0
-    every = min(config.train.checkpoint_every, config.train.steps)
-    return Run(config.train.steps, step, processes, size, every, config.checkpoint.asynchronous, local)
-
-
-def _predicted_step(
-    run_file: Path | None,
-    set_: list[str] | None,
-    processes: int,
-    cluster: str,
-    layout: str | None,
-    vocab: int | None,
-    quiet: bool,
-) -> "Span":
-    """Return the seconds of a step, predicted from a dry run under the layout of the run file or the option."""
-    from liaoyuan.cli.plan import job_of
-    from liaoyuan.cli.progress import bar
-    from liaoyuan.compute.plan import predict, read_cluster
-    from liaoyuan.compute.plan.recovery import Span
-    from liaoyuan.rundir import Progress
-
-    machines = read_cluster(cluster)
-    job, has_layout = job_of(run_file, set_, processes, layout, machines.accelerator.device, vocab)
-    if not has_layout and processes > 1:
-        raise LiaoyuanError(
-            "How long a step takes depends on the layout: give [layout] in the run file or --layout (`liaoyuan plan` "
-            "without one finds the best), or say it: --step-seconds 10 or 9,10,12."
-        )
-    with bar("Step", quiet=quiet) as report:
-        seconds = predict(job, machines).step.seconds
-        report(Progress(1, 1, "layout", job.resolved.describe()))
-    return Span(low=seconds.low, median=seconds.median, high=seconds.high)
+    saving, every = config.checkpoint, min(config.train.checkpoint_every, config.train.steps)
+    local = saving.local_every if saving.local else 0
+    return Run(config.train.steps, step, processes, state_bytes, every, saving.asynchronous, local)
 
 
 def _state_bytes(config: "PretrainConfig", vocab: int | None) -> float:
-    from liaoyuan.compute.plan.dry_run import Planned
+    from liaoyuan.cli.plan_job import model_of
     from liaoyuan.compute.plan.goodput.state import state_bytes
-    from liaoyuan.data import load_corpus
-    from liaoyuan.training.pretrain import shaped
 
     try:
-        tokens = vocab or load_corpus(config.corpus).tokenizer().vocab_size
+        return state_bytes(model_of(config, "cuda", vocab), config.train)
     except LiaoyuanError as error:
-        raise LiaoyuanError(
-            f"{error} Or say here how many different tokens there are, --vocab, or the size of a checkpoint, "
-            "--checkpoint-gib."
-        ) from error
-    return state_bytes(shaped(config.model, tokens, None, Planned("cuda")), config.train)
+        raise LiaoyuanError(f"{error} Or say how large a checkpoint is: --checkpoint-gib.") from error
+
+
+def _predicted_step(
+    config: "PretrainConfig", processes: int, cluster: "Cluster", layout: str | None, vocab: int | None, quiet: bool
+) -> "Span":
+    """Return the seconds of a step, predicted in the layout of the run file or the option, else in the best one."""
+    from liaoyuan.cli.plan_job import job_of, names_layout
+    from liaoyuan.cli.plan_search import find
+    from liaoyuan.cli.progress import bar
+    from liaoyuan.compute.plan import predict
+    from liaoyuan.compute.plan.profile import assumed
+    from liaoyuan.rundir import Progress
+
+    job, profile = job_of(config, processes, layout, cluster.accelerator.device, vocab), assumed(cluster)
+    try:
+        with bar("Step", quiet=quiet) as report:
+            if not names_layout(config, layout) and processes > 1:
+                job = find(job, cluster, profile, None, 1, report).best.job
+            seconds = predict(job, cluster, profile).step.seconds
+            report(Progress(1, 1, "layout", job.resolved.describe()))
+    except LiaoyuanError as error:
+        raise LiaoyuanError(f"{error} Or say how long a step takes: --step-seconds 10 or 9,10,12.") from error
+    return seconds
 
 
 def _heading(run: "Run", machines: "Cluster", now: "Goodput") -> str:
@@ -251,10 +205,6 @@ def _minutes(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:,.0f} s"
     return f"{seconds / 60:,.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
-
-
-def _described(run: "Run") -> dict[str, Any]:
-    return {**asdict(run), "step": run.step.model_dump()}
 
 
 def _finite(value: Any) -> Any:

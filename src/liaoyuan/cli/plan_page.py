@@ -10,15 +10,34 @@ if TYPE_CHECKING:
     from liaoyuan.compute.plan.goodput import Goodput
     from liaoyuan.compute.plan.profile import DeviceProfile
     from liaoyuan.compute.plan.search import Ranking
+    from liaoyuan.training.pretrain import PretrainConfig
 
+PAGE = "report.html"
 LIVES = 500  # of the job among failures
+
+
+def page_path(asked: Path | None, json: bool) -> Path | None:
+    """Return where the page goes: where it was asked for, else here; None with JSON alone.
+
+    Raises:
+        LiaoyuanError: here is a page that is no plan's, such as a run's report.
+    """
+    if asked or json:
+        return asked
+    from liaoyuan.compute.plan.page import TITLE
+
+    path = Path(PAGE)
+    if path.exists() and f"<title>{TITLE.en}</title>" not in path.read_text(encoding="utf-8", errors="replace"):
+        raise LiaoyuanError(f"{path} in this folder is another report: say where that of the plan goes, --report FILE.")
+    return path
 
 
 def write_page(
     path: Path,
+    config: "PretrainConfig",
     job: "Job",
     cluster: "Cluster",
-    profile: "DeviceProfile | None",
+    profile: "DeviceProfile",
     found: "Prediction | None" = None,
     ranking: "Ranking | None" = None,
     quiet: bool = False,
@@ -31,7 +50,6 @@ def write_page(
     from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan.page import goodput_section, plan_page, ranking_section
     from liaoyuan.compute.plan.predict import predict
-    from liaoyuan.compute.plan.profile import assumed
     from liaoyuan.compute.plan.reasons import reasons
     from liaoyuan.rundir import Progress, write_atomic
 
@@ -39,8 +57,8 @@ def write_page(
         with bar("Page", quiet=quiet) as report:
             found = predict(job, cluster, profile, details=True)
             report(Progress(1, 1, "layout", job.resolved.describe()))
-    sections = [ranking_section(ranking, reasons(ranking, profile or assumed(cluster)))] if ranking else []
-    sections.append(goodput_section(_among_failures(job, cluster, found)))
+    sections = [ranking_section(ranking, reasons(ranking, profile))] if ranking else []
+    sections.append(goodput_section(_among_failures(config, job, cluster, found)))
     told = (
         f"{job.model.num_parameters():,} weights, {job.processes:,} x {cluster.accelerator.name}, "
         f"{job.resolved.describe()}, {job.train.batch_tokens:,} tokens a step"
@@ -53,13 +71,10 @@ def write_page(
         print(f"Page: {path}")
 
 
-def _among_failures(job: "Job", cluster: "Cluster", found: "Prediction") -> "Goodput":
-    from liaoyuan.compute.plan.goodput import Run, goodput
+def _among_failures(config: "PretrainConfig", job: "Job", cluster: "Cluster", found: "Prediction") -> "Goodput":
+    from liaoyuan.cli.plan_goodput import run_of
+    from liaoyuan.compute.plan.goodput import goodput
     from liaoyuan.compute.plan.goodput.state import state_bytes
-    from liaoyuan.compute.plan.recovery import Span
 
-    seconds = found.step.seconds
-    step = Span(low=seconds.low, median=seconds.median, high=seconds.high)
-    every = min(job.train.checkpoint_every, job.train.steps)
-    run = Run(job.train.steps, step, job.processes, state_bytes(job.model, job.train), every, True, 0)
+    run = run_of(config, found.step.seconds, job.processes, state_bytes(job.model, job.train))
     return goodput(run, cluster, LIVES)

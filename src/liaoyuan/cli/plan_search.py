@@ -119,7 +119,6 @@ def _table(ranking: "Ranking") -> Table:
         "waits for",
     ):
         table.add_column(title, justify="left" if title in ("layout", "waits for") else "right", no_wrap=True)
-    room = ranking.cluster.accelerator.usable_bytes
     for number, choice in enumerate(ranking.choices[: max(ranking.whole, 1)][:ROWS], 1):
         found, seconds = choice.found, choice.seconds
         span = f"{_short(seconds)} ({_short(found.seconds.low)}-{_short(found.seconds.high)})" if found else ""
@@ -137,7 +136,7 @@ def _table(ranking: "Ranking") -> Table:
             span or _short(seconds),
             f"{tokens_per_second(choice.job, seconds):,.4g}",
             f"{utilisation(choice.job, ranking.cluster, seconds):.1%}",
-            f"{choice.bytes / room:.0%}",
+            f"{choice.memory_share(ranking.cluster):.0%}",
             f"{exposed.get('bubble', 0.0) / seconds:.1%}",
             ", ".join(waits[:3]),
         )
@@ -182,7 +181,7 @@ def choice_dict(ranking: "Ranking", choice: "Choice") -> dict[str, Any]:
         "estimate": choice.estimate.seconds,
         "floor": choice.estimate.floor,
         "bytes": choice.bytes,
-        "memory_share": choice.bytes / ranking.cluster.accelerator.usable_bytes,
+        "memory_share": choice.memory_share(ranking.cluster),
         "tokens_per_second": tokens_per_second(choice.job, choice.seconds),
         "model_utilisation": utilisation(choice.job, ranking.cluster, choice.seconds),
         "exposed": found.exposed if found else choice.estimate.exposed,

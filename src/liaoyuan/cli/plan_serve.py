@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from liaoyuan.cli.plan_words import causes
 from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
@@ -107,14 +108,10 @@ def serve_rates(
 
 def machines(cluster: str, profile: Path | None, rates: Path | None) -> "Machines":
     """Return what is planned for: measured where files say so, else assumed."""
-    from liaoyuan.compute.plan import read_cluster
-    from liaoyuan.compute.plan.profile import assumed, read_profile
+    from liaoyuan.cli.plan_job import machines_of
     from liaoyuan.compute.plan.serving import EngineRates, Machines, read_rates
 
-    what = read_cluster(cluster)
-    return Machines(
-        what, read_profile(profile) if profile else assumed(what), read_rates(rates) if rates else EngineRates()
-    )
+    return Machines(*machines_of(cluster, profile), read_rates(rates) if rates else EngineRates())
 
 
 def _asks(
@@ -191,8 +188,9 @@ def _best(one: "Planned", seen: "Outcome", config: "EngineConfig", on: "Machines
         for key, name in names.items():
             low, middle, high = (getattr(each, key).mean for each in (one.fast, seen, one.slow))
             lines.append(f"  {name:22}{1e3 * middle:10,.1f} ms ({1e3 * low:,.1f} to {1e3 * high:,.1f})")
-        causes = ", ".join(f"{name} {value - 1:.0%}" for name, value in one.causes[:4])
-        lines.append(f"  Steps may take {one.spread - 1:.0%} more or as much less: {causes}.")
+        lines.append(
+            f"  Steps may take {1 - one.factor.low:.0%} less to {one.factor.high - 1:.0%} more. {causes(one.width)}."
+        )
     lines.append(
         f"  Cache: at most {seen.peak_blocks:,} of {seen.blocks:,} blocks of {config.block_size} tokens a replica were "
         f"held; {seen.preemptions:,} times a request gave way; {seen.refused:,} could never fit."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from liaoyuan.cli.groups import DefaultCommand
+from liaoyuan.cli.plan_words import causes, size, told
 from liaoyuan.errors import LiaoyuanError, nearest
 
 if TYPE_CHECKING:
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
     from liaoyuan.models import ModelConfig
 
 Verb = Literal["sft", "preference", "rl"]
-VERBS = {"sft": "sft", "dpo": "preference", "reward": "preference", "rl": "rl", "distill": "rl"}
+VERBS: dict[str, Verb] = {"sft": "sft", "dpo": "preference", "reward": "preference", "rl": "rl", "distill": "rl"}
 OF_RL = ("rl", "task", "teacher", "validation_problems", "test_problems", "test_samples")
 OF_PREFERENCE = ("preference", "held_out", "held_out_share", "control", "ask", "skip_long")
 OF_PRETRAINING = ("corpus",)
-SHOWN = 5  # parts of the memory at the peak, and figures that make an interval wide
+SHOWN = 5  # parts of the memory at the peak
 
 
 class PlanCommand(DefaultCommand):
@@ -108,25 +109,21 @@ def _plan_learning(
         f"{what.capitalize()} ({config.method}): {shape.num_parameters():,} weights, {found.trained:,} trained, on "
         f"{processes:,} x {on.cluster.accelerator.name}; {seen.count:,} records of {seen.mean:,} tokens on the mean"
     )
-    print(_told(found, on, train.batch_tokens))
+    print(_learning(found, on, train.batch_tokens))
 
 
-def _told(found: "LearnPlan", on: "Machines", batch_tokens: int) -> str:
-    from liaoyuan.cli.plan import _size
-
-    low, high = found.hours.low, found.hours.high
+def _learning(found: "LearnPlan", on: "Machines", batch_tokens: int) -> str:
     room = on.cluster.accelerator.usable_bytes
     fits = "fits in" if found.peak <= room else "does NOT fit in"
     lines = [
-        f"{found.steps:,} steps of {batch_tokens:,} tokens, {found.seconds.median:,.3g} s each "
-        f"({found.seconds.low:,.3g} to {found.seconds.high:,.3g}): {found.hours.median:,.2f} hours "
-        f"({low:,.2f} to {high:,.2f})",
-        f"A process: peak {_size(found.peak)}, of which {_size(found.lasting)} between steps; it {fits} a "
-        f"{on.cluster.accelerator.name}: {found.peak / room:.0%} of the {_size(room)} that tensors may take",
+        f"{found.steps:,} steps of {batch_tokens:,} tokens, each {told(found.seconds, ' s')}: "
+        f"{told(found.hours, ' hours')}",
+        f"A process: peak {size(found.peak)}, of which {size(found.lasting)} between steps; it {fits} a "
+        f"{on.cluster.accelerator.name}: {found.peak / room:.0%} of the {size(room)} that tensors may take",
     ]
     for part in found.held[:SHOWN]:
-        lines.append(f"  {_size(part.bytes):>12}  {part.module or 'the model'}: {part.operator} ({part.phase})")
-    lines.append(f"How wide: {_causes(found.causes)}. Rests on {found.rests_on}.")
+        lines.append(f"  {size(part.bytes):>12}  {part.module or 'the model'}: {part.operator} ({part.phase})")
+    lines.append(f"{causes(found.width)}. It rests on {found.rests_on}.")
     return "\n".join(lines)
 
 
@@ -172,9 +169,9 @@ def _plan_rl(
     print(_table(found))
     if (best := found[0]).hours and best.seconds:
         print(
-            f"\n{best.split.describe()}: {best.hours.median:,.1f} hours ({best.hours.low:,.1f} to "
-            f"{best.hours.high:,.1f}); {best.tokens_per_second:,.0f} tokens of answers a second.\n"
-            f"How wide: {_causes(best.causes)}. Rests on {on.profile.rests_on}; {on.rates.rests_on}."
+            f"\n{best.split.describe()}: {told(best.hours, ' hours')}; "
+            f"{best.tokens_per_second:,.0f} tokens of answers a second.\n{causes(best.width)}. "
+            f"It rests on {on.profile.rests_on}; {on.rates.rests_on}."
         )
 
 
@@ -247,16 +244,12 @@ def _config(kind: Verb, run_file: Path, set_: list[str] | None) -> Any:
     return configuration.load(RlConfig, run_file, set_ or [])
 
 
-def _causes(causes: tuple[tuple[str, float], ...]) -> str:
-    return ", ".join(f"{name} {value - 1:.0%}" for name, value in causes[:SHOWN])
-
-
 def _kind(run_file: Path, verb: str | None) -> Verb:
     """Return which settings a run file has, by what was said or by its keys."""
     if verb is not None:
         if verb not in VERBS:
             raise LiaoyuanError(f"--verb: there is no '{verb}'{nearest(verb, VERBS) or '.'}")
-        return VERBS[verb]  # type: ignore[return-value]
+        return VERBS[verb]
     keys = _keys(run_file)
     if any(key in keys for key in OF_RL):
         return "rl"

@@ -28,7 +28,7 @@ class Mesh:
 
     def group(self, axis: str) -> ProcessGroup:
         """Return the process group of this process along an axis of `tokens`, or along "ep"."""
-        return (self.experts if axis == "ep" else self.tokens)[axis].get_group()
+        return (self.experts if axis == "ep" else self.tokens).get_group(axis)
 
     def place(self, axis: str) -> int:
         """Return this process's number along an axis of `tokens`, or along "ep"."""

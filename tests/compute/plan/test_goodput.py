@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from liaoyuan.compute.plan.goodput.closed_form import availability, daly, expected_ettr, expected_time, young
 from liaoyuan.compute.plan.goodput.simulate import LOSSES, Chance, Chances, Costs, Lives, chances, simulate
-from liaoyuan.compute.plan.recovery import Kind, exactly
+from liaoyuan.compute.plan.recovery import Kind
+from liaoyuan.compute.plan.span import exactly
 
 PLAIN = (Kind(name="process", share=1, detect=exactly(0)),)
 NODE = (Kind(name="node", share=1, detect=exactly(0), loses_node=True),)

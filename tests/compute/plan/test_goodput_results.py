@@ -16,7 +16,8 @@ from liaoyuan.compute.plan import Cluster, read_cluster
 from liaoyuan.compute.plan.goodput import Run, best_every, best_spares, expected_time, goodput, with_choice
 from liaoyuan.compute.plan.goodput.estimate import costs_of
 from liaoyuan.compute.plan.goodput.state import state_bytes
-from liaoyuan.compute.plan.recovery import Failures, Kind, Recovery, Span, exactly, span
+from liaoyuan.compute.plan.recovery import Failures, Kind, Recovery
+from liaoyuan.compute.plan.span import Span, exactly
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, ModelConfig
 from liaoyuan.training.loop import TrainConfig, make_optimiser
@@ -40,7 +41,7 @@ KNOWN = cluster(
 
 
 def test_a_belief_has_its_median_and_its_range() -> None:
-    belief = span(2, 3.5, 15)
+    belief = Span(2, 3.5, 15)
     normal = np.random.default_rng(0).standard_normal(200_000)
     assert np.quantile(belief.at(normal), [0.05, 0.5, 0.95]) == pytest.approx([2, 3.5, 15], rel=0.02)
     assert (exactly(4).at(normal) == 4).all() and (exactly(0).at(normal) == 0).all()
@@ -49,7 +50,7 @@ def test_a_belief_has_its_median_and_its_range() -> None:
 @pytest.mark.parametrize("wrong", [[3, 2, 1], [1, 2], -1, [0, 1, 2], {"median": 1}, "ten"])
 def test_what_is_no_range_is_refused(wrong: object) -> None:
     with pytest.raises(ValidationError):
-        Span.model_validate(wrong)
+        Recovery.model_validate({"swap": wrong})
 
 
 def test_with_all_known_the_best_interval_is_as_good_as_the_formulas() -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from liaoyuan.compute.plan.page import BACKWARD, FORWARD, HOST, MESSAGE, UPDATE, kind_of, plan_page
 from liaoyuan.compute.plan.predict import Memory, Prediction
-from liaoyuan.compute.plan.step_time import Bar, Span, StepTime
+from liaoyuan.compute.plan.span import Span
+from liaoyuan.compute.plan.step_time import Bar, StepTime
 from liaoyuan.compute.plan.trace import Held
 
 GIB = 2**30

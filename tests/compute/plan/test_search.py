@@ -19,8 +19,7 @@ from liaoyuan.compute.plan.reasons import reasons
 from liaoyuan.compute.plan.reckoned import Reckoned, by_formulas
 from liaoyuan.compute.plan.search import Ranking, search
 from liaoyuan.compute.plan.space import Kept, candidates, describe
-from liaoyuan.compute.plan.step_time import Span
-from liaoyuan.compute.plan.together import together
+from liaoyuan.compute.plan.span import Span
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import config_from_dict
 from liaoyuan.parallel import Layout, resolve
@@ -165,7 +164,3 @@ def test_a_prediction_that_fails_is_told_and_the_others_go_on() -> None:
     ranking = search(job_of(), H100, assumed(H100), reckon, kept, None, workers=2)
     assert ranking.whole and all(choice.job.layout.tp > 1 for choice in ranking.choices[: ranking.whole])
     assert all(why == "this one is not liked" for _, why in ranking.refused)
-
-
-def test_calls_in_other_processes_come_back_by_number() -> None:
-    assert sorted(together(abs, [-3, 4, -5, 6, -7], 2)) == [(0, 3), (1, 4), (2, 5), (3, 6), (4, 7)]

@@ -14,7 +14,7 @@ from liaoyuan.compute.plan.dry_run import Job
 from liaoyuan.compute.plan.profile import DeviceProfile
 from liaoyuan.compute.plan.reckoned import by_formulas, by_prediction
 from liaoyuan.compute.plan.search import Choice, search
-from liaoyuan.compute.plan.step_time import Span
+from liaoyuan.compute.plan.span import Span
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import ModelConfig, config_from_dict
 from liaoyuan.parallel import Layout

@@ -169,7 +169,7 @@ def _feed_forward_kept(place: Place, kind: str) -> int:
     assert experts
     shared = place.own * 3 * experts.shared_intermediate_size
     wide = place.own * model.hidden_size * WIDE // place.element  # the router's input, in fp32
-    trips = 4 if place.ep > 1 else 2  # rows as they are sorted, sent, received and summed
+    trips = 3 if place.ep > 1 else 2  # rows as they are sorted or sent, received, and summed
     return shared + wide + place.rows * (trips * model.hidden_size + 3 * experts.moe_intermediate_size)
 
 

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Sequence
 
+from liaoyuan.compute.plan.cluster import GIB
 from liaoyuan.compute.plan.goodput import Goodput
 from liaoyuan.compute.plan.goodput import Interval as Lived
 from liaoyuan.compute.plan.predict import Memory, Prediction
 from liaoyuan.compute.plan.reasons import Reason
 from liaoyuan.compute.plan.search import Ranking
-from liaoyuan.compute.plan.step_time import Bar, Span
+from liaoyuan.compute.plan.span import Span
+from liaoyuan.compute.plan.step_time import Bar
 from liaoyuan.report import Bar as PlotBar
 from liaoyuan.report import (
     Bars,
@@ -32,7 +34,7 @@ from liaoyuan.report import (
     Words,
 )
 
-GIB = 2**30
+TITLE = Text("Before it runs", "运行之前")
 SHOWN = 8  # parts of the memory at the peak
 ROWS = 12  # layouts of the ranking
 KINDS: tuple[Words, ...] = (  # of what goes on, in the order of their colours
@@ -55,7 +57,7 @@ def plan_page(told: str, found: Prediction, more: Sequence[Section] = ()) -> Pag
     told: the job in words. more: sections that follow, such as a ranking or what failures cost.
     """
     return Page(
-        Text("Before it runs", "运行之前"),
+        TITLE,
         [
             Section("", [_figures(found), Paragraph(_rests(found))]),
             Section(Text("The step", "这一步"), _step(found)),
@@ -189,7 +191,6 @@ def _width(found: Prediction) -> Plot:
 
 def ranking_section(ranking: Ranking, told: Sequence[Reason]) -> Section:
     """Return the best layouts in a table, and why not the neighbours of the best."""
-    room = ranking.cluster.accelerator.usable_bytes
     header: list[Words] = [
         Text("layout", "布局"),
         Text("microbatches", "微批数"),
@@ -209,7 +210,7 @@ def ranking_section(ranking: Ranking, told: Sequence[Reason]) -> Section:
                 str(choice.job.train.microbatches),
                 choice.job.layout.recompute,
                 Noted(f"{choice.seconds:.4g}", note),
-                f"{choice.bytes / room:.0%}",
+                f"{choice.memory_share(ranking.cluster):.0%}",
                 f"{waits.get('bubble', 0.0) / choice.seconds:.1%}",
             )
         )

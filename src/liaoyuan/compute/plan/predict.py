@@ -5,7 +5,6 @@ itself to both ends of its 90% range, and what that does to the logarithm of the
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -15,13 +14,14 @@ from liaoyuan.compute.plan.cost import rate_of
 from liaoyuan.compute.plan.dry_run import Job
 from liaoyuan.compute.plan.layers import extended, sample, sketch
 from liaoyuan.compute.plan.profile import DeviceProfile, Figure, assumed
-from liaoyuan.compute.plan.step_time import Span, StepTime
+from liaoyuan.compute.plan.span import Span
+from liaoyuan.compute.plan.spread import range_of, spread_of
+from liaoyuan.compute.plan.step_time import StepTime
 from liaoyuan.compute.plan.trace import Held
 from liaoyuan.compute.plan.whole import BUBBLE, Load, Step, Whole
 from liaoyuan.parallel.traffic import Sent
 from liaoyuan.training.flops import TRAINING
 
-RANGE = 1.645  # standard deviations, between which and their negative lies 90% of a normal distribution
 # Of the peak of tensors, what an allocator that keeps blocks loses to their sizes: nobody has measured it for this
 # program; steps of equal shapes lose little.
 FRAGMENTATION = Figure(median=0.03, sigma=0.7)
@@ -107,7 +107,8 @@ def predict(
 def _predicted(whole: Whole, profile: DeviceProfile, details: bool) -> Prediction:
     job = whole.job
     middle = whole.step(profile.median(), details)
-    seconds, width = spread(lambda one: whole.step(one).seconds * one.step.median, profile)
+    found = spread_of(lambda one: whole.step(one).seconds * one.step.median, profile)
+    seconds = found.span
     loads = whole.loads()
     tokens = job.rows * job.sequence_length
     model = TRAINING * tokens * job.model.flops_per_token((job.sequence_length + 1) / 2) / job.processes
@@ -116,46 +117,20 @@ def _predicted(whole: Whole, profile: DeviceProfile, details: bool) -> Predictio
     return Prediction(
         StepTime(seconds, middle.computing, middle.exposed, tuple(middle.bars), rests_on),
         tuple(_memory(load, whole, middle, details) for load in loads),
-        _per(tokens / job.processes, seconds),
-        _per(model / peak, seconds),
-        _per(whole.executed / peak, seconds),
+        seconds.under(tokens / job.processes),
+        seconds.under(model / peak),
+        seconds.under(whole.executed / peak),
         middle.exposed.get(BUBBLE, 0.0) / middle.seconds,
-        width,
+        found.shares,
         rests_on,
     )
-
-
-def spread(value: Callable[[DeviceProfile], float], profile: DeviceProfile) -> tuple[Span, dict[str, float]]:
-    """Return the 90% range of a value of a profile, and by figure its share of the variance, largest first.
-
-    value: of a profile whose figures are certain; positive.
-    """
-    median = math.log(value(profile.median()))
-    moves = dict[str, tuple[float, float]]()
-    for name, figure in profile.figures().items():
-        if figure.sigma:
-            ends = [math.log(value(_moved(profile, name, z))) - median for z in (-RANGE, RANGE)]
-            moves[name] = min(0.0, *ends), max(0.0, *ends)
-    down, up = (math.sqrt(sum(move[side] ** 2 for move in moves.values())) for side in (0, 1))
-    shares = {name: (high - low) ** 2 for name, (low, high) in moves.items()}
-    total = sum(shares.values()) or 1.0
-    width = {name: share / total for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share > 0}
-    return Span(math.exp(median - down), math.exp(median), math.exp(median + up)), width
-
-
-def _moved(profile: DeviceProfile, which: str, z: float) -> DeviceProfile:
-    return profile.with_figures(lambda name, figure: figure.at(z if name == which else 0.0))
-
-
-def _per(amount: float, seconds: Span) -> Span:
-    return Span(amount / seconds.high, amount / seconds.median, amount / seconds.low)
 
 
 def _memory(load: Load, whole: Whole, step: Step, details: bool) -> Memory:
     card = whole.cluster.accelerator
     reserved = Figure(median=max(card.reserved_gib * GIB, 1.0), sigma=RESERVED)
     lost = Figure(median=max(load.peak, 1.0) * FRAGMENTATION.median, sigma=FRAGMENTATION.sigma)
-    allowance = {"runtime and buffers of collectives": _range(reserved), "fragmentation": _range(lost)}
+    allowance = {"runtime and buffers of collectives": range_of(reserved), "fragmentation": range_of(lost)}
     most = sum(span.median for span in allowance.values())
     above = math.hypot(*(span.high - span.median for span in allowance.values()))
     below = math.hypot(*(span.median - span.low for span in allowance.values()))
@@ -174,10 +149,6 @@ def _memory(load: Load, whole: Whole, step: Step, details: bool) -> Memory:
         load.flops,
         load.sent,
     )
-
-
-def _range(figure: Figure) -> Span:
-    return Span(figure.at(-RANGE).median, figure.median, figure.at(RANGE).median)
 
 
 def _held(load: Load, whole: Whole) -> tuple[Held, ...]:

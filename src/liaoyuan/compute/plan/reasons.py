@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from liaoyuan.compute.plan.bounds import FLOOR, Memory, memory
+from liaoyuan.compute.plan.cluster import GIB
 from liaoyuan.compute.plan.dry_run import Job
 from liaoyuan.compute.plan.estimate import Estimator
 from liaoyuan.compute.plan.fabric import Fabric
@@ -13,7 +14,6 @@ from liaoyuan.compute.plan.search import Choice, Ranking
 from liaoyuan.compute.plan.space import RECOMPUTE, describe
 from liaoyuan.parallel.layout import Layout, Schedule, divisors, objection
 
-GIB = 2**30
 ALIKE = 0.005  # two steps whose lengths differ by less are as long
 PARTS = {
     "gathered": "weights gathered whole",

@@ -1,6 +1,5 @@
 """What is told of a layout in a ranking, whoever has reckoned it: the whole prediction, or formulas alone."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,11 +9,10 @@ from liaoyuan.compute.plan.dry_run import Job
 from liaoyuan.compute.plan.estimate import Estimator
 from liaoyuan.compute.plan.fabric import Fabric
 from liaoyuan.compute.plan.predict import predict
-from liaoyuan.compute.plan.profile import DeviceProfile, Figure
-from liaoyuan.compute.plan.step_time import Span
+from liaoyuan.compute.plan.profile import DeviceProfile
+from liaoyuan.compute.plan.span import Span
+from liaoyuan.compute.plan.spread import ends_of, spread
 from liaoyuan.training.flops import TRAINING
-
-Z90 = 1.645  # standard deviations on either side that hold 90% of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -72,19 +70,18 @@ def by_formulas(cluster: Cluster, profile: DeviceProfile) -> Callable[[Job], Rec
     """Return what reckons a layout by formulas: each figure moved alone to either end of its interval."""
     certain = profile.median()
     middle = Estimator(Fabric(cluster, certain), certain)
-    moved = [
-        (_moved(cluster, profile, name, -Z90), _moved(cluster, profile, name, Z90))
-        for name, figure in profile.figures().items()
-        if figure.sigma and name != "step"
-    ]
+    moved = {
+        name: tuple(Estimator(Fabric(cluster, end), end) for end in ends) for name, ends in ends_of(profile).items()
+    }
+
+    def seconds(estimator: Estimator, job: Job) -> float:
+        return estimator.of(job).seconds * estimator.profile.step.median
 
     def reckon(job: Job) -> Reckoned:
         found = middle.of(job)
-        widths = [abs(math.log(high.of(job).seconds / low.of(job).seconds)) / 2 for low, high in moved]
-        width = math.hypot(*widths, Z90 * profile.step.sigma)
-        median = found.seconds * profile.step.median
+        ends = {name: (seconds(low, job), seconds(high, job)) for name, (low, high) in moved.items()}
         return Reckoned(
-            Span(median * math.exp(-width), median, median * math.exp(width)),
+            spread(seconds(middle, job), ends).span,
             memory(job).peak,
             cluster.accelerator.usable_bytes,
             found.computing,
@@ -93,11 +90,3 @@ def by_formulas(cluster: Cluster, profile: DeviceProfile) -> Callable[[Job], Rec
         )
 
     return reckon
-
-
-def _moved(cluster: Cluster, profile: DeviceProfile, moved: str, by: float) -> Estimator:
-    def change(name: str, figure: Figure) -> Figure:
-        return figure.at(by if name == moved else 0.0)
-
-    one = profile.with_figures(change)
-    return Estimator(Fabric(cluster, one), one)

@@ -5,66 +5,39 @@ report; where nothing is published the range is wide and the comment says so.
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from liaoyuan.compute.plan.span import Span, exactly
 from liaoyuan.config import Config
 
-Floats = NDArray[np.float64]
-HALF_RANGE = 1.6448536269514722  # standard deviations from the median to the end of a 90% range
+KEYS = ("low", "median", "high")
 
 
-class Span(Config):
-    """A positive quantity that is not known exactly: median and 90% range, log-normal to either side.
-
-    In a file: a number (known exactly), a list [low, median, high], or the three keys.
-    """
-
-    low: float = Field(ge=0, allow_inf_nan=False)
-    median: float = Field(ge=0, allow_inf_nan=False)
-    high: float = Field(ge=0, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, value: Any) -> Any:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return {"low": value, "median": value, "high": value}
-        if isinstance(value, list | tuple):
-            if len(value) != 3:
-                raise ValueError("write a number, or three: [low, median, high]")
-            return dict(zip(("low", "median", "high"), value, strict=True))
-        return value
-
-    @model_validator(mode="after")
-    def _in_order(self) -> "Span":
-        if not self.low <= self.median <= self.high:
-            raise ValueError("low, median and high must rise")
-        if self.low == 0 < self.high:
-            raise ValueError("low is 0: only what is exactly 0 may be")
-        return self
-
-    def at(self, normal: Floats) -> Floats:
-        """Return the values at so many standard deviations from the median."""
-        if self.high == 0:
-            return np.zeros_like(normal)
-        side = np.where(normal < 0, math.log(self.median / self.low), math.log(self.high / self.median))
-        return np.asarray(self.median * np.exp(side * normal / HALF_RANGE))
-
-    def times(self, factor: float) -> "Span":
-        """Return the span of the quantity times `factor`."""
-        return Span(low=self.low * factor, median=self.median * factor, high=self.high * factor)
+def _written(value: Any) -> Any:
+    """Return a span as its three keys, however a file has it."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return exactly(float(value))
+    if isinstance(value, list | tuple):
+        if len(value) != 3:
+            raise ValueError("write a number, or three: [low, median, high]")
+        return dict(zip(KEYS, value, strict=True))
+    if isinstance(value, dict) and (unknown := set(value) - set(KEYS)):
+        raise ValueError(f"a span has low, median and high, not {', '.join(sorted(unknown))}")
+    return value
 
 
-def exactly(value: float) -> Span:
-    """Return the span of what is known."""
-    return Span(low=value, median=value, high=value)
+def _in_order(value: Span) -> Span:
+    if not 0 <= value.low <= value.median <= value.high < math.inf:
+        raise ValueError("low, median and high must rise, from 0 on")
+    if value.low == 0 < value.high:
+        raise ValueError("low is 0: only what is exactly 0 may be")
+    return value
 
 
-def span(low: float, median: float, high: float) -> Span:
-    return Span(low=low, median=median, high=high)
+# In a file: a number (known exactly), a list [low, median, high], or the three keys.
+Belief = Annotated[Span, BeforeValidator(_written), AfterValidator(_in_order)]
 
 
 class Failures(Config):
@@ -82,7 +55,7 @@ class Failures(Config):
 
     @property
     def rate(self) -> Span:
-        return Span(low=self.low, median=self.median, high=self.high)
+        return Span(self.low, self.median, self.high)
 
     @model_validator(mode="after")
     def _in_order(self) -> "Failures":
@@ -100,7 +73,7 @@ class Kind(Config):
 
     name: str
     share: float = Field(ge=0)
-    detect: Span
+    detect: Belief
     loses_node: bool = False
     unnoticed_hours: float = Field(0.0, ge=0)
 
@@ -111,10 +84,10 @@ class Kind(Config):
 # where a process that died is seen by its launcher; hangs by a timeout (10 minutes here and in torch), over 30 by hand
 # (Minder, NSDI'25). How long silent corruption goes unnoticed is not published: a guess.
 KINDS = (
-    Kind(name="process", share=0.445, detect=span(10, 30, 300)),
-    Kind(name="node", share=0.445, detect=span(30, 120, 600), loses_node=True),
-    Kind(name="hang", share=0.099, detect=span(300, 600, 1800), loses_node=True),
-    Kind(name="silent", share=0.014, detect=span(300, 600, 3600), loses_node=True, unnoticed_hours=3.0),
+    Kind(name="process", share=0.445, detect=Span(10, 30, 300)),
+    Kind(name="node", share=0.445, detect=Span(30, 120, 600), loses_node=True),
+    Kind(name="hang", share=0.099, detect=Span(300, 600, 1800), loses_node=True),
+    Kind(name="silent", share=0.014, detect=Span(300, 600, 3600), loses_node=True, unnoticed_hours=3.0),
 )
 
 
@@ -127,24 +100,24 @@ class Recovery(Config):
     kinds: tuple[Kind, ...] = KINDS
     spares: int = Field(0, ge=0)
     # A warm standby takes minutes, another node from the scheduler about ten times as long (ByteRobust: 10.87 times).
-    swap: Span = span(30, 120, 600)
-    requeue: Span = span(600, 2400, 7200)
-    repair_hours: Span = span(4, 24, 168)  # not published: from a reset in the same shift to a part by post
+    swap: Belief = Span(30, 120, 600)
+    requeue: Belief = Span(600, 2400, 7200)
+    repair_hours: Belief = Span(4, 24, 168)  # not published: from a reset in the same shift to a part by post
     # Processes, rendezvous (10 s on 4,000 hosts, pytorch PR 124982), groups (30 s above 10,000, MegaScale), first step.
-    start: Span = span(60, 180, 600)
+    start: Belief = Span(60, 180, 600)
     # Saving: until all processes have agreed and the copy to memory may begin (0.2 to 0.5 s, DLRover).
-    stall: Span = span(0.2, 0.5, 2.0)
-    copy_gb: Span = span(2, 5, 20)  # GB/s of a card to the memory of its host; PCIe gives 25 to 50 at best
-    storage_share: Span = span(0.3, 0.6, 1.0)  # of the storage's rate that a job gets; others write too
-    slow_while_saving: Span = span(1.0, 1.02, 1.22)  # times as long: ByteRobust below 1.009, marin#9180 1.22
+    stall: Belief = Span(0.2, 0.5, 2.0)
+    copy_gb: Belief = Span(2, 5, 20)  # GB/s of a card to the memory of its host; PCIe gives 25 to 50 at best
+    storage_share: Belief = Span(0.3, 0.6, 1.0)  # of the storage's rate that a job gets; others write too
+    slow_while_saving: Belief = Span(1.0, 1.02, 1.22)  # times as long: ByteRobust below 1.009, marin#9180 1.22
     local_survives: bool = False  # whether local copies outlive their node (a copy in a peer's memory)
     # Slow nodes and links: 16 of 27 jobs of at least 512 cards had them, 72 minutes in the mean, and took 1.34 times as
     # long then (Greyhound, ATC'25). Shares of the time below are what remains when most are found: not published.
-    slow_share: Span = span(0.002, 0.02, 0.15)
-    slow_factor: Span = span(1.05, 1.34, 2.0)
+    slow_share: Belief = Span(0.002, 0.02, 0.15)
+    slow_factor: Belief = Span(1.05, 1.34, 2.0)
     # Planned stops: 47 in the 54 days of Llama 3; how long each took is not published.
     stops_per_month: float = Field(0.0, ge=0)
-    stop: Span = span(300, 900, 3600)
+    stop: Belief = Span(300, 900, 3600)
     idle_power: float = Field(0.2, ge=0, le=1)  # of a card's watts while it waits; a guess, H100s idle near 0.1
 
     @model_validator(mode="after")

@@ -5,11 +5,13 @@ is put in order by the cheap estimate, and the first of it are run dry. `reasons
 """
 
 import functools
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from liaoyuan.compute.plan.apart import as_they_come
 from liaoyuan.compute.plan.bounds import FLOOR, Memory, memory
 from liaoyuan.compute.plan.cluster import Cluster
 from liaoyuan.compute.plan.dry_run import Job
@@ -18,7 +20,6 @@ from liaoyuan.compute.plan.fabric import Fabric
 from liaoyuan.compute.plan.profile import DeviceProfile
 from liaoyuan.compute.plan.reckoned import Reckoned
 from liaoyuan.compute.plan.space import Kept, axes_used, candidates, describe
-from liaoyuan.compute.plan.together import together
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import Progress, Report, silent
 
@@ -26,6 +27,8 @@ WHOLE = 12  # layouts that are run dry
 LIKELY = 0.95  # of the memory by formulas that must fit for a layout to be predicted before others
 ALIKE = 3  # of them, that have the same tp, pp, cp and ep
 DIGITS = 4  # of seconds, beyond which two layouts are as fast
+
+log = logging.getLogger(__name__)
 
 Reckon = Callable[[Job], Reckoned]
 
@@ -51,6 +54,10 @@ class Choice:
     def bytes(self) -> float:
         """Held at the peak, as well as it is known."""
         return self.found.bytes if self.found else self.memory.peak
+
+    def memory_share(self, cluster: Cluster) -> float:
+        """Return which part of what a card has for it is held at the peak."""
+        return self.found.bytes / self.found.room if self.found else self.memory.peak / cluster.accelerator.usable_bytes
 
     @property
     def words(self) -> str:
@@ -180,9 +187,13 @@ class _Found:
     def best(self) -> float:
         return min((choice.seconds for choice in self.fit), default=math.inf)
 
-    def take(self, choice: Choice, answer: Reckoned | LiaoyuanError) -> None:
+    def take(self, choice: Choice, answer: Reckoned | LiaoyuanError | RuntimeError) -> None:
         if isinstance(answer, LiaoyuanError):
             self.refused.append((choice, str(answer)))
+            self.failed += 1
+        elif isinstance(answer, RuntimeError):
+            log.warning("A prediction has failed:\n%s", answer)
+            self.refused.append((choice, f"it could not be predicted ({str(answer).strip().splitlines()[-1]})"))
             self.failed += 1
         elif not answer.fits:
             told = f"it holds {answer.bytes / 2**30:,.1f} GiB of the {answer.room / 2**30:,.1f} that there are"
@@ -203,23 +214,18 @@ def _predict(
     """Predict the most promising choices as a whole."""
     total, asked = min(len(choices), whole or len(choices)), list[Choice]()
 
-    def promising() -> Iterator[tuple[Reckon, Job]]:
+    def promising() -> Iterator[tuple[Job]]:
         for choice in _in_turn(choices, room):
             if len(asked) - len(found.refused) >= total or (found.failed >= total and not found.fit):
                 return
             if choice.estimate.floor <= found.best:
                 asked.append(choice)
-                yield reckon, choice.job
+                yield (choice.job,)
 
-    for number, answer in together(_call, promising(), workers):
+    for number, answer in as_they_come(reckon, promising(), workers):
         found.take(asked[number], answer)
         report(Progress(len(found.fit), total, "prediction", f"best {found.best:.3g} s a step"))
     report(Progress(total, total, "prediction", f"best {found.best:.3g} s a step"))
-
-
-def _call(given: tuple[Reckon, Job]) -> Reckoned:
-    reckon, job = given
-    return reckon(job)
 
 
 def _in_turn(choices: Sequence[Choice], room: int) -> Iterator[Choice]:

@@ -2,14 +2,7 @@
 
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class Span:
-    """A quantity that is not known exactly: 90% of what it may be lies between low and high."""
-
-    low: float
-    median: float
-    high: float
+from liaoyuan.compute.plan.span import Span
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from liaoyuan.compute.plan.cluster import Cluster
 from liaoyuan.compute.plan.goodput.simulate import LOSSES, Chances, Costs, Lives, chances, simulate
-from liaoyuan.compute.plan.recovery import Floats, Span
+from liaoyuan.compute.plan.span import Floats, Span
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import Report, silent
 

@@ -17,10 +17,10 @@ from liaoyuan.compute.plan.published.calibrate_rows import Belief, Linear, belie
 from liaoyuan.compute.plan.published.cases import NAMES, Case, case_of
 from liaoyuan.compute.plan.published.plausible import uniforms
 from liaoyuan.compute.plan.published.rows import Refused, read_rows
+from liaoyuan.compute.plan.span import Z90
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import Progress, Report, silent
 
-NINETY = 1.645  # standard deviations on either side that hold 90%
 WORST = 3
 
 
@@ -171,7 +171,7 @@ def _outcome(
         case, rest = cases[index], [cases[other] for other in fitted[index]]
         same = [(other.row.model, other.row.cards) for other in rest if other.row.source == case.row.source]
         apart = belief.mean[place] - case.measured
-        reach = NINETY * belief.sigma[place]
+        reach = Z90 * belief.sigma[place]
         found.append(
             Predicted(
                 case.row.line,

@@ -1,8 +1,8 @@
 """How cards may serve a model, what each way would give for a trace of requests, and which is best."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,12 +15,14 @@ from liaoyuan.compute.plan.serving.model_work import Served, check_served
 from liaoyuan.compute.plan.serving.replica import Replica
 from liaoyuan.compute.plan.serving.simulation import Outcome, serve, serve_apart
 from liaoyuan.compute.plan.serving.step_price import StepPrice
+from liaoyuan.compute.plan.span import Z90, Span, exactly
+from liaoyuan.compute.plan.spread import Spread, ends_of, spread
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.sizes import EngineConfig
 from liaoyuan.rundir import Progress, Report, silent
 
-Z = 1.645  # standard deviations that hold 90% between them
 Kinds = list[tuple[np.ndarray, np.ndarray, int]]  # steps, as a price takes them
+EXACT = exactly(1.0)
 STEPS_TOLD = 200  # by which it is told how a figure moves a step
 
 
@@ -53,31 +55,32 @@ class Machines:
         """The same with every figure at its median."""
         return replace(self, profile=self.profile.median())
 
-    def moved(self, z: float) -> Iterator[tuple[str, "Machines"]]:
-        """Yield for each uncertain figure its name, and the machines with it alone moved by `z` deviations."""
-        for name, figure in self.profile.figures().items():
-            if figure.sigma:
-                moved = self.profile.with_figures(lambda n, f, name=name: f.at(z if n == name else 0.0))  # type: ignore[misc]
-                yield name, replace(self, profile=moved)
+    def ends(self) -> dict[str, tuple["Machines", "Machines"]]:
+        """Return by uncertain figure, of cards or engine, the machines with it alone at either end of its range."""
+        certain = self.certain
+        found = {
+            name: tuple(replace(self, profile=end) for end in ends) for name, ends in ends_of(self.profile).items()
+        }
         for name, figure in self.rates.figures().items():
             if figure.sigma:
-                yield name, replace(self, profile=self.profile.median(), rates=self.rates.moved(name, z))
+                found[name] = tuple(replace(certain, rates=self.rates.moved(name, z)) for z in (-Z90, Z90))
+        return found  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Planned:
     """What a way gives: as the figures' medians have it, and where all steps are as short or as long as they may be.
 
-    spread: by what factor 90% of the steps' times are shorter or longer at most. causes: the figures that make it, and
-    by how much each alone, the largest first. blocks: of each replica's cache. why_not: why it cannot be, if not.
+    factor: by what 90% of the steps' times are shorter or longer at most. width: by figure, the share of that
+    uncertainty that comes from it, largest first. why_not: why it cannot be, if not.
     """
 
     way: Way
     median: Outcome | None = None
     fast: Outcome | None = None
     slow: Outcome | None = None
-    spread: float = 1.0
-    causes: tuple[tuple[str, float], ...] = ()
+    factor: Span = EXACT
+    width: dict[str, float] = field(default_factory=dict)
     why_not: str = ""
 
 
@@ -88,8 +91,8 @@ def ways(served: Served, processes: int, apart: bool = False) -> list[Way]:
     found, tp = list[Way](), 1
     while tp <= processes:
         if processes % tp == 0 and _can_be(replace(served, tp=tp, ep=1)):
-            spread = served.model.experts is not None and tp > 1 and _can_be(replace(served, tp=tp, ep=tp))
-            found.append(Way(processes // tp, tp, tp if spread else 1))
+            over = served.model.experts is not None and tp > 1 and _can_be(replace(served, tp=tp, ep=tp))
+            found.append(Way(processes // tp, tp, tp if over else 1))
         tp *= 2
     if apart:
         found += [Way(processes, 1, 1, prefill) for prefill in range(1, processes)]
@@ -133,9 +136,10 @@ def plan_way(
     median, kinds = _simulate(asks, way, price, config, blocks, 1.0)
     if not interval:
         return Planned(way, median)
-    spread, causes = _spread(served, machines, kinds)
-    fast, slow = (_simulate(asks, way, price, config, blocks, factor)[0] for factor in (1 / spread, spread))
-    return Planned(way, median, fast, slow, spread, causes)
+    steps = _spread(served, machines, kinds)
+    factor = steps.span.times(1 / steps.median)
+    fast, slow = (_simulate(asks, way, price, config, blocks, end)[0] for end in (factor.low, factor.high))
+    return Planned(way, median, fast, slow, factor, steps.shares)
 
 
 def plan_ways(
@@ -177,24 +181,16 @@ def _simulate(
     return outcome, [kind for replica in replicas for kind in replica.kinds]
 
 
-def _spread(served: Served, machines: Machines, kinds: Kinds) -> tuple[float, tuple[tuple[str, float], ...]]:
-    """Return by what factor steps of these kinds may be longer, and by what each figure alone makes them so.
-
-    Each figure is moved to both ends of what holds 90% of it; what it changes is added in quadrature, in logarithms.
-    """
+def _spread(served: Served, machines: Machines, kinds: Kinds) -> Spread:
+    """Return how long steps of these kinds take together, and how sure that is."""
     chosen = kinds[:: max(1, len(kinds) // STEPS_TOLD)]
 
     def seconds(on: Machines) -> float:
         price = StepPrice(served, on.cluster, on.profile, on.rates)
         return sum(price(*kind) for kind in chosen)
 
-    usual, moved = seconds(machines.certain), dict[str, float]()
-    for z in (-Z, Z):
-        for name, on in machines.moved(z):
-            moved[name] = max(moved.get(name, 0.0), abs(math.log(seconds(on) / usual)))
-    causes = sorted(((name, value) for name, value in moved.items() if value > 1e-4), key=lambda one: -one[1])
-    total = math.sqrt(sum(value**2 for _, value in causes))
-    return math.exp(total), tuple((name, math.exp(value)) for name, value in causes)
+    ends = {name: (seconds(low), seconds(high)) for name, (low, high) in machines.ends().items()}
+    return spread(seconds(machines.certain), ends)
 
 
 def _can_be(served: Served) -> bool:

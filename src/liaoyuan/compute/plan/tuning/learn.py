@@ -7,21 +7,22 @@ from dataclasses import dataclass
 
 from liaoyuan.compute.plan.apart import apart
 from liaoyuan.compute.plan.cluster import Cluster
-from liaoyuan.compute.plan.cost import seconds
+from liaoyuan.compute.plan.dry_run import Job
 from liaoyuan.compute.plan.fabric import Fabric
+from liaoyuan.compute.plan.ops import ops_of
 from liaoyuan.compute.plan.profile import DeviceProfile
-from liaoyuan.compute.plan.serving.plans import Z
-from liaoyuan.compute.plan.step_time import Span
+from liaoyuan.compute.plan.span import Span
+from liaoyuan.compute.plan.spread import Spread, spread_of
+from liaoyuan.compute.plan.timeline import Prices, play
 from liaoyuan.compute.plan.trace import Held, Trace
 from liaoyuan.compute.plan.tuning.dry_tune import TuneJob, dry_tune
 from liaoyuan.compute.plan.tuning.update_price import Update, UpdatePrice
-from liaoyuan.compute.plan.work import work_of
+from liaoyuan.compute.plan.whole import crowd
 from liaoyuan.models.lora import projections
 from liaoyuan.tuning.sft_config import EVALUATIONS, FEWEST_STEPS
 
 PADDING = 0.03  # share of the tokens of rows that are packed; docs/tune.md measures 1 to 4%
 FEW_BITS = {"int8": 1.0, "int4": 0.5 + 2 / 32}  # bytes of a weight below adapters, scales included
-BESIDE = ("shard", "expert_shard", "dp")  # axes whose collectives travel while others compute
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Records:
 class LearnPlan:
     """A run of `steps` steps on so many processes. peak: bytes of tensors of a process at most, of which `lasting`
     between steps; held: what they are. trained: numbers that are trained. seconds: of a step; hours: of the run, with
-    what it measures and asks of the model to begin with. causes: by what each figure may change a step.
+    what it measures and asks of the model to begin with. width: by figure, the share of a step's uncertainty.
     """
 
     steps: int
@@ -53,7 +54,7 @@ class LearnPlan:
     flops: int
     seconds: Span
     hours: Span
-    causes: tuple[tuple[str, float], ...]
+    width: dict[str, float]
     rests_on: str
 
 
@@ -69,14 +70,12 @@ def plan_learning(tune: TuneJob, records: Records, cluster: Cluster, profile: De
         LiaoyuanError: the layout does not fit, or the model has no projections to adapt.
     """
     step = apart(dry_tune, tune)
-    usual, causes = priced(step.trace, cluster, profile)
+    found = priced(step.trace, tune.job, cluster, profile)
+    usual = found.span
     saved = _saved(tune)
     train = tune.job.train
     share = step.trained / tune.job.model.num_parameters()
     further = _beside(tune, records, UpdatePrice(tune.job.model, cluster, profile.median(), trained=min(1.0, share)))
-    hours = [
-        (train.steps * each + further * each / usual.median) / 3600 for each in (usual.low, usual.median, usual.high)
-    ]
     return LearnPlan(
         train.steps,
         train.steps * train.batch_tokens,
@@ -86,47 +85,21 @@ def plan_learning(tune: TuneJob, records: Records, cluster: Cluster, profile: De
         step.trained,
         step.trace.flops,
         usual,
-        Span(*hours),
-        causes,
+        usual.times((train.steps + further / usual.median) / 3600),
+        found.shares,
         profile.rests_on,
     )
 
 
-def priced(trace: Trace, cluster: Cluster, profile: DeviceProfile) -> tuple[Span, tuple[tuple[str, float], ...]]:
-    """Return the seconds of a recorded step, and by what factor each figure may change them.
+def priced(trace: Trace, job: Job, cluster: Cluster, profile: DeviceProfile) -> Spread:
+    """Return the seconds of a recorded step of a job without a pipeline, played on its streams."""
+    ops = ops_of(trace.events, job.device != "cpu", job.layout.overlap)[0]
 
-    Calls follow each other, the host launches them beside; collectives of sharding travel while others compute, so
-    that the longer of both counts, and all others are waited for.
-    """
-    usual = _seconds(trace, cluster, profile.median())
-    reach = dict[str, float]()
-    for z in (-Z, Z):
-        for name, figure in profile.figures().items():
-            if figure.sigma:
-                moved = profile.with_figures(lambda n, f, name=name, z=z: f.at(z if n == name else 0.0))  # type: ignore[misc]
-                by = abs(math.log(_seconds(trace, cluster, moved) / usual))
-                reach[name] = max(reach.get(name, 0.0), by)
-    total = math.sqrt(sum(value**2 for value in reach.values()))
-    causes = sorted(((name, math.exp(by)) for name, by in reach.items() if by > 1e-4), key=lambda one: -one[1])
-    return Span(usual * math.exp(-total), usual, usual * math.exp(total)), tuple(causes)
+    def seconds(certain: DeviceProfile) -> float:
+        prices = Prices(certain, Fabric(cluster, certain), job.device != "cpu", crowd(job, cluster))
+        return play(ops, prices)[-1].seconds * certain.step.median
 
-
-def _seconds(trace: Trace, cluster: Cluster, profile: DeviceProfile) -> float:
-    fabric = Fabric(cluster, profile)
-    computing = launching = beside = waited = 0.0
-    for event in trace.events:
-        if event.collective is None:
-            computing += seconds(work_of(event), profile)
-            launching += profile.launch.median
-            continue
-        took = fabric.transfer(event.collective.kind, float(event.collective.bytes), event.collective.ranks).seconds
-        if event.collective.axis in BESIDE:
-            beside += took
-        else:
-            waited += took
-    own = computing + launching if cluster.accelerator.device == "cpu" else max(computing, launching)
-    contended = own + min(own, beside) * (profile.contention.median - 1)
-    return (max(contended, beside) + waited) * profile.step.median
+    return spread_of(seconds, profile)
 
 
 def _beside(tune: TuneJob, records: Records, price: UpdatePrice) -> float:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from liaoyuan.compute.plan.serving import Ask, Machines, Replica, Served, StepPrice, serve
-from liaoyuan.compute.plan.serving.plans import Kinds, Z
-from liaoyuan.compute.plan.step_time import Span
+from liaoyuan.compute.plan.serving.plans import Kinds
+from liaoyuan.compute.plan.span import Span, exactly
+from liaoyuan.compute.plan.spread import Spread, spread
 from liaoyuan.compute.plan.tuning.update_price import Scale, Update, UpdatePrice
 from liaoyuan.inference.sizes import EngineConfig
 from liaoyuan.models import ModelConfig
@@ -103,7 +104,7 @@ class Phases:
 @dataclass(frozen=True)
 class RlPlan:
     """A split, and what it gives. seconds: of a step, with its uncertainty. hours: of the run. why_not: why it cannot
-    be, if not. tokens_per_second: of answers, over the whole step.
+    be, if not. tokens_per_second: of answers, over the whole step. width: by figure, the share of the uncertainty.
     """
 
     split: Split
@@ -111,7 +112,7 @@ class RlPlan:
     seconds: Span | None = None
     hours: Span | None = None
     tokens_per_second: float = 0.0
-    causes: tuple[tuple[str, float], ...] = ()
+    width: dict[str, float] = field(default_factory=dict)
     why_not: str = ""
 
 
@@ -134,12 +135,11 @@ class RlPlanner:
             return RlPlan(split, why_not=why_not)
         took, kinds, tokens = self._rollout(split, blocks)
         phases = self._phases(split, self.machines.certain, took)
-        seconds, causes = Span(phases.step, phases.step, phases.step), ()
+        seconds, width = exactly(phases.step), dict[str, float]()
         if interval:
-            seconds, causes = self._interval(split, took, kinds, phases.step)  # type: ignore[assignment]
-        steps = self.job.rl.steps / 3600
-        hours = Span(seconds.low * steps, seconds.median * steps, seconds.high * steps)
-        return RlPlan(split, phases, seconds, hours, tokens / phases.step, causes)
+            found = self._interval(split, took, kinds, phases.step)
+            seconds, width = found.span, found.shares
+        return RlPlan(split, phases, seconds, seconds.times(self.job.rl.steps / 3600), tokens / phases.step, width)
 
     def search(self, cards: int, report: Report = silent) -> list[RlPlan]:
         """Return plans of the ways to split so many cards, the fastest first, which alone has its interval."""
@@ -251,10 +251,8 @@ class RlPlanner:
         ranks = tuple(range(split.cards))
         return fabric.transfer("all-gather", weights * (split.cards - 1) / split.cards, ranks).seconds
 
-    def _interval(
-        self, split: Split, took: float, kinds: Kinds, usual: float
-    ) -> tuple[Span, tuple[tuple[str, float], ...]]:
-        """Return a step's seconds with what the figures leave open: each moved alone, added in quadrature."""
+    def _interval(self, split: Split, took: float, kinds: Kinds, usual: float) -> Spread:
+        """Return a step's seconds, and how sure they are."""
         served = Served(self.job.model, tp=split.tp)
         chosen = kinds[:: max(1, len(kinds) // 100)]
 
@@ -262,14 +260,12 @@ class RlPlanner:
             price = StepPrice(served, on.cluster, on.profile, on.rates)
             return sum(price(*kind) for kind in chosen)
 
-        known, reach = engine(self.machines.certain), dict[str, float]()
-        for z in (-Z, Z):
-            for name, on in self.machines.moved(z):
-                step = self._phases(split, on, took * engine(on) / known).step
-                reach[name] = max(reach.get(name, 0.0), abs(math.log(step / usual)))
-        total = math.sqrt(sum(value**2 for value in reach.values()))
-        causes = sorted(((name, math.exp(value)) for name, value in reach.items() if value > 1e-4), key=lambda x: -x[1])
-        return Span(usual * math.exp(-total), usual, usual * math.exp(total)), tuple(causes)
+        known = engine(self.machines.certain)
+
+        def step(on: Machines) -> float:
+            return self._phases(split, on, took * engine(on) / known).step
+
+        return spread(usual, {name: (step(low), step(high)) for name, (low, high) in self.machines.ends().items()})
 
 
 def splits(model: ModelConfig, cards: int) -> list[Split]:

@@ -3,7 +3,8 @@
 The products, attention and bytes of `serving.model_work`, which the engine and training share; a backward pass has two
 products for each of the forward pass. Over several cards weights are sharded (FSDP): gathered for the forward and the
 backward pass of each microbatch, gradients scattered after it, both while others compute, so that the longer of the two
-counts. The optimiser reads and writes what it keeps of a card's share once a step.
+counts, but for what nothing runs beside: the first gather and the last gradients. The optimiser reads and writes what
+it keeps of a card's share once a step.
 """
 
 import math
@@ -96,11 +97,22 @@ class UpdatePrice:
         tokens, scored = max(1, round(own / count)), max(1, round(rows / count))
         computing = self._computing(tokens, scored, update.context) * times * self.scale.computing
         computing += self.scale.each * times / 3.0
-        sending = 0.0
+        exposed = sending = 0.0
         if cards > 1:
             part = self.served.model.num_parameters() * self.served.size * (cards - 1) / cards
-            sending = gathers * self._fabric.transfer("all-gather", part, tuple(range(cards))).seconds
-        return count * max(computing, sending)
+            once = self._fabric.transfer("all-gather", part, tuple(range(cards))).seconds
+            exposed = min(2, gathers) * once * self._alone()
+            sending = gathers * once - exposed
+        return count * (max(computing, sending) + exposed)
+
+    def _alone(self) -> float:
+        """Return the share of the weights that travel while nothing is computed: the ends of the model and the first
+        layer as they are gathered to begin with, and their gradients at last.
+        """
+        model = self.served.model
+        total = model.num_parameters()
+        ends = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+        return (ends + (total - ends) / model.num_hidden_layers) / total
 
     def _computing(self, tokens: int, rows: int, context: float) -> float:
         """Return the seconds of one forward pass over so many tokens."""
