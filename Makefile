@@ -9,7 +9,7 @@ TEST_PROCESSES ?= 2
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: help quickstart install install-dev test check format bench soak clean
+.PHONY: help quickstart install install-dev test test-all check format bench soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,8 +22,13 @@ install: $(INSTALLED) ## make .venv and install liaoyuan in it
 
 install-dev: $(INSTALLED_DEV) ## the same with what the tests need
 
-test: $(INSTALLED_DEV) ## run the whole test suite (ARGS="tests/ops -k attention")
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+test: $(INSTALLED_DEV) ## run the test suite (ARGS="tests/ops -k attention")
+	$(PYTEST) -m "not slow" --durations 20 $(ARGS)
+
+test-all: $(INSTALLED_DEV) ## the same with every row of its largest tables
+	$(PYTEST) $(ARGS)
 
 check: $(INSTALLED_DEV) ## lint, format, types, and the contract that imports run downwards only
 	$(BIN)/ruff check .

@@ -65,13 +65,22 @@ def model_of(kind: str, dtype: torch.dtype) -> Decoder:
     return model.double() if dtype is torch.float64 else model.to(dtype)
 
 
-def batches_of(config: ModelConfig, microbatches: int, rank: int, size: int) -> list[Batch]:
+def rows_of(layout: Layout, microbatches: int, processes: int) -> int:
+    """Return the rows of the global batch: with context parallel a microbatch is one, so that documents lie across the
+    cuts.
+    """
+    if layout.context == 1:
+        return ROWS
+    return microbatches * processes // (layout.pp * layout.tp * layout.context)
+
+
+def batches_of(config: ModelConfig, microbatches: int, rank: int, size: int, rows: int = ROWS) -> list[Batch]:
     """Return this process's part of a global batch in which documents of 1 to 40 tokens are packed."""
     generator = np.random.default_rng(0)
     tokens = generator.integers(0, config.vocab_size, 4 * ROWS * LENGTH + 1).astype(np.uint16)
     starts = np.unique(np.concatenate([[0], generator.integers(1, 40, 200).cumsum()]))
     stream = TokenStream(tokens, starts[starts < len(tokens)])
-    batches = TokenBatches(stream, 0, ROWS * LENGTH, LENGTH, microbatches, rank, size)(0)
+    batches = TokenBatches(stream, 0, rows * LENGTH, LENGTH, microbatches, rank, size)(0)
     for batch in batches:  # not all tokens count alike
         batch.weights.copy_(1.0 + batch.tokens % 3)
     return batches
@@ -85,14 +94,16 @@ def step(
     microbatches: int,
     plant: Callable[[], None] = lambda: None,
     penalties: Penalties | None = None,
+    rows: int | None = None,
 ) -> Outcome:
     """Compute one step's loss and gradients in a layout, with a bug if one is planted in this process."""
     plant()
+    rows = rows or rows_of(layout, microbatches, world.size)
     config = config_from_dict(MODELS[kind])
-    layout = resolve(layout, world.size, Shape(config, LENGTH, ROWS, microbatches))
+    layout = resolve(layout, world.size, Shape(config, LENGTH, rows, microbatches))
     world = world.arrange(layout)
     program = lay_out(model_of(kind, dtype), layout, world)
-    batches = batches_of(config, microbatches, world.data_rank, world.data_size)
+    batches = batches_of(config, microbatches, world.data_rank, world.data_size, rows)
     weight = world.sum_numbers(sum(float(b.weights.sum()) for b in batches) * world.counts)[0]
     losses = program.backward(batches, 1.0 / weight, penalties=penalties)
     loss, *penalty = world.sum_numbers(*losses.view(-1).tolist())
