@@ -53,31 +53,24 @@ MACHINES = {
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ on x86-64")
 
 
-def compiled(sources: list[Path], folder: Path, machine: tuple[str, ...] = ("-march=native",)) -> list[Path]:
-    def compile_one(source: Path) -> Path:
-        flags = [flag for flag in build._flags(source) if flag != "-march=native"]
-        target = folder / f"{source.stem}.o"
-        build._run([build.compiler(), *flags, *machine, "-c", str(source), "-o", str(target)])
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return list(pool.map(compile_one, sources))
-
-
 @pytest.fixture(scope="module")
-def bindings(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The files that know torch: their flags are the same for all machines."""
-    return compiled([build.NATIVE / name for name in build.WITH_TORCH], tmp_path_factory.mktemp("bindings"), ())
+def bindings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What knows torch: it is the same for all machines."""
+    target = tmp_path_factory.mktemp("bindings") / "bindings.o"
+    build.run(build.bindings_command(target))
+    return target
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_kernel_passes_its_self_test_and_rows_keep_their_bits(
-    machine: str, bindings: list[Path], tmp_path: Path
+    machine: str, bindings: Path, tmp_path: Path
 ) -> None:
-    kernels = [source for source in build.NATIVE.glob("*.cpp") if source.name not in build.WITH_TORCH]
-    objects = [*compiled(kernels, tmp_path, MACHINES[machine]), *bindings]
-    library = tmp_path / "kernels.so"
-    build._run([build.compiler(), "-shared", *map(str, objects), *build._libraries(), "-o", str(library)])
+    sources = build.kernel_sources()
+    objects = [tmp_path / f"{source.stem}.o" for source in sources]
+    commands = [build.kernel_command(*pair, MACHINES[machine]) for pair in zip(sources, objects, strict=True)]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(build.run, commands))
+    library = build.link([bindings, *objects], tmp_path / "kernels.so")
     where = {**os.environ, "OMP_NUM_THREADS": "1"}
     found = subprocess.run(
         [sys.executable, "-c", CHECK, str(library)], env=where, capture_output=True, text=True, timeout=300

@@ -29,10 +29,10 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import TEMPORARY, Progress, Report, silent, write_atomic
 
 NATIVE = Path(__file__).parent / "native"
-KERNEL_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
+KERNEL_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math")
 BINDING_FLAGS = ("-O1", "-fopenmp")
 COMMON_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-w")
-# The others include no header of torch, which would cost seconds.
+# These are compiled as one file: torch's headers, which the others do without, cost ten times what they add to them.
 WITH_TORCH = (
     *("binding.cpp", "autograd.cpp", "binding_attention.cpp", "binding_experts.cpp", "autograd_experts.cpp"),
     *("binding_inference.cpp", "binding_optimiser.cpp", "binding_loss.cpp", "autograd_loss.cpp"),
@@ -134,18 +134,44 @@ def _build_alone(target: Path, report: Report) -> None:
 
 
 def _compiled(folder: Path, report: Report) -> Path:
-    sources = sorted(NATIVE.glob("*.cpp"), key=lambda path: path.name not in WITH_TORCH)  # the longest first
-    objects = [folder / f"{source.stem}.o" for source in sources]
-    commands = [[compiler(), *_flags(s), "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
+    bindings = folder / "bindings.o"
+    sources = kernel_sources()
+    objects = [bindings, *(folder / f"{source.stem}.o" for source in sources)]
+    commands = [bindings_command(bindings)]  # the longest first
+    commands += [kernel_command(s, o) for s, o in zip(sources, objects[1:], strict=True)]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         try:
-            for done, _ in enumerate(pool.map(_run, commands)):
-                report(Progress(done + 1, len(sources) + 1, "file", "compiling kernels"))
+            for done, _ in enumerate(pool.map(run, commands)):
+                report(Progress(done + 1, len(commands) + 1, "file", "compiling kernels"))
         except LibraryError:
             pool.shutdown(cancel_futures=True)
             raise
-    library = folder / "kernels.so"
-    _run([compiler(), "-shared", *map(str, objects), *_libraries(), "-o", str(library)])
+    return link(objects, folder / "kernels.so")
+
+
+def kernel_sources() -> list[Path]:
+    """Return the files that are compiled each alone, for a machine."""
+    return [source for source in sorted(NATIVE.glob("*.cpp")) if source.name not in WITH_TORCH]
+
+
+def kernel_command(source: Path, target: Path, machine: Sequence[str] = ("-march=native",)) -> list[str]:
+    """Return how a kernel is compiled for a machine, this one if none is named."""
+    return [compiler(), *COMMON_FLAGS, *KERNEL_FLAGS, *machine, "-c", str(source), "-o", str(target)]
+
+
+def bindings_command(target: Path) -> list[str]:
+    """Return how what calls the kernels from torch is compiled: for all machines alike."""
+    include = Path(torch.__file__).parent / "include"
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    flags = [f"-isystem{include}", f"-isystem{include / 'torch' / 'csrc' / 'api' / 'include'}", abi]
+    *others, last = (str(NATIVE / name) for name in WITH_TORCH)
+    flags += [word for other in others for word in ("-include", other)]
+    return [compiler(), *COMMON_FLAGS, *BINDING_FLAGS, *flags, "-c", last, "-o", str(target)]
+
+
+def link(objects: Sequence[Path], library: Path) -> Path:
+    """Make one library of what was compiled."""
+    run([compiler(), "-shared", *map(str, objects), *_libraries(), "-o", str(library)])
     return library
 
 
@@ -177,15 +203,6 @@ def _hash_of(target: Path) -> Path:
     return target.with_suffix(".sha256")
 
 
-def _flags(source: Path) -> Sequence[str]:
-    if source.name not in WITH_TORCH:
-        return [*COMMON_FLAGS, *KERNEL_FLAGS]
-    include = Path(torch.__file__).parent / "include"
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    places = [f"-isystem{include}", f"-isystem{include / 'torch' / 'csrc' / 'api' / 'include'}"]
-    return [*COMMON_FLAGS, *BINDING_FLAGS, abi, *places]
-
-
 def _libraries() -> list[str]:
     """Name torch's own libraries, and its own OpenMP runtime: a second one would be a second pool of threads."""
     root = Path(torch.__file__).parent
@@ -193,7 +210,8 @@ def _libraries() -> list[str]:
     return [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", str(openmp[0]) if openmp else "-lgomp"]
 
 
-def _run(command: list[str]) -> None:
+def run(command: list[str]) -> None:
+    """Run a command of the compiler. Raises LibraryError with its reason."""
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if not result.returncode:
         return
