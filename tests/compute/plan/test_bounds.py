@@ -52,7 +52,7 @@ def job_of(case: Case) -> Job:
 
 
 def dry(_: World, job: Job, rank: int) -> Trace:
-    return dry_run(job, rank)
+    return dry_run(job, rank, steps=1 if job.layout.pp == 1 else 2)
 
 
 @pytest.mark.parametrize("name", CASES)

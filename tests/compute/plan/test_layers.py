@@ -21,12 +21,12 @@ from tests.parallel.layouts import MODELS
 
 LENGTH = 64
 PLAIN: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {  # model, processes, layers, microbatches, layout
-    "fsdp, many microbatches": ("dense", 2, 7, 5, {}),
-    "tp, recomputed, dense and sparse layers": ("latent", 4, 7, 1, {"tp": 2, "ep": 2, "recompute": "full"}),
-    "windows": ("sinks", 2, 8, 2, {"overlap": False}),
+    "fsdp, many microbatches": ("dense", 2, 6, 4, {}),
+    "tp, recomputed, dense and sparse layers": ("latent", 4, 6, 1, {"tp": 2, "ep": 2, "recompute": "full"}),
+    "windows": ("sinks", 2, 6, 2, {"overlap": False}),
 }
 PIPED: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
-    "1f1b": ("dense", 8, 12, 6, {"pp": 4}),
+    "1f1b": ("dense", 4, 12, 6, {"pp": 4}),
     "zbv": ("dense", 3, 13, 8, {"pp": 3, "schedule": "zbv"}),
 }
 PEAKS = {"1f1b": 0.01, "zbv": 0.03}  # with ZBV microbatches differ in when they let go: told 1.3 to 2.5% too high
@@ -63,7 +63,7 @@ def same_counts(load: Load, trace: Trace, peak: float = 0.01) -> None:
 def test_layers_and_microbatches_are_multiplied(name: str) -> None:
     job = job_of(PLAIN[name])
     whole = told(job)
-    (trace,) = apart_each(dry_run, [(job, 0)])
+    (trace,) = apart_each(dry_run, [(job, 0, 1)])
     (load,) = whole.loads()
     same_counts(load, trace)
     profile = quick(whole.cluster)
@@ -74,7 +74,7 @@ def test_layers_and_microbatches_are_multiplied(name: str) -> None:
     assert step.computing + sum(step.exposed.values()) == pytest.approx(step.seconds, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", PIPED)
+@pytest.mark.parametrize("name", ["1f1b", pytest.param("zbv", marks=pytest.mark.slow)])
 def test_stages_are_multiplied(name: str) -> None:
     job = job_of(PIPED[name])
     whole = told(job)
