@@ -1,7 +1,7 @@
 """What one can train on the cards one has, and what to buy for what one wants to train, in so many days.
 
-Many sizes are looked at by formulas, in layouts of the usual kinds; a few get a search among all layouts with whole
-predictions, and what these say of the formulas decides which size is next. Failures are part of the days.
+Many sizes are looked at by formulas; a few get whole predictions, and what these say of the formulas decides which size
+is next. Layouts are those of the usual kinds. Failures are part of the days.
 """
 
 from liaoyuan.compute.plan.advice.buy import to_buy

@@ -20,8 +20,7 @@ from liaoyuan.rundir import Report, silent
 DAY = 86400.0
 LIVES = 400  # of a job among failures, for each size that is looked at
 TRIES = 4  # whole searches, after which one that does is good enough
-# What formulas look at first: with other schedules and cut sequences there are twenty times as many layouts.
-USUAL = Kept.of({"schedule": "1f1b", "ring": 1, "ulysses": 1})
+UNCUT = {"ring": 1, "ulysses": 1}
 
 
 @dataclass(frozen=True)
@@ -66,30 +65,31 @@ class Asker:
     whole: int = 4
 
     def sketched(self, job: Job, tokens: float) -> Outcome:
-        """Return how the job trains on `tokens`, by formulas, in the best of the usual layouts if one of them fits.
+        """Return how the job trains on `tokens` in its best layout, by formulas.
 
         Raises:
             LiaoyuanError: no layout is legal, or none fits.
         """
-        reckon = by_formulas(self.cluster, self.profile)
-        try:
-            best = search(job, self.cluster, self.profile, reckon, USUAL, 1, workers=0).best
-        except LiaoyuanError:
-            best = search(job, self.cluster, self.profile, reckon, None, 1, workers=0).best
-        return self._outcome(best, tokens)
+        return self._outcome(self._best(job, 0, silent), tokens)
 
     def searched(self, job: Job, tokens: float, report: Report = silent) -> Outcome:
-        """Return how the job trains on `tokens` in the best of all layouts, predicted as a whole (by formulas if
-        `whole` is 0).
+        """Return how the job trains on `tokens` in its best layout, by whole predictions (by formulas if there are to
+        be none).
 
         Raises:
             LiaoyuanError: no layout is legal, or none fits.
         """
+        return self._outcome(self._best(job, self.whole, report), tokens)
+
+    def _best(self, job: Job, whole: int, report: Report) -> Choice:
+        """Return the best of the usual layouts; of all, if none of these can be."""
         cluster, profile = self.cluster, self.profile
-        reckon = by_prediction(cluster, profile) if self.whole else by_formulas(cluster, profile)
-        workers = 2 if self.whole else 0
-        best = search(job, cluster, profile, reckon, None, self.whole or 1, report, workers).best
-        return self._outcome(best, tokens)
+        reckon = by_prediction(cluster, profile) if whole else by_formulas(cluster, profile)
+        workers = 2 if whole else 0
+        try:
+            return search(job, cluster, profile, reckon, _usual(job), whole or 1, report, workers).best
+        except LiaoyuanError:
+            return search(job, cluster, profile, reckon, None, whole or 1, report, workers).best
 
     def _outcome(self, choice: Choice, tokens: float) -> Outcome:
         job, card = choice.job, self.cluster.accelerator
@@ -113,6 +113,13 @@ class Asker:
         run = Run.of(train, self.saving, seconds, job.processes, state_bytes(job.model, train))
         run = replace(run, every=formula_every(run, self.cluster))
         return run.every, goodput(run, self.cluster, LIVES)
+
+
+def _usual(job: Job) -> Kept:
+    """Return the layouts that are looked at, a twentieth of all: one pipeline schedule, and whole sequences where there
+    are enough of them.
+    """
+    return Kept.of({"schedule": "1f1b"} | (UNCUT if job.rows >= job.processes else {}))
 
 
 def _span(interval: Interval) -> Span:
