@@ -1,22 +1,23 @@
 """The largest model of a family of shapes that so many cards train in so many days."""
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from liaoyuan.compute.plan.advice.outcome import TRIES, Asker, Outcome, check, check_rows, least_card_days
 from liaoyuan.compute.plan.dry_run import Job
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.models import ModelConfig, config_from_dict
+from liaoyuan.models import ModelConfig
 from liaoyuan.parallel import Layout
 from liaoyuan.rundir import Progress, Report, silent
 from liaoyuan.training.loop import TrainConfig
 
 HEAD_DIM, KEY_HEADS = 128, 8
-DEEP = (128, 85)  # hidden size over layers: published models from 7 to 405 billion weights have 80 to 140
+DEEP = (128, 80)  # hidden size over layers: published models from 7 to 405 billion weights have 80 to 140
 WIDER = 3.5  # intermediate size over hidden size
-MORE = 1.02  # of the models that are tried, weights of one over those of the one before
+CLOSE = 1.15  # weights of one that cannot be over those of one that can: near enough
+MORE = 1.05  # of the models that are tried, weights of one over those of the one before
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,19 @@ class Wish:
     vocab: int = 128256
 
 
-def family(vocab: int, keys: int = KEY_HEADS) -> Iterator[ModelConfig]:
-    """Yield dense models of one shape, smallest first, each some more than the one before."""
-    found = list[ModelConfig]()
+@functools.cache
+def family(vocab: int, keys: int = KEY_HEADS) -> tuple[ModelConfig, ...]:
+    """Return dense models of one shape, smallest first, each some more than the one before."""
+    sizes = []
     for hidden in _widths(keys):
         shallow, deep = (max(4, round(hidden / over / 2) * 2) for over in DEEP)
-        found += [_shaped(hidden, layers, vocab, keys) for layers in range(shallow, deep + 1, 2)]
-    last = 0.0
-    for model in sorted(found, key=ModelConfig.num_parameters):
-        if model.num_parameters() >= last * MORE:
-            last = model.num_parameters()
-            yield model
+        sizes += [(_size(hidden, layers, vocab, keys), hidden, layers) for layers in range(shallow, deep + 1, 2)]
+    found, last = list[ModelConfig](), 0.0
+    for size, hidden, layers in sorted(sizes):
+        if size >= last * MORE:
+            last = size
+            found.append(_shaped(hidden, layers, vocab, keys))
+    return tuple(found)
 
 
 def _widths(keys: int) -> list[int]:
@@ -51,21 +54,25 @@ def _widths(keys: int) -> list[int]:
     return [*range(1024, 4096, 256), *range(4096, 2**16, max(256, keys * HEAD_DIM))]
 
 
+def _size(hidden: int, layers: int, vocab: int, keys: int) -> int:
+    """Return the weights of a model, norms left out."""
+    wide, keys = round(hidden * WIDER / 256) * 256, math.gcd(hidden // HEAD_DIM, keys)
+    return 2 * vocab * hidden + layers * hidden * (2 * hidden + 2 * keys * HEAD_DIM + 3 * wide)
+
+
 def _shaped(hidden: int, layers: int, vocab: int, keys: int) -> ModelConfig:
     heads = hidden // HEAD_DIM
-    values = {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": round(hidden * WIDER / 256) * 256,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys if heads % keys == 0 else math.gcd(heads, keys),
-        "head_dim": HEAD_DIM,
-        "vocab_size": vocab,
-        "torch_dtype": "bfloat16",
-        "tie_word_embeddings": False,
-    }
-    return config_from_dict(values, "the family of shapes")
+    return ModelConfig(
+        model_type="llama",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=round(hidden * WIDER / 256) * 256,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=math.gcd(heads, keys),
+        head_dim=HEAD_DIM,
+        dtype="bfloat16",
+    )
 
 
 def largest(asker: Asker, processes: int, wish: Wish, report: Report = silent) -> Outcome:
@@ -77,7 +84,7 @@ def largest(asker: Asker, processes: int, wish: Wish, report: Report = silent) -
         LiaoyuanError: not even the smallest, and why; or what is asked for makes no sense.
     """
     check(days=wish.days, processes=processes, tokens_per_weight=wish.tokens_per_weight)
-    models = _Models(asker, processes, wish, list(family(wish.vocab)), report)
+    models = _Models(asker, processes, wish, family(wish.vocab), report)
     low, high, ratio, skip = -1, len(models.family), 1.0, 1
     found: Outcome | None = None
     place = models.last(low, high, ratio)
@@ -87,13 +94,14 @@ def largest(asker: Asker, processes: int, wish: Wish, report: Report = silent) -
             low, found = place, one
         else:
             high = max(place, 0)
-        if high - low < 2 or (found and tried >= TRIES):
+        if high - low < 2 or (found and tried >= TRIES and models.close(low, high)):
             break
         if one and math.isfinite(one.days.median):
             ratio = one.days.median / models.days(place)
             place = models.last(low, high, ratio)
-        else:
-            place, skip = models.last(low, max(high - skip, low + 2), ratio), 2 * skip
+        else:  # no layout fits: halfway to one that does, or further and further down
+            below = (low + high) // 2 if found else max(high - skip, 0)
+            place, skip = min(models.last(low, high, ratio), below), 2 * skip
         if found and place == low:
             break
         place = max(place, 0)
@@ -113,7 +121,7 @@ class _Models:
     asker: Asker
     processes: int
     wish: Wish
-    family: list[ModelConfig]
+    family: tuple[ModelConfig, ...]
     report: Report
     sketches: dict[int, Outcome | str] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)  # by the search
@@ -156,6 +164,12 @@ class _Models:
         except LiaoyuanError as error:
             self.refused[place] = str(error)
             return None
+
+    def close(self, low: int, high: int) -> bool:
+        """Return whether a model that can be is hardly smaller than one that cannot."""
+        if high == len(self.family):
+            return False
+        return self.family[high].num_parameters() <= CLOSE * self.family[low].num_parameters()
 
     def why_not(self, place: int) -> str:
         """Return what keeps this one from being trained in the days."""
