@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -116,7 +116,7 @@ def test_models_of_the_family_grow_without_gaps() -> None:
     steps = [large / small for small, large in itertools.pairwise(sizes)]
     assert min(steps) >= 1.04 and max(step for step, size in zip(steps, sizes, strict=False) if size > 2e9) < 1.3
     for one in family(4096):
-        assert one.num_hidden_layers < 9 or 79 <= one.hidden_size / one.num_hidden_layers <= 136
+        assert one.num_hidden_layers < 9 or 76 <= one.hidden_size / one.num_hidden_layers <= 136
         assert one.num_attention_heads % one.num_key_value_heads == 0
         assert one.head_dim * one.num_attention_heads == one.hidden_size
 
@@ -155,8 +155,8 @@ SMALL = {"tokens_per_weight": 20.0, "batch_tokens": 8 * 1024, "sequence_length":
 
 def test_twice_the_days_never_a_smaller_model_and_it_fits() -> None:
     asker, before = asker_of(effective=exactly(0.9)), 0.0
-    for days in (0.25, 0.5, 1.0):
-        found = largest(asker, 4, Wish(days, **SMALL))
+    for days in (0.2, 0.4):
+        found = largest(asker, 2, Wish(days, **SMALL))
         assert found.days.median <= days
         assert found.choice.bytes <= H100.accelerator.usable_bytes
         assert found.job.model.num_parameters() >= before
@@ -170,15 +170,15 @@ def faster(cluster: Cluster, factor: float) -> Cluster:
 
 
 def test_faster_cards_never_more_of_them_and_more_failures_never_fewer() -> None:
-    job = job_of(rows=64, layers=4, length=1024)
+    job, pairs = job_of(rows=32, layers=2, length=512), H100.model_copy(update={"per_node": 2})
+    days = 0.8 * asker_of(pairs).sketched(replace(job, processes=2), 1e11).days.median
 
     def cards(cluster: Cluster) -> int:
-        return to_buy(asker_of(cluster), job, 3.0, 4e11).job.processes
+        return to_buy(asker_of(cluster), job, days, 1e11).job.processes
 
-    usual = cards(H100)
-    assert cards(faster(H100, 1.5)) < usual
-    often = H100.model_copy(update={"failures": Failures(low=2000, median=3500, high=5000)})
-    assert cards(often) > usual
+    assert cards(pairs) == 4
+    assert cards(faster(pairs, 2.0)) == 2
+    assert cards(pairs.model_copy(update={"failures": Failures(low=50000, median=60000, high=70000)})) > 4
 
 
 def test_the_share_of_the_time_is_what_failures_leave_or_what_is_given() -> None:
@@ -202,11 +202,11 @@ def test_the_share_of_the_time_is_what_failures_leave_or_what_is_given() -> None
 
 def test_what_is_bought_holds_by_the_whole_prediction() -> None:
     job = job_of(rows=16, hidden=256, layers=2, length=256)
-    found = to_buy(asker_of(whole=1), job, 2.0, 1e12)
+    found = to_buy(asker_of(whole=1), job, 4.0, 1e12)
     step = predict(found.job, H100, assumed(H100)).step.seconds
     assert found.choice.found and found.choice.found.seconds == step and found.choice.found.fits
     assert found.steps == math.ceil(1e12 / job.tokens)
-    assert found.days.low < found.days.median <= 2.0 and found.days.median < found.days.high
+    assert found.days.low < found.days.median <= 4.0 and found.days.median < found.days.high
     assert found.days.median == pytest.approx(found.steps * step.median / DAY / found.effective.median, rel=0.1)
 
 
@@ -225,8 +225,8 @@ def test_what_cannot_be_is_told() -> None:
         largest(formula(), 8, Wish(30, batch_tokens=100))
     with pytest.raises(LiaoyuanError, match=r"smallest has .* At their peak the cards would take"):
         largest(asker_of(), 1, Wish(1e-3))
-    with pytest.raises(LiaoyuanError, match=r"smallest has .* legal on 7 processes"):
-        largest(asker_of(), 7, Wish(30.0, **SMALL))
+    with pytest.raises(LiaoyuanError, match=r"smallest has .* legal on 4,099 processes"):
+        largest(asker_of(), 4099, Wish(30.0, **SMALL))
     with pytest.raises(LiaoyuanError, match="does not fit after all"):
         to_buy(formula(most_weights=1.0), job_of(), 30.0, 1e12)
 
@@ -241,11 +241,11 @@ ROWS = ("--batch-tokens", 8192, "--sequence-length", 1024, "--vocab", 512)
 
 
 def test_the_largest_is_told_as_json() -> None:
-    found = run("largest", "--processes", 4, "--days", 0.5, "--whole", 0, "--effective", 0.9, *ROWS)
-    assert found["weights"] > 1e8 and found["days"]["median"] <= 0.5 and found["memory_share"] <= 1
-    assert found["processes"] == 4 and found["save_every"] is None
+    found = run("largest", "--processes", 2, "--days", 0.2, "--whole", 0, "--effective", 0.9, *ROWS)
+    assert found["weights"] > 1e8 and found["days"]["median"] <= 0.2 and found["memory_share"] <= 1
+    assert found["processes"] == 2 and found["save_every"] is None
     assert found["effective"] == {"low": 0.9, "median": 0.9, "high": 0.9}
-    assert found["card_hours"]["median"] == pytest.approx(found["days"]["median"] * 24 * 4)
+    assert found["card_hours"]["median"] == pytest.approx(found["days"]["median"] * 24 * 2)
 
 
 MODEL = ("hidden_size=256", "intermediate_size=512", "num_hidden_layers=2", "num_attention_heads=4")
@@ -261,7 +261,7 @@ def test_what_to_buy_is_told_of_each_kind() -> None:
     assert 0 < fast["processes"] <= slow["processes"]
     assert fast["days"]["median"] <= 2 and 0 < fast["effective"]["median"] < 1 and fast["save_every"] >= 1
     assert "The fastest are" in run(*buy, "--days", 0.01, "--clusters", "h100")["h100"]["refused"]
-    with pytest.raises(LiaoyuanError, match="no cluster 'h1000'; did you mean"):
+    with pytest.raises(LiaoyuanError, match="no cluster 'h1000', did you mean"):
         run(*buy, "--clusters", "h100,h1000")
     with pytest.raises(LiaoyuanError, match="--effective 2: write a share"):
         run(*buy, "--effective", 2)
