@@ -102,7 +102,7 @@ class _Clusters:
 
     def fastest(self) -> str:
         """Return which number of cards is the fastest, and what would help; or nothing, if none does it at all."""
-        known = [one for count in self.sketches if (one := self.outcomes.get(count) or self.sketches[count])]
+        known = list(self.outcomes.values()) or [one for one in self.sketches.values() if one]
         if not known:
             return ""
         best = min(known, key=lambda one: one.days.median)
