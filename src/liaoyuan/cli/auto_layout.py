@@ -97,7 +97,7 @@ def told(ranking: "Ranking", found: "list[Reason]") -> tuple[str, str]:
     best = ranking.best
     span = best.found.seconds if best.found else None
     interval = f" ({span.low:.3g} to {span.high:.3g})" if span else ""
-    share = best.bytes / ranking.cluster.accelerator.usable_bytes
+    share = best.memory_share(ranking.cluster)
     first = (
         f"layout: {best.words}: about {best.seconds:.3g} s{interval} a step and {share:.0%} of the memory of "
         f"{ranking.cluster.accelerator.name}, the best of {ranking.legal:,}."

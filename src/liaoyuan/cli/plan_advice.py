@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from liaoyuan.cli.plan_words import read_span, told
+from liaoyuan.cli.plan_words import finite, read_span, told
 from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
     from liaoyuan.compute.plan.advice import Outcome
+    from liaoyuan.compute.plan.span import Span
     from liaoyuan.compute.plan.suits import Suit
 
 SHOWN = 5  # sizes of each kind
@@ -25,7 +26,8 @@ KINDS = {
 ClusterName = Annotated[str, typer.Option(help="The machines: a name, such as h100, or a TOML file.")]
 ProfileFile = Annotated[Path | None, typer.Option(help="What `plan calibrate` measured of such a card.")]
 EffectiveShare = Annotated[
-    str, typer.Option(metavar="S or LOW,MEDIAN,HIGH", help="Share of the time that counts (`plan goodput` tells it).")
+    str | None,
+    typer.Option(metavar="S or LOW,MEDIAN,HIGH", help="Share of the time that counts (default: what failures leave)."),
 ]
 Whole = Annotated[int, typer.Option(min=0, help="Layouts predicted as a whole in the end (0: formulas alone).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -41,25 +43,25 @@ def largest(
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 4 * 2**20,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 8192,
     vocab: Annotated[int, typer.Option(min=1, help="Tokens known.")] = 128256,
-    effective: EffectiveShare = "0.8,0.9,0.97",
+    effective: EffectiveShare = None,
     profile: ProfileFile = None,
     whole: Whole = 4,
     json: AsJson = False,
 ) -> None:
     """Tell the largest model that these cards train in so many days, and its best layout."""
+    from liaoyuan.checkpoint.training_state import CheckpointConfig
     from liaoyuan.cli.plan_job import machines_of
     from liaoyuan.cli.progress import bar
-    from liaoyuan.compute.plan.advice import Wish
+    from liaoyuan.compute.plan.advice import Asker, Wish
     from liaoyuan.compute.plan.advice import largest as found_largest
 
     machines, figures = machines_of(cluster, profile)
-    wish = Wish(
-        days, tokens_per_weight, batch_tokens, sequence_length, vocab, read_span(effective, "--effective", most=1)
-    )
+    asker = Asker(machines, figures, CheckpointConfig(), _share(effective), whole)
+    wish = Wish(days, tokens_per_weight, batch_tokens, sequence_length, vocab)
     with bar("Largest", quiet=json) as report:
-        found = found_largest(machines, figures, processes, wish, whole, report)
+        found = found_largest(asker, processes, wish, report)
     if json:
-        print(json_format.dumps(_values(found), indent=2))
+        print(json_format.dumps(finite(_values(found)), indent=2))
         return
     model = found.job.model
     print(
@@ -82,29 +84,30 @@ def buy(
     clusters: Annotated[str, typer.Option(help="Kinds of machines, with commas between.")] = "h100,h200,b200",
     tokens: Annotated[float | None, typer.Option(min=1, help="Seen in all (default: steps x batch_tokens).")] = None,
     vocab: Annotated[int | None, typer.Option(min=1, help="Tokens known, if there is no corpus yet.")] = None,
-    effective: EffectiveShare = "0.8,0.9,0.97",
+    effective: EffectiveShare = None,
     whole: Whole = 4,
     json: AsJson = False,
 ) -> None:
     """Tell for each kind of machine how many cards train this run in so many days: layout, energy and cost."""
     from liaoyuan.cli.plan_job import job_of, machines_of, run_config
     from liaoyuan.cli.progress import bar
-    from liaoyuan.compute.plan.advice import to_buy
+    from liaoyuan.compute.plan.advice import Asker, to_buy
 
-    config, share = run_config(run_file, set_), read_span(effective, "--effective", most=1)
+    config, share = run_config(run_file, set_), _share(effective)
+    kinds = {name: machines_of(name, None) for name in clusters.replace(" ", "").split(",")}
     found = dict[str, "Outcome | str"]()
-    for name in clusters.replace(" ", "").split(","):
-        machines, figures = machines_of(name, None)
+    for name, (machines, figures) in kinds.items():
         job = job_of(config, machines.per_node, None, machines.accelerator.device, vocab)
         seen = tokens or float(job.train.steps * job.train.batch_tokens)
+        asker = Asker(machines, figures, config.checkpoint, share, whole)
         try:
             with bar(name, quiet=json) as report:
-                found[name] = to_buy(job, machines, figures, days, seen, share, whole, report)
+                found[name] = to_buy(asker, job, days, seen, report)
         except LiaoyuanError as error:
             found[name] = str(error)
     if json:
         values = {name: {"refused": one} if isinstance(one, str) else _values(one) for name, one in found.items()}
-        print(json_format.dumps(values, indent=2))
+        print(json_format.dumps(finite(values), indent=2))
         return
     print(f"{job.model.num_parameters():,} weights, {seen:,.4g} tokens, in {days:g} days:")
     for name, one in found.items():
@@ -158,19 +161,23 @@ def _suit_line(one: "Suit") -> str:
     return f"  {one.value:>6,}{rows}: {one.efficiency:6.1%}" + (f"  (lost to {lost})" if lost else "")
 
 
+def _share(effective: str | None) -> "Span | None":
+    return read_span(effective, "--effective", most=1) if effective is not None else None
+
+
 def _cards(name: str, one: "Outcome") -> str:
     cards, nodes = one.job.processes, one.job.processes // one.cluster.per_node
     return f"{name}: {cards:,} x {one.cluster.accelerator.name} ({nodes:,} nodes)"
 
 
 def _outcome(one: "Outcome") -> str:
-    from liaoyuan.compute.plan.reckoned import tokens_per_second, utilisation
-
     choice, step = one.choice, one.choice.seconds
+    saved = f", saved every {one.every:,} steps" if one.every else ""
     lines = [
         f"  layout: {choice.words}; {choice.memory_share(one.cluster):.0%} of the memory",
-        f"  a step of {step:,.3g} s, {tokens_per_second(one.job, step):,.4g} tokens/s a card, MFU "
-        f"{utilisation(one.job, one.cluster, step):.1%}; {one.steps:,} steps",
+        f"  a step of {step:,.3g} s, {choice.tokens_per_second:,.4g} tokens/s a card, MFU "
+        f"{choice.utilisation(one.peak):.1%}; {one.steps:,} steps",
+        f"  {told(one.effective.times(100), '%')} of the time counts{saved}",
         f"  {told(one.days)} days, {told(one.card_hours)} card-hours",
     ]
     if energy := one.megawatt_hours:
@@ -182,8 +189,9 @@ def _outcome(one: "Outcome") -> str:
 def _basis(one: "Outcome") -> str:
     found = one.choice.found
     return (
-        "Intervals hold 90%: of a step, and of the share of the time that counts. They rest on "
-        f"{found.rests_on if found else 'formulas'}."
+        "Intervals hold 90% of what a step may take, and failures of the time. They rest on "
+        f"{found.rests_on if found else 'formulas'}; {'failures' if one.every else 'the share'} as "
+        f"{'the file of the cluster has them' if one.every else 'given'}."
     )
 
 
@@ -199,6 +207,8 @@ def _values(one: "Outcome") -> dict[str, Any]:
         "step_seconds": asdict(choice.found.seconds) if choice.found else choice.seconds,
         "memory_share": choice.memory_share(one.cluster),
         "steps": one.steps,
+        "effective": asdict(one.effective),
+        "save_every": one.every,
         "days": asdict(one.days),
         "card_hours": asdict(one.card_hours),
         "megawatt_hours": asdict(one.megawatt_hours) if one.megawatt_hours else None,

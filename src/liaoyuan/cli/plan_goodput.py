@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from liaoyuan.cli.plan_words import GIB, read_span
+from liaoyuan.cli.plan_words import finite, read_span, size
 from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
@@ -49,20 +49,21 @@ def goodput(
     from liaoyuan.cli.plan_job import run_config
     from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan import read_cluster
-    from liaoyuan.compute.plan.goodput import best_every, best_spares, with_choice
+    from liaoyuan.compute.plan.cluster import GIB
+    from liaoyuan.compute.plan.goodput import Run, best_every, best_spares, with_choice
     from liaoyuan.compute.plan.goodput import goodput as predicted
 
     config, machines = run_config(run_file, set_), read_cluster(cluster)
     if step_seconds is not None and tokens_per_second is not None:
         raise LiaoyuanError("--step-seconds and --tokens-per-second say the same: give one of them, or none.")
-    size = checkpoint_gib * GIB if checkpoint_gib is not None else _state_bytes(config, vocab)
+    held = checkpoint_gib * GIB if checkpoint_gib is not None else _state_bytes(config, vocab)
     if step_seconds is not None:
         step = read_span(step_seconds, "--step-seconds")
     elif tokens_per_second is not None:
         step = read_span(tokens_per_second, "--tokens-per-second").under(config.train.batch_tokens)
     else:
         step = _predicted_step(config, processes, machines, layout, vocab, json)
-    run, machines = with_choice(run_of(config, step, processes, size), machines, spares=spares)
+    run, machines = with_choice(Run.of(config.train, config.checkpoint, step, processes, held), machines, spares=spares)
     with bar("As it is", quiet=json) as report:
         now = predicted(run, machines, lives, seed, report)
     with bar("Saves", quiet=json) as report:
@@ -74,20 +75,11 @@ def goodput(
         best = predicted(*with_choice(*tuned, spares=nodes.best.value), lives, seed, report)
     if json:
         values = {"now": asdict(now), "best": asdict(best), "every": asdict(saves), "spares": asdict(nodes)}
-        print(json_format.dumps(_finite({"cluster": machines.name, "run": asdict(run), **values}), indent=2))
+        print(json_format.dumps(finite({"cluster": machines.name, "run": asdict(run), **values}), indent=2))
         return
     print(_heading(run, machines, now))
     print(_table(now, best))
     print(_advice(run, saves, nodes))
-
-
-def run_of(config: "PretrainConfig", step: "Span", processes: int, state_bytes: float) -> "Run":
-    """Return a run as far as failures are concerned."""
-    from liaoyuan.compute.plan.goodput import Run
-
-    saving, every = config.checkpoint, min(config.train.checkpoint_every, config.train.steps)
-    local = saving.local_every if saving.local else 0
-    return Run(config.train.steps, step, processes, state_bytes, every, saving.asynchronous, local)
 
 
 def _state_bytes(config: "PretrainConfig", vocab: int | None) -> float:
@@ -128,7 +120,7 @@ def _heading(run: "Run", machines: "Cluster", now: "Goodput") -> str:
     return (
         f"{run.processes:,} cards in {nodes:,} nodes, {machines.name}\n"
         f"{run.steps:,} steps of {run.step.median:,.3g} s: {now.ideal_days.median:,.3g} days if nothing ever failed; "
-        f"a checkpoint of {run.state_bytes / GIB:,.1f} GiB\n"
+        f"a checkpoint of {size(run.state_bytes)}\n"
         f"{now.lives:,} lives of the job, each with its own rate of failures: median, and the middle 90%\n"
     )
 
@@ -205,12 +197,3 @@ def _minutes(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:,.0f} s"
     return f"{seconds / 60:,.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
-
-
-def _finite(value: Any) -> Any:
-    """Return the value with None in place of what is infinite, for which JSON has no word."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -72,9 +72,8 @@ def write_page(
 
 
 def _among_failures(config: "PretrainConfig", job: "Job", cluster: "Cluster", found: "Prediction") -> "Goodput":
-    from liaoyuan.cli.plan_goodput import run_of
-    from liaoyuan.compute.plan.goodput import goodput
+    from liaoyuan.compute.plan.goodput import Run, goodput
     from liaoyuan.compute.plan.goodput.state import state_bytes
 
-    run = run_of(config, found.step.seconds, job.processes, state_bytes(job.model, job.train))
+    run = Run.of(config.train, config.checkpoint, found.step.seconds, job.processes, state_bytes(job.model, job.train))
     return goodput(run, cluster, LIVES)

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from liaoyuan.cli.plan_words import short, told
 from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from liaoyuan.compute.plan.search import Choice, Ranking
     from liaoyuan.rundir import Report
 
-GIB = 2**30
 WIDTH = 170  # of the table
 ROWS = 12  # layouts of the table
 REFUSED = 3  # layouts told that were predicted in vain
@@ -103,8 +103,6 @@ def toml_of(choice: "Choice") -> str:
 
 
 def _table(ranking: "Ranking") -> Table:
-    from liaoyuan.compute.plan.reckoned import tokens_per_second, utilisation
-
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1), collapse_padding=True)
     for title in (
         "",
@@ -121,7 +119,6 @@ def _table(ranking: "Ranking") -> Table:
         table.add_column(title, justify="left" if title in ("layout", "waits for") else "right", no_wrap=True)
     for number, choice in enumerate(ranking.choices[: max(ranking.whole, 1)][:ROWS], 1):
         found, seconds = choice.found, choice.seconds
-        span = f"{_short(seconds)} ({_short(found.seconds.low)}-{_short(found.seconds.high)})" if found else ""
         exposed = found.exposed if found else choice.estimate.exposed
         waits = [
             f"{axis} {value / seconds:.1%}"
@@ -133,9 +130,9 @@ def _table(ranking: "Ranking") -> Table:
             _axes(choice),
             str(choice.job.train.microbatches),
             choice.job.layout.recompute,
-            span or _short(seconds),
-            f"{tokens_per_second(choice.job, seconds):,.4g}",
-            f"{utilisation(choice.job, ranking.cluster, seconds):.1%}",
+            told(found.seconds) if found else short(seconds),
+            f"{choice.tokens_per_second:,.4g}",
+            f"{choice.utilisation(ranking.peak):.1%}",
             f"{choice.memory_share(ranking.cluster):.0%}",
             f"{exposed.get('bubble', 0.0) / seconds:.1%}",
             ", ".join(waits[:3]),
@@ -146,10 +143,6 @@ def _table(ranking: "Ranking") -> Table:
 def _axes(choice: "Choice") -> str:
     layout = choice.job.layout
     return layout.describe() + (f", {layout.schedule}" if layout.pp > 1 else "")
-
-
-def _short(seconds: float) -> str:
-    return f"{seconds:,.2f}" if seconds >= 1 else f"{seconds:.3g}"
 
 
 def to_dict(ranking: "Ranking", found: "list[Reason]") -> dict[str, Any]:
@@ -170,8 +163,6 @@ def to_dict(ranking: "Ranking", found: "list[Reason]") -> dict[str, Any]:
 
 def choice_dict(ranking: "Ranking", choice: "Choice") -> dict[str, Any]:
     """Return one layout of a ranking as JSON has it."""
-    from liaoyuan.compute.plan.reckoned import tokens_per_second, utilisation
-
     found = choice.found
     values: dict[str, Any] = {
         "layout": choice.job.layout.model_dump(mode="json"),
@@ -182,8 +173,8 @@ def choice_dict(ranking: "Ranking", choice: "Choice") -> dict[str, Any]:
         "floor": choice.estimate.floor,
         "bytes": choice.bytes,
         "memory_share": choice.memory_share(ranking.cluster),
-        "tokens_per_second": tokens_per_second(choice.job, choice.seconds),
-        "model_utilisation": utilisation(choice.job, ranking.cluster, choice.seconds),
+        "tokens_per_second": choice.tokens_per_second,
+        "model_utilisation": choice.utilisation(ranking.peak),
         "exposed": found.exposed if found else choice.estimate.exposed,
         "predicted": found is not None,
     }

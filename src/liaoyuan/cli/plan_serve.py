@@ -88,6 +88,7 @@ def serve_rates(
     import time
 
     from liaoyuan.checkpoint import load_model
+    from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan.serving import EngineRates, Served, StepPrice, measure
     from liaoyuan.device import select_device
 
@@ -95,7 +96,9 @@ def serve_rates(
     on = machines(cluster, profile, None)
     loaded = load_model(model, device=place.torch)
     price = StepPrice(Served(loaded.config), on.cluster, on.certain.profile, EngineRates())
-    found, timed = measure(loaded, price, rounds, time.process_time if place.is_cpu else time.perf_counter)
+    clock = time.process_time if place.is_cpu else time.perf_counter
+    with bar("Rates", quiet=json) as report:
+        found, timed = measure(loaded, price, rounds, clock, report=report)
     found.save(out)
     if json:
         print(found.model_dump_json(indent=2))

@@ -1,14 +1,14 @@
 """How plans are told: sizes, intervals and what makes these wide; and how intervals are read from options."""
 
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
     from liaoyuan.compute.plan.span import Span
 
-GIB = 2**30
 WIDE = 0.01  # share of the uncertainty from which on a figure is told
 CAUSES = 6  # figures that are told
 
@@ -23,7 +23,9 @@ def size(count: float) -> str:
 
 
 def short(value: float) -> str:
-    """Return a number in three digits, or whole."""
+    """Return a number in three digits, or whole; of what never ends, that."""
+    if math.isinf(value):
+        return "never"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
@@ -36,6 +38,15 @@ def causes(width: Mapping[str, float]) -> str:
     """Return which figures an interval is as wide for, and the share of it that comes from each."""
     known = [f"{share:.0%} {name}" for name, share in width.items() if share >= WIDE][:CAUSES]
     return f"It is as wide because of {', '.join(known)}" if known else "Every figure that it rests on is certain"
+
+
+def finite(value: Any) -> Any:
+    """Return the value with None in place of what is infinite, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_span(text: str, option: str, most: float = float("inf")) -> "Span":

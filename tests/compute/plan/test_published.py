@@ -153,6 +153,7 @@ def test_a_file_without_rows_is_a_sentence(tmp_path: Path, content: bytes, messa
         ("TPU v5e", "TPU-v5e", 819.0),
         ("Ascend Atlas 900 A2 PODc (910B)", "Ascend-910B", 1600.0),
         ("MI300X", "MI300X", 5300.0),
+        ("GH200", "H100-SXM-80GB", 3350.0),
         ("V100 (DGX-2)", "V100-SXM-32GB", 900.0),
     ],
 )

@@ -104,6 +104,13 @@ def test_all_that_is_proposed_is_legal_and_once(job: Job) -> None:
     assert len(seen) == sum(1 for _ in candidates(job, None, REACHES))
 
 
+@pytest.mark.parametrize("pp", [3, 5, 8])
+def test_no_estimate_is_below_what_a_step_takes_at_least(pp: int) -> None:
+    kept = Kept.of({"pp": pp, "recompute": "none"})
+    choices = found(job_of(processes=2 * pp, rows=32, layers=13), kept=kept).choices
+    assert choices and all(choice.estimate.floor <= choice.estimate.seconds * (1 + 1e-9) for choice in choices)
+
+
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(job=jobs)
 def test_twice_the_bandwidth_never_hurts(job: Job) -> None:

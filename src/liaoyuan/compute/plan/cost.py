@@ -38,6 +38,11 @@ def seconds(work: Work, profile: DeviceProfile) -> float:
     return calling + _either(_computing(work, profile, own), moved(work.traffic, profile))
 
 
+def peak_flops(dtype: str, profile: DeviceProfile) -> float:
+    """Return the FLOP/s of a card's products at the peak of a dtype."""
+    return rate_of(dtype, profile).peak_tflops * 1e12
+
+
 def moved(traffic: float, profile: DeviceProfile) -> float:
     """Return the seconds in which so many bytes are read and written, of which the first may lie in the cache."""
     return _moved(traffic, profile, 1.0, profile.cached_speed)

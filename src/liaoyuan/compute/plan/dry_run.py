@@ -22,6 +22,7 @@ from liaoyuan.ops.choice import operators_called
 from liaoyuan.parallel import Layout, Program, World
 from liaoyuan.parallel.layout import Shape, resolve
 from liaoyuan.parallel.program import give_memory, take_apart
+from liaoyuan.training.flops import TRAINING
 from liaoyuan.training.loop import TrainConfig, make_optimiser, take_step
 from liaoyuan.training.optimiser import Optimiser
 
@@ -58,6 +59,16 @@ class Job:
     def rows(self) -> int:
         """Rows of a step, over all processes."""
         return self.train.batch_tokens // self.sequence_length
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step, over all processes."""
+        return self.rows * self.sequence_length
+
+    @property
+    def flops(self) -> float:
+        """Model FLOPs of a step, over all processes (`training.flops`): causal attention, nothing computed again."""
+        return TRAINING * self.tokens * self.model.flops_per_token((self.sequence_length + 1) / 2)
 
     @property
     def shape(self) -> Shape:

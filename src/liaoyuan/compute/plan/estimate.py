@@ -50,7 +50,7 @@ class Estimator:
         layout = job.layout
         terms = Place.of(job.model, layout, tokens_of(job), job.sequence_length)
         stages = [self._stage(terms, layers, n, layout) for n, layers in self._stages(job)]
-        found = [self._at(job, terms, stages, place) for place in _ends(layout)]
+        found = [self._at(job, terms, stages, place) for place in _places(layout, job.train.microbatches, stages)]
         slowest = max(found, key=lambda one: one.seconds)
         return Estimate(
             _floor_of(job, stages),
@@ -240,8 +240,10 @@ def _inputs(work: LayerWork) -> tuple[Work, ...]:
     return (*products[::2], *(one for one in work.backward if one.kind != "product"), *work.again)
 
 
-def _ends(layout: Layout) -> list[int]:
-    return sorted({0, layout.pp - 1})
+def _places(layout: Layout, microbatches: int, stages: list[_Stage]) -> list[int]:
+    """Return the places of a pipeline that may be the slowest: its ends, and the one that needs most at least."""
+    slowest = max(range(layout.pp), key=lambda place: _floor(layout, microbatches, stages, place))
+    return sorted({0, layout.pp - 1, slowest})
 
 
 def _waits(layout: Layout, stages: list[_Stage], place: int) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from liaoyuan.compute.plan.actions import BACKWARD, FORWARD, INPUT
 from liaoyuan.compute.plan.cluster import GIB, Cluster
-from liaoyuan.compute.plan.cost import rate_of
+from liaoyuan.compute.plan.cost import peak_flops
 from liaoyuan.compute.plan.dry_run import Job
 from liaoyuan.compute.plan.layers import extended, sample, sketch
 from liaoyuan.compute.plan.profile import DeviceProfile, Figure, assumed
@@ -20,7 +20,6 @@ from liaoyuan.compute.plan.step_time import StepTime
 from liaoyuan.compute.plan.trace import Held
 from liaoyuan.compute.plan.whole import BUBBLE, Load, Step, Whole
 from liaoyuan.parallel.traffic import Sent
-from liaoyuan.training.flops import TRAINING
 
 # Of the peak of tensors, what an allocator that keeps blocks loses to their sizes: nobody has measured it for this
 # program; steps of equal shapes lose little.
@@ -110,15 +109,13 @@ def _predicted(whole: Whole, profile: DeviceProfile, details: bool) -> Predictio
     found = spread_of(lambda one: whole.step(one).seconds * one.step.median, profile)
     seconds = found.span
     loads = whole.loads()
-    tokens = job.rows * job.sequence_length
-    model = TRAINING * tokens * job.model.flops_per_token((job.sequence_length + 1) / 2) / job.processes
-    peak = rate_of(job.model.dtype, profile).peak_tflops * 1e12
+    peak = peak_flops(job.model.dtype, profile)
     rests_on = f"a dry run of the program; {profile.rests_on}"
     return Prediction(
         StepTime(seconds, middle.computing, middle.exposed, tuple(middle.bars), rests_on),
         tuple(_memory(load, whole, middle, details) for load in loads),
-        seconds.under(tokens / job.processes),
-        seconds.under(model / peak),
+        seconds.under(job.tokens / job.processes),
+        seconds.under(job.flops / job.processes / peak),
         seconds.under(whole.executed / peak),
         middle.exposed.get(BUBBLE, 0.0) / middle.seconds,
         found.shares,

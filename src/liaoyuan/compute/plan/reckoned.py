@@ -12,7 +12,6 @@ from liaoyuan.compute.plan.predict import predict
 from liaoyuan.compute.plan.profile import DeviceProfile
 from liaoyuan.compute.plan.span import Span
 from liaoyuan.compute.plan.spread import ends_of, spread
-from liaoyuan.training.flops import TRAINING
 
 
 @dataclass(frozen=True)
@@ -38,20 +37,6 @@ class Reckoned:
     def bubble(self) -> float:
         """Share of the step in which a card waits for other stages."""
         return self.exposed.get("bubble", 0.0) / self.seconds.median
-
-
-def tokens_per_second(job: Job, seconds: float) -> float:
-    """Return the tokens of a second and card."""
-    return job.train.batch_tokens / seconds / job.processes
-
-
-def utilisation(job: Job, cluster: Cluster, seconds: float) -> float:
-    """Return the model FLOPs of a step over what the cards could do in it (MFU; `training.flops`)."""
-    context = (job.sequence_length + 1) / 2
-    model = TRAINING * job.train.batch_tokens * job.model.flops_per_token(context)
-    peaks = cluster.accelerator.peak_tflops
-    peak = peaks.get(job.model.dtype, peaks.get("bfloat16", max(peaks.values())))
-    return model / (seconds * job.processes * peak * 1e12)
 
 
 def by_prediction(cluster: Cluster, profile: DeviceProfile) -> Callable[[Job], Reckoned]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from liaoyuan.compute.plan.apart import as_they_come
 from liaoyuan.compute.plan.bounds import FLOOR, Memory, memory
-from liaoyuan.compute.plan.cluster import Cluster
+from liaoyuan.compute.plan.cluster import GIB, Cluster
+from liaoyuan.compute.plan.cost import peak_flops
 from liaoyuan.compute.plan.dry_run import Job
 from liaoyuan.compute.plan.estimate import Estimate, Estimator
 from liaoyuan.compute.plan.fabric import Fabric
@@ -60,6 +61,15 @@ class Choice:
         return self.found.bytes / self.found.room if self.found else self.memory.peak / cluster.accelerator.usable_bytes
 
     @property
+    def tokens_per_second(self) -> float:
+        """Of one card."""
+        return self.job.tokens / self.job.processes / self.seconds
+
+    def utilisation(self, peak: float) -> float:
+        """Return the model FLOPs of a step over what cards of so many FLOP/s at their peak could do in it (MFU)."""
+        return self.job.flops / self.job.processes / (self.seconds * peak)
+
+    @property
     def words(self) -> str:
         return describe(self.job)
 
@@ -78,7 +88,7 @@ class Ranking:
 
     legal: layouts that were looked at. too_large: of which so many hold too much by the formulas; too_slow: so many
     cannot be as fast as the best. refused: predicted, but they do not fit after all (or their prediction failed, with
-    the reason). largest: of those that are too large, the one that holds least. rests_on: what times rest on.
+    the reason). rests_on: what times rest on. peak: FLOP/s of a card's products in the model's dtype.
     """
 
     job: Job
@@ -88,8 +98,9 @@ class Ranking:
     legal: int
     too_large: int
     too_slow: int
-    refused: tuple[tuple[Choice, str], ...] = ()
-    rests_on: str = ""
+    refused: tuple[tuple[Choice, str], ...]
+    rests_on: str
+    peak: float
 
     @property
     def best(self) -> Choice:
@@ -146,6 +157,7 @@ def search(
         slow,
         tuple(found.refused),
         found.fit[0].found.rests_on if found.fit and found.fit[0].found else profile.rests_on,
+        peak_flops(job.model.dtype, profile),
     )
 
 
@@ -196,7 +208,7 @@ class _Found:
             self.refused.append((choice, f"it could not be predicted ({str(answer).strip().splitlines()[-1]})"))
             self.failed += 1
         elif not answer.fits:
-            told = f"it holds {answer.bytes / 2**30:,.1f} GiB of the {answer.room / 2**30:,.1f} that there are"
+            told = f"it holds {answer.bytes / GIB:,.1f} GiB of the {answer.room / GIB:,.1f} that there are"
             self.refused.append((replace(choice, found=answer), told))
         else:
             self.fit.append(replace(choice, found=answer))
@@ -267,7 +279,7 @@ def _nothing_fits(job: Job, cluster: Cluster, smallest: tuple[Job, Memory]) -> s
     room = cluster.accelerator.usable_bytes
     return (
         f"No layout fits on {job.processes:,} x {cluster.accelerator.name}: the smallest ({describe(least)}) holds "
-        f"about {held.peak / 2**30:,.1f} GiB of the {room / 2**30:,.1f} GiB that there are, "
-        f"{held.lasting / 2**30:,.1f} GiB of them weights and moments. More cards, a smaller model or "
+        f"about {held.peak / GIB:,.1f} GiB of the {room / GIB:,.1f} GiB that there are, "
+        f"{held.lasting / GIB:,.1f} GiB of them weights and moments. More cards, a smaller model or "
         "master_dtype = 'bfloat16' would help."
     )

@@ -88,6 +88,20 @@ def test_the_queue_is_that_of_one_server_with_steady_work() -> None:
     assert waited == pytest.approx(work * load / (2 * (1 - load)), rel=0.12)
 
 
+def test_a_prefix_is_asked_where_it_is_known_unless_others_are_much_less_busy() -> None:
+    def known(prefix: int, gap: float) -> int:
+        asks = [Ask(n * gap, 100, 2, str(n % 2), prefix) for n in range(40)]
+        return serve(asks, [Replica(lambda *_: 0.1, EngineConfig(), 1024, 1024) for _ in range(2)]).cached_tokens
+
+    blocks = 96 // 16 * 16
+    assert known(96, 10.0) == 38 * blocks  # each prefix is computed once
+    assert known(32, 10.0) <= 38 * 32  # too short to be told apart
+    together = [Ask(0.0, 100, 2, "one", 96) for _ in range(40)]
+    replicas = [Replica(lambda *_: 0.1, EngineConfig(max_sequences=64), 1024, 1024) for _ in range(2)]
+    serve(together, replicas)
+    assert all(one.computed > 0 for one in replicas)
+
+
 def test_more_sequences_than_one_are_computed_together() -> None:
     asks = [Ask(0.0, 4, 10)] * 8
     together = serve(asks, [Replica(lambda *_: 1.0, EngineConfig(), 64, 64)])

@@ -1,6 +1,6 @@
 """What failures leave of a job's time: many lives of it, the best interval between saves, and the spares it needs."""
 
-from liaoyuan.compute.plan.goodput.choose import Choice, Choices, best_every, best_spares, with_choice
+from liaoyuan.compute.plan.goodput.choose import Choice, Choices, best_every, best_spares, formula_every, with_choice
 from liaoyuan.compute.plan.goodput.closed_form import availability, daly, expected_ettr, expected_time, young
 from liaoyuan.compute.plan.goodput.estimate import Goodput, Interval, Run, goodput
 
@@ -16,6 +16,7 @@ __all__ = [
     "daly",
     "expected_ettr",
     "expected_time",
+    "formula_every",
     "goodput",
     "with_choice",
     "young",

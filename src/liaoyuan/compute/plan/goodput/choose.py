@@ -9,7 +9,7 @@ import numpy as np
 from liaoyuan.compute.plan.cluster import Cluster
 from liaoyuan.compute.plan.goodput.closed_form import daly
 from liaoyuan.compute.plan.goodput.estimate import Run, chances_of, costs_of, live, with_every, with_spares
-from liaoyuan.compute.plan.goodput.simulate import Lives
+from liaoyuan.compute.plan.goodput.simulate import Costs, Lives
 from liaoyuan.rundir import Report, silent
 
 LIVES = 256
@@ -54,9 +54,7 @@ def best_every(run: Run, cluster: Cluster, lives: int = LIVES, seed: int = 0, re
     costs = costs_of(run, cluster, lives, seed)
     step, mean = float(np.median(costs.step * costs.stretch)), float(np.median(costs.mean))
     costs = replace(costs, steps=np.minimum(costs.steps, math.ceil(ENOUGH * mean / step)))
-    # What a save costs: the time that it blocks, and by how much it slows the steps beside it.
-    price = float(np.median(costs.block + costs.write * (1 - 1 / costs.slow)))
-    formula = max(1, round(daly(price, mean) / step))
+    formula = _daly_every(costs)
     unit, most = max(1, run.local_every), int(costs.steps[0])
 
     def tried(centre: int, powers: list[float], known: dict[int, Choice]) -> None:
@@ -71,6 +69,19 @@ def best_every(run: Run, cluster: Cluster, lives: int = LIVES, seed: int = 0, re
     tried(formula, [-3, -2, -1, 0, 1, 2, 3], known)
     tried(_least(known.values()).value, [-0.75, -0.5, -0.25, 0.25, 0.5, 0.75], known)
     return _chosen(sorted(known.values(), key=lambda choice: choice.value), formula)
+
+
+def formula_every(run: Run, cluster: Cluster, lives: int = LIVES, seed: int = 0) -> int:
+    """Return how many steps between durable saves Daly's formula gives: at most all, and where local saves fall."""
+    unit = max(1, run.local_every)
+    return max(unit, round(min(_daly_every(costs_of(run, cluster, lives, seed)), run.steps) / unit) * unit)
+
+
+def _daly_every(costs: Costs) -> int:
+    # What a save costs: the time that it blocks, and by how much it slows the steps beside it.
+    price = float(np.median(costs.block + costs.write * (1 - 1 / costs.slow)))
+    step, mean = float(np.median(costs.step * costs.stretch)), float(np.median(costs.mean))
+    return max(1, round(daly(price, mean) / step))
 
 
 def best_spares(run: Run, cluster: Cluster, lives: int = LIVES, seed: int = 0, report: Report = silent) -> Choices:

@@ -11,11 +11,13 @@ from statistics import NormalDist
 
 import numpy as np
 
+from liaoyuan.checkpoint.training_state import CheckpointConfig
 from liaoyuan.compute.plan.cluster import Cluster
 from liaoyuan.compute.plan.goodput.simulate import LOSSES, Chances, Costs, Lives, chances, simulate
 from liaoyuan.compute.plan.span import Floats, Span
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import Report, silent
+from liaoyuan.training.loop import TrainConfig
 
 DAY = 86400.0  # seconds
 GB = 1e9  # bytes
@@ -41,6 +43,12 @@ class Run:
     every: int
     asynchronous: bool = True
     local_every: int = 0
+
+    @classmethod
+    def of(cls, train: TrainConfig, saving: CheckpointConfig, step: Span, processes: int, state_bytes: float) -> "Run":
+        """Return a run as its file describes it."""
+        every, local = min(train.checkpoint_every, train.steps), saving.local_every if saving.local else 0
+        return cls(train.steps, step, processes, state_bytes, every, saving.asynchronous, local)
 
     def nodes(self, cluster: Cluster) -> int:
         return math.ceil(self.processes / cluster.per_node)

@@ -8,6 +8,7 @@ from pathlib import Path
 from liaoyuan.compute.plan.profile import Figure
 from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.rundir import write_atomic
 
 FIGURES = ("step", "sequence", "products", "attention", "unexplained")
 
@@ -37,8 +38,8 @@ class EngineRates(Config):
         return self.model_copy(update={key: getattr(self, key).at(z)})
 
     def save(self, path: Path) -> None:
-        """Write them as JSON."""
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Write them as JSON, whole or not at all; raises LiaoyuanError if they cannot be written."""
+        write_atomic(path, self.model_dump_json(indent=2) + "\n")
 
 
 def read_rates(path: Path) -> EngineRates:

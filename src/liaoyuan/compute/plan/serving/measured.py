@@ -7,7 +7,7 @@ of relative errors, no rate negative; what is left says how far the rates are to
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -19,6 +19,7 @@ from liaoyuan.compute.plan.serving.step_price import StepPrice
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.models import Decoder
+from liaoyuan.rundir import Progress, Report, silent
 
 BATCHES, DEEPEST = (1, 4, 16, 64, 256), 1024  # sequences that decode at once; tokens that they have at most
 ROOM = 24 * 1024  # tokens of all of them together
@@ -43,13 +44,19 @@ def measure(
     rounds: int = 3,
     clock: Callable[[], float] = time.process_time,
     batches: Sequence[int] = BATCHES,
+    report: Report = silent,
 ) -> tuple[EngineRates, list[Timed]]:
     """Return the rates of an engine of `model` on this machine, and the steps they are from.
 
     price: of this model with a profile of this machine, whose products and attention the rates put right.
     clock: seconds; CPU-seconds where others share the machine. batches: sequences that decode at once.
     """
-    timed = [step for _ in range(rounds) for step in _time_steps(model, clock, batches)]
+    kinds = _kinds(model, batches) * rounds
+    engine = Engine(model, EngineConfig(max_sequences=max(batches), max_batch_tokens=2048, cache_tokens=ROOM))
+    timed = list[Timed]()
+    for number, (batch, tokens) in enumerate(kinds, 1):
+        timed.append(_decode(engine, batch, tokens, clock) if batch else _prefill(engine, tokens, clock))
+        report(Progress(number, len(kinds), "kind of step", _told(batch, tokens)))
     return fit(timed, price), timed
 
 
@@ -67,7 +74,9 @@ def fit(timed: list[Timed], price: StepPrice) -> EngineRates:
     apart = np.log(np.maximum(rows @ found, LEAST) / seconds)
     sigma = max(SMALLEST_SIGMA, float(np.median(np.abs(apart)) * 1.4826))  # of a normal one
     names = ("step", "sequence", "products", "attention")
-    figures = {name: Figure(median=max(LEAST, float(value)), sigma=sigma) for name, value in zip(names, found)}  # noqa: B905
+    figures = {
+        name: Figure(median=max(LEAST, float(value)), sigma=sigma) for name, value in zip(names, found, strict=True)
+    }
     return EngineRates(
         **figures,
         unexplained=Figure(median=1.0, sigma=sigma),
@@ -94,20 +103,28 @@ def least_squares(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return best
 
 
-def _time_steps(model: Decoder, clock: Callable[[], float], batches: Sequence[int]) -> Iterator[Timed]:
+def _kinds(model: Decoder, batches: Sequence[int]) -> list[tuple[int, int]]:
+    """Return what is timed in a round: sequences that decode at once and the tokens that each has; or 0 and the
+    tokens of a prompt.
+    """
     longest = min(model.config.max_position_embeddings, DEEPEST + 4 * TIMED)
-    engine = Engine(model, EngineConfig(max_sequences=max(batches), max_batch_tokens=2048, cache_tokens=ROOM))
     deep = longest - 2 * TIMED - 2
     depths = sorted({max(2, deep // 16), deep})
-    for batch, depth in itertools.product(batches, depths):
-        if (batch + 1) * (depth + 2 * TIMED + engine.config.block_size) < ROOM:
-            yield from _decode(engine, batch, depth, clock)
+    block = EngineConfig().block_size
+    decoding = [
+        (batch, depth)
+        for batch, depth in itertools.product(batches, depths)
+        if (batch + 1) * (depth + 2 * TIMED + block) < ROOM
+    ]
     lengths = [length for length in (8, 32, 128, 512, 2048) if length < longest]
-    for length in [*lengths, deep]:
-        yield _prefill(engine, length, clock)
+    return decoding + [(0, length) for length in [*lengths, deep]]
 
 
-def _decode(engine: Engine, batch: int, depth: int, clock: Callable[[], float]) -> Iterator[Timed]:
+def _told(batch: int, tokens: int) -> str:
+    return f"{batch} decode with {tokens:,} tokens" if batch else f"a prompt of {tokens:,} tokens"
+
+
+def _decode(engine: Engine, batch: int, depth: int, clock: Callable[[], float]) -> Timed:
     for number in range(batch):
         _add(engine, number, depth, 2 * TIMED)
     generated = 0
@@ -122,7 +139,7 @@ def _decode(engine: Engine, batch: int, depth: int, clock: Callable[[], float]) 
     for number in range(batch):
         engine.abort(number)
     lengths = np.full(batch, depth + 2 + TIMED // 2, dtype=np.int64)
-    yield Timed(np.ones(batch, dtype=np.int64), lengths, batch, median(taken))
+    return Timed(np.ones(batch, dtype=np.int64), lengths, batch, median(taken))
 
 
 def _prefill(engine: Engine, length: int, clock: Callable[[], float]) -> Timed:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from liaoyuan.compute.plan.cluster import Cluster
+from liaoyuan.compute.plan.cluster import GIB, Cluster
 from liaoyuan.compute.plan.fabric import Fabric
 from liaoyuan.compute.plan.profile import DeviceProfile
 from liaoyuan.compute.plan.serving.asks import Ask
@@ -126,7 +126,7 @@ def plan_way(
     blocks = blocks_of(served, config, machines.cluster, cache_bytes)
     longest = max(ask.prompt_tokens + ask.output_tokens for ask in asks)
     if blocks * config.block_size < longest:
-        gib = served.weight_bytes / 2**30
+        gib = served.weight_bytes / GIB
         return Planned(
             way,
             why_not=f"{gib:,.1f} GiB of weights leave a card room for {max(0, blocks) * config.block_size:,} tokens, "

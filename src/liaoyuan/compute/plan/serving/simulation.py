@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,9 @@ from liaoyuan.compute.plan.serving.asks import Ask
 from liaoyuan.compute.plan.serving.replica import Answer, Replica
 
 PERCENTILES = (50, 90, 99)
-BUSIER, BUSIER_BY = 1.5, 4  # of the requests of the least busy one; see docs/replicas.md
+# As in `serving/routing.py`: by how many requests, or what part of those of the least busy replica, one may be busier
+# for the sake of its prefix cache; and the shortest beginning of a prompt that is known again, in tokens.
+SLACK, RELATIVE_SLACK, PIECE = 4, 0.5, 64
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,17 @@ class Outcome:
 
 
 def serve(asks: Sequence[Ask], replicas: Sequence[Replica]) -> Outcome:
-    """Return what becomes of requests that the least busy of some replicas get, each when it comes."""
+    """Return what becomes of requests, each of which some replica gets when it comes: of those not much busier than the
+    least busy one, one that was given the request's prefix before.
+    """
     answers = [Answer(ask, number) for number, ask in enumerate(asks)]
+    given = set[tuple[str, int]]()
     for answer in answers:
         for replica in replicas:
             replica.advance(answer.ask.arrival)
-        _least_busy(replicas, lambda replica: replica.open).submit(answer)
+        number = _chosen(answer.ask, [replica.open for replica in replicas], given)
+        replicas[number].submit(answer)
+        given.add((answer.ask.prefix, number))
     for replica in replicas:
         replica.advance(math.inf)
     return told(answers, replicas)
@@ -128,6 +135,13 @@ def told(answers: Sequence[Answer], replicas: Sequence[Replica], generating: Seq
         fullest.peak,
         sum(replica.preemptions for replica in replicas),
     )
+
+
+def _chosen(ask: Ask, busy: Sequence[int], given: Collection[tuple[str, int]]) -> int:
+    least = min(busy)
+    near = [number for number, count in enumerate(busy) if count <= least + max(SLACK, least * RELATIVE_SLACK)]
+    knows = ask.prefix_tokens >= PIECE
+    return min(near, key=lambda number: (not (knows and (ask.prefix, number) in given), busy[number], number))
 
 
 def _prompt_alone(ask: Ask) -> Ask:

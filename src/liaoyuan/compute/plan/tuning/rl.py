@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from liaoyuan.compute.plan.cluster import GIB
 from liaoyuan.compute.plan.serving import Ask, Machines, Replica, Served, StepPrice, serve
 from liaoyuan.compute.plan.serving.plans import Kinds
 from liaoyuan.compute.plan.span import Span, exactly
@@ -159,7 +160,7 @@ class RlPlanner:
         if self.job.rl.advantage == "gae":
             state *= 2
         if state > card.usable_bytes:
-            return 0, f"training takes {state / 2**30:,.1f} GiB of a card, which has {card.usable_bytes / 2**30:,.1f}"
+            return 0, f"training takes {state / GIB:,.1f} GiB of a card, which has {card.usable_bytes / GIB:,.1f}"
         room = card.usable_bytes - served.weight_bytes
         room -= served.step_bytes(self.engine.max_batch_tokens, self.engine.max_sequences)
         if not split.rollout:
