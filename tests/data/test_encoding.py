@@ -82,7 +82,7 @@ def test_a_text_of_which_something_is_left_out_is_encoded_in_the_ordinary_way(to
     definition = json.loads(tokenizer._library.to_str())
     definition["pre_tokenizer"]["pretokenizers"].insert(0, spaces)
     removing = Tokenizer(json.dumps(definition), tokenizer._settings)
-    rendered = [Rendered(["<think>a c", "<|end|>x"], [0.0, 1.0]), Rendered(["x", "<think>x"], [0.0, 1.0])]
+    rendered = [Rendered(["<think>a", "<|end|>a c"], [0.0, 1.0]), Rendered(["x", "<think>x"], [0.0, 1.0])]
     found = Encoder(removing)(rendered)
     assert byte_widths(removing) is not None and len(removing.encode("a c")) < len(tokenizer.encode("a c"))
     assert (found.ids.tolist(), found.ends.tolist()) == by_the_library(removing, rendered)
