@@ -135,9 +135,12 @@ def test_lengths_are_not_trusted_where_a_byte_has_no_token_or_words_are_looked_u
 
 
 def test_widths_are_the_bytes_of_each_token(tokenizer: Tokenizer) -> None:
-    widths = byte_widths(tokenizer)
-    assert widths is not None
-    assert widths.tolist() == [len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)]
+    definition = json.loads(tokenizer._library.to_str())
+    more = {**definition["added_tokens"][0], "id": tokenizer.vocab_size, "content": "〈完〉"}
+    other = Tokenizer(json.dumps(definition | {"added_tokens": [*definition["added_tokens"], more]}), {})
+    widths = byte_widths(other)
+    assert widths is not None and widths[-1] == 9
+    assert widths.tolist() == [len(other.token_bytes(index)) for index in range(other.vocab_size)]
     assert widths.dtype == np.int64
 
 
