@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from liaoyuan.config import Config, load, parse, to_toml
+from liaoyuan.config import Config, combine, load, parse, to_toml
 from liaoyuan.errors import LiaoyuanError, nearest
 
 
@@ -108,6 +108,21 @@ def test_a_missing_or_torn_run_file_is_one_sentence(tmp_path):
         load(Run, tmp_path / "binary.toml")
     with pytest.raises(LiaoyuanError, match="cannot be read as TOML"):
         load(Run, tmp_path)
+
+
+def test_a_key_that_is_given_twice_has_one_value():
+    told = ["name=one", "optimiser.learning_rate=0.5"]
+    assert combine(told, {"name": None, "sizes": [1, 2], "folder": Path("a b")}) == [
+        *told,
+        "sizes=[1, 2]",
+        'folder="a b"',
+    ]
+    assert load(Run, None, combine(told, {"name": "one", "optimiser.learning_rate": 0.5})).name == "one"
+    with pytest.raises(LiaoyuanError, match=r"'name' is given twice: \"one\" with --set, and \"two\" with an option"):
+        combine(told, {"name": "two"})
+    with pytest.raises(LiaoyuanError, match=r"'optimiser.learning_rate' is given twice: 0.5 .* 0.1 "):
+        combine(told, {"optimiser.learning_rate": 0.1})
+    assert load(Run, None, ["name=one", "name=two"]).name == "two"  # the later of two of one kind counts
 
 
 def test_a_config_is_frozen():

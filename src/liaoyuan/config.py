@@ -3,8 +3,10 @@
 An unknown key is refused and the nearest right one is named. `load` reads, `to_toml` writes what was resolved.
 """
 
+import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +35,30 @@ def load(schema: type[Schema], path: Path | None = None, overrides: Sequence[str
     for override in overrides:
         _apply(values, override)
     return parse(schema, values, where=str(path) if path else "the command line")
+
+
+def combine(overrides: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """Return the overrides, and those that options of their own stand for: values by key, None where not given.
+
+    Raises:
+        LiaoyuanError: an override and an option give one key different values.
+    """
+    told: dict[str, Any] = {}
+    for override in overrides:
+        _apply(told, override)
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    for key, value in given.items():
+        found = reduce(_within, key.split("."), told)
+        if value is not None and found is not None and found != value:
+            raise LiaoyuanError(
+                f"'{key}' is given twice: {json.dumps(found, default=str)} with --set, and {json.dumps(value)} with "
+                "an option of its own. Give it once."
+            )
+    return [*overrides, *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]
+
+
+def _within(section: Any, name: str) -> Any:
+    return section.get(name) if isinstance(section, dict) else None
 
 
 def parse(schema: type[Schema], values: dict[str, Any], where: str) -> Schema:

@@ -50,6 +50,19 @@ def test_what_the_file_says_counts_unless_the_command_line_says_otherwise(folder
     assert asked(folder).study == StudyRunConfig(model=Path("m")).study
 
 
+def test_what_is_given_twice_is_refused_if_it_differs(folder: Path) -> None:
+    for words in (
+        ("study", "--model", "m", "--seeds", "2", "--set", "seeds=3"),
+        ("sft", "--model", "m", "--data", "d", "--set", "model=n"),
+        ("dpo", "--model", "m", "--data", "d", "--skip-bad", "--set", "skip_bad=false"),
+        ("rl", "--model", "m", "--lora", "--set", "method=full"),
+        ("sample", "--model", "m", "--samples", "2", "--set", "samples=3"),
+    ):
+        with pytest.raises(LiaoyuanError, match="is given twice"):
+            CliRunner().invoke(app, words, catch_exceptions=False)
+    assert asked(folder, "--seeds", "2", "--set", "seeds=2").seeds == 2
+
+
 def test_levels_that_the_task_lacks_are_refused_wherever_they_are_given(folder: Path) -> None:
     for words in (("--levels", "2-99"), ("--set", "study.rl.levels=[99]")):
         with pytest.raises(LiaoyuanError, match="99"):

@@ -22,6 +22,7 @@ END = 0
 def test_the_computed_shuffle_is_a_bijection(size: int, seed: int, epoch: int) -> None:
     order = permutation(size, seed, epoch)
     assert sorted(order[index] for index in range(size)) == list(range(size))
+    assert order.whole().tolist() == [order[index] for index in range(size)]
 
 
 def test_the_computed_shuffle_is_fair() -> None:

@@ -10,7 +10,8 @@ import zstandard
 
 from liaoyuan.data import Examples, Message, Record, read_examples, read_records
 from liaoyuan.data.converting import convert_file
-from liaoyuan.data.formats import convert, flaw_of
+from liaoyuan.data.fields import RowError, turn, turns
+from liaoyuan.data.formats import convert, flaw_of, read_rows
 from liaoyuan.errors import LiaoyuanError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -156,6 +157,81 @@ def test_calls_of_tools_are_calls_and_not_text(row: dict[str, Any]) -> None:
     assert [message.role for message in record.messages] == ["user", "assistant", "tool", "assistant"]
     (call,) = record.messages[1].tool_calls
     assert (record.messages[1].content, call.name, call.arguments) == ("I look.", "weather", {"place": "合肥"})
+
+
+TURNS = [
+    {"role": "user", "content": "q"},
+    {"from": "gpt", "value": "a"},
+    {"from": "function_call", "value": json.dumps(CALL)},
+    {"role": "assistant", "content": "<think>t</think>a"},
+    {"role": "Human", "content": "q"},
+    {"role": "user", "content": None},
+    {"role": "user", "content": [{"type": "text", "text": "q"}]},
+    {"role": "tool", "name": "weather", "content": "sunny"},
+    {"role": "assistant", "content": "a", "weight": 0.5},
+    {"role": "assistant", "reasoning": "t"},
+]
+
+
+@pytest.mark.parametrize("item", TURNS)
+def test_the_short_way_of_a_turn_gives_what_the_whole_way_does(item: dict[str, Any]) -> None:
+    assert turns([item], "messages") == [turn(item, "messages")]
+
+
+def test_a_plain_turn_is_not_checked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("liaoyuan.data.fields.turn", None)
+    assert turns(TURNS[:2], "messages") == [
+        Message(role="user", content="q"),
+        Message(role="assistant", content="a"),
+    ]
+
+
+@pytest.mark.parametrize("item", [{"role": ["user"], "content": "q"}, {"role": 1, "content": "q"}, "user", {}])
+def test_a_turn_without_a_role_is_refused(item: Any) -> None:
+    with pytest.raises(RowError, match=r"a role of user|turns with a role"):
+        turns([item], "messages")
+
+
+@pytest.mark.parametrize("told", ["id", "qid", "level", "difficulty", "source", "licence", "license", "split"])
+def test_the_history_of_a_conversation_is_kept(told: str) -> None:
+    talked = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    plain, record = one({"messages": talked}), one({"messages": talked, told: "7"})
+    assert plain == Record(id="file-1", messages=plain.messages)
+    name = {"qid": "id", "difficulty": "level", "license": "licence"}.get(told, told)
+    assert record == plain.model_copy(update={name: 7 if name == "level" else "7"})
+
+
+@pytest.mark.parametrize(
+    ("told", "changed"),
+    [
+        ({"system": "s"}, {"messages": 3}),
+        ({"system_prompt": "s"}, {"messages": 3}),
+        ({"tools": [TOOL]}, {"tools": (TOOL,)}),
+        ({"functions": [TOOL["function"]]}, {"tools": (TOOL,)}),
+        ({"task": "t"}, {"task": "t"}),
+        ({"answer": "a"}, {"answer": "a"}),
+        ({"label": False}, {"kind": "unpaired", "label": False}),
+        ({"kto_tag": True}, {"kind": "unpaired", "label": True}),
+    ],
+)
+def test_what_stands_beside_the_turns_counts(told: dict[str, Any], changed: dict[str, Any]) -> None:
+    record = one({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], **told})
+    found = {name: getattr(record, name) for name in changed}
+    assert found | ({"messages": len(record.messages)} if "messages" in changed else {}) == changed
+
+
+def test_empty_lines_and_marks_are_passed_over_and_bytes_that_are_no_text_refused(tmp_path: Path) -> None:
+    path, row = tmp_path / "rows.jsonl", json.dumps({"text": "七"}, ensure_ascii=False).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + row + b"\n\n \t\n" + "\u3000\n".encode() + row + b"\r\n" + row)
+    places: list[int] = []
+    assert [line for line, _ in read_rows(path, places.append)] == [1, 5, 6]
+    assert places[-1] == path.stat().st_size and places == sorted(places)
+    assert [record.messages[0].content for record in Examples(path)] == ["七"] * 3
+    path.write_bytes(row + b'\n{"text": "\xff"}\n')
+    with pytest.raises(LiaoyuanError, match="is not UTF-8 text"):
+        read_examples(path, skip_bad=True)
+    path.write_bytes(row + b"\n  {\n")
+    assert [place.found[:5] for place in read_examples(path, skip_bad=True)[1].bad.values()] == ["'{' ("]
 
 
 def test_a_turn_may_have_a_weight_of_its_own() -> None:

@@ -117,6 +117,25 @@ def test_problems_of_a_task_are_answered_by_both(model_folder: Path, tmp_path: P
     assert figures["task"]["name"] == "addition" and figures["task"]["trained"] == figures["task"]["exported"] == 0.0
 
 
+def test_bad_lines_of_texts_are_skipped_only_if_the_user_agrees_and_are_counted(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": "1+1=?", "completion": "2"},
+        {"prompt": "1+2=?"},
+        {"text": "3"},
+        {"instruction": "q", "ouput": ""},
+    ]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ("--quantise", "int8", "--model", model_folder, "--out", tmp_path / "out", "--max-divergence", 1)
+    given += ("--max-drop", 1, "--texts", tmp_path / "texts.jsonl")
+    with pytest.raises(LiaoyuanError, match=r"2 of 4 lines are bad: line 2: .* or use --skip-bad"):
+        convert(*given)
+    assert not (tmp_path / "out").exists()
+    assert "on 2 held-out records" in (told := convert(*given, "--skip-bad")) and "2 were left out" in told
+    assert "--max-divergence 1 --max-drop 1 --skip-bad" in read_card(tmp_path / "out")["command"]
+
+
 def test_mistakes_are_sentences(model_folder: Path, tmp_path: Path) -> None:
     folder = adapter(model_folder, tmp_path / "run")
     torn = folder / "adapter_model.safetensors"

@@ -223,9 +223,15 @@ def test_the_share_of_general_text_is_one_of_tokens(tokenizer: Tokenizer, tmp_pa
     chats = tokens_of(problems(40), tokenizer, 64, tmp_path / "chats.jsonl")
     general = tokens_of([text("the answer " * 30, str(n)) for n in range(80)], tokenizer, 64, tmp_path / "texts.jsonl")
     mixed = with_replay(chats, general, 0.25, seed=0)
-    size = sum(len(record.tokens) for record in mixed)
-    share = sum(len(record.tokens) for record in mixed[len(chats) :]) / size
-    assert RecordTokens.of(mixed[: len(chats)]) == chats and 0.25 <= share < 0.28
+    drawn = mixed[len(chats) :]
+    share = drawn.sizes.sum() / mixed.sizes.sum()
+    assert mixed[: len(chats)] == chats and 0.25 <= share < 0.28
+    assert drawn[:-1].sizes.sum() / mixed[:-1].sizes.sum() < 0.25  # one less would be too few
+    begins = drawn.begins - len(chats.tokens)
+    assert np.isin(begins, general.begins).all() and len(np.unique(begins)) == len(drawn)
+    assert drawn.total_weights().tolist() == (drawn.sizes - 1).tolist()
+    assert with_replay(chats, general, 0.0, seed=0) == chats
+    assert len(with_replay(chats, general, 0.999, seed=0)) == len(chats) + len(general)
 
 
 def test_records_of_other_methods_are_refused_by_name(tokenizer: Tokenizer, tmp_path: Path) -> None:

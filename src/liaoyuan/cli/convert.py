@@ -41,7 +41,10 @@ def convert(
     out: Annotated[Path | None, typer.Option(help="The same as TARGET.")] = None,
     merge: Annotated[Path | None, typer.Option(help="Adapter to merge into SOURCE, a model folder.")] = None,
     quantise: Annotated[str | None, typer.Option(help="Weights of few bits: int8, int4 or fp8.")] = None,
-    texts: Annotated[Path | None, typer.Option(help="Held-out records on which the result is compared.")] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="Held-out examples to compare the result on, if not the run's own.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on with the good lines of --texts.")] = False,
     task: Annotated[str | None, typer.Option(help="A task whose problems are compared too.")] = None,
     max_divergence: Annotated[float | None, typer.Option(min=0, help="Tolerated, in nats a token.")] = None,
     max_drop: Annotated[float | None, typer.Option(min=0, help="Tolerated drop of accuracy, a share.")] = None,
@@ -69,10 +72,14 @@ def convert(
     if merge or quantise:
         refuse_with_export(to is not Kind.folder, bool(run_file or set_), step is not None, tokenizer is not None)
         value, size = dtype.value if dtype else None, shard_bytes(max_shard)
-        run_export(source, target, merge, quantise, value, size, texts, task, max_divergence, max_drop, force, json)
+        run_export(
+            source, target, merge, quantise, value, size, texts, task, max_divergence, max_drop, force, skip_bad, json
+        )
         return
-    if texts or task or max_divergence is not None or max_drop is not None:
-        raise LiaoyuanError("--texts, --task, --max-divergence and --max-drop are for --merge and --quantise.")
+    if texts or skip_bad or task or max_divergence is not None or max_drop is not None:
+        raise LiaoyuanError(
+            "--texts, --skip-bad, --task, --max-divergence and --max-drop are for --merge and --quantise."
+        )
     limit = shard_bytes(max_shard)
     if tokenizer and not (tokenizer / "tokenizer.json").exists():
         raise LiaoyuanError(f"--tokenizer {tokenizer}: there is no tokenizer.json.")

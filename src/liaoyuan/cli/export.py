@@ -41,6 +41,7 @@ def run_export(
     max_divergence: float | None,
     max_drop: float | None,
     force: bool,
+    skip_bad: bool,
     json: bool,
 ) -> None:
     """Export and print the gate's figures."""
@@ -49,7 +50,9 @@ def run_export(
     from liaoyuan.tuning.export import Export, export
 
     refuse_target(target, source, force, mark="config.json")
-    request = Export(source, target, merge, quantise, dtype, limit, texts, task, max_divergence, max_drop, force)
+    request = Export(
+        source, target, merge, quantise, dtype, limit, texts, task, max_divergence, max_drop, force, skip_bad
+    )
     with bar("Export") as report:
         figures = export(request, report)
     if json:
@@ -65,7 +68,8 @@ def _lines(request: Any, figures: dict[str, Any]) -> list[str]:
     bits = f", {request.quantise}" if request.quantise else ""
     lines = [
         f"{request.base}{adapter}{bits} -> {request.target}",
-        f"  compared with what was trained, on {figures['records']:,} held-out records ({figures['tokens']:,} tokens):",
+        f"  compared with what was trained, on {figures['records']:,} held-out records ({figures['tokens']:,} tokens)"
+        + (f"; {figures['left_out']:,} were left out:" if figures["left_out"] else ":"),
         f"  divergence      {figures['divergence']:.5f} nats a token; 99th percentile {figures['divergence_99th']:.4f}"
         f"  (tolerated: {tolerance.divergence:g})",
         f"  same choice     {100 * figures['same_first']:.2f}% of places  (tolerated: {100 * tolerance.same_first:g}%)",

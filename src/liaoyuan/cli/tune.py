@@ -21,6 +21,7 @@ from liaoyuan.cli.tune_options import (
     SkipBad,
     Task,
     read_config,
+    with_flags,
 )
 from liaoyuan.cli.tune_sample import sample
 from liaoyuan.cli.tune_study import study
@@ -59,7 +60,7 @@ def sft(
     from liaoyuan.parallel import start
     from liaoyuan.tuning.sft_run import run_sft
 
-    config = sft_config(run_file, _skipping(set_, skip_bad), model, data, lora, validation)
+    config = sft_config(run_file, with_flags(set_, skip_bad=skip_bad), model, data, lora, validation)
     world = start(select_device(config.device))
     try:
         with followed("SFT", out, quiet=not world.is_first) as report:
@@ -86,7 +87,7 @@ def dpo(
     json: Json = False,
 ) -> None:
     """Learn which of two answers is better, and measure it against the start. Also under torchrun (FSDP)."""
-    overrides = [*_skipping(set_, skip_bad), *(["control=true"] if control else [])]
+    overrides = with_flags(set_, skip_bad=skip_bad, control=control)
     config = preference_config(run_file, overrides, model, data, held_out, loss, lora, task)
     _prefer("DPO", config, out, json)
 
@@ -104,7 +105,7 @@ def reward(
     json: Json = False,
 ) -> None:
     """Train a reward model on judged answers: the better one gets the higher reward (Bradley and Terry)."""
-    config = preference_config(run_file, _skipping(set_, skip_bad), model, data, held_out, "reward", lora)
+    config = preference_config(run_file, with_flags(set_, skip_bad=skip_bad), model, data, held_out, "reward", lora)
     _prefer("Reward", config, out, json)
 
 
@@ -239,10 +240,6 @@ def sft_config(
     shortcuts = {"model": model, "data": data, "method": "lora" if lora else None, "validation": validation}
     config: SftConfig = read_config(SftConfig, run_file, set_, shortcuts)
     return config
-
-
-def _skipping(overrides: list[str] | None, skip_bad: bool) -> list[str]:
-    return [*(overrides or []), *(["skip_bad=true"] if skip_bad else [])]
 
 
 def _show_sft(result: dict[str, Any], config: "SftConfig", out: Path, json: bool) -> None:

@@ -1,6 +1,5 @@
 """Options that several verbs of `liaoyuan tune` have, and how they become settings."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +19,18 @@ Problems = Annotated[Path | None, typer.Option(help="Problems, in place of the t
 
 
 def read_config(schema: Any, run_file: Path | None, overrides: list[str] | None, shortcuts: dict[str, Any]) -> Any:
-    """Return the config of a run file, the overrides over it, and the shortcuts that are given over both."""
+    """Return the config of a run file, with what overrides and shortcuts say over it.
+
+    Raises:
+        LiaoyuanError: it is wrong, or an override and a shortcut give one key different values.
+    """
     from liaoyuan import config as configuration
 
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in shortcuts.items()}
-    told = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    return configuration.load(schema, run_file, [*(overrides or []), *told])
+    return configuration.load(schema, run_file, configuration.combine(overrides or [], shortcuts))
+
+
+def with_flags(overrides: list[str] | None, **flags: bool) -> list[str]:
+    """Return the overrides, and those of the flags that are given; raises as `read_config` does."""
+    from liaoyuan import config as configuration
+
+    return configuration.combine(overrides or [], {key: True for key, given in flags.items() if given})

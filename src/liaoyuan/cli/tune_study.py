@@ -30,20 +30,19 @@ def study(
     """SFT, then RL beside two controls of its compute: more SFT, and SFT on own right answers."""
     from rich.console import Console
 
-    from liaoyuan import config as configuration
     from liaoyuan.cli.levels import read_levels
     from liaoyuan.cli.process import tune_allocator
     from liaoyuan.cli.progress import bar
     from liaoyuan.cli.quickstart_report import write_report
     from liaoyuan.cli.summary_table import accuracy_table
+    from liaoyuan.cli.tune_options import read_config
     from liaoyuan.report import Text
     from liaoyuan.tasks import check_levels, find_task
     from liaoyuan.tuning.study_run import StudyRunConfig, run_study
 
     wanted = read_levels(levels) if levels else None
     given = {"model": str(model), "seeds": seeds, "study.lesson.task": task} | dict.fromkeys(LEVELS, wanted)
-    overrides = [f"{key}={json_format.dumps(value)}" for key, value in given.items() if value is not None]
-    config = configuration.load(StudyRunConfig, run_file, [*overrides, *(set_ or [])])
+    config: StudyRunConfig = read_config(StudyRunConfig, run_file, set_, given)
     taught = config.study.lesson
     for place, chosen in zip(LEVELS, (taught.levels, config.study.rl.levels), strict=True):
         check_levels(find_task(taught.task), chosen, f"--levels {levels}" if levels else place)

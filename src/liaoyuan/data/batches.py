@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from liaoyuan.data.encoding import before
 from liaoyuan.data.packing import Cursor, pack
 from liaoyuan.data.permutation import Permutation, number, permutation
 from liaoyuan.data.record_tokens import RecordTokens, TokenisedRecord
@@ -172,21 +173,22 @@ class RecordBatches:
     ) -> None:
         length = sequence_length or batch_tokens
         self.records, self.seed, self.padding = RecordTokens.of(records), seed, padding
-        self._first: list[int] = np.cumsum([0, *(groups or np.ones(len(self.records), np.int64))]).tolist()
+        self._first = before(np.ones(len(self.records), np.int64) if groups is None else np.array(groups, np.int64))
         self.division = Division(batch_tokens, length, microbatches, rank, world_size)
-        sizes = (self.records.sizes - 1).tolist()
-        if not sizes or min(sizes) < 1:
+        sizes = self.records.sizes - 1
+        if not len(sizes) or sizes.min() < 1:
             raise LiaoyuanError("There are no records to learn from, or one of them is empty.")
-        if max(sizes) > length:
+        if sizes.max() > length:
             raise LiaoyuanError(
-                f"Record {sizes.index(max(sizes))} has {max(sizes)} tokens, more than sequence_length ({length})."
+                f"Record {sizes.argmax()} has {sizes.max()} tokens, more than sequence_length ({length})."
             )
-        ends = np.cumsum([0, *sizes])
-        self._sizes: list[int] = np.diff(ends[self._first]).tolist()
-        if max(self._sizes) > length:
-            raise LiaoyuanError(f"Records that go together have {max(self._sizes)} tokens, more than a row ({length}).")
+        self._sizes = np.diff(before(sizes)[self._first])
+        if self._sizes.max() > length:
+            raise LiaoyuanError(
+                f"Records that go together have {self._sizes.max()} tokens, more than a row ({length})."
+            )
         self._weights = self.records.total_weights()
-        self._documents = length // min(sizes) + 1
+        self._documents = length // int(sizes.min()) + 1
         self._begins = [Cursor()]
 
     def __call__(self, step: int) -> list[Batch]:
@@ -220,7 +222,7 @@ class RecordBatches:
 
     def _record(self, sample: int) -> int:
         epoch, index = divmod(sample, len(self._sizes))
-        return _shuffled(len(self._sizes), self.seed, epoch)[index]
+        return int(_shuffled(len(self._sizes), self.seed, epoch)[index])
 
     def _of(self, row: Sequence[int]) -> Iterator[int]:
         """Yield the records of a row."""
@@ -253,7 +255,7 @@ class RecordBatches:
         return pack(begin, division.rows, division.sequence_length, len(self._sizes), self._size)
 
     def _size(self, sample: int) -> int:
-        return self._sizes[self._record(sample)]
+        return int(self._sizes[self._record(sample)])
 
     def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
         """Return these rows of records, or groups of them, as one batch."""
@@ -276,7 +278,7 @@ class RecordBatches:
             tokens=torch.from_numpy(tokens[0]),
             targets=torch.from_numpy(tokens[1]),
             weights=torch.from_numpy(weights),
-            padding=len(rows) * length - sum(self._sizes[record] for row in rows for record in row),
+            padding=len(rows) * length - int(sum(self._sizes[record] for row in rows for record in row)),
             **_places(cuts, len(rows) * length, self._documents * len(rows)),
         )
 
@@ -302,6 +304,5 @@ def _order(size: int, seed: int, epoch: int) -> Permutation:
 
 
 @functools.lru_cache(maxsize=8)
-def _shuffled(size: int, seed: int, epoch: int) -> list[int]:
-    order = permutation(size, seed, epoch)
-    return [order[index] for index in range(size)]
+def _shuffled(size: int, seed: int, epoch: int) -> np.ndarray:
+    return permutation(size, seed, epoch).whole()

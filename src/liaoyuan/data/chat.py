@@ -6,6 +6,7 @@ last character of a prompt would be joined to the first one of its answer, which
 """
 
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -94,7 +95,7 @@ class Renderer:
     def _fits(self, texts: Sequence[str]) -> bool:
         together = "\0".join(texts)
         return (
-            together == "\0".join(map(str.strip, texts))
+            all(map(operator.eq, texts, map(str.strip, texts)))
             and self._seen.wholes.isdisjoint(texts)
             and not any(part in together for part in self._seen.parts)
             and not self.tokenizer.must_be_guarded(together)
@@ -143,9 +144,10 @@ def _shape(record: Record, texts: list[str]) -> Shape:
         values = message.__dict__  # a million times over, the fields themselves are quicker than attributes
         shape.append(values["role"])
         for name in TEXTS:
-            if values[name]:
+            text = values[name]
+            if text:
                 shape.append(name)
-                texts.append(values[name])
+                texts.append(text)
         for call in values[TOOL_CALLS]:
             shape.append(TOOL_CALLS)
             texts += (call.name, TO_JSON(call.name))

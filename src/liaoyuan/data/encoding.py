@@ -111,9 +111,9 @@ class Encoder:
         It is sure where the tokens have as many bytes as the text, and one of them ends wherever a piece does.
         """
         lengths = [len(text) if text.isascii() else len(text.encode()) for one in rendered for text in one.texts]
-        places = _before(np.array(lengths, dtype=np.int64))  # in bytes of text, before each piece and after the last
-        reached = _before(widths)  # in bytes of tokens
-        first_piece, first_token = _before(pieces), _before(sizes)
+        places = before(np.array(lengths, dtype=np.int64))  # in bytes of text, before each piece and after the last
+        reached = before(widths)  # in bytes of tokens
+        first_piece, first_token = before(pieces), before(sizes)
         text_begins, token_begins = places[first_piece], reached[first_token]
         owner = np.repeat(np.arange(len(sizes)), pieces)
         targets = places[1:] + (token_begins[:-1] - text_begins[:-1])[owner]
@@ -164,7 +164,7 @@ def _joined(rows: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(ids, dtype=np.uint32), np.array([len(row) for row in rows], dtype=np.int64)
 
 
-def _before(counts: np.ndarray) -> np.ndarray:
+def before(counts: np.ndarray) -> np.ndarray:
     """Return the sums of all that comes before each place, and of all: one more than there are counts."""
     sums = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=sums[1:])

@@ -4,12 +4,12 @@ What does not fit raises `RowError`, which says what was expected and what was f
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pydantic_core
 
-from liaoyuan.data.records import Message, Record, Role, ToolCall, plain_message
+from liaoyuan.data.records import Message, Record, Role, ToolCall, plain_chat, plain_message
 
 CALL = "function_call"  # the role of a turn that is nothing but a call
 ROLES: dict[str, Role] = {
@@ -18,8 +18,10 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "observation", "function", "ipython", "function_response", "tool_response"), "tool"),
 }
+BARE_ROLES = {told: role for told, role in ROLES.items() if told != CALL}
 THOUGHTS = ("think", "reasoning_content", "reasoning", "thinking")
-BARE_TURN = {"role", "content", "from", "value"}
+NAMES, LEVELS, LICENCES = ("id", "qid", "uuid", "idx"), ("level", "difficulty"), ("licence", "license")
+HISTORY = {*NAMES, *LEVELS, *LICENCES, "source", "split"}  # fields that tell where a record comes from
 SHOWN = 60  # characters of a wrong value that a message shows
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -55,12 +57,12 @@ class Fields:
     def text(self, *names: str) -> str:
         """Return a field as text; a number or a truth value is written out, null and what is missing is empty."""
         value = self.take(*names)
+        if value is None:
+            return ""
         if isinstance(value, bool):
             return "yes" if value else "no"
         if isinstance(value, str | int | float):
             return str(value)
-        if value is None:
-            return ""
         raise RowError(f"text in '{names[0]}'", shown(value))
 
     @property
@@ -69,15 +71,24 @@ class Fields:
 
     def record(self, place: str, **values: Any) -> Record:
         """Return the record of these values, with the history that the row tells; `place` is its id if it has none."""
-        level = "".join(character for character in self.text("level", "difficulty") if character.isdigit())
-        history = {
-            "id": self.text("id", "qid", "uuid", "idx") or place,
+        return Record(**({"id": place} | self._history() | values))
+
+    def chat(self, place: str, messages: Sequence[Message]) -> Record:
+        """Return `record(place, messages=messages)`, the short way where the row tells no history."""
+        if self.row.keys().isdisjoint(HISTORY):
+            return plain_chat(place, tuple(messages))
+        return self.record(place, messages=tuple(messages))
+
+    def _history(self) -> dict[str, Any]:
+        level = "".join(character for character in self.text(*LEVELS) if character.isdigit())
+        told = {
+            "id": self.text(*NAMES),
             "level": int(level[:9] or 0),
             "source": self.text("source"),
-            "licence": self.text("licence", "license"),
+            "licence": self.text(*LICENCES),
             "split": self.text("split"),
         }
-        return Record(**(history | values))
+        return {name: value for name, value in told.items() if value}
 
 
 def shown(value: Any) -> str:
@@ -95,12 +106,23 @@ def turns(value: Any, name: str) -> list[Message]:
         raise RowError(f"a list of turns in '{name}'", shown(value))
     found: list[Message] = []
     for item in value:
-        message = turn(item, name)
-        if found and message.tool_calls and not message.content and not message.think and _is_open(found[-1]):
+        message = _bare_turn(item) or turn(item, name)
+        if message.tool_calls and found and not message.content and not message.think and _is_open(found[-1]):
             found[-1] = found[-1].model_copy(update={"tool_calls": message.tool_calls})
         else:
             found.append(message)
     return found
+
+
+def _bare_turn(item: Any) -> Message | None:
+    """Return the message of a turn that has a role and a text and nothing else, as most have; None for any other."""
+    if type(item) is not dict or len(item) != 2:
+        return None
+    told, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+    role = BARE_ROLES.get(told) if type(told) is str else None
+    if role is None or type(content) is not str or CLOSE in content:
+        return None
+    return plain_message(role, content)
 
 
 def turn(item: Any, name: str) -> Message:
@@ -113,8 +135,6 @@ def turn(item: Any, name: str) -> Message:
     if role is None:
         raise RowError(f"a role of user, assistant, system or tool in '{name}'", shown(told))
     content = text_of(item.get("content", item.get("value")), name)
-    if item.keys() <= BARE_TURN and called != CALL and CLOSE not in content:
-        return plain_message(role, content)  # the short way of most turns
     if role != "assistant":
         call = {key: item[key] for key in ("tool_call_id", "name") if isinstance(item.get(key), str)}
         return Message(role=role, content=content, weight=1.0, **call)
@@ -134,11 +154,11 @@ def answer(value: Any, name: str) -> tuple[Message, ...]:
     if isinstance(value, dict):
         return (turn(value, name),)
     think, content = split_thought(text_of(value, name))
-    return (Message(role="assistant", content=content, think=think),)
+    return (Message(role="assistant", content=content, think=think) if think else plain_message("assistant", content),)
 
 
 def user(content: str) -> Message:
-    return Message(role="user", content=content)
+    return plain_message("user", content)
 
 
 def text_of(content: Any, name: str) -> str:

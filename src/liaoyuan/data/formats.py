@@ -4,6 +4,7 @@
 JSON lines and JSON, compressed if the name ends with `.zst`, and Parquet.
 """
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from liaoyuan.data.fields import Fields, RowError, shown
 from liaoyuan.data.layouts import CONVERSATIONS, INSTRUCTIONS, LABELLED, PREFERENCES, Layout
 from liaoyuan.data.parquet import read_parquet
 from liaoyuan.data.problem_layouts import PROBLEMS
-from liaoyuan.data.records import Message, Record, read_lines
+from liaoyuan.data.records import Message, Record, read_lines, read_raw_lines
 from liaoyuan.errors import LiaoyuanError, nearest
 
 OWN = "record"  # the name of our own layout
@@ -27,6 +28,7 @@ LAYOUTS: tuple[Layout, ...] = (*PREFERENCES, *CONVERSATIONS, *LABELLED, *PROBLEM
 KNOWN = ("messages", "conversations", "instruction and output", "prompt and completion", "prompt, chosen and rejected")
 TOLD = 3  # bad lines that an error shows
 DECODER = json.JSONDecoder()
+EMPTY = object()  # the value of a line without one
 
 
 @dataclass
@@ -87,11 +89,12 @@ class Examples:
 
     def __iter__(self) -> Iterator[Record]:
         self.tally = Tally()
+        stem = self.path.name.split(".")[0]
         for line, row in read_rows(self.path, self._at):
             self.line = line
             self.tally.rows += 1
             try:
-                yield from self._records(line, row)
+                yield from self._records(line, row, f"{stem}-{line}")
             except RowError as error:
                 self._bad(error)
 
@@ -107,22 +110,22 @@ class Examples:
     def _at(self, position: int) -> None:
         self.position = position
 
-    def _records(self, line: int, row: Any) -> list[Record]:
+    def _records(self, line: int, row: Any, place: str) -> list[Record]:
         if isinstance(row, RowError):
             raise row
-        layout, records, unused = convert(row, f"{self.path.name.split('.')[0]}-{line}")
-        whole = []
+        layout, records, unused = convert(row, place)
+        tally, whole = self.tally, []
         for record in records:
             record, note = _checked(record)
             whole.append(record)
             if note:
-                self.tally.note(self.tally.left_out, note, line)
-        self.tally.layouts[layout] += 1
+                tally.note(tally.left_out, note, line)
+        tally.layouts[layout] += 1
         for record in whole:
-            self.tally.kinds[record.kind] += 1
-        self.tally.records += len(whole)
+            tally.kinds[record.kind] += 1
+        tally.records += len(whole)
         for name in unused:
-            self.tally.note(self.tally.left_out, f"field '{name}'", line)
+            tally.note(tally.left_out, f"field '{name}'", line)
         return whole
 
 
@@ -176,11 +179,12 @@ def read_rows(path: Path, at: Callable[[int], None] | None = None) -> Iterator[t
     if path.name.removesuffix(".zst").endswith(".json"):
         text = "".join(line for _, line in read_lines(path, at))
         if text.lstrip("\ufeff \t\r\n").startswith("["):
-            yield from _array(text)
+            yield from _array(text, path)
             return
-    for number, line in read_lines(path, at):
-        if line.strip():
-            yield number, _value(line.lstrip("\ufeff") if number == 1 else line)
+    for number, line in read_raw_lines(path, at):
+        value = _value(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, path)
+        if value is not EMPTY:
+            yield number, value
 
 
 def convert(row: Any, place: str) -> tuple[str, list[Record], list[str]]:
@@ -262,14 +266,19 @@ def _is_empty(message: Message) -> bool:
     return not (message.tool_calls or message.content.strip() or message.think.strip())
 
 
-def _value(line: str) -> Any:
+def _value(line: bytes, path: Path) -> Any:
+    """Return the value of a line; of one that is no JSON its `RowError`, of one without anything in it `EMPTY`."""
     try:
         return pydantic_core.from_json(line)
     except ValueError as error:
-        return RowError("JSON", f"{shown(line.strip())} ({error})")
+        try:
+            text = line.decode().strip()
+        except UnicodeDecodeError:
+            raise LiaoyuanError(f"The file {path} is not UTF-8 text.") from error
+        return RowError("JSON", f"{shown(text)} ({error})") if text else EMPTY
 
 
-def _array(text: str) -> Iterator[tuple[int, Any]]:
+def _array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line, value) of each item of a JSON array."""
     place = text.index("[") + 1
     line = 1 + text.count("\n", 0, place)
@@ -283,7 +292,7 @@ def _array(text: str) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError) as error:
             yield line, RowError("a JSON array of objects", f"{shown(text[begin : begin + 80].strip())} ({error})")
             return  # nobody knows where the next item begins
-        yield line, _value(text[begin:place])
+        yield line, _value(text[begin:place].encode(), path)
         line += text.count("\n", begin, place)
         place = _after_spaces(text, place)
         if text.startswith(",", place):

@@ -15,6 +15,8 @@ from liaoyuan.data.records import Message, Record
 LABELS = ("label", "kto_tag")
 PROMPTS = ("prompt", "question", "query", "instruction")
 COMPLETIONS = ("completion", "response", "output", "answer")
+TOOLS, SYSTEMS = ("tools", "functions"), ("system", "system_prompt")
+BESIDE_TURNS = {*LABELS, *TOOLS, *SYSTEMS, "task", "answer"}  # fields that change what a list of turns becomes
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")  # how a conversation is written as one text
 
 
@@ -36,8 +38,11 @@ def _sharegpt(fields: Fields, place: str) -> list[Record]:
 
 
 def _conversation(fields: Fields, place: str, name: str) -> Record:
-    messages = _with_system(fields, turns(fields.take(name), name))
-    tools = tools_of(fields.take("tools", "functions"))
+    messages = turns(fields.take(name), name)
+    if fields.row.keys().isdisjoint(BESIDE_TURNS):
+        return fields.chat(place, messages)
+    messages = _with_system(fields, messages)
+    tools = tools_of(fields.take(*TOOLS))
     values = {"tools": tools, "task": fields.text("task"), "answer": fields.text("answer")}
     label = _label(fields)
     if label is not None:
@@ -123,7 +128,7 @@ def _asked(fields: Fields) -> list[Message]:
 
 
 def _with_system(fields: Fields, messages: Sequence[Message]) -> list[Message]:
-    system = fields.text("system", "system_prompt")
+    system = fields.text(*SYSTEMS)
     return [*([Message(role="system", content=system)] if system.strip() else []), *messages]
 
 

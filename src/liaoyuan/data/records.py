@@ -9,10 +9,10 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import zstandard
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError
@@ -20,6 +20,7 @@ from liaoyuan.rundir import atomic_file
 
 Kind = Literal["chat", "preference", "unpaired", "prompt", "text"]
 Role = Literal["system", "user", "assistant", "tool"]
+Made = TypeVar("Made", bound=Config)
 
 
 class ToolCall(Config):
@@ -43,23 +44,6 @@ class Message(Config):
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     name: str = ""
-
-
-PLAIN = Message(role="user", content="")
-
-
-def plain_message(role: Role, content: str) -> Message:
-    """Return `Message(role=role, content=content)` of values known to be right, in a third of the time.
-
-    Of a million records nearly all messages are such, and checking what has been checked would be half of the work.
-    """
-    message = Message.__new__(Message)
-    put = object.__setattr__
-    put(message, "__dict__", {**PLAIN.__dict__, "role": role, "content": content})
-    put(message, "__pydantic_fields_set__", {"role", "content"})
-    put(message, "__pydantic_extra__", None)
-    put(message, "__pydantic_private__", None)
-    return message
 
 
 class Record(Config):
@@ -89,6 +73,35 @@ class Record(Config):
     source: str = ""
     licence: str = ""
     split: str = ""
+
+
+PLAIN_MESSAGE, PLAIN_CHAT = Message(role="user", content=""), Record(id="", messages=())
+SLOTS = ("__dict__", "__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__")  # of a pydantic model
+_put_values, _put_given, _put_extra, _put_private = (vars(BaseModel)[slot].__set__ for slot in SLOTS)
+
+
+def plain_message(role: Role, content: str) -> Message:
+    """Return `Message(role=role, content=content)` of values known to be right, in a third of the time.
+
+    Of a million records nearly all messages are such, and checking what has been checked would be half of the work.
+    """
+    return _like(PLAIN_MESSAGE, role=role, content=content)
+
+
+def plain_chat(name: str, messages: tuple[Message, ...]) -> Record:
+    """Return `Record(id=name, messages=messages)` of values known to be right; see `plain_message`."""
+    return _like(PLAIN_CHAT, id=name, messages=messages)
+
+
+def _like(model: Made, **values: Any) -> Made:
+    """Return another model, in which these values, the same that were given there, are other ones."""
+    kind = type(model)
+    made = kind.__new__(kind)
+    _put_values(made, {**vars(model), **values})
+    _put_given(made, model.model_fields_set)  # shared: a frozen model never changes it, and a copy has its own
+    _put_extra(made, None)
+    _put_private(made, None)
+    return made
 
 
 def conversations(record: Record) -> tuple[Record, ...]:
@@ -148,21 +161,28 @@ def read_lines(path: Path, at: Callable[[int], None] | None = None) -> Iterator[
     Raises:
         LiaoyuanError: it is missing, unreadable, no UTF-8, or its compression is torn.
     """
+    for number, line in read_raw_lines(path, at):
+        try:
+            yield number, line.decode()
+        except UnicodeDecodeError as error:
+            raise LiaoyuanError(f"The file {path} is not UTF-8 text.") from error
+
+
+def read_raw_lines(path: Path, at: Callable[[int], None] | None = None) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines as bytes, which need not be UTF-8; else as `read_lines`."""
     try:
         with path.open("rb") as raw:
-            data = (
-                zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                if path.suffix == ".zst"
-                else raw
-            )
-            for number, line in enumerate(io.TextIOWrapper(data, encoding="utf-8", newline="\n"), start=1):
+            unpack = zstandard.ZstdDecompressor().stream_reader
+            is_packed = path.suffix == ".zst"
+            data = io.BufferedReader(unpack(raw, read_across_frames=True)) if is_packed else raw
+            place = 0
+            for number, line in enumerate(data, start=1):
                 if at:
-                    at(raw.tell())
+                    place = raw.tell() if is_packed else place + len(line)
+                    at(place)
                 yield number, line
     except (FileNotFoundError, IsADirectoryError):
         raise LiaoyuanError(f"The file {path} does not exist.") from None
-    except UnicodeDecodeError as error:
-        raise LiaoyuanError(f"The file {path} is not UTF-8 text.") from error
     except zstandard.ZstdError as error:
         raise LiaoyuanError(f"The file {path} cannot be decompressed: {error}.") from error
     except OSError as error:

@@ -69,7 +69,7 @@ class Export:
     base: a model folder. adapter: to be merged into it, or None. quantise: "int8", "int4", "fp8" or None.
     texts: held-out records; None: those of the run that the adapter or the model lies in.
     task: whose problems both models answer too. divergence, drop: other tolerances than `TOLERANCES`.
-    force: export beyond the tolerance too, and say so in the card.
+    force: export beyond the tolerance too, and say so in the card. skip_bad: go on without bad lines of `texts`.
     """
 
     base: Path
@@ -83,6 +83,7 @@ class Export:
     divergence: float | None = None
     drop: float | None = None
     force: bool = False
+    skip_bad: bool = False
 
     @property
     def tolerance(self) -> Tolerance:
@@ -101,7 +102,7 @@ def export(request: Export, report: Report = silent) -> dict[str, Any]:
             further from the trained one than is tolerated.
     """
     few = quantisation_named(request.quantise)
-    records, texts = held_out_of(request, report)
+    records, texts, left_out = held_out_of(request, report)
     with atomic_folder(request.target) as part:
         whole = part / "whole"
         with FolderSource(request.base) as base:
@@ -115,7 +116,7 @@ def export(request: Export, report: Report = silent) -> dict[str, Any]:
             shutil.rmtree(whole)
         made = part / ("whole" if few is None else "few")
         compared = compare_exported(trained_model(request), load_model(made), request, texts, report)
-        figures = {"records": len(records), **compared}
+        figures = {"records": len(records), "left_out": left_out, **compared}
         refusal = objection(figures, request.tolerance)
         if refusal and not request.force:
             raise LiaoyuanError(f"{request.target} was not written: {refusal} --force writes it, and says so.")
@@ -128,11 +129,12 @@ def export(request: Export, report: Report = silent) -> dict[str, Any]:
     return {**figures, "tolerated": not refusal}
 
 
-def held_out_of(request: Export, report: Report = silent) -> tuple[list[Record], RecordTokens]:
-    """Return the records on which the gate compares, and their tokens, a text perhaps in pieces.
+def held_out_of(request: Export, report: Report = silent) -> tuple[list[Record], RecordTokens, int]:
+    """Return the records on which the gate compares, their tokens, a text perhaps in pieces, and how many are left out.
 
     Raises:
-        LiaoyuanError: there are none, or they are bad, of another kind than is learned from, or too long for the model.
+        LiaoyuanError: there are none, or some are bad, of another kind than is learned from, or too long for the model,
+            and `skip_bad` is not set.
     """
     run = (request.adapter or request.base).absolute().parent / HELD_OUT
     path = request.texts or (run if run.exists() else None)
@@ -142,9 +144,9 @@ def held_out_of(request: Export, report: Report = silent) -> tuple[list[Record],
             f"{request.adapter or request.base}: name a file of records with --texts."
         )
     length = read_config(request.base).max_position_embeddings - 1
-    source = read_source(path, Tokenizer.load(request.base), length, False, report)
+    source = read_source(path, Tokenizer.load(request.base), length, request.skip_bad, report)
     records = source.records[:MOST_RECORDS]
-    return list(records), source.tokens_of(records)
+    return list(records), source.tokens_of(records), source.tokens.left_out
 
 
 def trained_model(request: Export) -> Decoder:
@@ -230,7 +232,11 @@ def _card(request: Export, figures: dict[str, Any], refusal: str, records: Seque
     options += [f"--quantise {request.quantise}"] if request.quantise else []
     options += [f"--dtype {request.dtype}"] if request.dtype else []
     options += [f"--texts {request.texts}"] if request.texts else []
-    options += ["--force"] if request.force else []
+    options += [f"--task {request.task}"] if request.task else []
+    options += [] if request.divergence is None else [f"--max-divergence {request.divergence:g}"]
+    options += [] if request.drop is None else [f"--max-drop {request.drop:g}"]
+    flags = {"--skip-bad": request.skip_bad, "--force": request.force}
+    options += [name for name, is_given in flags.items() if is_given]
     steps = [made.get("method", "")] + (["merged into the base"] if request.adapter else [])
     steps += [f"weights of {request.quantise}"] if request.quantise else []
     return Card(

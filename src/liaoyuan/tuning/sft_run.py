@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from liaoyuan.data import FileRecords, Record, TokenisedRecord, Tokenizer, write_records
+from liaoyuan.data import FileRecords, Record, RecordTokens, TokenisedRecord, Tokenizer, write_records
 from liaoyuan.device import select_device
 from liaoyuan.models import read_config
 from liaoyuan.ops import configure
@@ -36,7 +36,7 @@ class Lesson:
 
     records: Split[FileRecords]
     general: Split[FileRecords]
-    learned: Sequence[TokenisedRecord]
+    learned: RecordTokens
     measured: dict[str, Sequence[TokenisedRecord]]
     sources: dict[str, Source]
 
@@ -115,7 +115,7 @@ def read_lesson(config: SftConfig, tokenizer: Tokenizer, report: Report = silent
         chosen = split_off(data.records, given.records, config.validation_records)
     else:
         chosen = split(data.records, config.validation_share, config.validation_records)
-    learned: Sequence[TokenisedRecord] = data.tokens_of(chosen.train)
+    learned = data.tokens_of(chosen.train)
     measured: dict[str, Sequence[TokenisedRecord]] = {"held_out": (given or data).tokens_of(chosen.held_out)}
     nothing = data.records[:0]
     other = Split(nothing, nothing)
