@@ -65,11 +65,24 @@ class OperatorRate(Config):
     near: float = Field(1.0, ge=1)
 
 
+class KindRate(Config):
+    """What was measured of one kind of collective: how many times its level's share of the bandwidth it gets, and how
+    many times the seconds of a step it takes.
+    """
+
+    share: float = Field(1.0, gt=0)
+    latency: float = Field(1.0, gt=0)
+
+
 class LinkRate(Config):
-    """Of one level of the network: what collectives get of its bandwidth, and seconds of a step of one of them."""
+    """Of one level of the network: what collectives get of its bandwidth, and seconds of a step of one of them.
+
+    kinds: what was measured of each kind of them, as `parallel.traffic` names it; of others both are as told.
+    """
 
     share: Figure
     latency: Figure
+    kinds: dict[str, KindRate] = Field(default_factory=dict)
 
 
 class DeviceProfile(Config):
@@ -124,8 +137,8 @@ class DeviceProfile(Config):
             for dtype, rate in self.products.items()
         }
         links = {
-            level: LinkRate(
-                share=change(f"links.{level}.share", link.share), latency=change(f"links.{level}.latency", link.latency)
+            level: link.model_copy(
+                update={name: change(f"links.{level}.{name}", getattr(link, name)) for name in ("share", "latency")}
             )
             for level, link in self.links.items()
         }

@@ -1,0 +1,343 @@
+"""The seconds of a training step in layouts of 1 to 4 processes, told by the planner, against the real step here.
+
+Steps of the training program, each process of one thread and joined by gloo over loopback, take turns with the timings
+of the calibration (`plan calibrate`: cores and links), so that all see the same machine. Links are slowed by the
+kernel: the processes live in a network namespace whose loopback has a token bucket filter (`tc qdisc ... tbf`), which
+all of them share. That needs root, or a kernel that lets users have namespaces. Of all timings the fastest counts, in
+seconds that pass. No figure is fitted to a step of this table: the calibration has models and messages of its own.
+
+    python benchmarks/plan_layouts.py --only one "two, plain" --json two.json    # a part of the rows, minutes
+    python benchmarks/plan_layouts.py --table two.json four.json slow.json       # the table of all parts
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from liaoyuan.cli.process import tune_process
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a namespace has no names of hosts, which torch complains of
+tune_process()
+
+import torch  # noqa: E402  (after the allocator's settings)
+
+from liaoyuan.compute.network import LOOPBACK, listen  # noqa: E402
+from liaoyuan.compute.plan import Job, predict, read_cluster  # noqa: E402
+from liaoyuan.compute.plan.apart import apart, apart_each  # noqa: E402
+from liaoyuan.compute.plan.calibrate import Measured, fitted, measure, prepare  # noqa: E402
+from liaoyuan.compute.plan.calls import Clock, Timed  # noqa: E402
+from liaoyuan.compute.plan.cluster import Cluster, Link  # noqa: E402
+from liaoyuan.compute.plan.dry_run import empty_batch  # noqa: E402
+from liaoyuan.compute.plan.measured_links import Links, timed, with_links  # noqa: E402
+from liaoyuan.compute.plan.profile import DeviceProfile, assumed  # noqa: E402
+from liaoyuan.device import Device, cpu_name  # noqa: E402
+from liaoyuan.models import Decoder, ModelConfig  # noqa: E402
+from liaoyuan.models.config import Experts  # noqa: E402
+from liaoyuan.parallel import Layout, World, lay_out, start  # noqa: E402
+from liaoyuan.training.loop import TrainConfig, make_optimiser, take_step  # noqa: E402
+from plan_cpu import Size, summary  # noqa: E402
+
+CORES = 2  # of the machine that `read_cluster("cpu")` describes
+STEPS = 4  # of a row in a round, after one that is not counted
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000  # of unshare(2), from sched.h
+SMALL = Size(128, 352, 4, 4, 32, 2048, 12, 128)
+MIDDLE = Size(256, 640, 6, 4, 64, 4096, 8, 128, 2)
+STAGED = Size(256, 640, 6, 4, 64, 4096, 8, 128, 4)
+LONG = Size(192, 512, 4, 4, 48, 2048, 2, 512)
+SPARSE = Size(192, 160, 4, 4, 48, 2048, 8, 128, experts=8)
+WIDE = Size(320, 896, 6, 4, 80, 4096, 4, 128)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model in a layout, on links of so many Mbit/s for all of its processes together (0: as loopback is)."""
+
+    name: str
+    size: Size
+    axes: dict[str, Any]
+    mbit: int = 0
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.model_validate({"fsdp": 1, **self.axes})
+
+    @property
+    def processes(self) -> int:
+        layout = self.layout
+        return layout.pp * layout.dp * layout.fsdp * layout.context * layout.tp
+
+    @property
+    def key(self) -> str:
+        """By which `--only` finds it."""
+        count = {1: "one", 2: "two", 3: "three", 4: "four"}[self.processes]
+        return f"{count}, {'slow' if self.mbit else 'plain'}, {self.name}"
+
+
+ROWS = (
+    Row("small", SMALL, {}),
+    Row("middle", MIDDLE, {}),
+    Row("long", LONG, {}),
+    Row("sparse", SPARSE, {}),
+    Row("middle", MIDDLE, {"fsdp": 2}),
+    Row("small", SMALL, {"fsdp": 2}),
+    Row("small", SMALL, {"dp": 2}),
+    Row("middle", MIDDLE, {"tp": 2}),
+    Row("staged", STAGED, {"pp": 2}),
+    Row("long", LONG, {"cp": {"ring": 2}}),
+    Row("long", LONG, {"cp": {"ulysses": 2}}),
+    Row("sparse", SPARSE, {"fsdp": 2, "ep": 2}),
+    Row("small", SMALL, {"fsdp": 3}),
+    Row("staged", STAGED, {"pp": 3}),
+    Row("middle", MIDDLE, {"fsdp": 4}),
+    Row("middle", MIDDLE, {"fsdp": 2, "tp": 2}),
+    Row("staged", STAGED, {"pp": 2, "fsdp": 2}),
+    Row("long", LONG, {"cp": {"ring": 2, "ulysses": 2}}),
+    Row("sparse", SPARSE, {"fsdp": 4, "ep": 4}),
+    Row("middle", MIDDLE, {"fsdp": 2}, 1000),
+    Row("wide", WIDE, {"tp": 2}, 1000),
+    Row("long", LONG, {"cp": {"ring": 2}}, 1000),
+    Row("small", SMALL, {"fsdp": 2}, 250),
+    Row("staged", STAGED, {"pp": 2}, 250),
+    Row("sparse", SPARSE, {"fsdp": 2, "ep": 2}, 250),
+    Row("middle", MIDDLE, {"fsdp": 4}, 1000),
+    Row("middle", MIDDLE, {"fsdp": 2, "tp": 2}, 1000),
+    Row("small", SMALL, {"fsdp": 4}, 250),
+)
+
+
+def main() -> None:
+    options = parse()
+    if options.table:
+        rows = [row for path in options.table for row in json.loads(path.read_text())["rows"]]
+    else:
+        chosen = [row for row in ROWS if row.key.startswith(tuple(options.only or ("",)))]
+        rows, raw = compare(chosen, options.rounds)
+        if options.json:
+            values = {"machine": cpu_name(), "rows": rows, "calibration": raw}
+            options.json.write_text(json.dumps(values, indent=1) + "\n")
+    print(f"{cpu_name()}, processes of one thread")
+    print(table(rows))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="START", help='rows that begin so: "one" "four, slow"')
+    parser.add_argument("--rounds", type=int, default=3, help="in which calibration and steps take turns")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", type=Path, nargs="+", metavar="JSON", help="print the table of these parts alone")
+    return parser.parse_args()
+
+
+def compare(rows: Sequence[Row], rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return what was measured and told of each row, and the calibrations in plain words."""
+    cards: dict[int, list[Measured]] = {min(row.processes, CORES): [] for row in rows}
+    links: dict[tuple[int, int], list[Links]] = {(row.processes, row.mbit): [] for row in rows if row.processes > 1}
+    steps: list[list[float]] = [[] for _ in rows]
+    begin, total = time.monotonic(), rounds * (len(cards) + len(links) + len(rows))
+    done = 0
+
+    def tell(what: str) -> None:
+        nonlocal done
+        done += 1
+        left = (time.monotonic() - begin) / done * (total - done)
+        print(f"{done} of {total}: {what}; {left:.0f} s to go", file=sys.stderr, flush=True)
+
+    for _ in range(rounds):
+        for count, found in cards.items():
+            found += apart_each(timed_card, [()] * count, count)
+            tell(f"cores, {count} at once")
+        for (count, mbit), heard in links.items():
+            heard.append(together(count, mbit, timed_links))
+            tell(f"links of {count} processes at {mbit or 'all'} Mbit/s")
+        for row, took in zip(rows, steps, strict=True):
+            took += together(row.processes, row.mbit, timed_steps, row)
+            tell(row.key)
+    profiles = {count: fitted(assumed(read_cluster("cpu")), best(found)) for count, found in cards.items()}
+    found = []
+    for row, took in zip(rows, steps, strict=True):
+        profile, cluster = profiles[min(row.processes, CORES)], cluster_of(row.processes, row.mbit)
+        if row.processes > 1:
+            profile = with_links(profile, cluster, best_links(links[row.processes, row.mbit]))
+        found.append(told(row, took, cluster, profile))
+    raw = {
+        "profiles": {str(count): profile.model_dump() for count, profile in profiles.items()},
+        "links": {f"{count} at {mbit}": asdict(best_links(heard)) for (count, mbit), heard in links.items()},
+    }
+    return found, raw
+
+
+def told(row: Row, took: Sequence[float], cluster: Cluster, profile: DeviceProfile) -> dict[str, Any]:
+    job = job_of(row)
+    guess = predict(job, cluster, profile)
+    span, real = guess.step.seconds, min(took)
+    return {
+        "model": row.name,
+        "weights": job.model.num_parameters(),
+        "layout": job.resolved.describe(),
+        "processes": row.processes,
+        "mbit": row.mbit,
+        "measured": real,
+        "median": statistics.median(took),
+        "told": span.median,
+        "low": span.low,
+        "high": span.high,
+        "error": span.median / real - 1,
+        "computing": guess.step.computing,
+        "exposed": guess.step.exposed,
+    }
+
+
+def job_of(row: Row) -> Job:
+    size = row.size
+    sparse = Experts(size.experts, 2, size.ffn) if size.experts else None
+    model = ModelConfig(
+        *("qwen3_moe" if sparse else "qwen3", size.vocabulary, size.hidden, size.ffn, size.layers),
+        *(size.heads, size.heads, size.head),
+        qk_norm=True,
+        experts=sparse,
+        dtype="float32",
+    )
+    train = TrainConfig(steps=2, batch_tokens=size.rows * size.length, microbatches=size.microbatches)
+    return Job(model, row.layout, row.processes, size.length, train, "cpu")
+
+
+def cluster_of(processes: int, mbit: int) -> Cluster:
+    """Return this machine, whose slowed loopback all processes share."""
+    found = read_cluster("cpu")
+    if not mbit:
+        return found
+    link = Link(name="slowed", reach=0, bandwidth_gb=mbit / 8e3, latency_us=100, oversubscription=processes)
+    return found.model_copy(update={"links": (link,)})
+
+
+def timed_card() -> Measured:
+    """Be a process that calibrates its core once: fewer rounds, of which the caller makes more."""
+    torch.set_num_threads(1)
+    device = Device("cpu")
+    calls, steps = prepare(device, ("float32",))
+    found = measure(calls, steps, Clock(device), 0.0)
+    return Measured(
+        tuple((Timed(call.name, call.work, nothing), took) for call, took in found.calls),
+        tuple((replace(step, take=nothing, watch=list), took) for step, took in found.steps),
+    )
+
+
+def nothing() -> None:
+    """Stand for a call that is not made again."""
+
+
+def best(found: Sequence[Measured]) -> Measured:
+    """Return the fastest of each."""
+    calls = tuple(
+        (each[0][0], min(took for _, took in each)) for each in zip(*(one.calls for one in found), strict=True)
+    )
+    steps = tuple(
+        (each[0][0], min(took for _, took in each)) for each in zip(*(one.steps for one in found), strict=True)
+    )
+    return Measured(calls, steps)
+
+
+def best_links(found: Sequence[Links]) -> Links:
+    """Return the fastest of each, and the contention in the middle."""
+    each = zip(*(one.travelled for one in found), strict=True)
+    travelled = tuple(replace(same[0], seconds=min(one.seconds for one in same)) for same in each)
+    return replace(found[0], travelled=travelled, contention=statistics.median(one.contention for one in found))
+
+
+def together(processes: int, mbit: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what process 0 of so many returns, which are joined by loopback of that speed."""
+    return apart(_among, processes, mbit, function, arguments)
+
+
+def _among(processes: int, mbit: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    if mbit:
+        slow_down(mbit)
+    with listen(LOOPBACK) as free:
+        port = free.getsockname()[1]
+    calls = [(rank, processes, port, function, arguments) for rank in range(processes)]
+    return apart_each(_one, calls, processes)[0]
+
+
+def _one(rank: int, processes: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": LOOPBACK, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    world = start(Device("cpu"))
+    try:
+        found = function(world, *arguments)
+        world.barrier()
+        return found
+    finally:
+        world.close()
+
+
+def slow_down(mbit: int) -> None:
+    """Take this process into a network of its own, whose loopback lets so much through."""
+    kinds = CLONE_NEWNET if os.getuid() == 0 else CLONE_NEWNET | CLONE_NEWUSER
+    if ctypes.CDLL(None, use_errno=True).unshare(kinds):
+        sys.exit(f"No network of its own for slowed links: {os.strerror(ctypes.get_errno())}. Leave them out: --only.")
+    bucket = ("rate", f"{mbit}mbit", "burst", "128kb", "limit", "64mb")
+    for command in (
+        ("ip", "link", "set", "lo", "up"),
+        ("tc", "qdisc", "add", "dev", "lo", "root", "tbf", *bucket),
+    ):
+        subprocess.run(command, check=True)
+
+
+def timed_links(world: World) -> Links:
+    return timed(world)
+
+
+def timed_steps(world: World, row: Row) -> list[float]:
+    """Take steps of the training program; return the seconds of each, of the slowest process."""
+    job = job_of(row)
+    world = world.arrange(job.resolved)
+    with torch.device("meta"):
+        model = Decoder(job.model).to(job.model.torch_dtype)
+    program = lay_out(model, job.resolved, world).initialise(0)
+    optimiser = make_optimiser(program, job.train, world)
+    random = torch.Generator().manual_seed(world.data_rank)
+    batches = []
+    for _ in range(job.train.microbatches):
+        batch = empty_batch(job, world)
+        tokens = torch.randint(job.model.vocab_size, batch.tokens.shape, generator=random)
+        batches.append(replace(batch, tokens=tokens, targets=tokens.roll(-1)))
+    found = []
+    for _ in range(1 + STEPS):
+        world.barrier()
+        begin = time.perf_counter()
+        take_step(program, optimiser, batches, job.train.learning_rate, job.train.clip, world)
+        world.barrier()
+        found.append(time.perf_counter() - begin)
+    return found[1:]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["| weights | layout | processes | loopback | measured | told | error |", "|" + "---|" * 7]
+    for one in rows:
+        speed = f"{one['mbit']:,} Mbit/s" if one["mbit"] else "as it is"
+        lines.append(
+            f"| {one['weights']:,} | {one['layout']} | {one['processes']} | {speed} | {one['measured']:.3f} s "
+            f"| {one['told']:.3f} s | {one['error']:+.1%} |"
+        )
+    found = summary(list(rows))
+    inside = sum(one["low"] <= one["measured"] <= one["high"] for one in rows)
+    lines.append(
+        f"\n{len(rows)} rows: median error {found['median_error']:.1%}, bias {found['bias']:+.1%}, "
+        f"Spearman {found['spearman']:.3f}; {inside} within their interval of 90%"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
