@@ -161,7 +161,7 @@ def compare(rows: Sequence[Row], rounds: int) -> tuple[list[dict[str, Any]], dic
             tell(f"links of {count} processes at {mbit or 'all'} Mbit/s")
         for row, took in zip(rows, steps, strict=True):
             took += together(row.processes, row.mbit, timed_steps, row)
-            tell(row.key)
+            tell(f"{row.key}, {job_of(row).resolved.describe()}, {min(took):.3f} s")
     profiles = {count: fitted(assumed(read_cluster("cpu")), best(found)) for count, found in cards.items()}
     found = []
     for row, took in zip(rows, steps, strict=True):
@@ -251,7 +251,8 @@ def best_links(found: Sequence[Links]) -> Links:
     """Return the fastest of each, and the contention in the middle."""
     each = zip(*(one.travelled for one in found), strict=True)
     travelled = tuple(replace(same[0], seconds=min(one.seconds for one in same)) for same in each)
-    return replace(found[0], travelled=travelled, contention=statistics.median(one.contention for one in found))
+    contention = statistics.median(one.contention for one in found)
+    return replace(found[0], travelled=travelled, contention=contention, asking=min(one.asking for one in found))
 
 
 def together(processes: int, mbit: int, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -144,6 +144,19 @@ def test_each_kind_of_collective_is_told_by_what_it_was_measured_at() -> None:
     assert moved.links[level].kinds == found.links[level].kinds
 
 
+def test_an_operator_that_was_timed_small_alone_tells_nothing_of_its_rate() -> None:
+    """Of a sum of 8 numbers that took long no conclusion is drawn for a million: 450 ms were told once, for 9."""
+    plain = [work for work in works() if work.operator in ("copy_", "mul_")]
+    small = [replace(stream(float(size), "float32"), operator="sum") for size in (64, 512, 4096)]
+    timed = [(Timed(work.operator, work, nothing), seconds(work, assumed(CPU))) for work in plain]
+    timed += [(Timed("sum", work, nothing), 2e-5 * (1 + number)) for number, work in enumerate(small)]
+    steps = (Step("step.one", tuple(plain), nothing), Step("step.two", tuple(plain[:2]), nothing))
+    found = fitted(assumed(CPU), Measured(tuple(timed), tuple((step, 1.0) for step in steps)))
+    large = stream(4e6, "float32")
+    told = seconds(replace(large, operator="sum"), found)
+    assert told == pytest.approx(seconds(large, found) + seconds(small[1], found), rel=0.2)
+
+
 @pytest.mark.parametrize("speed", [1e9, 1e7])
 def test_slow_links_are_timed_with_fewer_and_smaller_messages(speed: float) -> None:
     found = dict[tuple[str, int], float]()

@@ -33,6 +33,7 @@ SIZES = (4096, 32_768, 262_144, 2_097_152, 8_388_608, 33_554_432)  # bytes of th
 LEAST, ROUNDS = 2e-3, 4  # seconds that a collective is repeated for, and how often
 LONG, LONG_ROUNDS = 0.1, 2  # seconds from which on a collective is timed so often alone: little disturbs it
 ENOUGH = 0.25  # seconds of a collective, of which larger ones say nothing new
+ASKED = 10  # collectives in a row of which it is timed what asking for them takes
 SIDE = 1024  # of the matrices that are multiplied while messages travel
 LEAST_SIGMA = 0.05
 DEADLINE = 300  # seconds without a word from the processes
@@ -53,11 +54,15 @@ class Travelled:
 
 @dataclass(frozen=True)
 class Links:
-    """What was timed, and how much longer computing takes while messages travel."""
+    """What was timed, and how much longer computing takes while messages travel.
+
+    asking: seconds that the thread which asks for a small collective computes for it.
+    """
 
     processes: int
     travelled: tuple[Travelled, ...]
     contention: float
+    asking: float = 0.0
 
 
 def measure_links(device: Device, processes: int, report: Report = silent) -> Links:
@@ -66,6 +71,7 @@ def measure_links(device: Device, processes: int, report: Report = silent) -> Li
     Raises:
         LiaoyuanError: one of them failed, or none says a word for minutes.
     """
+    report(Progress(0, ROUNDS * len(KINDS) * len(SIZES), "exchange", f"{processes} processes start"))
     context = multiprocessing.get_context("spawn")
     with listen(LOOPBACK) as free:
         port = free.getsockname()[1]
@@ -135,7 +141,21 @@ def timed(world: World, report: Report = silent) -> Links:
                 found[kind, size] = min(took, found.get((kind, size), took))
             report(Progress(turn * len(KINDS) * len(SIZES) + number + 1, total, "exchange", kind))
     travelled = tuple(Travelled(kind, _sent(kind, size, world.size), took) for (kind, size), took in found.items())
-    return Links(world.size, travelled, _contention(world))
+    return Links(world.size, travelled, _contention(world), _asking(world) if world.device.is_cpu else 0.0)
+
+
+def _asking(world: World) -> float:
+    """Return the seconds that this thread itself computes for a small collective: the median over their kinds."""
+    found = list[float]()
+    for kind in KINDS:
+        exchange, least = _exchange(world, kind, SIZES[0]), float("inf")
+        for _ in range(ROUNDS):
+            begin = time.thread_time()
+            for _ in range(ASKED):
+                exchange()
+            least = min(least, (time.thread_time() - begin) / ASKED)
+        found.append(least)
+    return _slowest(world, statistics.median(found))
 
 
 def _is_wanted(found: Mapping[tuple[str, int], float], kind: str, size: int, turn: int) -> bool:
@@ -243,6 +263,7 @@ def with_links(profile: DeviceProfile, cluster: Cluster, found: Links) -> Device
     return _linked(profile, level, LinkRate(share=share, latency=latency, kinds=kinds)).model_copy(
         update={
             "contention": Figure(median=found.contention, sigma=LEAST_SIGMA),
+            "asking": found.asking,
             "residuals": profile.residuals | residuals,
             "rests_on": f"{profile.rests_on}, and {len(residuals)} of messages between {found.processes} processes",
         }
