@@ -35,11 +35,12 @@ from liaoyuan.compute.network import LOOPBACK, listen  # noqa: E402
 from liaoyuan.compute.plan import Job, predict, read_cluster  # noqa: E402
 from liaoyuan.compute.plan.apart import apart, apart_each  # noqa: E402
 from liaoyuan.compute.plan.calibrate import Measured, fitted, measure, prepare  # noqa: E402
-from liaoyuan.compute.plan.calls import Clock, Timed  # noqa: E402
+from liaoyuan.compute.plan.calls import Clock, Step, Timed  # noqa: E402
 from liaoyuan.compute.plan.cluster import Cluster, Link  # noqa: E402
 from liaoyuan.compute.plan.dry_run import empty_batch  # noqa: E402
-from liaoyuan.compute.plan.measured_links import Links, timed, with_links  # noqa: E402
+from liaoyuan.compute.plan.measured_links import Links, Travelled, timed, with_links  # noqa: E402
 from liaoyuan.compute.plan.profile import DeviceProfile, assumed  # noqa: E402
+from liaoyuan.compute.plan.work import Work  # noqa: E402
 from liaoyuan.device import Device, cpu_name  # noqa: E402
 from liaoyuan.models import Decoder, ModelConfig  # noqa: E402
 from liaoyuan.models.config import Experts  # noqa: E402
@@ -118,31 +119,34 @@ ROWS = (
 def main() -> None:
     options = parse()
     if options.table:
-        rows = [row for path in options.table for row in json.loads(path.read_text())["rows"]]
+        parts = [json.loads(path.read_text()) for path in options.table]
     else:
         chosen = [row for row in ROWS if row.key.startswith(tuple(options.only or ("",)))]
-        rows, raw = compare(chosen, options.rounds)
+        parts = [measured(chosen, options.rounds, options.json)]
         if options.json:
-            values = {"machine": cpu_name(), "rows": rows, "calibration": raw}
-            options.json.write_text(json.dumps(values, indent=1) + "\n")
+            return
+    rows = [row for part in parts for row in compared(part)]
     print(f"{cpu_name()}, processes of one thread")
     print(table(rows))
+    if options.details:
+        options.details.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="START", help='rows that begin so: "one" "four, slow"')
     parser.add_argument("--rounds", type=int, default=3, help="in which calibration and steps take turns")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--table", type=Path, nargs="+", metavar="JSON", help="print the table of these parts alone")
+    parser.add_argument("--json", type=Path, help="keep what was measured here, for --table")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="JSON", help="print the table of these parts")
+    parser.add_argument("--details", type=Path, help="where each row's parts are written (JSON)")
     return parser.parse_args()
 
 
-def compare(rows: Sequence[Row], rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return what was measured and told of each row, and the calibrations in plain words."""
+def measured(rows: Sequence[Row], rounds: int, keep: Path | None) -> dict[str, Any]:
+    """Return what was timed of the rows, of cores and of links, in plain words; keep it after each round."""
     cards: dict[int, list[Measured]] = {min(row.processes, CORES): [] for row in rows}
     links: dict[tuple[int, int], list[Links]] = {(row.processes, row.mbit): [] for row in rows if row.processes > 1}
-    steps: list[list[float]] = [[] for _ in rows]
+    steps: list[list[tuple[float, float]]] = [[] for _ in rows]
     begin, total = time.monotonic(), rounds * (len(cards) + len(links) + len(rows))
     done = 0
 
@@ -161,25 +165,53 @@ def compare(rows: Sequence[Row], rounds: int) -> tuple[list[dict[str, Any]], dic
             tell(f"links of {count} processes at {mbit or 'all'} Mbit/s")
         for row, took in zip(rows, steps, strict=True):
             took += together(row.processes, row.mbit, timed_steps, row)
-            tell(f"{row.key}, {job_of(row).resolved.describe()}, {min(took):.3f} s")
-    profiles = {count: fitted(assumed(read_cluster("cpu")), best(found)) for count, found in cards.items()}
+            tell(f"{row.key}, {job_of(row).resolved.describe()}, {min(took)[0]:.3f} s")
+        values = {
+            "machine": cpu_name(),
+            "rows": {ROWS.index(row): took for row, took in zip(rows, steps, strict=True)},
+            "cards": {count: plain(best(found)) for count, found in cards.items()},
+            "links": {f"{count} {mbit}": asdict(best_links(heard)) for (count, mbit), heard in links.items()},
+        }
+        if keep:
+            keep.write_text(json.dumps(values) + "\n")
+    return values
+
+
+def compared(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each row of a part as it was measured and as it is told."""
+    begin = assumed(read_cluster("cpu"))
+    profiles = {int(count): fitted(begin, card_of(values)) for count, values in part["cards"].items()}
     found = []
-    for row, took in zip(rows, steps, strict=True):
+    for number, took in part["rows"].items():
+        row = ROWS[int(number)]
         profile, cluster = profiles[min(row.processes, CORES)], cluster_of(row.processes, row.mbit)
         if row.processes > 1:
-            profile = with_links(profile, cluster, best_links(links[row.processes, row.mbit]))
+            links = part["links"][f"{row.processes} {row.mbit}"]
+            heard = Links(**links | {"travelled": tuple(Travelled(**one) for one in links["travelled"])})
+            profile = with_links(on(cluster, profile), cluster, heard)
         found.append(told(row, took, cluster, profile))
-    raw = {
-        "profiles": {str(count): profile.model_dump() for count, profile in profiles.items()},
-        "links": {f"{count} at {mbit}": asdict(best_links(heard)) for (count, mbit), heard in links.items()},
-    }
-    return found, raw
+    return found
 
 
-def told(row: Row, took: Sequence[float], cluster: Cluster, profile: DeviceProfile) -> dict[str, Any]:
+def card_of(values: dict[str, Any]) -> Measured:
+    """Return what was measured of a core, from its JSON."""
+    calls = tuple((Timed(call["name"], Work(**call["work"]), nothing), took) for call, took in values["calls"])
+    steps = tuple(
+        (Step(step["name"], tuple(Work(**work) for work in step["works"]), nothing), took)
+        for step, took in values["steps"]
+    )
+    return Measured(calls, steps)
+
+
+def on(cluster: Cluster, profile: DeviceProfile) -> DeviceProfile:
+    """Return the profile with links of this cluster, as assumed."""
+    return profile.model_copy(update={"links": assumed(cluster).links})
+
+
+def told(row: Row, took: Sequence[tuple[float, float]], cluster: Cluster, profile: DeviceProfile) -> dict[str, Any]:
     job = job_of(row)
     guess = predict(job, cluster, profile)
-    span, real = guess.step.seconds, min(took)
+    span, real = guess.step.seconds, min(wall for wall, _ in took)
     return {
         "model": row.name,
         "weights": job.model.num_parameters(),
@@ -187,7 +219,8 @@ def told(row: Row, took: Sequence[float], cluster: Cluster, profile: DeviceProfi
         "processes": row.processes,
         "mbit": row.mbit,
         "measured": real,
-        "median": statistics.median(took),
+        "median": statistics.median(wall for wall, _ in took),
+        "computed": min(cpu for _, cpu in took),
         "told": span.median,
         "low": span.low,
         "high": span.high,
@@ -228,12 +261,22 @@ def timed_card() -> Measured:
     found = measure(calls, steps, Clock(device), 0.0)
     return Measured(
         tuple((Timed(call.name, call.work, nothing), took) for call, took in found.calls),
-        tuple((replace(step, take=nothing, watch=list), took) for step, took in found.steps),
+        tuple((Step(step.name, step.works, nothing), took) for step, took in found.steps),
     )
 
 
 def nothing() -> None:
     """Stand for a call that is not made again."""
+
+
+def plain(found: Measured) -> dict[str, Any]:
+    """Return it for JSON."""
+    return {
+        "calls": [({"name": call.name, "work": asdict(call.work)}, took) for call, took in found.calls],
+        "steps": [
+            ({"name": step.name, "works": [asdict(one) for one in step.works]}, took) for step, took in found.steps
+        ],
+    }
 
 
 def best(found: Sequence[Measured]) -> Measured:
@@ -299,8 +342,10 @@ def timed_links(world: World) -> Links:
     return timed(world)
 
 
-def timed_steps(world: World, row: Row) -> list[float]:
-    """Take steps of the training program; return the seconds of each, of the slowest process."""
+def timed_steps(world: World, row: Row) -> list[tuple[float, float]]:
+    """Take steps of the training program; return of each the seconds that passed, and those that this process computed
+    with all its threads.
+    """
     job = job_of(row)
     world = world.arrange(job.resolved)
     with torch.device("meta"):
@@ -316,10 +361,10 @@ def timed_steps(world: World, row: Row) -> list[float]:
     found = []
     for _ in range(1 + STEPS):
         world.barrier()
-        begin = time.perf_counter()
+        begin, computed = time.perf_counter(), time.process_time()
         take_step(program, optimiser, batches, job.train.learning_rate, job.train.clip, world)
         world.barrier()
-        found.append(time.perf_counter() - begin)
+        found.append((time.perf_counter() - begin, time.process_time() - computed))
     return found[1:]
 
 
