@@ -3,8 +3,10 @@
 Steps of the training program, each process of one thread and joined by gloo over loopback, take turns with the timings
 of the calibration (`plan calibrate`: cores and links), so that all see the same machine. Links are slowed by the
 kernel: the processes live in a network namespace whose loopback has a token bucket filter (`tc qdisc ... tbf`), which
-all of them share. That needs root, or a kernel that lets users have namespaces. Of all timings the fastest counts, in
-seconds that pass. No figure is fitted to a step of this table: the calibration has models and messages of its own.
+all of them share. That needs root, or a kernel that lets users have namespaces. Of a row the median of its steps
+counts, in seconds that pass. Where others use the cores too, a process gets a part of one: how much is measured with
+the calibration, whose steps take so many times the seconds that they compute, and what is told takes so much longer.
+No figure is fitted to a step of this table: the calibration has models and messages of its own.
 
     python benchmarks/plan_layouts.py --only one "two, plain" --json two.json    # a part of the rows, minutes
     python benchmarks/plan_layouts.py --table two.json four.json slow.json       # the table of all parts
@@ -39,7 +41,7 @@ from liaoyuan.compute.plan.calls import Clock, Step, Timed  # noqa: E402
 from liaoyuan.compute.plan.cluster import Cluster, Link  # noqa: E402
 from liaoyuan.compute.plan.dry_run import empty_batch  # noqa: E402
 from liaoyuan.compute.plan.measured_links import Links, Travelled, timed, with_links  # noqa: E402
-from liaoyuan.compute.plan.profile import DeviceProfile, assumed  # noqa: E402
+from liaoyuan.compute.plan.profile import DeviceProfile, Figure, assumed  # noqa: E402
 from liaoyuan.compute.plan.work import Work  # noqa: E402
 from liaoyuan.device import Device, cpu_name  # noqa: E402
 from liaoyuan.models import Decoder, ModelConfig  # noqa: E402
@@ -144,6 +146,7 @@ def parse() -> argparse.Namespace:
 
 def measured(rows: Sequence[Row], rounds: int, keep: Path | None) -> dict[str, Any]:
     """Return what was timed of the rows, of cores and of links, in plain words; keep it after each round."""
+    shares: dict[int, list[float]] = {min(row.processes, CORES): [] for row in rows}
     cards: dict[int, list[Measured]] = {min(row.processes, CORES): [] for row in rows}
     links: dict[tuple[int, int], list[Links]] = {(row.processes, row.mbit): [] for row in rows if row.processes > 1}
     steps: list[list[tuple[float, float]]] = [[] for _ in rows]
@@ -158,8 +161,10 @@ def measured(rows: Sequence[Row], rounds: int, keep: Path | None) -> dict[str, A
 
     for _ in range(rounds):
         for count, found in cards.items():
-            found += apart_each(timed_card, [()] * count, count)
-            tell(f"cores, {count} at once")
+            for card, waits in apart_each(timed_card, [()] * count, count):
+                found.append(card)
+                shares[count].append(waits)
+            tell(f"cores, {count} at once: {statistics.median(shares[count]):.2f} times what is computed")
         for (count, mbit), heard in links.items():
             heard.append(together(count, mbit, timed_links))
             tell(f"links of {count} processes at {mbit or 'all'} Mbit/s")
@@ -169,8 +174,9 @@ def measured(rows: Sequence[Row], rounds: int, keep: Path | None) -> dict[str, A
         values = {
             "machine": cpu_name(),
             "rows": {ROWS.index(row): took for row, took in zip(rows, steps, strict=True)},
+            "shares": shares,
             "cards": {count: plain(best(found)) for count, found in cards.items()},
-            "links": {f"{count} {mbit}": asdict(best_links(heard)) for (count, mbit), heard in links.items()},
+            "links": {f"{count} {mbit}": asdict(middle_links(heard)) for (count, mbit), heard in links.items()},
         }
         if keep:
             keep.write_text(json.dumps(values) + "\n")
@@ -180,7 +186,10 @@ def measured(rows: Sequence[Row], rounds: int, keep: Path | None) -> dict[str, A
 def compared(part: dict[str, Any]) -> list[dict[str, Any]]:
     """Return each row of a part as it was measured and as it is told."""
     begin = assumed(read_cluster("cpu"))
-    profiles = {int(count): fitted(begin, card_of(values)) for count, values in part["cards"].items()}
+    profiles = {
+        int(count): slower(fitted(begin, card_of(values)), statistics.median(part["shares"][count]))
+        for count, values in part["cards"].items()
+    }
     found = []
     for number, took in part["rows"].items():
         row = ROWS[int(number)]
@@ -203,6 +212,17 @@ def card_of(values: dict[str, Any]) -> Measured:
     return Measured(calls, steps)
 
 
+def slower(profile: DeviceProfile, times: float) -> DeviceProfile:
+    """Return the profile of a core of which others take a part."""
+
+    def change(name: str, figure: Figure) -> Figure:
+        if name == "memory" or name.startswith("products."):
+            return Figure(median=figure.median / times, sigma=figure.sigma)
+        return Figure(median=figure.median * times, sigma=figure.sigma) if name in ("call", "launch") else figure
+
+    return profile.with_figures(change)
+
+
 def on(cluster: Cluster, profile: DeviceProfile) -> DeviceProfile:
     """Return the profile with links of this cluster, as assumed."""
     return profile.model_copy(update={"links": assumed(cluster).links})
@@ -211,7 +231,7 @@ def on(cluster: Cluster, profile: DeviceProfile) -> DeviceProfile:
 def told(row: Row, took: Sequence[tuple[float, float]], cluster: Cluster, profile: DeviceProfile) -> dict[str, Any]:
     job = job_of(row)
     guess = predict(job, cluster, profile)
-    span, real = guess.step.seconds, min(wall for wall, _ in took)
+    span, real = guess.step.seconds, statistics.median(wall for wall, _ in took)
     return {
         "model": row.name,
         "weights": job.model.num_parameters(),
@@ -219,7 +239,7 @@ def told(row: Row, took: Sequence[tuple[float, float]], cluster: Cluster, profil
         "processes": row.processes,
         "mbit": row.mbit,
         "measured": real,
-        "median": statistics.median(wall for wall, _ in took),
+        "fastest": min(wall for wall, _ in took),
         "computed": min(cpu for _, cpu in took),
         "told": span.median,
         "low": span.low,
@@ -253,16 +273,18 @@ def cluster_of(processes: int, mbit: int) -> Cluster:
     return found.model_copy(update={"links": (link,)})
 
 
-def timed_card() -> Measured:
-    """Be a process that calibrates its core once: fewer rounds, of which the caller makes more."""
+def timed_card() -> tuple[Measured, float]:
+    """Be a process that calibrates its core; return also how many times what is computed passes meanwhile."""
     torch.set_num_threads(1)
     device = Device("cpu")
     calls, steps = prepare(device, ("float32",))
     found = measure(calls, steps, Clock(device), 0.0)
-    return Measured(
-        tuple((Timed(call.name, call.work, nothing), took) for call, took in found.calls),
-        tuple((Step(step.name, step.works, nothing), took) for step, took in found.steps),
-    )
+    begin, computed = time.perf_counter(), time.process_time()
+    for step in (*steps, *steps):
+        step.take()
+    waits = (time.perf_counter() - begin) / (time.process_time() - computed)
+    timings = tuple((Timed(call.name, call.work, nothing), took) for call, took in found.calls)
+    return Measured(timings, tuple((Step(step.name, step.works, nothing), took) for step, took in found.steps)), waits
 
 
 def nothing() -> None:
@@ -290,10 +312,12 @@ def best(found: Sequence[Measured]) -> Measured:
     return Measured(calls, steps)
 
 
-def best_links(found: Sequence[Links]) -> Links:
-    """Return the fastest of each, and the contention in the middle."""
-    each = zip(*(one.travelled for one in found), strict=True)
-    travelled = tuple(replace(same[0], seconds=min(one.seconds for one in same)) for same in each)
+def middle_links(found: Sequence[Links]) -> Links:
+    """Return the median of each."""
+    times: dict[tuple[str, float], list[float]] = {}
+    for one in (one for links in found for one in links.travelled):
+        times.setdefault((one.kind, one.sent), []).append(one.seconds)
+    travelled = tuple(Travelled(*what, statistics.median(each)) for what, each in times.items())
     contention = statistics.median(one.contention for one in found)
     return replace(found[0], travelled=travelled, contention=contention, asking=min(one.asking for one in found))
 
