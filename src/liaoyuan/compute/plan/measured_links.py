@@ -71,7 +71,7 @@ def measure_links(device: Device, processes: int, report: Report = silent) -> Li
     Raises:
         LiaoyuanError: one of them failed, or none says a word for minutes.
     """
-    report(Progress(0, ROUNDS * len(KINDS) * len(SIZES), "exchange", f"{processes} processes start"))
+    report(Progress(0, processes, "process", "starting"))
     context = multiprocessing.get_context("spawn")
     with listen(LOOPBACK) as free:
         port = free.getsockname()[1]
