@@ -3,8 +3,8 @@
 Steps of the training program, each process of one thread and joined by gloo over loopback, take turns with the timings
 of the calibration (`plan calibrate`: cores and links), so that all see the same machine. Links are slowed by the
 kernel: the processes live in a network namespace whose loopback has a token bucket filter (`tc qdisc ... tbf`), which
-all of them share. That needs root, or a kernel that lets users have namespaces. Of a row the median of its steps
-counts, in seconds that pass. Where others use the cores too, a process gets a part of one: how much is measured with
+all of them share. That needs root, or a kernel that lets users have namespaces. Of all timings the
+median counts, of a row in seconds that pass. Where others use the cores too, a process gets a part of one: how much is measured with
 the calibration, whose steps take so many times the seconds that they compute, and what is told takes so much longer.
 No figure is fitted to a step of this table: the calibration has models and messages of its own.
 
@@ -175,7 +175,7 @@ def measured(rows: Sequence[Row], rounds: int, keep: Path | None) -> dict[str, A
             "machine": cpu_name(),
             "rows": {ROWS.index(row): took for row, took in zip(rows, steps, strict=True)},
             "shares": shares,
-            "cards": {count: plain(best(found)) for count, found in cards.items()},
+            "cards": {count: plain(middle(found)) for count, found in cards.items()},
             "links": {f"{count} {mbit}": asdict(middle_links(heard)) for (count, mbit), heard in links.items()},
         }
         if keep:
@@ -278,7 +278,7 @@ def timed_card() -> tuple[Measured, float]:
     torch.set_num_threads(1)
     device = Device("cpu")
     calls, steps = prepare(device, ("float32",))
-    found = measure(calls, steps, Clock(device), 0.0)
+    found = measure(calls, steps, Clock(device), 0.0, typical=statistics.median)
     begin, computed = time.perf_counter(), time.process_time()
     for step in (*steps, *steps):
         step.take()
@@ -301,15 +301,14 @@ def plain(found: Measured) -> dict[str, Any]:
     }
 
 
-def best(found: Sequence[Measured]) -> Measured:
-    """Return the fastest of each."""
-    calls = tuple(
-        (each[0][0], min(took for _, took in each)) for each in zip(*(one.calls for one in found), strict=True)
+def middle(found: Sequence[Measured]) -> Measured:
+    """Return the median of each."""
+    calls = zip(*(one.calls for one in found), strict=True)
+    steps = zip(*(one.steps for one in found), strict=True)
+    return Measured(
+        tuple((each[0][0], statistics.median(took for _, took in each)) for each in calls),
+        tuple((each[0][0], statistics.median(took for _, took in each)) for each in steps),
     )
-    steps = tuple(
-        (each[0][0], min(took for _, took in each)) for each in zip(*(one.steps for one in found), strict=True)
-    )
-    return Measured(calls, steps)
 
 
 def middle_links(found: Sequence[Links]) -> Links:
