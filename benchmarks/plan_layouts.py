@@ -3,10 +3,12 @@
 Steps of the training program, each process of one thread and joined by gloo over loopback, take turns with the timings
 of the calibration (`plan calibrate`: cores and links), so that all see the same machine. Links are slowed by the
 kernel: the processes live in a network namespace whose loopback has a token bucket filter (`tc qdisc ... tbf`), which
-all of them share. That needs root, or a kernel that lets users have namespaces. Of all timings the
-median counts, of a row in seconds that pass. Where others use the cores too, a process gets a part of one: how much is measured with
-the calibration, whose steps take so many times the seconds that they compute, and what is told takes so much longer.
-No figure is fitted to a step of this table: the calibration has models and messages of its own.
+all of them share. That needs root, or a kernel that lets users have namespaces.
+
+Of all timings the median counts, of a row in seconds that pass. Where others use the cores too, a process gets a part
+of one: how much is measured with the calibration, whose steps take so many times the seconds that they compute, and
+what is told takes so much longer. No figure is fitted to a step of this table: the calibration has models and messages
+of its own.
 
     python benchmarks/plan_layouts.py --only one "two, plain" --json two.json    # a part of the rows, minutes
     python benchmarks/plan_layouts.py --table two.json four.json slow.json       # the table of all parts
