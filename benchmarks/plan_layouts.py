@@ -147,7 +147,7 @@ def parse() -> argparse.Namespace:
 
 
 def measured(rows: Sequence[Row], rounds: int, keep: Path | None) -> dict[str, Any]:
-    """Return what was timed of the rows, of cores and of links, in plain words; keep it after each round."""
+    """Return what was timed of the rows, of cores and of links, in plain words; keep it after each row."""
     shares: dict[int, list[float]] = {min(row.processes, CORES): [] for row in rows}
     cards: dict[int, list[Measured]] = {min(row.processes, CORES): [] for row in rows}
     links: dict[tuple[int, int], list[Links]] = {(row.processes, row.mbit): [] for row in rows if row.processes > 1}
@@ -161,6 +161,15 @@ def measured(rows: Sequence[Row], rounds: int, keep: Path | None) -> dict[str, A
         left = (time.monotonic() - begin) / done * (total - done)
         print(f"{done} of {total}: {what}; {left:.0f} s to go", file=sys.stderr, flush=True)
 
+    def values() -> dict[str, Any]:
+        return {
+            "machine": cpu_name(),
+            "rows": {ROWS.index(row): took for row, took in zip(rows, steps, strict=True) if took},
+            "shares": shares,
+            "cards": {count: plain(middle(found)) for count, found in cards.items()},
+            "links": {f"{count} {mbit}": asdict(middle_links(heard)) for (count, mbit), heard in links.items()},
+        }
+
     for _ in range(rounds):
         for count, found in cards.items():
             for card, waits in apart_each(timed_card, [()] * count, count):
@@ -173,16 +182,9 @@ def measured(rows: Sequence[Row], rounds: int, keep: Path | None) -> dict[str, A
         for row, took in zip(rows, steps, strict=True):
             took += together(row.processes, row.mbit, timed_steps, row)
             tell(f"{row.key}, {job_of(row).resolved.describe()}, {min(took)[0]:.3f} s")
-        values = {
-            "machine": cpu_name(),
-            "rows": {ROWS.index(row): took for row, took in zip(rows, steps, strict=True)},
-            "shares": shares,
-            "cards": {count: plain(middle(found)) for count, found in cards.items()},
-            "links": {f"{count} {mbit}": asdict(middle_links(heard)) for (count, mbit), heard in links.items()},
-        }
-        if keep:
-            keep.write_text(json.dumps(values) + "\n")
-    return values
+            if keep:
+                keep.write_text(json.dumps(values()) + "\n")
+    return values()
 
 
 def compared(part: dict[str, Any]) -> list[dict[str, Any]]:
