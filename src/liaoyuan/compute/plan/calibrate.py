@@ -153,7 +153,7 @@ def measure(
     begin, turn, total = time.monotonic(), 0, 1  # how many rounds there is time for, the first has yet to show
     size = len(calls) + len(steps) + len(beside)
     while turn < total:
-        start, unit = time.monotonic(), "timing" if turn else "timing of the first round"
+        start, unit = time.monotonic(), "timing" if turn else "first timing"
         for number, call in enumerate(calls):
             report(Progress(turn * size + number, total * size, unit, call.work.operator))
             alone[number].append(clock.seconds(call.make, slice_))
