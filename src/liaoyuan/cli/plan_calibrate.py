@@ -1,6 +1,8 @@
 """`liaoyuan plan calibrate`: what the cards and links at hand really give, in minutes, as a file that `plan` takes."""
 
 import json as json_format
+import math
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +15,8 @@ if TYPE_CHECKING:
     from liaoyuan.compute.plan.profile import DeviceProfile
     from liaoyuan.device import Device
 
-SHOWN = 5  # benchmarks that are told worst
+STEP = "step."  # how whole steps are called among what is timed
+POOR = 0.15  # error of most of them, in logarithms, of a calibration that is not to be trusted
 
 
 def calibrate(
@@ -64,7 +67,6 @@ def _told(profile: "DeviceProfile", output: Path) -> str:
     products = ", ".join(
         f"{rate.peak_tflops * rate.share.median:,.3g} TFLOP/s in {dtype}" for dtype, rate in profile.products.items()
     )
-    worst = sorted(profile.residuals.items(), key=lambda item: -abs(item[1]))[:SHOWN]
     lines = [
         f"{output}: {profile.name}, {len(profile.operators)} operators, from {profile.rests_on}",
         f"  products   {products}",
@@ -76,5 +78,21 @@ def _told(profile: "DeviceProfile", output: Path) -> str:
         lines.append(
             f"  {name:9}  {link.share.median:.0%} of its bandwidth, {link.latency.median * 1e6:,.0f} us a step"
         )
-    told = ", ".join(f"{name} {2.718281828**off - 1:+.0%}" for name, off in worst)
-    return "\n".join([*lines, f"  told worst: {told}"])
+        for kind, rate in link.kinds.items():
+            share, latency = link.share.median * rate.share, link.latency.median * rate.latency
+            lines.append(f"    {kind:14}  {share:.0%}, {latency * 1e6:,.0f} us")
+    whole = {name: off for name, off in profile.residuals.items() if name.startswith(STEP)}
+    single = [off for name, off in profile.residuals.items() if name not in whole]
+    if single:
+        lines.append(f"  half of the single timings are told within {_off(statistics.median(map(abs, single)))}")
+    if whole:
+        told = ", ".join(f"{name.removeprefix(STEP)} {math.expm1(-off):+.0%}" for name, off in whole.items())
+        lines.append(f"  steps of small models, told against timed: {told}")
+        middle = statistics.median(map(abs, whole.values()))
+        if middle > POOR:
+            lines.append(f"  Half of them are off by more than {_off(middle)}: was the machine busy? Calibrate again.")
+    return "\n".join(lines)
+
+
+def _off(log: float) -> str:
+    return f"{math.expm1(log):.0%}"

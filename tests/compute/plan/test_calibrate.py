@@ -21,7 +21,16 @@ from liaoyuan.compute.plan.cluster import read_cluster
 from liaoyuan.compute.plan.cost import seconds
 from liaoyuan.compute.plan.fabric import Fabric
 from liaoyuan.compute.plan.fit import fit
-from liaoyuan.compute.plan.measured_links import KINDS, SIZES, Links, Travelled, _sent, with_links
+from liaoyuan.compute.plan.measured_links import (
+    KINDS,
+    ROUNDS,
+    SIZES,
+    Links,
+    Travelled,
+    _is_wanted,
+    _sent,
+    with_links,
+)
 from liaoyuan.compute.plan.profile import DeviceProfile, Figure, LinkRate, OperatorRate, assumed, read_profile
 from liaoyuan.compute.plan.suits import suits
 from liaoyuan.compute.plan.work import Work, product, stream
@@ -108,6 +117,56 @@ def test_links_that_are_as_the_fabric_has_them_are_found_again() -> None:
     assert found.links[CPU.links[0].name].share.median == pytest.approx(1.7, rel=0.01)
     assert found.links[CPU.links[0].name].latency.median == pytest.approx(3e-4, rel=0.01)
     assert found.contention.median == 1.25
+
+
+def test_each_kind_of_collective_is_told_by_what_it_was_measured_at() -> None:
+    """Gloo makes of a reduce-scatter an all-reduce: half the speed of an all-gather, by the same link."""
+    level = CPU.links[0]
+    faster, longer = {"reduce-scatter": 0.5, "all-to-all": 1.4}, {"reduce-scatter": 1.5, "all-to-all": 0.5}
+
+    def took(kind: str, sent: float) -> float:
+        steps = 2 if kind == "all-reduce" else 1
+        speed = level.bandwidth_gb * 1e9 * 0.6 * faster.get(kind, 1.0)
+        return steps * 2e-4 * longer.get(kind, 1.0) + sent / speed
+
+    sizes = [(kind, _sent(kind, size, 2)) for kind in KINDS for size in SIZES]
+    travelled = tuple(Travelled(kind, sent, took(kind, sent)) for kind, sent in sizes)
+    found = with_links(assumed(CPU), CPU, Links(2, travelled, 1.0))
+    told = Fabric(CPU, found)
+    for one in travelled:
+        assert told.transfer(one.kind, one.sent, (0, 1)).seconds == pytest.approx(one.seconds, rel=0.02)
+    assert DeviceProfile.model_validate_json(found.model_dump_json()) == found
+    counts = told.transfer("all-to-all of counts", 64.0, (0, 1))
+    assert counts.latency == pytest.approx(1e-4, rel=0.02)  # an exchange of counts is one like others
+    moved = found.with_figures(lambda name, figure: figure.at(1.0) if "share" in name else figure)
+    assert moved.links[level.name].kinds == found.links[level.name].kinds
+
+
+def test_an_operator_that_was_timed_small_alone_tells_nothing_of_its_rate() -> None:
+    """Of a sum of 8 numbers that took long no conclusion is drawn for a million: 450 ms were told once, for 9."""
+    plain = [work for work in works() if work.operator in ("copy_", "mul_")]
+    small = [replace(stream(float(size), "float32"), operator="sum") for size in (64, 512, 4096)]
+    timed = [(Timed(work.operator, work, nothing), seconds(work, assumed(CPU))) for work in plain]
+    timed += [(Timed("sum", work, nothing), 2e-5 * (1 + number)) for number, work in enumerate(small)]
+    steps = (Step("step.one", tuple(plain), nothing), Step("step.two", tuple(plain[:2]), nothing))
+    found = fitted(assumed(CPU), Measured(tuple(timed), tuple((step, 1.0) for step in steps)))
+    large = stream(4e6, "float32")
+    told = seconds(replace(large, operator="sum"), found)
+    assert told == pytest.approx(seconds(large, found) + seconds(small[1], found), rel=0.2)
+
+
+@pytest.mark.parametrize("speed", [1e9, 1e7])
+def test_slow_links_are_timed_with_fewer_and_smaller_messages(speed: float) -> None:
+    found = dict[tuple[str, int], float]()
+    timings = 0
+    for turn in range(ROUNDS):
+        for size in SIZES:
+            if _is_wanted(found, "send", size, turn):
+                found["send", size] = size / speed
+                timings += 1
+    assert len(found) >= 5  # of six sizes: enough to tell a latency from a bandwidth
+    assert timings == (24 if speed == 1e9 else 3 * 4 + 2 * 2)
+    assert sum(found.values()) < 2.0
 
 
 def test_every_call_of_a_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

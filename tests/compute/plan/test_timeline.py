@@ -20,6 +20,7 @@ class Given(Prices):
     """Prices that are written in the ops: seconds of work in `traffic`, those of a message in `bytes`."""
 
     launch: float = 0.0
+    asking: float = 0.0
     contention: float = 1.0
     streams: bool = True
     latency: float = 0.0
@@ -99,6 +100,14 @@ def test_a_device_without_streams_asks_itself() -> None:
     # 0.5 + 1, asks (0.5): the message goes from 2.0 on, 0.5 + 1 until 3.5; it is there at 4.0
     assert line.seconds == pytest.approx(5.5)
     assert line.exposed == pytest.approx({LAUNCH: 2.0, "tp": 0.5})
+
+
+def test_a_device_without_streams_computes_for_what_it_sends() -> None:
+    """Gloo's call itself takes a part of a millisecond of the thread that computes."""
+    ops = [compute(1), *(send(1, 0) for _ in range(4)), compute(1)]
+    line = played(*ops, streams=False, launch=0.25, asking=0.5)
+    assert line.exposed[LAUNCH] == pytest.approx(0.25 + 4 * 0.5 + 0.25)
+    assert played(*ops, streams=True, launch=0.25, asking=0.5).exposed[LAUNCH] < 1.5
 
 
 def test_what_is_still_under_way_at_the_end_belongs_to_the_step() -> None:

@@ -150,22 +150,20 @@ def measure(
     alone = [list[float]() for _ in calls]
     whole = {step.name: list[float]() for step in (*steps, *beside)}
     inside = [list[list[float]]() for _ in steps]
-    begin, each, total = time.monotonic(), 0.0, ROUNDS
+    begin, turn, total = time.monotonic(), 0, 1  # how many rounds there is time for, the first has yet to show
     size = len(calls) + len(steps) + len(beside)
-    for turn in range(ROUNDS):
-        start = time.monotonic()
-        if turn >= LEAST_ROUNDS and start - begin + each > limit:
-            break
+    while turn < total:
+        start, unit = time.monotonic(), "timing" if turn else "first timing"
         for number, call in enumerate(calls):
+            report(Progress(turn * size + number, total * size, unit, call.work.operator))
             alone[number].append(clock.seconds(call.make, slice_))
-            report(Progress(turn * size + number, total * size, "timing", call.work.operator))
         for number, step in enumerate((*steps, *beside)):
+            report(Progress(turn * size + len(calls) + number, total * size, unit, step.name))
             whole[step.name].append(clock.step(step.take))
             if clock.is_cpu and number < len(steps):
                 inside[number].append(step.watch())
-            report(Progress(turn * size + len(calls) + number + 1, total * size, "timing", step.name))
-        each = time.monotonic() - start
-        total = max(LEAST_ROUNDS, min(ROUNDS, turn + 1 + int((limit - (time.monotonic() - begin)) / each)))
+        now, turn = time.monotonic(), turn + 1
+        total = max(LEAST_ROUNDS, min(ROUNDS, turn + int((limit - (now - begin)) / (now - start))))
     report(Progress(total * size, total * size, "timing"))
     found = [(call, typical(took)) for call, took in zip(calls, alone, strict=True)]
     if clock.is_cpu:
@@ -252,16 +250,23 @@ def _plain_tile(rate: ProductRate) -> dict[str, Any]:
 
 
 def _operator(timed: list[tuple[Work, float]], profile: DeviceProfile) -> tuple[OperatorRate, Numbers]:
-    """Fit what one operator reaches, with as many figures as its timings can tell."""
+    """Fit what one operator reaches, with as many figures as its timings can tell: what only moved few bytes tells what
+    its calls cost, and nothing of its rate.
+    """
     works, took = [work for work, _ in timed], np.array([one for _, one in timed])
     name = f"{works[0].operator}.{works[0].dtype}"
     shapes = len({(work.m, work.n, work.k, work.traffic) for work in works})
-    if works[0].kind == "stream":
+    is_small = works[0].kind == "stream" and max(work.traffic for work in works) < SMALLEST
+    if is_small:
+        begin = [1.0]
+    elif works[0].kind == "stream":
         begin = [1.0, 1.0, *([max(profile.cached_speed - 1, 0.1)] if shapes > 2 else [])]
     else:
         begin = [1.0, 1.0, *([4.0, 4.0, 16.0] if shapes > 3 else [])]
 
     def made(values: Numbers) -> OperatorRate:
+        if is_small:
+            return OperatorRate(share=1.0, calls=float(values[0]), near=profile.cached_speed)
         share, calls, *more = values.tolist()
         if works[0].kind == "stream":
             return OperatorRate(share=share, calls=calls, near=1 + more[0] if more else profile.cached_speed)

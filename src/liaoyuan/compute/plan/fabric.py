@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from liaoyuan.compute.plan.cluster import Cluster
-from liaoyuan.compute.plan.profile import DeviceProfile
+from liaoyuan.compute.plan.profile import DeviceProfile, KindRate
 
 TREE = 0.92  # of the bandwidth of a ring, what trees get: some of their branches wait
+PLAIN = KindRate()
 Levels = tuple[tuple[int, int], ...]
 
 
@@ -56,9 +57,8 @@ class Fabric:
         self.cluster, self.profile = cluster, profile
         self._reaches = tuple(link.reach for link in cluster.links)
         self._links = [
-            (link.name, link.bandwidth_gb * 1e9 / link.oversubscription * rate.share.median, rate.latency.median)
+            (link.name, link.bandwidth_gb * 1e9 / link.oversubscription, profile.links[link.name])
             for link in cluster.links
-            for rate in (profile.links[link.name],)
         ]
 
     def transfer(self, kind: str, sent: float, ranks: Sequence[int]) -> Transfer:
@@ -67,16 +67,18 @@ class Fabric:
         kind: as `parallel.traffic` names them: all-gather, reduce-scatter, all-reduce, all-to-all (of counts), send or
             broadcast. ranks: a tuple, or (faster, if they are many) a range.
         """
+        kind = kind.removesuffix(" of counts")
         levels = _members(ranks if isinstance(ranks, range) else tuple(ranks), self._reaches)
-        found = [self._taken(way, sent) for way in ways(kind.removesuffix(" of counts"), levels)]
+        found = [self._taken(way, kind, sent) for way in ways(kind, levels)]
         return min(found, key=lambda transfer: transfer.seconds)
 
-    def _taken(self, way: Way, sent: float) -> Transfer:
+    def _taken(self, way: Way, kind: str, sent: float) -> Transfer:
         loads, latency = list[tuple[str, float]](), 0.0
-        for (name, speed, step), (share, steps) in zip(self._links, way.crossing, strict=True):
+        for (name, speed, rate), (share, steps) in zip(self._links, way.crossing, strict=True):
+            own = rate.kinds.get(kind, PLAIN)
             if share:
-                loads.append((name, sent * share / speed))
-            latency += steps * step
+                loads.append((name, sent * share / (speed * rate.share.median * own.share)))
+            latency += steps * rate.latency.median * own.latency
         return Transfer(latency, tuple(loads))
 
 

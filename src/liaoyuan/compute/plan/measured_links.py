@@ -9,7 +9,7 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,7 +22,7 @@ from liaoyuan.compute.network import LOOPBACK, listen
 from liaoyuan.compute.plan.cluster import Cluster, Link
 from liaoyuan.compute.plan.fabric import Fabric
 from liaoyuan.compute.plan.fit import Numbers, fit
-from liaoyuan.compute.plan.profile import DeviceProfile, Figure, LinkRate
+from liaoyuan.compute.plan.profile import DeviceProfile, Figure, KindRate, LinkRate
 from liaoyuan.device import Device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.parallel import World, start
@@ -31,6 +31,9 @@ from liaoyuan.rundir import Progress, Report, silent
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send")
 SIZES = (4096, 32_768, 262_144, 2_097_152, 8_388_608, 33_554_432)  # bytes of the whole that is exchanged
 LEAST, ROUNDS = 2e-3, 4  # seconds that a collective is repeated for, and how often
+LONG, LONG_ROUNDS = 0.1, 2  # seconds from which on a collective is timed so often alone: little disturbs it
+ENOUGH = 0.25  # seconds of a collective, of which larger ones say nothing new
+ASKED = 10  # collectives in a row of which it is timed what asking for them takes
 SIDE = 1024  # of the matrices that are multiplied while messages travel
 LEAST_SIGMA = 0.05
 DEADLINE = 300  # seconds without a word from the processes
@@ -51,11 +54,15 @@ class Travelled:
 
 @dataclass(frozen=True)
 class Links:
-    """What was timed, and how much longer computing takes while messages travel."""
+    """What was timed, and how much longer computing takes while messages travel.
+
+    asking: seconds that the thread which asks for a small collective computes for it.
+    """
 
     processes: int
     travelled: tuple[Travelled, ...]
     contention: float
+    asking: float = 0.0
 
 
 def measure_links(device: Device, processes: int, report: Report = silent) -> Links:
@@ -64,6 +71,7 @@ def measure_links(device: Device, processes: int, report: Report = silent) -> Li
     Raises:
         LiaoyuanError: one of them failed, or none says a word for minutes.
     """
+    report(Progress(0, processes, "process", "starting"))
     context = multiprocessing.get_context("spawn")
     with listen(LOOPBACK) as free:
         port = free.getsockname()[1]
@@ -128,19 +136,43 @@ def timed(world: World, report: Report = silent) -> Links:
     total = ROUNDS * len(KINDS) * len(SIZES)
     for turn in range(ROUNDS):
         for number, (kind, size) in enumerate((kind, size) for kind in KINDS for size in SIZES):
-            took = _slowest(world, _seconds(world, _exchange(world, kind, size)))
-            found[kind, size] = min(took, found.get((kind, size), took))
+            if _is_wanted(found, kind, size, turn):
+                took = _slowest(world, _seconds(world, _exchange(world, kind, size)))
+                found[kind, size] = min(took, found.get((kind, size), took))
             report(Progress(turn * len(KINDS) * len(SIZES) + number + 1, total, "exchange", kind))
     travelled = tuple(Travelled(kind, _sent(kind, size, world.size), took) for (kind, size), took in found.items())
-    return Links(world.size, travelled, _contention(world))
+    return Links(world.size, travelled, _contention(world), _asking(world) if world.device.is_cpu else 0.0)
+
+
+def _asking(world: World) -> float:
+    """Return the seconds that this thread itself computes for a small collective: the median over their kinds."""
+    found = list[float]()
+    for kind in KINDS:
+        exchange, least = _exchange(world, kind, SIZES[0]), float("inf")
+        for _ in range(ROUNDS):
+            begin = time.thread_time()
+            for _ in range(ASKED):
+                exchange()
+            least = min(least, (time.thread_time() - begin) / ASKED)
+        found.append(least)
+    return _slowest(world, statistics.median(found))
+
+
+def _is_wanted(found: Mapping[tuple[str, int], float], kind: str, size: int, turn: int) -> bool:
+    """Return whether a collective is to be timed in this round, by times that all processes know alike."""
+    if turn:
+        return (kind, size) in found and (turn < LONG_ROUNDS or found[kind, size] < LONG)
+    place = SIZES.index(size)
+    return place == 0 or found.get((kind, SIZES[place - 1]), ENOUGH) < ENOUGH
 
 
 def _exchange(world: World, kind: str, size: int) -> Callable[[], Any]:
-    """Return a collective of so many bytes of bf16 in all."""
-    part = max(size // 2 // world.size, 1)
-    whole, own = (
-        torch.zeros(count, dtype=torch.bfloat16, device=world.device.torch) for count in (part * world.size, part)
-    )
+    """Return a collective of so many bytes in all, in the dtype that this device trains in as a rule: reductions of
+    others may take longer.
+    """
+    dtype = world.device.default_dtype
+    part = max(size // dtype.itemsize // world.size, 1)
+    whole, own = (torch.zeros(count, dtype=dtype, device=world.device.torch) for count in (part * world.size, part))
     other = torch.empty_like(whole)
     if kind == "all-reduce":
         return lambda: dist.all_reduce(whole)
@@ -171,8 +203,8 @@ def _seconds(world: World, exchange: Callable[[], Any]) -> float:
     """Return the seconds of one of several exchanges, of which all processes make equally many."""
     exchange()
     once = _slowest(world, _of(world, exchange, 1))
-    count = max(1, min(200, int(LEAST / max(once, 1e-7))))
-    return _of(world, exchange, count)
+    count = min(200, int(LEAST / max(once, 1e-7)))
+    return _of(world, exchange, count) if count > 1 else once
 
 
 def _of(world: World, exchange: Callable[[], Any], count: int) -> float:
@@ -196,7 +228,7 @@ def _contention(world: World) -> float:
     device = world.device
     dtype = device.default_dtype
     x = torch.ones(SIDE, SIDE, dtype=dtype, device=device.torch)
-    message = torch.zeros(SIZES[-1] // 2, dtype=torch.bfloat16, device=device.torch)
+    message = torch.zeros(SIZES[-1] // dtype.itemsize, dtype=dtype, device=device.torch)
     ratios = list[float]()
     for _ in range(ROUNDS):
         alone = _of(world, lambda: x @ x, 4)
@@ -213,28 +245,49 @@ def _contention(world: World) -> float:
 
 
 def with_links(profile: DeviceProfile, cluster: Cluster, found: Links) -> DeviceProfile:
-    """Return the profile with what was measured of the level of the network that joins all of these processes."""
-    ranks = tuple(range(found.processes))
+    """Return the profile with what was measured of the level of the network that joins all of these processes: what its
+    collectives get of it on the whole, and beside that each kind of them.
+    """
     level = next(link for link in cluster.links if not link.reach or link.reach >= found.processes)
-    took = np.array([one.seconds for one in found.travelled])
-
-    def told(values: Numbers) -> Numbers:
-        fabric = Fabric(cluster, _linked(profile, level, *(Figure(median=float(one)) for one in values)))
-        return np.array([fabric.transfer(one.kind, one.sent, ranks).seconds for one in found.travelled])
-
-    begin = profile.links[level.name]
-    values, off = fit(told, np.array([begin.share.median, begin.latency.median]), took)
-    sigma = max(1.4826 * float(np.median(np.abs(off))), LEAST_SIGMA)
-    share, latency = (Figure(median=float(one), sigma=sigma) for one in values)
-    residuals = {one.name: float(error) for one, error in zip(found.travelled, off, strict=True)}
-    return _linked(profile, level, share, latency).model_copy(
+    rate, _ = _fitted(profile, cluster, level, found, found.travelled, profile.links[level.name])
+    kinds, residuals = dict[str, KindRate](), dict[str, float]()
+    for kind in dict.fromkeys(one.kind for one in found.travelled):
+        own = [one for one in found.travelled if one.kind == kind]
+        faster, off = _fitted(profile, cluster, level, found, own, rate)
+        kinds[kind] = KindRate(
+            share=faster.share.median / rate.share.median, latency=faster.latency.median / rate.latency.median
+        )
+        residuals |= {one.name: float(error) for one, error in zip(own, off, strict=True)}
+    sigma = max(1.4826 * float(np.median(np.abs(list(residuals.values())))), LEAST_SIGMA)
+    share, latency = (Figure(median=figure.median, sigma=sigma) for figure in (rate.share, rate.latency))
+    return _linked(profile, level, LinkRate(share=share, latency=latency, kinds=kinds)).model_copy(
         update={
             "contention": Figure(median=found.contention, sigma=LEAST_SIGMA),
+            "asking": found.asking,
             "residuals": profile.residuals | residuals,
             "rests_on": f"{profile.rests_on}, and {len(residuals)} of messages between {found.processes} processes",
         }
     )
 
 
-def _linked(profile: DeviceProfile, level: Link, share: Figure, latency: Figure) -> DeviceProfile:
-    return profile.model_copy(update={"links": profile.links | {level.name: LinkRate(share=share, latency=latency)}})
+def _fitted(
+    profile: DeviceProfile, cluster: Cluster, level: Link, found: Links, some: Sequence[Travelled], begin: LinkRate
+) -> tuple[LinkRate, Numbers]:
+    """Return the share and latency by which these collectives are told best, and log(measured / told) of each."""
+    ranks = tuple(range(found.processes))
+
+    def rate(values: Numbers) -> LinkRate:
+        share, latency = (Figure(median=float(one)) for one in values)
+        return LinkRate(share=share, latency=latency)
+
+    def told(values: Numbers) -> Numbers:
+        fabric = Fabric(cluster, _linked(profile, level, rate(values)))
+        return np.array([fabric.transfer(one.kind, one.sent, ranks).seconds for one in some])
+
+    took = np.array([one.seconds for one in some])
+    values, off = fit(told, np.array([begin.share.median, begin.latency.median]), took)
+    return rate(values), off
+
+
+def _linked(profile: DeviceProfile, level: Link, rate: LinkRate) -> DeviceProfile:
+    return profile.model_copy(update={"links": profile.links | {level.name: rate}})

@@ -65,11 +65,24 @@ class OperatorRate(Config):
     near: float = Field(1.0, ge=1)
 
 
+class KindRate(Config):
+    """What was measured of one kind of collective: how many times its level's share of the bandwidth it gets, and how
+    many times the seconds of a step it takes.
+    """
+
+    share: float = Field(1.0, gt=0)
+    latency: float = Field(1.0, gt=0)
+
+
 class LinkRate(Config):
-    """Of one level of the network: what collectives get of its bandwidth, and seconds of a step of one of them."""
+    """Of one level of the network: what collectives get of its bandwidth, and seconds of a step of one of them.
+
+    kinds: what was measured of each kind of them, as `parallel.traffic` names it; of others both are as told.
+    """
 
     share: Figure
     latency: Figure
+    kinds: dict[str, KindRate] = Field(default_factory=dict)
 
 
 class DeviceProfile(Config):
@@ -79,7 +92,8 @@ class DeviceProfile(Config):
     `half_keys` keys that a query sees, and towards heads of no size with `half_head`, it is half.
     memory: bytes/s of element-wise work. What is no larger than `cached_bytes` moves `cached_speed` times as fast.
     operators: by "name.dtype", what was measured of them in place of the above.
-    call: seconds that a call takes on the card whatever it does. launch: seconds of the host for each call.
+    call: seconds that a call takes on the card whatever it does. launch: seconds of the host for each call;
+    asking: for each message, where the host is what computes (0: as for a call).
     links: by the name of the level. contention: how much longer computing takes while messages travel.
     step: spread of a step that nothing here explains (the median of a figure is 1).
     rests_on: in words, where the figures are from. residuals: by benchmark, the logarithm of measured over told.
@@ -101,6 +115,7 @@ class DeviceProfile(Config):
     half_head: float = Field(40.0, ge=0)
     cached_bytes: float = Field(0.0, ge=0)
     cached_speed: float = Field(1.0, ge=1)
+    asking: float = Field(0.0, ge=0)
     operators: dict[str, OperatorRate] = Field(default_factory=dict)
     residuals: dict[str, float] = Field(default_factory=dict)
 
@@ -124,8 +139,8 @@ class DeviceProfile(Config):
             for dtype, rate in self.products.items()
         }
         links = {
-            level: LinkRate(
-                share=change(f"links.{level}.share", link.share), latency=change(f"links.{level}.latency", link.latency)
+            level: link.model_copy(
+                update={name: change(f"links.{level}.{name}", getattr(link, name)) for name in ("share", "latency")}
             )
             for level, link in self.links.items()
         }

@@ -38,6 +38,7 @@ class Prices:
         self.profile, self.fabric, self.streams, self.crowd = profile, fabric, streams, crowd
         self.everybody = tuple(range(everybody))
         self.launch = profile.launch.median * crowd
+        self.asking = profile.asking * crowd
         self.contention = max(1.0, profile.contention.median)
         self._works: dict[Work, float] = {}
         self._messages: dict[Collective, Transfer] = {}
@@ -99,7 +100,9 @@ class _Player:
             if op.stream == COMPUTE:
                 self._compute(number, op)
             elif not self.prices.streams:  # it is the one who computes that asks
-                self.computed = self.host = self._idle(self.computed + self.prices.launch, LAUNCH)
+                self.computed = self.host = self._idle(
+                    self.computed + max(self.prices.asking, self.prices.launch), LAUNCH
+                )
             else:
                 self.host += self.prices.launch
         found += [self._until(self.computed) for _ in rest]
