@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from liaoyuan.cli.plan_words import finite, read_span, told
+from liaoyuan.cli.plan_words import finite, read_span, short, told
 from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _outcome(one: "Outcome") -> str:
     saved = f", saved every {one.every:,} steps" if one.every else ""
     lines = [
         f"  layout: {choice.words}; {choice.memory_share(one.cluster):.0%} of the memory",
-        f"  a step of {step:,.3g} s, {choice.tokens_per_second:,.4g} tokens/s a card, MFU "
+        f"  a step of {step:,.3g} s, {short(choice.tokens_per_second)} tokens/s a card, MFU "
         f"{choice.utilisation(one.peak):.1%}; {one.steps:,} steps",
         f"  {told(one.effective.times(100), '%')} of the time counts{saved}",
         f"  {told(one.days)} days, {told(one.card_hours)} card-hours",

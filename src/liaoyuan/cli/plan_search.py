@@ -131,7 +131,7 @@ def _table(ranking: "Ranking") -> Table:
             str(choice.job.train.microbatches),
             choice.job.layout.recompute,
             told(found.seconds) if found else short(seconds),
-            f"{choice.tokens_per_second:,.4g}",
+            short(choice.tokens_per_second),
             f"{choice.utilisation(ranking.peak):.1%}",
             f"{choice.memory_share(ranking.cluster):.0%}",
             f"{exposed.get('bubble', 0.0) / seconds:.1%}",

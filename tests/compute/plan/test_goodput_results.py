@@ -1,6 +1,7 @@
 """Beliefs about a cluster become costs, results and choices; what is wrong is refused."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +68,14 @@ def test_with_all_known_the_best_interval_is_as_good_as_the_formulas() -> None:
     assert found.as_good[0] <= found.best.value <= found.as_good[1]
     errors = [abs(one.longer - time(one.value)) / one.error for one in found.tried if one.longer < 1.5]
     assert len(errors) > 6 and max(errors) < 4
+
+
+def test_a_short_job_is_not_told_to_save_all_the_time_for_the_few_lives_that_fail() -> None:
+    short = Run(steps=100, step=Span(9.5, 10, 11), processes=10_240, state_bytes=5.3e12, every=100)
+    found = best_every(short, read_cluster("h100"))
+    now = next(choice for choice in found.tried if choice.value == short.every)
+    assert found.best.price <= now.price and found.best.ettr > now.ettr - 0.05
+    assert not math.isinf(now.price) and now.longer < 3
 
 
 def test_spares_are_bought_where_waiting_is_dearer() -> None:

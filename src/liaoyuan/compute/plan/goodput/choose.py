@@ -15,6 +15,7 @@ from liaoyuan.rundir import Report, silent
 LIVES = 256
 ENOUGH = 60  # mean times between failures: a job of so many is long
 LONG = 3.0  # times as long as without failures: beyond it a choice is bad enough
+WORST = 10 * LONG  # what a life counts as that keeps nothing
 FLAT = 0.002  # what costs no more than this share of the time is as good as the best
 SPARES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -47,7 +48,8 @@ class Choices:
 
 
 def best_every(run: Run, cluster: Cluster, lives: int = LIVES, seed: int = 0, report: Report = silent) -> Choices:
-    """Return how many steps between durable saves are best, in time: first by factors of two, then finer.
+    """Return how many steps between durable saves are best, in time: of those that the job has, of Daly's by factors of
+    two, and finer around the best of these.
 
     A job longer than `ENOUGH` times the mean between failures is cut to that: the best does not depend on it.
     """
@@ -66,6 +68,7 @@ def best_every(run: Run, cluster: Cluster, lives: int = LIVES, seed: int = 0, re
             known.update({choice.value: choice for choice in _tried(every, found, [1.0] * len(every))})
 
     known = dict[int, Choice]()
+    tried(min(run.every, most), [0], known)
     tried(formula, [-3, -2, -1, 0, 1, 2, 3], known)
     tried(_least(known.values()).value, [-0.75, -0.5, -0.25, 0.25, 0.5, 0.75], known)
     return _chosen(sorted(known.values(), key=lambda choice: choice.value), formula)
@@ -110,7 +113,7 @@ def with_choice(run: Run, cluster: Cluster, every: int | None = None, spares: in
 
 def _tried(values: list[int], found: Lives, weights: list[float]) -> list[Choice]:
     count = len(values)
-    longer = (1 / np.maximum(found.goodput, 1e-9)).reshape(count, -1)
+    longer = (1 / np.maximum(found.goodput, 1 / WORST)).reshape(count, -1)
     errors = longer.std(axis=1) / math.sqrt(longer.shape[1])
     ettr = found.ettr.reshape(count, -1).mean(axis=1)
     parts = zip(values, ettr, longer.mean(axis=1), errors, weights, strict=True)
