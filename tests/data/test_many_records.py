@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from liaoyuan.data import FileRecords, read_examples, train_tokenizer
 from liaoyuan.data.checking import check, duplicates
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.rundir import silent
+from liaoyuan.rundir import Progress, silent
 from liaoyuan.tuning.held_out import split
 from liaoyuan.tuning.sft_data import read_source
 
@@ -75,6 +75,14 @@ def test_records_of_a_file_are_those_that_are_read_at_once(tmp_path: Path) -> No
     write(path, 5)
     with pytest.raises(LiaoyuanError, match="has changed while it was read"):
         list(found)
+
+
+def test_a_long_reading_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("liaoyuan.data.file_records.TOLD_EVERY", 2)
+    told = list[Progress]()
+    found = FileRecords(write(tmp_path / "data.jsonl", 6), np.arange(6), told.append)
+    list(found.at(np.array([0, 1, 3, 4, 5])))
+    assert [(one.done, one.total) for one in told] == [(2, 5), (4, 5)]
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1)), max_size=20))

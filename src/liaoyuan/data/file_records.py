@@ -9,16 +9,19 @@ import numpy as np
 from liaoyuan.data.formats import Examples
 from liaoyuan.data.records import Record
 from liaoyuan.errors import LiaoyuanError
+from liaoyuan.rundir import Progress, Report, silent
+
+TOLD_EVERY = 20_000  # records
 
 
 class FileRecords(Sequence[Record]):
     """The records of a file in any layout whose numbers, counted as `Examples` gives them, are these.
 
-    numbers: int64 [R], ascending.
+    numbers: int64 [R], ascending. report: hears how far each reading of many of them is.
     """
 
-    def __init__(self, path: Path, numbers: np.ndarray) -> None:
-        self.path, self.numbers = path, numbers
+    def __init__(self, path: Path, numbers: np.ndarray, report: Report = silent) -> None:
+        self.path, self.numbers, self.report = path, numbers, report
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -36,6 +39,8 @@ class FileRecords(Sequence[Record]):
             if number == self.numbers[place]:
                 yield record
                 place += 1
+                if place % TOLD_EVERY == 0:
+                    self.report(Progress(place, len(self), "record", "read again"))
                 if place == len(self):
                     return
         raise LiaoyuanError(f"{self.path} has changed while it was read: run again.")
@@ -47,9 +52,9 @@ class FileRecords(Sequence[Record]):
     def __getitem__(self, index: int | slice) -> "Record | FileRecords":
         """Return some of them, or one, for which the file is read up to it."""
         if isinstance(index, slice):
-            return FileRecords(self.path, self.numbers[index])
+            return FileRecords(self.path, self.numbers[index], self.report)
         return next(iter(FileRecords(self.path, self.numbers[[index]])))
 
     def at(self, places: np.ndarray) -> "FileRecords":
         """Return those at these places, ascending."""
-        return FileRecords(self.path, self.numbers[places])
+        return FileRecords(self.path, self.numbers[places], self.report)

@@ -39,7 +39,7 @@ def read_source(path: Path, tokenizer: Tokenizer, length: int, skip_bad: bool, r
             `skip_bad` is not set.
     """
     tokens = tokenise_file(path, tokenizer, LEARNED, skip_bad, report).within(length, skip_bad)
-    return Source(FileRecords(path, np.unique(tokens.numbers)), tokens)
+    return Source(FileRecords(path, np.unique(tokens.numbers), report), tokens)
 
 
 def with_replay(records: RecordTokens, general: RecordTokens, share: float, seed: int) -> RecordTokens:
