@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from liaoyuan.checkpoint import load_model, save_model
 from liaoyuan.checkpoint.adapters import read_adapter
 from liaoyuan.cli.main import app
+from liaoyuan.cli.tune_options import adapter_method
 from liaoyuan.data import write_records
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine, Request, SamplingParams
@@ -318,3 +319,9 @@ def test_what_was_trained_is_served(model_folder: Path, tmp_path: Path) -> None:
         positions, context = packed_context([len(tokens) - 1])
         found = merged(tokens[:-1], positions, context, targets=tokens[1:])[2:]
     torch.testing.assert_close(found, torch.tensor(completion.logprobs), atol=1e-4, rtol=1e-4)
+
+
+def test_lora_stands_for_any_method_of_adapters() -> None:
+    assert adapter_method(True, None) == adapter_method(True, ["lora.rank=4"]) == "lora"
+    assert adapter_method(True, ["method=dora"]) is adapter_method(False, None) is None
+    assert adapter_method(True, ["method=full"]) == "lora"  # which is refused, as a key that is given twice

@@ -20,6 +20,7 @@ from liaoyuan.cli.tune_options import (
     Set,
     SkipBad,
     Task,
+    adapter_method,
     read_config,
     with_flags,
 )
@@ -123,7 +124,8 @@ def preference_config(
     from liaoyuan.tuning.preference_config import PreferenceConfig
 
     files = {"model": model, "data": data, "held_out": held_out}
-    shortcuts = {**files, "preference.loss": loss, "method": "lora" if lora else None, "ask.task": task}
+    method = adapter_method(lora, set_)
+    shortcuts = {**files, "preference.loss": loss, "method": method, "ask.task": task}
     config: PreferenceConfig = read_config(PreferenceConfig, run_file, set_, shortcuts)
     return config
 
@@ -208,7 +210,7 @@ def rl_config(
     """Return the resolved config of the verbs' arguments."""
     from liaoyuan.tuning.rl_run import RlConfig
 
-    method = "lora" if lora else None
+    method = adapter_method(lora, set_)
     shortcuts = {"model": model, "teacher": teacher, "task": task, "data": data, "method": method}
     config: RlConfig = read_config(RlConfig, run_file, set_, shortcuts)
     return config
@@ -237,7 +239,8 @@ def sft_config(
     """Return the config of the verb's arguments."""
     from liaoyuan.tuning.sft_config import SftConfig
 
-    shortcuts = {"model": model, "data": data, "method": "lora" if lora else None, "validation": validation}
+    method = adapter_method(lora, set_)
+    shortcuts = {"model": model, "data": data, "method": method, "validation": validation}
     config: SftConfig = read_config(SftConfig, run_file, set_, shortcuts)
     return config
 

@@ -9,7 +9,7 @@ RunFile = Annotated[Path | None, typer.Argument(help="TOML file with the setting
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run file.")]
 Model = Annotated[Path | None, typer.Option(help="Folder of the model to begin with, with its tokenizer.")]
 Out = Annotated[Path, typer.Option(help="Run folder; the result is its folder model, or adapter.")]
-Lora = Annotated[bool, typer.Option("--lora", help="Train an adapter alone (method = lora).")]
+Lora = Annotated[bool, typer.Option("--lora", help="Train an adapter alone (method = lora, or as --set says).")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on with the good records if there are bad ones.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Judged = Annotated[Path | None, typer.Option(help="Examples with a chosen and a rejected answer.")]
@@ -27,6 +27,12 @@ def read_config(schema: Any, run_file: Path | None, overrides: list[str] | None,
     from liaoyuan import config as configuration
 
     return configuration.load(schema, run_file, configuration.combine(overrides or [], shortcuts))
+
+
+def adapter_method(lora: bool, overrides: list[str] | None) -> str | None:
+    """Return the method that `--lora` stands for: "lora", but where an override names another one of adapters."""
+    named = [override.replace(" ", "").replace('"', "") for override in overrides or []]
+    return "lora" if lora and not {"method=rslora", "method=dora"} & {*named} else None
 
 
 def with_flags(overrides: list[str] | None, **flags: bool) -> list[str]:
