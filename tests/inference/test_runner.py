@@ -20,9 +20,11 @@ async def collect(runner: EngineThread, wanted: Request) -> list[int]:
 
 
 async def settled(engine: Engine) -> dict[str, int]:
-    """Wait until the engine has nothing to do; a hang is the failure of the test."""
+    """Wait until the engine has nothing to do and its thread has put away what it did last; a hang is the failure of
+    the test.
+    """
     async with asyncio.timeout(20):
-        while engine.has_work:
+        while engine.has_work or engine.statistics()["free_blocks"] < engine.statistics()["blocks"]:
             await asyncio.sleep(0)
     return engine.statistics()
 
