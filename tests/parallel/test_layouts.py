@@ -140,7 +140,13 @@ def test_a_layout_gives_the_loss_and_gradients_of_one_process(
     _compare(kind, TABLE[kind, name], ranks, record_property)
 
 
-@pytest.mark.parametrize(("kind", "name"), LARGE, ids=[f"{kind}: {name}" for kind, name in LARGE])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(*row, id=f"{row[0]}: {row[1]}", marks=pytest.mark.slow if row[0] in ("latent", "sinks") else [])
+        for row in LARGE
+    ],
+)
 def test_worlds_too_large_for_processes(kind: str, name: str, record_property) -> None:
     _compare(kind, LARGE[kind, name], simulate, record_property)
 
