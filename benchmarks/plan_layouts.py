@@ -39,7 +39,7 @@ from liaoyuan.compute.network import LOOPBACK, listen  # noqa: E402
 from liaoyuan.compute.plan import Job, predict, read_cluster  # noqa: E402
 from liaoyuan.compute.plan.apart import apart, apart_each  # noqa: E402
 from liaoyuan.compute.plan.calibrate import Measured, fitted, measure, prepare  # noqa: E402
-from liaoyuan.compute.plan.calls import Clock, Step, Timed  # noqa: E402
+from liaoyuan.compute.plan.calls import Clock, Step, Timed, varied  # noqa: E402
 from liaoyuan.compute.plan.cluster import Cluster, Link  # noqa: E402
 from liaoyuan.compute.plan.dry_run import empty_batch  # noqa: E402
 from liaoyuan.compute.plan.measured_links import Links, Travelled, timed, with_links  # noqa: E402
@@ -380,11 +380,7 @@ def timed_steps(world: World, row: Row) -> list[tuple[float, float]]:
     program = lay_out(model, job.resolved, world).initialise(0)
     optimiser = make_optimiser(program, job.train, world)
     random = torch.Generator().manual_seed(world.data_rank)
-    batches = []
-    for _ in range(job.train.microbatches):
-        batch = empty_batch(job, world)
-        tokens = torch.randint(job.model.vocab_size, batch.tokens.shape, generator=random)
-        batches.append(replace(batch, tokens=tokens, targets=tokens.roll(-1)))
+    batches = [varied(empty_batch(job, world), job, random) for _ in range(job.train.microbatches)]
     found = []
     for _ in range(1 + STEPS):
         world.barrier()

@@ -43,18 +43,23 @@ def combine(overrides: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     Raises:
         LiaoyuanError: an override and an option give one key different values.
     """
-    told: dict[str, Any] = {}
-    for override in overrides:
-        _apply(told, override)
     given = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     for key, value in given.items():
-        found = reduce(_within, key.split("."), told)
+        found = overridden(overrides, key)
         if value is not None and found is not None and found != value:
             raise LiaoyuanError(
                 f"'{key}' is given twice: {json.dumps(found, default=str)} with --set, and {json.dumps(value)} with "
                 "an option of its own. Give it once."
             )
     return [*overrides, *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]
+
+
+def overridden(overrides: Sequence[str], key: str) -> Any:
+    """Return what the overrides make of a key such as `train.steps`, None if they leave it alone."""
+    told: dict[str, Any] = {}
+    for override in overrides:
+        _apply(told, override)
+    return reduce(_within, key.split("."), told)
 
 
 def _within(section: Any, name: str) -> Any:

@@ -323,5 +323,7 @@ def test_what_was_trained_is_served(model_folder: Path, tmp_path: Path) -> None:
 
 def test_lora_stands_for_any_method_of_adapters() -> None:
     assert adapter_method(True, None) == adapter_method(True, ["lora.rank=4"]) == "lora"
-    assert adapter_method(True, ["method=dora"]) is adapter_method(False, None) is None
+    assert adapter_method(False, None) is None
+    for named in ("method=dora", "method = 'rslora'"):
+        assert adapter_method(True, [named]) is None
     assert adapter_method(True, ["method=full"]) == "lora"  # which is refused, as a key that is given twice

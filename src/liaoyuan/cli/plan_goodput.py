@@ -13,7 +13,7 @@ from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
     from liaoyuan.compute.plan import Cluster
-    from liaoyuan.compute.plan.goodput import Choices, Goodput, Interval, Run
+    from liaoyuan.compute.plan.goodput import Choices, Goodput, Run
     from liaoyuan.compute.plan.span import Span
     from liaoyuan.training.pretrain import PretrainConfig
 
@@ -157,7 +157,7 @@ def _table(now: "Goodput", best: "Goodput") -> str:
     )
 
 
-def _interval(values: "Interval", factor: float = 1.0, unit: str = "") -> str:
+def _interval(values: "Span", factor: float = 1.0, unit: str = "") -> str:
     low, median, high = (_number(value * factor) for value in (values.low, values.median, values.high))
     return f"{median}{unit} ({low} to {high})"
 

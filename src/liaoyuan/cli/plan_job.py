@@ -1,5 +1,6 @@
 """What a run file and the options beside it ask the planner about."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,12 +63,8 @@ def parse_layout(text: str) -> dict[str, Any]:
     """
     from liaoyuan.parallel import Layout
 
-    values: dict[str, Any] = {}
-    for part in text.replace(" ", "").split(","):
-        key, equals, value = part.partition("=")
-        known = [*(key for key in Layout.model_fields if key != "cp"), *CONTEXT]
-        if not equals or not value:
-            raise LiaoyuanError(f"--layout: '{part}' must look like tp=8.")
+    known, values = [*(key for key in Layout.model_fields if key != "cp"), *CONTEXT], dict[str, Any]()
+    for key, value in axes_in(text, "--layout"):
         if key not in known:
             raise LiaoyuanError(f"--layout: there is no axis or setting '{key}'{nearest(key, known) or '.'}")
         if key in CONTEXT:
@@ -75,6 +72,15 @@ def parse_layout(text: str) -> dict[str, Any]:
         else:
             values[key] = value
     return values
+
+
+def axes_in(text: str, option: str) -> Iterator[tuple[str, str]]:
+    """Yield the parts of a text like 'tp=8,ring=2'; raises LiaoyuanError if one is no KEY=VALUE."""
+    for part in text.replace(" ", "").split(","):
+        key, equals, value = part.partition("=")
+        if not equals or not value:
+            raise LiaoyuanError(f"{option}: '{part}' must look like tp=8.")
+        yield key, value
 
 
 def machines_of(cluster: str, profile: Path | None) -> "tuple[Cluster, DeviceProfile]":

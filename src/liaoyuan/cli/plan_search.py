@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from liaoyuan.cli.plan_job import axes_in
 from liaoyuan.cli.plan_words import short, told
 from liaoyuan.errors import LiaoyuanError
 
@@ -50,10 +51,7 @@ def parse_kept(text: str) -> dict[str, Any]:
     from liaoyuan.compute.plan.space import Kept
 
     values: dict[str, Any] = {}
-    for part in text.replace(" ", "").split(","):
-        key, equals, value = part.partition("=")
-        if not equals or not value:
-            raise LiaoyuanError(f"--keep: '{part}' must look like tp=8.")
+    for key, value in axes_in(text, "--keep"):
         if key not in ("schedule", "recompute") and not value.isdecimal():
             raise LiaoyuanError(f"--keep: {key} is a number, not '{value}'.")
         values[key] = int(value) if value.isdecimal() else value

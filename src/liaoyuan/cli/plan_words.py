@@ -1,6 +1,7 @@
 """How plans are told: sizes, intervals and what makes these wide; and how intervals are read from options."""
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_span(text: str, option: str, most: float = float("inf")) -> "Span":
+def read_span(text: str, option: str, most: float = sys.float_info.max) -> "Span":
     """Return the span that '10' or '9,10,12' names, of values above 0 and up to `most`.
 
     Raises:

@@ -31,8 +31,10 @@ def read_config(schema: Any, run_file: Path | None, overrides: list[str] | None,
 
 def adapter_method(lora: bool, overrides: list[str] | None) -> str | None:
     """Return the method that `--lora` stands for: "lora", but where an override names another one of adapters."""
-    named = [override.replace(" ", "").replace('"', "") for override in overrides or []]
-    return "lora" if lora and not {"method=rslora", "method=dora"} & {*named} else None
+    from liaoyuan import config as configuration
+
+    named = configuration.overridden(overrides or [], "method")
+    return "lora" if lora and named not in ("rslora", "dora") else None
 
 
 def with_flags(overrides: list[str] | None, **flags: bool) -> list[str]:

@@ -181,6 +181,7 @@ def test_the_command_says_what_to_do(tmp_path: Path) -> None:
     [
         (["--vocab", 500], "--step-seconds 10"),
         (["--step-seconds", "10,9,8", "--vocab", 500], "three that rise"),
+        (["--step-seconds", "9,10,inf", "--vocab", 500], "three that rise"),
         (["--step-seconds", "10"], "--checkpoint-gib"),
         (
             ["--step-seconds", "10", "--vocab", 500, "--set", "train.checkpoint_every=7"],

@@ -77,7 +77,7 @@ def step_of(job: Job, device: Device, name: str) -> tuple[Step, list[Timed]]:
     program = lay_out(model, job.resolved, world).initialise(0)
     optimiser = make_optimiser(program, job.train, world)
     random = torch.Generator().manual_seed(0)
-    batches = [_on(_varied(empty_batch(job, world), job, random), device) for _ in range(job.train.microbatches)]
+    batches = [_on(varied(empty_batch(job, world), job, random), device) for _ in range(job.train.microbatches)]
 
     def take() -> None:
         take_step(program, optimiser, batches, job.train.learning_rate, job.train.clip, world)
@@ -139,7 +139,7 @@ def _name(event: Event) -> str:
     return f"{event.operator.removeprefix('aten.')}.{dtype} {sizes} of {len(event.shapes)}"
 
 
-def _varied(batch: Batch, job: Job, random: torch.Generator) -> Batch:
+def varied(batch: Batch, job: Job, random: torch.Generator) -> Batch:
     """Return the batch with random tokens: equal ones would all go to the same experts."""
     tokens = torch.randint(job.model.vocab_size, batch.tokens.shape, generator=random)
     return replace(batch, tokens=tokens, targets=tokens.roll(-1))

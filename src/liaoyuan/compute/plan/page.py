@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from liaoyuan.compute.plan.cluster import GIB
 from liaoyuan.compute.plan.goodput import Goodput
-from liaoyuan.compute.plan.goodput import Interval as Lived
 from liaoyuan.compute.plan.predict import Memory, Prediction
 from liaoyuan.compute.plan.reasons import Reason
 from liaoyuan.compute.plan.search import Ranking
@@ -259,7 +258,7 @@ def goodput_section(found: Goodput) -> Section:
     )
 
 
-def _lived(found: Lived) -> Text:
+def _lived(found: Span) -> Text:
     low, high = _number(found.low), _number(found.high)
     return Text(f"{low} to {high}", f"{low} 至 {high}")
 

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from liaoyuan.compute.plan import read_cluster
 from liaoyuan.compute.plan.profile import assumed
-from liaoyuan.compute.plan.serving import Ask, EngineRates, Replica, Served, made_up, serve, serve_apart
+from liaoyuan.compute.plan.serving import Ask, EngineRates, Replica, Served, made_up, serve, serve_apart, simulation
 from liaoyuan.compute.plan.serving.simulation import Outcome
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.inference.drawing import Draws
 from liaoyuan.inference.model_step import ModelStep
 from liaoyuan.inference.plan import Plan
 from liaoyuan.models import Decoder, initialise
+from liaoyuan.serving import routing
 from tests.compute.plan.serving.models import big, price_of, replica, small
 
 ASKS = [Ask(0.0, 5 + 3 * n % 31, 3 + 5 * n % 13) for n in range(9)]
@@ -181,6 +182,10 @@ def test_a_lower_rate_raises_the_time_to_the_first_token_by_no_more_than_a_step(
 def test_bandwidth_shortens_answers_whose_steps_it_bounds() -> None:
     slow, fast = (outcome_of(2.0, 40, 200, 1, faster=faster)[0] for faster in (0.25, 0.5))
     assert 1.8 < slow.whole.mean / fast.whole.mean < 2.2
+
+
+def test_replicas_are_chosen_as_the_front_chooses_them() -> None:
+    assert (simulation.SLACK, simulation.RELATIVE_SLACK) == (routing.SLACK, routing.RELATIVE_SLACK)
 
 
 def test_who_could_never_fit_is_refused_and_counted() -> None:

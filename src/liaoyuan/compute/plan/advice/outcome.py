@@ -7,7 +7,8 @@ from liaoyuan.checkpoint.training_state import CheckpointConfig
 from liaoyuan.compute.plan.cluster import Cluster
 from liaoyuan.compute.plan.cost import peak_flops
 from liaoyuan.compute.plan.dry_run import Job
-from liaoyuan.compute.plan.goodput import Goodput, Interval, Run, formula_every, goodput
+from liaoyuan.compute.plan.goodput import Goodput, Run, formula_every, goodput
+from liaoyuan.compute.plan.goodput.estimate import DAY
 from liaoyuan.compute.plan.goodput.state import state_bytes
 from liaoyuan.compute.plan.profile import DeviceProfile
 from liaoyuan.compute.plan.reckoned import by_formulas, by_prediction
@@ -17,7 +18,6 @@ from liaoyuan.compute.plan.span import Span, exactly
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import Report, silent
 
-DAY = 86400.0
 LIVES = 400  # of a job among failures, for each size that is looked at
 TRIES = 4  # whole searches, after which one that does is good enough
 UNCUT = {"ring": 1, "ulysses": 1}
@@ -98,9 +98,9 @@ class Asker:
         peak = peak_flops(job.model.dtype, self.profile)
         if self.effective is None:
             every, lives = self._among_failures(job, steps, seconds)
-            energy = _span(lives.energy_mwh) if card.watts else None
-            cost = _span(lives.cost) if card.price_per_hour else None
-            days, share = _span(lives.days), _span(lives.goodput)
+            energy = lives.energy_mwh if card.watts else None
+            cost = lives.cost if card.price_per_hour else None
+            days, share = lives.days, lives.goodput
             return Outcome(choice, self.cluster, peak, steps, days, share, every, energy, cost)
         days = _days(steps, seconds, self.effective)
         hours = days.times(24.0 * job.processes)
@@ -120,10 +120,6 @@ def _usual(job: Job) -> Kept:
     are enough of them.
     """
     return Kept.of({"schedule": "1f1b"} | (UNCUT if job.rows >= job.processes else {}))
-
-
-def _span(interval: Interval) -> Span:
-    return Span(interval.low, interval.median, interval.high)
 
 
 def _days(steps: int, seconds: Span, effective: Span) -> Span:

@@ -2,13 +2,12 @@
 
 from liaoyuan.compute.plan.goodput.choose import Choice, Choices, best_every, best_spares, formula_every, with_choice
 from liaoyuan.compute.plan.goodput.closed_form import availability, daly, expected_ettr, expected_time, young
-from liaoyuan.compute.plan.goodput.estimate import Goodput, Interval, Run, goodput
+from liaoyuan.compute.plan.goodput.estimate import Goodput, Run, goodput
 
 __all__ = [
     "Choice",
     "Choices",
     "Goodput",
-    "Interval",
     "Run",
     "availability",
     "best_every",

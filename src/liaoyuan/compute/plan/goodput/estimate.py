@@ -55,20 +55,6 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Interval:
-    """Median, and the bounds of the middle 90% of the lives."""
-
-    low: float
-    median: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Floats) -> "Interval":
-        low, median, high = np.quantile(values, [0.05, 0.5, 0.95], method="closest_observation")
-        return cls(float(low), float(median), float(high))
-
-
-@dataclass(frozen=True)
 class Goodput:
     """What becomes of a job. Shares are of the time from the first step to the last save.
 
@@ -82,19 +68,25 @@ class Goodput:
     every: int
     spares: int
     lives: int
-    ideal_days: Interval
-    ettr: Interval
-    goodput: Interval
-    days: Interval
-    failures: Interval
-    waits: Interval
-    mtbf_hours: Interval
-    save_seconds: Interval
-    write_seconds: Interval
-    energy_mwh: Interval
-    cost: Interval
-    losses: dict[str, tuple[float, Interval]]
+    ideal_days: Span
+    ettr: Span
+    goodput: Span
+    days: Span
+    failures: Span
+    waits: Span
+    mtbf_hours: Span
+    save_seconds: Span
+    write_seconds: Span
+    energy_mwh: Span
+    cost: Span
+    losses: dict[str, tuple[float, Span]]
     unfinished: float
+
+
+def middle_of(values: Floats) -> Span:
+    """Return the median of the lives, and the bounds of the middle 90% of them: each the value of a life."""
+    low, median, high = np.quantile(values, [0.05, 0.5, 0.95], method="closest_observation")
+    return Span(float(low), float(median), float(high))
 
 
 def goodput(run: Run, cluster: Cluster, lives: int = LIVES, seed: int = 0, report: Report = silent) -> Goodput:
@@ -209,17 +201,17 @@ def summed_up(run: Run, cluster: Cluster, costs: Costs, lives: Lives) -> Goodput
         every=run.every,
         spares=spares,
         lives=costs.lives,
-        ideal_days=Interval.of(costs.steps * costs.step / DAY),
-        ettr=Interval.of(lives.ettr),
-        goodput=Interval.of(lives.goodput),
-        days=Interval.of(days),
-        failures=Interval.of(lives.failures),
-        waits=Interval.of(lives.waits),
-        mtbf_hours=Interval.of(costs.mean / 3600),
-        save_seconds=Interval.of(costs.block),
-        write_seconds=Interval.of(costs.write),
-        energy_mwh=Interval.of(np.where(ends, joules / 3.6e9, np.inf)),
-        cost=Interval.of(np.where(ends, paid, np.inf) if card.price_per_hour else np.zeros_like(paid)),
-        losses={name: (float(share.mean()), Interval.of(share)) for name, share in zip(LOSSES, shares, strict=True)},
+        ideal_days=middle_of(costs.steps * costs.step / DAY),
+        ettr=middle_of(lives.ettr),
+        goodput=middle_of(lives.goodput),
+        days=middle_of(days),
+        failures=middle_of(lives.failures),
+        waits=middle_of(lives.waits),
+        mtbf_hours=middle_of(costs.mean / 3600),
+        save_seconds=middle_of(costs.block),
+        write_seconds=middle_of(costs.write),
+        energy_mwh=middle_of(np.where(ends, joules / 3.6e9, np.inf)),
+        cost=middle_of(np.where(ends, paid, np.inf) if card.price_per_hour else np.zeros_like(paid)),
+        losses={name: (float(share.mean()), middle_of(share)) for name, share in zip(LOSSES, shares, strict=True)},
         unfinished=float(1 - lives.finished.mean()),
     )
