@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from liaoyuan.compute.plan import Cluster, read_cluster
-from liaoyuan.compute.plan.cluster import Storage
 from liaoyuan.compute.plan.goodput import Run
 from liaoyuan.compute.plan.goodput.estimate import DAY, chances_of, costs_of, live
-from liaoyuan.compute.plan.recovery import KINDS, Failures, Kind, Recovery
+from liaoyuan.compute.plan.machine.cluster import Storage
+from liaoyuan.compute.plan.machine.recovery import KINDS, Failures, Kind, Recovery
 from liaoyuan.compute.plan.span import Z90, Span, exactly
 
 LIVES = 1000

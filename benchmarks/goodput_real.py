@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from liaoyuan.compute.plan.goodput.simulate import Chance, Chances, Costs, Lives, chances, simulate
-from liaoyuan.compute.plan.recovery import Kind
+from liaoyuan.compute.plan.machine.recovery import Kind
 from liaoyuan.compute.plan.span import exactly
 from liaoyuan.rundir import read_metrics
 from recovery import LAUNCH, PATIENCE, children, end, metrics, newest_state, prepare, steps

@@ -24,12 +24,12 @@ import torch  # noqa: E402  (after the allocator's settings)
 
 from liaoyuan.cli.progress import bar  # noqa: E402
 from liaoyuan.compute.plan import Job, dry_run, read_cluster  # noqa: E402
-from liaoyuan.compute.plan.apart import apart  # noqa: E402
-from liaoyuan.compute.plan.calibrate import DTYPES, Measured, fitted, measure, prepare  # noqa: E402
-from liaoyuan.compute.plan.calls import Clock, step_of  # noqa: E402
-from liaoyuan.compute.plan.cost import seconds  # noqa: E402
-from liaoyuan.compute.plan.profile import DeviceProfile, assumed  # noqa: E402
-from liaoyuan.compute.plan.work import Work, work_of  # noqa: E402
+from liaoyuan.compute.plan.calibration.calibrate import DTYPES, Measured, fitted, measure, prepare  # noqa: E402
+from liaoyuan.compute.plan.calibration.calls import Clock, step_of  # noqa: E402
+from liaoyuan.compute.plan.machine.cost import seconds  # noqa: E402
+from liaoyuan.compute.plan.machine.profile import DeviceProfile, assumed  # noqa: E402
+from liaoyuan.compute.plan.program.apart import apart  # noqa: E402
+from liaoyuan.compute.plan.program.work import Work, work_of  # noqa: E402
 from liaoyuan.device import Device, cpu_name  # noqa: E402
 from liaoyuan.models import ModelConfig  # noqa: E402
 from liaoyuan.models.config import Experts  # noqa: E402

@@ -37,14 +37,14 @@ import torch  # noqa: E402  (after the allocator's settings)
 
 from liaoyuan.compute.network import LOOPBACK, listen  # noqa: E402
 from liaoyuan.compute.plan import Job, predict, read_cluster  # noqa: E402
-from liaoyuan.compute.plan.apart import apart, apart_each  # noqa: E402
-from liaoyuan.compute.plan.calibrate import Measured, fitted, measure, prepare  # noqa: E402
-from liaoyuan.compute.plan.calls import Clock, Step, Timed, varied  # noqa: E402
-from liaoyuan.compute.plan.cluster import Cluster, Link  # noqa: E402
-from liaoyuan.compute.plan.dry_run import empty_batch  # noqa: E402
-from liaoyuan.compute.plan.measured_links import Links, Travelled, timed, with_links  # noqa: E402
-from liaoyuan.compute.plan.profile import DeviceProfile, Figure, assumed  # noqa: E402
-from liaoyuan.compute.plan.work import Work  # noqa: E402
+from liaoyuan.compute.plan.calibration.calibrate import Measured, fitted, measure, prepare  # noqa: E402
+from liaoyuan.compute.plan.calibration.calls import Clock, Step, Timed, varied  # noqa: E402
+from liaoyuan.compute.plan.calibration.measured_links import Links, Travelled, timed, with_links  # noqa: E402
+from liaoyuan.compute.plan.machine.cluster import Cluster, Link  # noqa: E402
+from liaoyuan.compute.plan.machine.profile import DeviceProfile, Figure, assumed  # noqa: E402
+from liaoyuan.compute.plan.program.apart import apart, apart_each  # noqa: E402
+from liaoyuan.compute.plan.program.dry_run import empty_batch  # noqa: E402
+from liaoyuan.compute.plan.program.work import Work  # noqa: E402
 from liaoyuan.device import Device, cpu_name  # noqa: E402
 from liaoyuan.models import Decoder, ModelConfig  # noqa: E402
 from liaoyuan.models.config import Experts  # noqa: E402

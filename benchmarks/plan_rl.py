@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from liaoyuan.compute.plan import read_cluster
-from liaoyuan.compute.plan.profile import assumed
+from liaoyuan.compute.plan.machine.profile import assumed
 from liaoyuan.compute.plan.serving import EngineRates, Machines, Served, StepPrice, measure
 from liaoyuan.compute.plan.tuning import RlJob, RlPlanner, Split, UpdatePrice, measure_updates
 from liaoyuan.data import Tokenizer, train_tokenizer

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from liaoyuan.compute.plan import read_cluster
-from liaoyuan.compute.plan.profile import assumed
+from liaoyuan.compute.plan.machine.profile import assumed
 from liaoyuan.compute.plan.serving.asks import Ask, made_up
 from liaoyuan.compute.plan.serving.engine_rates import EngineRates
 from liaoyuan.compute.plan.serving.measured import fit, measure

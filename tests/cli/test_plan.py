@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 from liaoyuan.cli.main import app
 from liaoyuan.cli.plan_job import parse_layout
 from liaoyuan.compute.plan import read_cluster
-from liaoyuan.compute.plan.profile import assumed
+from liaoyuan.compute.plan.machine.profile import assumed
 from liaoyuan.errors import LiaoyuanError
 
 RUN = """

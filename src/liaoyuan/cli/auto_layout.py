@@ -16,9 +16,9 @@ from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
     from liaoyuan.compute.plan import Cluster, Job
-    from liaoyuan.compute.plan.profile import DeviceProfile
-    from liaoyuan.compute.plan.reasons import Reason
-    from liaoyuan.compute.plan.search import Ranking
+    from liaoyuan.compute.plan.machine.profile import DeviceProfile
+    from liaoyuan.compute.plan.search.reasons import Reason
+    from liaoyuan.compute.plan.search.search import Ranking
     from liaoyuan.device import Device
     from liaoyuan.parallel import World
     from liaoyuan.training.pretrain import PretrainConfig
@@ -37,7 +37,7 @@ def find_layout(config: "PretrainConfig", out: Path, device: "Device", cluster: 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("RANK", "0")):
         return config  # it is told: `share_layout`
-    from liaoyuan.compute.plan.space import describe
+    from liaoyuan.compute.plan.search.space import describe
     from liaoyuan.parallel.layout import objection
 
     job, machines, profile = planned(config, processes, device)
@@ -48,7 +48,7 @@ def find_layout(config: "PretrainConfig", out: Path, device: "Device", cluster: 
     keep = f"microbatches={before.train.microbatches}" if before else None  # they decide how sums are rounded
     from liaoyuan.cli.plan_search import find
     from liaoyuan.cli.progress import bar
-    from liaoyuan.compute.plan.reasons import reasons
+    from liaoyuan.compute.plan.search.reasons import reasons
 
     with bar("Plan") as report:
         ranking = find(job, machines, profile, keep, config.plan.whole, report)
@@ -67,7 +67,7 @@ def share_layout(config: "PretrainConfig", world: "World") -> "PretrainConfig":
 def planned(config: "PretrainConfig", processes: int, device: "Device") -> "tuple[Job, Cluster, DeviceProfile]":
     """Return a run as the planner knows it, on the machines that it names or this one's kind."""
     from liaoyuan.compute.plan import Job, read_cluster
-    from liaoyuan.compute.plan.profile import assumed, read_profile
+    from liaoyuan.compute.plan.machine.profile import assumed, read_profile
     from liaoyuan.data import load_corpus
     from liaoyuan.training.pretrain import model_config
 
@@ -80,7 +80,7 @@ def planned(config: "PretrainConfig", processes: int, device: "Device") -> "tupl
 
 def legal_counts(config: "PretrainConfig") -> Callable[[int], bool]:
     """Return whether some layout of this run is legal on a number of processes."""
-    from liaoyuan.compute.plan.space import candidates
+    from liaoyuan.compute.plan.search.space import candidates
     from liaoyuan.device import select_device
 
     job, cluster, _ = planned(config, 1, select_device(config.device))

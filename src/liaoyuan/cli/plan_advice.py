@@ -12,8 +12,8 @@ from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
     from liaoyuan.compute.plan.advice import Outcome
+    from liaoyuan.compute.plan.machine.suits import Suit
     from liaoyuan.compute.plan.span import Span
-    from liaoyuan.compute.plan.suits import Suit
 
 SHOWN = 5  # sizes of each kind
 KINDS = {
@@ -129,7 +129,7 @@ def shapes(
 ) -> None:
     """Tell which hidden size, head size and shape of experts suit a card: what its products reach of their best."""
     from liaoyuan.cli.plan_job import machines_of
-    from liaoyuan.compute.plan.suits import suits
+    from liaoyuan.compute.plan.machine.suits import suits
 
     machines, figures = machines_of(cluster, profile)
     found = suits(figures, hidden, tokens, sequence_length, tp, dtype, experts)

@@ -11,8 +11,8 @@ import typer
 from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
-    from liaoyuan.compute.plan.cluster import Cluster
-    from liaoyuan.compute.plan.profile import DeviceProfile
+    from liaoyuan.compute.plan.machine.cluster import Cluster
+    from liaoyuan.compute.plan.machine.profile import DeviceProfile
     from liaoyuan.device import Device
 
 STEP = "step."  # how whole steps are called among what is timed
@@ -32,8 +32,8 @@ def calibrate(
 ) -> None:
     """Time the operators of training and the links here, and write what they give as a device profile."""
     from liaoyuan.cli.progress import bar
-    from liaoyuan.compute.plan.calibrate import calibrate as measured
-    from liaoyuan.compute.plan.measured_links import measure_links, with_links
+    from liaoyuan.compute.plan.calibration.calibrate import calibrate as measured
+    from liaoyuan.compute.plan.calibration.measured_links import measure_links, with_links
     from liaoyuan.device import select_device
 
     chosen = select_device(device)
@@ -49,7 +49,7 @@ def calibrate(
 
 def _machines(cluster: str | None, device: "Device") -> "Cluster":
     """Return the cluster of this name, or the one that ships whose card the device says it is."""
-    from liaoyuan.compute.plan.cluster import cluster_names, read_cluster
+    from liaoyuan.compute.plan.machine.cluster import cluster_names, read_cluster
 
     if cluster or device.is_cpu:
         return read_cluster(cluster or "cpu")

@@ -49,9 +49,9 @@ def goodput(
     from liaoyuan.cli.plan_job import run_config
     from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan import read_cluster
-    from liaoyuan.compute.plan.cluster import GIB
     from liaoyuan.compute.plan.goodput import Run, best_every, best_spares, with_choice
     from liaoyuan.compute.plan.goodput import goodput as predicted
+    from liaoyuan.compute.plan.machine.cluster import GIB
 
     config, machines = run_config(run_file, set_), read_cluster(cluster)
     if step_seconds is not None and tokens_per_second is not None:
@@ -100,7 +100,7 @@ def _predicted_step(
     from liaoyuan.cli.plan_search import find
     from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan import predict
-    from liaoyuan.compute.plan.profile import assumed
+    from liaoyuan.compute.plan.machine.profile import assumed
     from liaoyuan.rundir import Progress
 
     job, profile = job_of(config, processes, layout, cluster.accelerator.device, vocab), assumed(cluster)

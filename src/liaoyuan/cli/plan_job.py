@@ -8,7 +8,7 @@ from liaoyuan.errors import LiaoyuanError, nearest
 
 if TYPE_CHECKING:
     from liaoyuan.compute.plan import Cluster, Job
-    from liaoyuan.compute.plan.profile import DeviceProfile
+    from liaoyuan.compute.plan.machine.profile import DeviceProfile
     from liaoyuan.models import ModelConfig
     from liaoyuan.training.pretrain import PretrainConfig
 
@@ -29,7 +29,7 @@ def model_of(config: "PretrainConfig", device: str, vocab: int | None) -> "Model
     Raises:
         LiaoyuanError: there is no corpus to count tokens in, and `vocab` does not say how many there are.
     """
-    from liaoyuan.compute.plan.dry_run import Planned
+    from liaoyuan.compute.plan.program.dry_run import Planned
     from liaoyuan.data import load_corpus
     from liaoyuan.training.pretrain import shaped
 
@@ -86,7 +86,7 @@ def axes_in(text: str, option: str) -> Iterator[tuple[str, str]]:
 def machines_of(cluster: str, profile: Path | None) -> "tuple[Cluster, DeviceProfile]":
     """Return what is planned for, and what is known of its cards: measured where a file says so, else assumed."""
     from liaoyuan.compute.plan import read_cluster
-    from liaoyuan.compute.plan.profile import assumed, read_profile
+    from liaoyuan.compute.plan.machine.profile import assumed, read_profile
 
     found = read_cluster(cluster)
     return found, read_profile(profile) if profile else assumed(found)

@@ -8,8 +8,8 @@ from liaoyuan.errors import LiaoyuanError
 if TYPE_CHECKING:
     from liaoyuan.compute.plan import Cluster, Job, Prediction
     from liaoyuan.compute.plan.goodput import Goodput
-    from liaoyuan.compute.plan.profile import DeviceProfile
-    from liaoyuan.compute.plan.search import Ranking
+    from liaoyuan.compute.plan.machine.profile import DeviceProfile
+    from liaoyuan.compute.plan.search.search import Ranking
     from liaoyuan.training.pretrain import PretrainConfig
 
 PAGE = "report.html"
@@ -49,8 +49,8 @@ def write_page(
     """
     from liaoyuan.cli.progress import bar
     from liaoyuan.compute.plan.page import goodput_section, plan_page, ranking_section
-    from liaoyuan.compute.plan.predict import predict
-    from liaoyuan.compute.plan.reasons import reasons
+    from liaoyuan.compute.plan.search.reasons import reasons
+    from liaoyuan.compute.plan.step.predict import predict
     from liaoyuan.rundir import Progress, write_atomic
 
     if found is None:

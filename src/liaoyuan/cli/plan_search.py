@@ -14,9 +14,9 @@ from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
     from liaoyuan.compute.plan import Cluster, Job
-    from liaoyuan.compute.plan.profile import DeviceProfile
-    from liaoyuan.compute.plan.reasons import Reason
-    from liaoyuan.compute.plan.search import Choice, Ranking
+    from liaoyuan.compute.plan.machine.profile import DeviceProfile
+    from liaoyuan.compute.plan.search.reasons import Reason
+    from liaoyuan.compute.plan.search.search import Choice, Ranking
     from liaoyuan.rundir import Report
 
 WIDTH = 170  # of the table
@@ -34,9 +34,9 @@ def find(
     report: "Report",
 ) -> "Ranking":
     """Return the ranking of the job's layouts; `keep`: "tp=8,microbatches=16", `whole`: as `search` takes it."""
-    from liaoyuan.compute.plan.reckoned import by_prediction
-    from liaoyuan.compute.plan.search import search
-    from liaoyuan.compute.plan.space import Kept
+    from liaoyuan.compute.plan.search.reckoned import by_prediction
+    from liaoyuan.compute.plan.search.search import search
+    from liaoyuan.compute.plan.search.space import Kept
 
     kept = Kept.of(parse_kept(keep)) if keep else None
     return search(job, cluster, profile, by_prediction(cluster, profile), kept, whole, report)
@@ -48,7 +48,7 @@ def parse_kept(text: str) -> dict[str, Any]:
     Raises:
         LiaoyuanError: a part is no KEY=VALUE, or the axis is unknown.
     """
-    from liaoyuan.compute.plan.space import Kept
+    from liaoyuan.compute.plan.search.space import Kept
 
     values: dict[str, Any] = {}
     for key, value in axes_in(text, "--keep"):
@@ -61,7 +61,7 @@ def parse_kept(text: str) -> dict[str, Any]:
 
 def show(ranking: "Ranking", profile: "DeviceProfile", json: bool) -> None:
     """Print the ranking and why not the neighbours of its best layout."""
-    from liaoyuan.compute.plan.reasons import reasons
+    from liaoyuan.compute.plan.search.reasons import reasons
 
     found = reasons(ranking, profile)
     if json:

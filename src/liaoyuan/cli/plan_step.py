@@ -10,7 +10,7 @@ from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
     from liaoyuan.compute.plan import Job
-    from liaoyuan.compute.plan.predict import Memory, Prediction
+    from liaoyuan.compute.plan.step.predict import Memory, Prediction
     from liaoyuan.training.pretrain import PretrainConfig
 
 SHOWN = 6  # parts of the memory at the peak

@@ -16,12 +16,12 @@ from liaoyuan.cli.main import app
 from liaoyuan.compute.plan import Cluster, Job, predict, read_cluster
 from liaoyuan.compute.plan.advice import Asker, Outcome, Wish, family, largest, to_buy
 from liaoyuan.compute.plan.advice.buy import GROWTH
-from liaoyuan.compute.plan.bounds import Memory
-from liaoyuan.compute.plan.estimate import Estimate
 from liaoyuan.compute.plan.goodput import availability
-from liaoyuan.compute.plan.profile import assumed
-from liaoyuan.compute.plan.recovery import Failures, Kind, Recovery
-from liaoyuan.compute.plan.search import Choice
+from liaoyuan.compute.plan.machine.profile import assumed
+from liaoyuan.compute.plan.machine.recovery import Failures, Kind, Recovery
+from liaoyuan.compute.plan.search.bounds import Memory
+from liaoyuan.compute.plan.search.estimate import Estimate
+from liaoyuan.compute.plan.search.search import Choice
 from liaoyuan.compute.plan.span import Span, exactly
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import config_from_dict

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from liaoyuan.compute.plan.apart import apart, apart_each, as_they_come
+from liaoyuan.compute.plan.program.apart import apart, apart_each, as_they_come
 from liaoyuan.errors import LiaoyuanError
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from liaoyuan.compute.plan import Job, dry_run, read_cluster
-from liaoyuan.compute.plan.bounds import FLOOR, in_flight, memory_at
-from liaoyuan.compute.plan.estimate import Estimator
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.profile import assumed
-from liaoyuan.compute.plan.trace import Trace
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import assumed
+from liaoyuan.compute.plan.program.trace import Trace
+from liaoyuan.compute.plan.search.bounds import FLOOR, in_flight, memory_at
+from liaoyuan.compute.plan.search.estimate import Estimator
 from liaoyuan.models import config_from_dict
 from liaoyuan.parallel import Layout, Traffic, World
 from liaoyuan.training.loop import TrainConfig

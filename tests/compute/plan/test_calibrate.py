@@ -14,14 +14,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from liaoyuan.cli.main import app
-from liaoyuan.compute.plan import calibrate as room
-from liaoyuan.compute.plan.calibrate import Measured, Small, fitted, measure, prepare
-from liaoyuan.compute.plan.calls import Clock, Step, Timed, streams
-from liaoyuan.compute.plan.cluster import read_cluster
-from liaoyuan.compute.plan.cost import seconds
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.fit import fit
-from liaoyuan.compute.plan.measured_links import (
+from liaoyuan.compute.plan.calibration import calibrate as room
+from liaoyuan.compute.plan.calibration.calibrate import Measured, Small, fitted, measure, prepare
+from liaoyuan.compute.plan.calibration.calls import Clock, Step, Timed, streams
+from liaoyuan.compute.plan.calibration.fit import fit
+from liaoyuan.compute.plan.calibration.measured_links import (
     KINDS,
     ROUNDS,
     SIZES,
@@ -31,9 +28,12 @@ from liaoyuan.compute.plan.measured_links import (
     _sent,
     with_links,
 )
-from liaoyuan.compute.plan.profile import DeviceProfile, Figure, LinkRate, OperatorRate, assumed, read_profile
-from liaoyuan.compute.plan.suits import suits
-from liaoyuan.compute.plan.work import Work, product, stream
+from liaoyuan.compute.plan.machine.cluster import read_cluster
+from liaoyuan.compute.plan.machine.cost import seconds
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import DeviceProfile, Figure, LinkRate, OperatorRate, assumed, read_profile
+from liaoyuan.compute.plan.machine.suits import suits
+from liaoyuan.compute.plan.program.work import Work, product, stream
 from liaoyuan.device import Device
 
 CPU = read_cluster("cpu")
@@ -171,7 +171,7 @@ def test_slow_links_are_timed_with_fewer_and_smaller_messages(speed: float) -> N
 
 def test_every_call_of_a_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "CPU_MODELS", TINY)
-    monkeypatch.setattr("liaoyuan.compute.plan.calls.STREAM_BYTES", (4096, 65_536, 1 << 20))
+    monkeypatch.setattr("liaoyuan.compute.plan.calibration.calls.STREAM_BYTES", (4096, 65_536, 1 << 20))
     monkeypatch.setattr(room, "LEAST_ROUNDS", 1)
     calls, steps = prepare(Device("cpu"), ("float32",))
     found = measure(calls, steps, Clock(Device("cpu")), 0.0)

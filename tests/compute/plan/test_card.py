@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from liaoyuan.compute.plan.apart import apart
-from liaoyuan.compute.plan.cluster import cluster_names, read_cluster
-from liaoyuan.compute.plan.cost import efficiency, seconds
-from liaoyuan.compute.plan.dry_run import Job, dry_run
-from liaoyuan.compute.plan.profile import DeviceProfile, Figure, OperatorRate, assumed, read_profile
-from liaoyuan.compute.plan.trace import Event
-from liaoyuan.compute.plan.work import Work, product, stream, work_of
+from liaoyuan.compute.plan.machine.cluster import cluster_names, read_cluster
+from liaoyuan.compute.plan.machine.cost import efficiency, seconds
+from liaoyuan.compute.plan.machine.profile import DeviceProfile, Figure, OperatorRate, assumed, read_profile
+from liaoyuan.compute.plan.program.apart import apart
+from liaoyuan.compute.plan.program.dry_run import Job, dry_run
+from liaoyuan.compute.plan.program.trace import Event
+from liaoyuan.compute.plan.program.work import Work, product, stream, work_of
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import config_from_dict
 from liaoyuan.parallel import Layout

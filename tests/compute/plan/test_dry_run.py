@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from liaoyuan.compute.plan.dry_run import Job, dry_run, empty_batch
-from liaoyuan.compute.plan.trace import Recorder, Trace
+from liaoyuan.compute.plan.program.dry_run import Job, dry_run, empty_batch
+from liaoyuan.compute.plan.program.trace import Recorder, Trace
 from liaoyuan.models import Decoder, config_from_dict
 from liaoyuan.ops.choice import operators_called
 from liaoyuan.parallel import Layout, World, lay_out

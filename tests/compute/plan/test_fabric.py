@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from liaoyuan.compute.plan.cluster import Cluster, read_cluster
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.profile import DeviceProfile, Figure, LinkRate, assumed
+from liaoyuan.compute.plan.machine.cluster import Cluster, read_cluster
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import DeviceProfile, Figure, LinkRate, assumed
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send", "broadcast")
 NEAR, FAR = 100e9, 10e9  # bytes/s of a card inside and outside of a node of 8

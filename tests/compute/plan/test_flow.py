@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from liaoyuan.compute.plan.actions import FORWARD, WEIGHT, Action, marking, orders
-from liaoyuan.compute.plan.dry_run import Job, empty_batch
-from liaoyuan.compute.plan.flow import Flow, flow
-from liaoyuan.compute.plan.trace import Recorder
+from liaoyuan.compute.plan.program.actions import FORWARD, WEIGHT, Action, marking, orders
+from liaoyuan.compute.plan.program.dry_run import Job, empty_batch
+from liaoyuan.compute.plan.program.trace import Recorder
+from liaoyuan.compute.plan.step.flow import Flow, flow
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, config_from_dict
 from liaoyuan.parallel import Layout, World, lay_out

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from liaoyuan.compute.plan.goodput.closed_form import availability, daly, expected_ettr, expected_time, young
 from liaoyuan.compute.plan.goodput.simulate import LOSSES, Chance, Chances, Costs, Lives, chances, simulate
-from liaoyuan.compute.plan.recovery import Kind
+from liaoyuan.compute.plan.machine.recovery import Kind
 from liaoyuan.compute.plan.span import exactly
 
 PLAIN = (Kind(name="process", share=1, detect=exactly(0)),)

@@ -17,7 +17,7 @@ from liaoyuan.compute.plan import Cluster, read_cluster
 from liaoyuan.compute.plan.goodput import Run, best_every, best_spares, expected_time, goodput, with_choice
 from liaoyuan.compute.plan.goodput.estimate import costs_of
 from liaoyuan.compute.plan.goodput.state import state_bytes
-from liaoyuan.compute.plan.recovery import Failures, Kind, Recovery
+from liaoyuan.compute.plan.machine.recovery import Failures, Kind, Recovery
 from liaoyuan.compute.plan.span import Span, exactly
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, ModelConfig

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from liaoyuan.compute.plan import Cluster, Job, dry_run, read_cluster
-from liaoyuan.compute.plan.apart import apart_each
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.layers import blocks_of, sample, sketch, with_layers
-from liaoyuan.compute.plan.ops import ops_of
-from liaoyuan.compute.plan.profile import DeviceProfile, Figure, assumed
-from liaoyuan.compute.plan.timeline import Prices, play
-from liaoyuan.compute.plan.trace import Trace
-from liaoyuan.compute.plan.whole import Load, Whole
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import DeviceProfile, Figure, assumed
+from liaoyuan.compute.plan.program.apart import apart_each
+from liaoyuan.compute.plan.program.layers import blocks_of, sample, sketch, with_layers
+from liaoyuan.compute.plan.program.ops import ops_of
+from liaoyuan.compute.plan.program.trace import Trace
+from liaoyuan.compute.plan.step.timeline import Prices, play
+from liaoyuan.compute.plan.step.whole import Load, Whole
 from liaoyuan.models import config_from_dict
 from liaoyuan.parallel import Layout
 from liaoyuan.training.loop import TrainConfig

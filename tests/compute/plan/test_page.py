@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from liaoyuan.compute.plan.page import BACKWARD, FORWARD, HOST, MESSAGE, UPDATE, kind_of, plan_page
-from liaoyuan.compute.plan.predict import Memory, Prediction
+from liaoyuan.compute.plan.program.trace import Held
 from liaoyuan.compute.plan.span import Span
-from liaoyuan.compute.plan.step_time import Bar, StepTime
-from liaoyuan.compute.plan.trace import Held
+from liaoyuan.compute.plan.step.predict import Memory, Prediction
+from liaoyuan.compute.plan.step.step_time import Bar, StepTime
 
 GIB = 2**30
 BARS = (

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liaoyuan.compute.plan import Cluster, Job, read_cluster
-from liaoyuan.compute.plan.bounds import memory
-from liaoyuan.compute.plan.estimate import Estimator
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.profile import assumed
-from liaoyuan.compute.plan.reasons import reasons
-from liaoyuan.compute.plan.reckoned import Reckoned, by_formulas
-from liaoyuan.compute.plan.search import Ranking, search
-from liaoyuan.compute.plan.space import Kept, candidates, describe
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import assumed
+from liaoyuan.compute.plan.search.bounds import memory
+from liaoyuan.compute.plan.search.estimate import Estimator
+from liaoyuan.compute.plan.search.reasons import reasons
+from liaoyuan.compute.plan.search.reckoned import Reckoned, by_formulas
+from liaoyuan.compute.plan.search.search import Ranking, search
+from liaoyuan.compute.plan.search.space import Kept, candidates, describe
 from liaoyuan.compute.plan.span import Span
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import config_from_dict

@@ -5,9 +5,9 @@ import math
 import pytest
 
 from liaoyuan.compute.plan import read_cluster
-from liaoyuan.compute.plan.profile import assumed
+from liaoyuan.compute.plan.machine.profile import assumed
 from liaoyuan.compute.plan.span import Z90
-from liaoyuan.compute.plan.spread import spread_of
+from liaoyuan.compute.plan.step.spread import spread_of
 
 
 def test_powers_of_figures_have_the_width_of_their_logarithms() -> None:

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from liaoyuan.compute.plan.fabric import Transfer
-from liaoyuan.compute.plan.ops import COMPUTE, Op
-from liaoyuan.compute.plan.timeline import LAUNCH, Prices, Timeline, play, shares
-from liaoyuan.compute.plan.work import Work, stream
+from liaoyuan.compute.plan.machine.fabric import Transfer
+from liaoyuan.compute.plan.program.ops import COMPUTE, Op
+from liaoyuan.compute.plan.program.work import Work, stream
+from liaoyuan.compute.plan.step.timeline import LAUNCH, Prices, Timeline, play, shares
 from liaoyuan.parallel.traffic import Collective
 
 LINK = ("link",)

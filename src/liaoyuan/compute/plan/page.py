@@ -3,13 +3,13 @@
 import re
 from collections.abc import Sequence
 
-from liaoyuan.compute.plan.cluster import GIB
 from liaoyuan.compute.plan.goodput import Goodput
-from liaoyuan.compute.plan.predict import Memory, Prediction
-from liaoyuan.compute.plan.reasons import Reason
-from liaoyuan.compute.plan.search import Ranking
+from liaoyuan.compute.plan.machine.cluster import GIB
+from liaoyuan.compute.plan.search.reasons import Reason
+from liaoyuan.compute.plan.search.search import Ranking
 from liaoyuan.compute.plan.span import Span
-from liaoyuan.compute.plan.step_time import Bar
+from liaoyuan.compute.plan.step.predict import Memory, Prediction
+from liaoyuan.compute.plan.step.step_time import Bar
 from liaoyuan.report import Bar as PlotBar
 from liaoyuan.report import (
     Bars,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from liaoyuan.compute.plan import Cluster, read_cluster
-from liaoyuan.compute.plan.profile import DeviceProfile, assumed
+from liaoyuan.compute.plan.machine.profile import DeviceProfile, assumed
 from liaoyuan.compute.plan.serving import EngineRates, Replica, Served, StepPrice
 from liaoyuan.inference import EngineConfig
 from liaoyuan.models import ModelConfig, config_from_dict

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from liaoyuan.compute.plan.program.trace import Recorder
 from liaoyuan.compute.plan.serving import Served
-from liaoyuan.compute.plan.trace import Recorder
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
 from liaoyuan.inference.cache import KeyValueCache, PagedContext
 from liaoyuan.inference.drawing import Draws

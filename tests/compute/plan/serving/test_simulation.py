@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liaoyuan.compute.plan import read_cluster
-from liaoyuan.compute.plan.profile import assumed
+from liaoyuan.compute.plan.machine.profile import assumed
 from liaoyuan.compute.plan.serving import Ask, EngineRates, Replica, Served, made_up, serve, serve_apart, simulation
 from liaoyuan.compute.plan.serving.simulation import Outcome
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from liaoyuan.compute.plan import Job
-from liaoyuan.compute.plan.apart import apart
-from liaoyuan.compute.plan.trace import Recorder, Trace
+from liaoyuan.compute.plan.program.apart import apart
+from liaoyuan.compute.plan.program.trace import Recorder, Trace
 from liaoyuan.compute.plan.tuning import TuneJob, dry_tune
 from liaoyuan.compute.plan.tuning.dry_tune import document_batch
 from liaoyuan.data import Batch

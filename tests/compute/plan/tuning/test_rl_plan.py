@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from liaoyuan.compute.plan import Cluster, Job, dry_run, read_cluster
-from liaoyuan.compute.plan.apart import apart
-from liaoyuan.compute.plan.profile import assumed
+from liaoyuan.compute.plan.machine.profile import assumed
+from liaoyuan.compute.plan.program.apart import apart
 from liaoyuan.compute.plan.serving import EngineRates, Machines, Served
 from liaoyuan.compute.plan.tuning import RlJob, RlPlanner, Split, Update, UpdatePrice, priced, splits
 from liaoyuan.models import ModelConfig

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from liaoyuan.compute.plan.advice.outcome import TRIES, Asker, Outcome, check, check_rows, least_card_days
-from liaoyuan.compute.plan.dry_run import Job
 from liaoyuan.compute.plan.goodput.state import state_bytes
-from liaoyuan.compute.plan.space import PIECE
+from liaoyuan.compute.plan.program.dry_run import Job
+from liaoyuan.compute.plan.search.space import PIECE
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import Progress, Report, silent
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from liaoyuan.compute.plan.advice.outcome import TRIES, Asker, Outcome, check, check_rows, least_card_days
-from liaoyuan.compute.plan.dry_run import Job
+from liaoyuan.compute.plan.program.dry_run import Job
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import ModelConfig
 from liaoyuan.parallel import Layout

@@ -4,16 +4,16 @@ import math
 from dataclasses import dataclass, replace
 
 from liaoyuan.checkpoint.training_state import CheckpointConfig
-from liaoyuan.compute.plan.cluster import Cluster
-from liaoyuan.compute.plan.cost import peak_flops
-from liaoyuan.compute.plan.dry_run import Job
 from liaoyuan.compute.plan.goodput import Goodput, Run, formula_every, goodput
 from liaoyuan.compute.plan.goodput.estimate import DAY
 from liaoyuan.compute.plan.goodput.state import state_bytes
-from liaoyuan.compute.plan.profile import DeviceProfile
-from liaoyuan.compute.plan.reckoned import by_formulas, by_prediction
-from liaoyuan.compute.plan.search import Choice, search
-from liaoyuan.compute.plan.space import Kept
+from liaoyuan.compute.plan.machine.cluster import Cluster
+from liaoyuan.compute.plan.machine.cost import peak_flops
+from liaoyuan.compute.plan.machine.profile import DeviceProfile
+from liaoyuan.compute.plan.program.dry_run import Job
+from liaoyuan.compute.plan.search.reckoned import by_formulas, by_prediction
+from liaoyuan.compute.plan.search.search import Choice, search
+from liaoyuan.compute.plan.search.space import Kept
 from liaoyuan.compute.plan.span import Span, exactly
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import Report, silent

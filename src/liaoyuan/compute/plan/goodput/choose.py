@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from liaoyuan.compute.plan.cluster import Cluster
 from liaoyuan.compute.plan.goodput.closed_form import daly
 from liaoyuan.compute.plan.goodput.estimate import Run, chances_of, costs_of, live, with_every, with_spares
 from liaoyuan.compute.plan.goodput.simulate import Costs, Lives
+from liaoyuan.compute.plan.machine.cluster import Cluster
 from liaoyuan.rundir import Report, silent
 
 LIVES = 256

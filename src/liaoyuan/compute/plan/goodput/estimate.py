@@ -12,8 +12,8 @@ from statistics import NormalDist
 import numpy as np
 
 from liaoyuan.checkpoint.training_state import CheckpointConfig
-from liaoyuan.compute.plan.cluster import Cluster
 from liaoyuan.compute.plan.goodput.simulate import LOSSES, Chances, Costs, Lives, chances, simulate
+from liaoyuan.compute.plan.machine.cluster import Cluster
 from liaoyuan.compute.plan.span import Floats, Span
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import Report, silent

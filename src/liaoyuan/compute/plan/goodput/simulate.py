@@ -19,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from liaoyuan.compute.plan.recovery import Kind
+from liaoyuan.compute.plan.machine.recovery import Kind
 from liaoyuan.compute.plan.span import Floats
 from liaoyuan.rundir import Progress, Report, silent
 

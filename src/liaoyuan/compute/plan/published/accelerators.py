@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from liaoyuan.compute.plan.cluster import Accelerator, Cluster, Link, read_cluster
+from liaoyuan.compute.plan.machine.cluster import Accelerator, Cluster, Link, read_cluster
 from liaoyuan.compute.plan.published.rows import Row
 
 KNOWN = (  # sign in the name, cluster that ships, generation whose cards behave alike

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.profile import DeviceProfile, Figure, assumed
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import DeviceProfile, Figure, assumed
 from liaoyuan.compute.plan.published.accelerators import Machines, machines
 from liaoyuan.compute.plan.published.plausible import Setup, setups
 from liaoyuan.compute.plan.published.programs import Habits, Parts, Program, price, program

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from liaoyuan.compute.plan.cluster import Cluster
+from liaoyuan.compute.plan.machine.cluster import Cluster
 from liaoyuan.compute.plan.published.accelerators import Machines
 from liaoyuan.compute.plan.published.rows import Row
 

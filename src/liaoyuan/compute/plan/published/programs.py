@@ -9,11 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from liaoyuan.compute.plan.cost import seconds
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.profile import DeviceProfile
+from liaoyuan.compute.plan.machine.cost import seconds
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import DeviceProfile
+from liaoyuan.compute.plan.program.work import Work, product, stream
 from liaoyuan.compute.plan.published.plausible import LATENT_RANK, LATENT_WIDTH, VALUE_DIM, Setup
-from liaoyuan.compute.plan.work import Work, product, stream
 
 LINEAR_BYTES = {"float8": 1, "float32": 4}
 REST = 1.06  # of what is told, what a step takes: data, logging, clipping, and kernels that nobody counts

@@ -5,7 +5,7 @@ Measured by `measured.py` on the machine at hand; else assumed, wide.
 
 from pathlib import Path
 
-from liaoyuan.compute.plan.profile import Figure
+from liaoyuan.compute.plan.machine.profile import Figure
 from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import write_atomic

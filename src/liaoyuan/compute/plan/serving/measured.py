@@ -13,7 +13,7 @@ from statistics import median
 
 import numpy as np
 
-from liaoyuan.compute.plan.profile import Figure
+from liaoyuan.compute.plan.machine.profile import Figure
 from liaoyuan.compute.plan.serving.engine_rates import EngineRates
 from liaoyuan.compute.plan.serving.step_price import StepPrice
 from liaoyuan.errors import LiaoyuanError

@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from liaoyuan.compute.plan.program.work import Work, product, stream
 from liaoyuan.compute.plan.serving.experts import busiest
-from liaoyuan.compute.plan.work import Work, product, stream
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.cache import cached_layers
 from liaoyuan.models import ModelConfig

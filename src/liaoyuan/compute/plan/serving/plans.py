@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from liaoyuan.compute.plan.cluster import GIB, Cluster
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.profile import DeviceProfile
+from liaoyuan.compute.plan.machine.cluster import GIB, Cluster
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import DeviceProfile
 from liaoyuan.compute.plan.serving.asks import Ask
 from liaoyuan.compute.plan.serving.engine_rates import EngineRates
 from liaoyuan.compute.plan.serving.model_work import Served, check_served
@@ -16,7 +16,7 @@ from liaoyuan.compute.plan.serving.replica import Replica
 from liaoyuan.compute.plan.serving.simulation import Outcome, serve, serve_apart
 from liaoyuan.compute.plan.serving.step_price import StepPrice
 from liaoyuan.compute.plan.span import Z90, Span, exactly
-from liaoyuan.compute.plan.spread import Spread, ends_of, spread
+from liaoyuan.compute.plan.step.spread import Spread, ends_of, spread
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.sizes import EngineConfig
 from liaoyuan.rundir import Progress, Report, silent

@@ -5,10 +5,10 @@ from functools import cached_property
 
 import numpy as np
 
-from liaoyuan.compute.plan.cluster import Cluster
-from liaoyuan.compute.plan.cost import seconds
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.profile import DeviceProfile
+from liaoyuan.compute.plan.machine.cluster import Cluster
+from liaoyuan.compute.plan.machine.cost import seconds
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import DeviceProfile
 from liaoyuan.compute.plan.serving.engine_rates import EngineRates
 from liaoyuan.compute.plan.serving.model_work import Served
 

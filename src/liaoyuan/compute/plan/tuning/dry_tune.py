@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from liaoyuan.compute.plan.dry_run import Job, Planned, alone_among
-from liaoyuan.compute.plan.hollow import Hollow
-from liaoyuan.compute.plan.trace import Recorder, Trace
+from liaoyuan.compute.plan.program.dry_run import Job, Planned, alone_among
+from liaoyuan.compute.plan.program.hollow import Hollow
+from liaoyuan.compute.plan.program.trace import Recorder, Trace
 from liaoyuan.data import Batch
 from liaoyuan.models import Decoder
 from liaoyuan.models.lora import without_adapters

@@ -5,19 +5,19 @@ make.
 import math
 from dataclasses import dataclass
 
-from liaoyuan.compute.plan.apart import apart
-from liaoyuan.compute.plan.cluster import Cluster
-from liaoyuan.compute.plan.dry_run import Job
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.ops import ops_of
-from liaoyuan.compute.plan.profile import DeviceProfile
+from liaoyuan.compute.plan.machine.cluster import Cluster
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import DeviceProfile
+from liaoyuan.compute.plan.program.apart import apart
+from liaoyuan.compute.plan.program.dry_run import Job
+from liaoyuan.compute.plan.program.ops import ops_of
+from liaoyuan.compute.plan.program.trace import Held, Trace
 from liaoyuan.compute.plan.span import Span
-from liaoyuan.compute.plan.spread import Spread, spread_of
-from liaoyuan.compute.plan.timeline import Prices, play
-from liaoyuan.compute.plan.trace import Held, Trace
+from liaoyuan.compute.plan.step.spread import Spread, spread_of
+from liaoyuan.compute.plan.step.timeline import Prices, play
+from liaoyuan.compute.plan.step.whole import crowd
 from liaoyuan.compute.plan.tuning.dry_tune import TuneJob, dry_tune
 from liaoyuan.compute.plan.tuning.update_price import Update, UpdatePrice
-from liaoyuan.compute.plan.whole import crowd
 from liaoyuan.models.lora import projections
 from liaoyuan.tuning.sft_config import EVALUATIONS, FEWEST_STEPS
 

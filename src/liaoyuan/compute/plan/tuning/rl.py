@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from liaoyuan.compute.plan.cluster import GIB
+from liaoyuan.compute.plan.machine.cluster import GIB
 from liaoyuan.compute.plan.serving import Ask, Machines, Replica, Served, StepPrice, serve
 from liaoyuan.compute.plan.serving.plans import Kinds
 from liaoyuan.compute.plan.span import Span, exactly
-from liaoyuan.compute.plan.spread import Spread, spread
+from liaoyuan.compute.plan.step.spread import Spread, spread
 from liaoyuan.compute.plan.tuning.update_price import Scale, Update, UpdatePrice
 from liaoyuan.inference.sizes import EngineConfig
 from liaoyuan.models import ModelConfig

@@ -10,12 +10,12 @@ it keeps of a card's share once a step.
 import math
 from dataclasses import dataclass
 
-from liaoyuan.compute.plan.cluster import Cluster
-from liaoyuan.compute.plan.cost import seconds
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.profile import DeviceProfile
+from liaoyuan.compute.plan.machine.cluster import Cluster
+from liaoyuan.compute.plan.machine.cost import seconds
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import DeviceProfile
+from liaoyuan.compute.plan.program.work import Work, stream
 from liaoyuan.compute.plan.serving.model_work import Served
-from liaoyuan.compute.plan.work import Work, stream
 from liaoyuan.models import ModelConfig
 from liaoyuan.tuning.packing import MICROBATCH_TOKENS
 

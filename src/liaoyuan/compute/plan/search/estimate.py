@@ -8,13 +8,13 @@ rules for what is hidden behind computing. It decides which layouts are worth a 
 import functools
 from dataclasses import dataclass, field, replace
 
-from liaoyuan.compute.plan.bounds import Layers, held_weights, layers_at, tokens_of
-from liaoyuan.compute.plan.cost import seconds as price
-from liaoyuan.compute.plan.dry_run import Job
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.layer_terms import LayerWork, Place, gradients, layer_work, product_of
-from liaoyuan.compute.plan.profile import DeviceProfile
-from liaoyuan.compute.plan.work import Work, stream
+from liaoyuan.compute.plan.machine.cost import seconds as price
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import DeviceProfile
+from liaoyuan.compute.plan.program.dry_run import Job
+from liaoyuan.compute.plan.program.work import Work, stream
+from liaoyuan.compute.plan.search.bounds import Layers, held_weights, layers_at, tokens_of
+from liaoyuan.compute.plan.search.layer_terms import LayerWork, Place, gradients, layer_work, product_of
 from liaoyuan.parallel import Layout, Traffic, closed_form
 from liaoyuan.parallel.pipeline import stage_numbers
 

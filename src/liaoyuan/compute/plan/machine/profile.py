@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from liaoyuan.compute.plan.cards import Card, card_of
-from liaoyuan.compute.plan.cluster import Cluster
+from liaoyuan.compute.plan.machine.cards import Card, card_of
+from liaoyuan.compute.plan.machine.cluster import Cluster
 from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import write_atomic

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from liaoyuan.compute.plan.dry_run import Job
+from liaoyuan.compute.plan.program.dry_run import Job
 from liaoyuan.errors import LiaoyuanError, nearest
 from liaoyuan.parallel.layout import ContextParallel, Layout, Schedule, divisors, objection
 

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from liaoyuan.compute.plan.cost import seconds
-from liaoyuan.compute.plan.fabric import Fabric, Transfer
-from liaoyuan.compute.plan.ops import COMPUTE, Op
-from liaoyuan.compute.plan.profile import DeviceProfile
-from liaoyuan.compute.plan.step_time import Bar
-from liaoyuan.compute.plan.work import Work
+from liaoyuan.compute.plan.machine.cost import seconds
+from liaoyuan.compute.plan.machine.fabric import Fabric, Transfer
+from liaoyuan.compute.plan.machine.profile import DeviceProfile
+from liaoyuan.compute.plan.program.ops import COMPUTE, Op
+from liaoyuan.compute.plan.program.work import Work
+from liaoyuan.compute.plan.step.step_time import Bar
 from liaoyuan.parallel.traffic import Collective
 
 LAUNCH = "launch"

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 
 from liaoyuan.compute.network import LOOPBACK, listen
-from liaoyuan.compute.plan.cluster import Cluster, Link
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.fit import Numbers, fit
-from liaoyuan.compute.plan.profile import DeviceProfile, Figure, KindRate, LinkRate
+from liaoyuan.compute.plan.calibration.fit import Numbers, fit
+from liaoyuan.compute.plan.machine.cluster import Cluster, Link
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import DeviceProfile, Figure, KindRate, LinkRate
 from liaoyuan.device import Device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.parallel import World, start

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from liaoyuan.compute.plan.actions import Action
-from liaoyuan.compute.plan.apart import apart_each
-from liaoyuan.compute.plan.dry_run import Job, dry_run
-from liaoyuan.compute.plan.footprint import alike
-from liaoyuan.compute.plan.ops import Op, ops_of
-from liaoyuan.compute.plan.trace import Event, Held, Trace
+from liaoyuan.compute.plan.program.actions import Action
+from liaoyuan.compute.plan.program.apart import apart_each
+from liaoyuan.compute.plan.program.dry_run import Job, dry_run
+from liaoyuan.compute.plan.program.footprint import alike
+from liaoyuan.compute.plan.program.ops import Op, ops_of
+from liaoyuan.compute.plan.program.trace import Event, Held, Trace
 from liaoyuan.models import ModelConfig
 from liaoyuan.parallel import program
 from liaoyuan.parallel.layout import fewest_microbatches

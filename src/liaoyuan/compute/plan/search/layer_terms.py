@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from liaoyuan.compute.plan.work import Work, stream
+from liaoyuan.compute.plan.program.work import Work, stream
 from liaoyuan.models import Decoder, ModelConfig
 from liaoyuan.ops.attention import visible_pairs
 from liaoyuan.parallel import Layout

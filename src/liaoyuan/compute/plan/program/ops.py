@@ -10,8 +10,8 @@ and, where it is not told to gather early, gathers on streams of its own, of whi
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from liaoyuan.compute.plan.trace import Event
-from liaoyuan.compute.plan.work import Work, work_of
+from liaoyuan.compute.plan.program.trace import Event
+from liaoyuan.compute.plan.program.work import Work, work_of
 from liaoyuan.parallel.traffic import COUNTS, Collective
 
 COMPUTE = "compute"

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from liaoyuan.compute.plan.cost import moved, rate_of, seconds
-from liaoyuan.compute.plan.profile import DeviceProfile
-from liaoyuan.compute.plan.work import Work, product
+from liaoyuan.compute.plan.machine.cost import moved, rate_of, seconds
+from liaoyuan.compute.plan.machine.profile import DeviceProfile
+from liaoyuan.compute.plan.program.work import Work, product
 
 What = Literal["hidden_size", "head_dim", "intermediate_size", "expert"]
 HEADS = (64, 80, 96, 112, 128, 160, 192, 256)

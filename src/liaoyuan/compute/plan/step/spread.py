@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from liaoyuan.compute.plan.profile import DeviceProfile, Figure
+from liaoyuan.compute.plan.machine.profile import DeviceProfile, Figure
 from liaoyuan.compute.plan.span import Z90, Span
 
 

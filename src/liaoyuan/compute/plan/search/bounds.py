@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from liaoyuan.compute.plan.dry_run import Job
-from liaoyuan.compute.plan.layer_terms import WIDE, Place, count, first_alike, kept, kind_of, passing, weights_of
+from liaoyuan.compute.plan.program.dry_run import Job
+from liaoyuan.compute.plan.search.layer_terms import WIDE, Place, count, first_alike, kept, kind_of, passing, weights_of
 from liaoyuan.models import ModelConfig
 from liaoyuan.parallel import Layout
 from liaoyuan.parallel.fsdp import reduces_by_exchange

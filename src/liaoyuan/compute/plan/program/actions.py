@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
-from liaoyuan.compute.plan.trace import Recorder
+from liaoyuan.compute.plan.program.trace import Recorder
 from liaoyuan.parallel.layout import Layout
 from liaoyuan.parallel.pipeline import MULTI, stage_numbers
 from liaoyuan.training.optimiser import Optimiser

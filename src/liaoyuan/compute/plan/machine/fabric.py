@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from liaoyuan.compute.plan.cluster import Cluster
-from liaoyuan.compute.plan.profile import DeviceProfile, KindRate
+from liaoyuan.compute.plan.machine.cluster import Cluster
+from liaoyuan.compute.plan.machine.profile import DeviceProfile, KindRate
 
 TREE = 0.92  # of the bandwidth of a ring, what trees get: some of their branches wait
 PLAIN = KindRate()

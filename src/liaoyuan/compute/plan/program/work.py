@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from liaoyuan.compute.plan.trace import Event
+from liaoyuan.compute.plan.program.trace import Event
 
 Kind = Literal["product", "attention", "stream"]
 Shape = tuple[int, ...]

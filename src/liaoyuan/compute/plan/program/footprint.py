@@ -7,9 +7,9 @@ more microbatches the earlier they stand. One of each such kind is run dry.
 import re
 from dataclasses import dataclass, replace
 
-from liaoyuan.compute.plan.apart import apart
-from liaoyuan.compute.plan.dry_run import Job, dry_run
-from liaoyuan.compute.plan.trace import Held
+from liaoyuan.compute.plan.program.apart import apart
+from liaoyuan.compute.plan.program.dry_run import Job, dry_run
+from liaoyuan.compute.plan.program.trace import Held
 from liaoyuan.ops.watch import Phase
 from liaoyuan.parallel.traffic import Sent
 from liaoyuan.rundir import Progress, Report, silent

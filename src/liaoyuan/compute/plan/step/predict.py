@@ -8,17 +8,17 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from liaoyuan.compute.plan.actions import BACKWARD, FORWARD, INPUT
-from liaoyuan.compute.plan.cluster import GIB, Cluster
-from liaoyuan.compute.plan.cost import peak_flops
-from liaoyuan.compute.plan.dry_run import Job
-from liaoyuan.compute.plan.layers import extended, sample, sketch
-from liaoyuan.compute.plan.profile import DeviceProfile, Figure, assumed
+from liaoyuan.compute.plan.machine.cluster import GIB, Cluster
+from liaoyuan.compute.plan.machine.cost import peak_flops
+from liaoyuan.compute.plan.machine.profile import DeviceProfile, Figure, assumed
+from liaoyuan.compute.plan.program.actions import BACKWARD, FORWARD, INPUT
+from liaoyuan.compute.plan.program.dry_run import Job
+from liaoyuan.compute.plan.program.layers import extended, sample, sketch
+from liaoyuan.compute.plan.program.trace import Held
 from liaoyuan.compute.plan.span import Span
-from liaoyuan.compute.plan.spread import range_of, spread_of
-from liaoyuan.compute.plan.step_time import StepTime
-from liaoyuan.compute.plan.trace import Held
-from liaoyuan.compute.plan.whole import BUBBLE, Load, Step, Whole
+from liaoyuan.compute.plan.step.spread import range_of, spread_of
+from liaoyuan.compute.plan.step.step_time import StepTime
+from liaoyuan.compute.plan.step.whole import BUBBLE, Load, Step, Whole
 from liaoyuan.parallel.traffic import Sent
 
 # Of the peak of tensors, what an allocator that keeps blocks loses to their sizes: nobody has measured it for this

@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from liaoyuan.compute.plan.bounds import memory
-from liaoyuan.compute.plan.cluster import Cluster
-from liaoyuan.compute.plan.dry_run import Job
-from liaoyuan.compute.plan.estimate import Estimator
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.predict import predict
-from liaoyuan.compute.plan.profile import DeviceProfile
+from liaoyuan.compute.plan.machine.cluster import Cluster
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import DeviceProfile
+from liaoyuan.compute.plan.program.dry_run import Job
+from liaoyuan.compute.plan.search.bounds import memory
+from liaoyuan.compute.plan.search.estimate import Estimator
 from liaoyuan.compute.plan.span import Span
-from liaoyuan.compute.plan.spread import ends_of, spread
+from liaoyuan.compute.plan.step.predict import predict
+from liaoyuan.compute.plan.step.spread import ends_of, spread
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from liaoyuan.compute.plan.actions import BACKWARD, FORWARD, INPUT, WEIGHT, Action
+from liaoyuan.compute.plan.program.actions import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 from liaoyuan.errors import LiaoyuanError
 
 

@@ -11,16 +11,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from liaoyuan.compute.plan.apart import as_they_come
-from liaoyuan.compute.plan.bounds import FLOOR, Memory, memory
-from liaoyuan.compute.plan.cluster import GIB, Cluster
-from liaoyuan.compute.plan.cost import peak_flops
-from liaoyuan.compute.plan.dry_run import Job
-from liaoyuan.compute.plan.estimate import Estimate, Estimator
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.profile import DeviceProfile
-from liaoyuan.compute.plan.reckoned import Reckoned
-from liaoyuan.compute.plan.space import Kept, axes_used, candidates, describe
+from liaoyuan.compute.plan.machine.cluster import GIB, Cluster
+from liaoyuan.compute.plan.machine.cost import peak_flops
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import DeviceProfile
+from liaoyuan.compute.plan.program.apart import as_they_come
+from liaoyuan.compute.plan.program.dry_run import Job
+from liaoyuan.compute.plan.search.bounds import FLOOR, Memory, memory
+from liaoyuan.compute.plan.search.estimate import Estimate, Estimator
+from liaoyuan.compute.plan.search.reckoned import Reckoned
+from liaoyuan.compute.plan.search.space import Kept, axes_used, candidates, describe
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.rundir import Progress, Report, silent
 

@@ -11,7 +11,7 @@ such measurement, which its sigma says.
 
 from dataclasses import dataclass
 
-from liaoyuan.compute.plan.cluster import Accelerator
+from liaoyuan.compute.plan.machine.cluster import Accelerator
 
 SUSTAINED = 0.93
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from liaoyuan.compute.plan.dry_run import Job, empty_batch
-from liaoyuan.compute.plan.trace import IGNORED, BelowDTensor, Event, Recorder
-from liaoyuan.compute.plan.work import Work, work_of
+from liaoyuan.compute.plan.program.dry_run import Job, empty_batch
+from liaoyuan.compute.plan.program.trace import IGNORED, BelowDTensor, Event, Recorder
+from liaoyuan.compute.plan.program.work import Work, work_of
 from liaoyuan.data import Batch
 from liaoyuan.device import Device
 from liaoyuan.models import Decoder

@@ -12,11 +12,12 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from liaoyuan import config as configuration
-from liaoyuan.compute.plan.recovery import Failures, Recovery
+from liaoyuan.compute.plan.machine.recovery import Failures, Recovery
 from liaoyuan.config import Config
 from liaoyuan.errors import LiaoyuanError, nearest
 
 GIB = 2**30
+CLUSTERS = resources.files("liaoyuan.compute.plan.machine").joinpath("clusters")
 
 
 class Accelerator(Config):
@@ -97,11 +98,10 @@ def read_cluster(name: str) -> Cluster:
     if name not in known:
         near = nearest(name, known) or "."
         raise LiaoyuanError(f"There is no cluster '{name}'{near} Known are {', '.join(known)}; or give a TOML file.")
-    text = resources.files("liaoyuan.compute.plan").joinpath(f"clusters/{name}.toml").read_text(encoding="utf-8")
+    text = CLUSTERS.joinpath(f"{name}.toml").read_text(encoding="utf-8")
     return configuration.parse(Cluster, tomllib.loads(text), name)
 
 
 def cluster_names() -> list[str]:
     """Return the names of the clusters that ship."""
-    files = resources.files("liaoyuan.compute.plan").joinpath("clusters").iterdir()
-    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+    return sorted(file.name.removesuffix(".toml") for file in CLUSTERS.iterdir() if file.name.endswith(".toml"))

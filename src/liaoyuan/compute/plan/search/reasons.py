@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from liaoyuan.compute.plan.bounds import FLOOR, Memory, memory
-from liaoyuan.compute.plan.cluster import GIB
-from liaoyuan.compute.plan.dry_run import Job
-from liaoyuan.compute.plan.estimate import Estimator
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.profile import DeviceProfile
-from liaoyuan.compute.plan.search import Choice, Ranking
-from liaoyuan.compute.plan.space import RECOMPUTE, describe
+from liaoyuan.compute.plan.machine.cluster import GIB
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import DeviceProfile
+from liaoyuan.compute.plan.program.dry_run import Job
+from liaoyuan.compute.plan.search.bounds import FLOOR, Memory, memory
+from liaoyuan.compute.plan.search.estimate import Estimator
+from liaoyuan.compute.plan.search.search import Choice, Ranking
+from liaoyuan.compute.plan.search.space import RECOMPUTE, describe
 from liaoyuan.parallel.layout import Layout, Schedule, divisors, objection
 
 ALIKE = 0.005  # two steps whose lengths differ by less are as long

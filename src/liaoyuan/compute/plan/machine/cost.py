@@ -12,8 +12,8 @@ depth too where tiles are few; here the best of these choices is taken, as their
 import math
 from functools import lru_cache
 
-from liaoyuan.compute.plan.profile import DeviceProfile, OperatorRate, ProductRate
-from liaoyuan.compute.plan.work import Work
+from liaoyuan.compute.plan.machine.profile import DeviceProfile, OperatorRate, ProductRate
+from liaoyuan.compute.plan.program.work import Work
 
 STAND_IN = {"float16": "bfloat16", "bfloat16": "float16", "float64": "float32"}  # whose rate serves, if one is unknown
 SHARPNESS = 4.0  # of the roofline's ridge: where both are equal, a call takes 2^(1/4) = 1.19 of either

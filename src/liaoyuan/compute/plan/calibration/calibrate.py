@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from liaoyuan.compute.plan.calls import Clock, Step, Timed, step_of, streams
-from liaoyuan.compute.plan.cluster import Cluster
-from liaoyuan.compute.plan.cost import NONE, seconds
-from liaoyuan.compute.plan.dry_run import Job
-from liaoyuan.compute.plan.fit import Numbers, fit
-from liaoyuan.compute.plan.profile import DeviceProfile, Figure, OperatorRate, ProductRate, assumed
-from liaoyuan.compute.plan.work import Work
+from liaoyuan.compute.plan.calibration.calls import Clock, Step, Timed, step_of, streams
+from liaoyuan.compute.plan.calibration.fit import Numbers, fit
+from liaoyuan.compute.plan.machine.cluster import Cluster
+from liaoyuan.compute.plan.machine.cost import NONE, seconds
+from liaoyuan.compute.plan.machine.profile import DeviceProfile, Figure, OperatorRate, ProductRate, assumed
+from liaoyuan.compute.plan.program.dry_run import Job
+from liaoyuan.compute.plan.program.work import Work
 from liaoyuan.device import Device
 from liaoyuan.models import config_from_dict
 from liaoyuan.parallel import Layout

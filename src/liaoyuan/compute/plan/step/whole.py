@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from liaoyuan.compute.plan.actions import FORWARD, MICROBATCH, OPTIMISER, REDUCE, WEIGHT, Action, orders
-from liaoyuan.compute.plan.cluster import Cluster
-from liaoyuan.compute.plan.dry_run import Job
-from liaoyuan.compute.plan.fabric import Fabric
-from liaoyuan.compute.plan.flow import Flow, flow
-from liaoyuan.compute.plan.layers import SPLIT, Block, Part, Sample, Samples, Sketch, Values, extended
-from liaoyuan.compute.plan.ops import COMPUTE
-from liaoyuan.compute.plan.profile import DeviceProfile
-from liaoyuan.compute.plan.step_time import Bar
-from liaoyuan.compute.plan.timeline import Prices, Timeline, play
+from liaoyuan.compute.plan.machine.cluster import Cluster
+from liaoyuan.compute.plan.machine.fabric import Fabric
+from liaoyuan.compute.plan.machine.profile import DeviceProfile
+from liaoyuan.compute.plan.program.actions import FORWARD, MICROBATCH, OPTIMISER, REDUCE, WEIGHT, Action, orders
+from liaoyuan.compute.plan.program.dry_run import Job
+from liaoyuan.compute.plan.program.layers import SPLIT, Block, Part, Sample, Samples, Sketch, Values, extended
+from liaoyuan.compute.plan.program.ops import COMPUTE
+from liaoyuan.compute.plan.step.flow import Flow, flow
+from liaoyuan.compute.plan.step.step_time import Bar
+from liaoyuan.compute.plan.step.timeline import Prices, Timeline, play
 from liaoyuan.parallel.pipeline import stage_numbers
 from liaoyuan.parallel.traffic import Sent
 

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from liaoyuan.compute.plan.actions import marking
-from liaoyuan.compute.plan.hollow import Hollow
-from liaoyuan.compute.plan.trace import Recorder, Trace
+from liaoyuan.compute.plan.program.actions import marking
+from liaoyuan.compute.plan.program.hollow import Hollow
+from liaoyuan.compute.plan.program.trace import Recorder, Trace
 from liaoyuan.data import Batch
 from liaoyuan.device import Device, DType
 from liaoyuan.models import Decoder, ModelConfig
