@@ -267,8 +267,8 @@ def test_an_answer_that_would_be_joined_to_its_prompt_is_cut_where_the_model_beg
     assert (tokenizer.decode(answer, skip_special=False), weight) == ("\n\nyes<|im_end|>", 1.0)
 
 
-@pytest.mark.parametrize("scheme", ["always", "first", "never"])
-def test_pieces_that_spell_the_space_before_a_word_are_cut_at_the_answer(scheme: str) -> None:
+def spelling_spaces(scheme: str, template: str) -> Tokenizer:
+    """Return a tokenizer whose pieces spell the space before a word, as SentencePiece's do."""
     library = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=scheme)])
@@ -277,8 +277,20 @@ def test_pieces_that_spell_the_space_before_a_word_are_cut_at_the_answer(scheme:
     library.train_from_iterator(["the answer is yes and no, the question [INST] is what [/INST]"] * 9, trainer)
     values = json.loads(library.to_str())
     values["added_tokens"] = [token for token in values["added_tokens"] if not token["content"].startswith("<0x")]
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": FAMILIES["Mistral"].template}
-    tokenizer = Tokenizer(json.dumps(values), settings)
+    return Tokenizer(json.dumps(values), {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template})
+
+
+def test_a_template_whose_prompt_runs_into_the_answer_is_named_with_the_place() -> None:
+    template = "{% for m in messages %}{{ m.content + (' is ' if m.role == 'user' else eos_token) }}{% endfor %}"
+    talk = (Message(role="user", content="the question"), Message(role="assistant", content="yes"))
+    tokenizer = spelling_spaces("always", template)
+    with pytest.raises(LiaoyuanError, match=r"one token, in 'the question is yes</s>'.*end a prompt with a line break"):
+        segments(tokenizer, Record(id="r", messages=talk))
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_pieces_that_spell_the_space_before_a_word_are_cut_at_the_answer(scheme: str) -> None:
+    tokenizer = spelling_spaces(scheme, FAMILIES["Mistral"].template)
     talk = (("user", "the question"), ("assistant", "the answer"), ("user", "what"), ("assistant", "yes, no"))
     record = Record(id="r", messages=tuple(Message(role=role, content=text) for role, text in talk))
     pieces = segments(tokenizer, record)

@@ -185,7 +185,11 @@ def _one(tokenizer: Tokenizer, one: Rendered, encoding: Any) -> tuple[list[int],
         else:
             return encoding.ids, [*ends, len(encoding.ids)]
         if tokenizer.strips_space:
-            raise LiaoyuanError("The tokenizer joins the end of a prompt and the beginning of its answer to one token.")
+            where = "".join(one.texts)[max(0, place - 16) : place + 16]
+            raise LiaoyuanError(
+                "The tokenizer joins the end of a prompt and the beginning of its answer to one token, in "
+                f"{where!r}: let the chat template end a prompt with a line break or a special token."
+            )
     ends, ids = [], []
     for text in one.texts:
         ids += tokenizer.encode_rendered(text, one.hidden)

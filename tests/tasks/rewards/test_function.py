@@ -100,6 +100,16 @@ def test_too_many_failures_stop_the_run(source: Path) -> None:
         moody(rollout("raise"))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_after_too_many_failures_no_more_answers_are_judged(tmp_path: Path, workers: int) -> None:
+    asked, source = tmp_path / "asked", tmp_path / "own.py"
+    lines = ("def bad(text):", f"    open({str(asked)!r}, 'a').write('x')", "    while True: pass")
+    source.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(LiaoyuanError, match="failed for 20 of 20 answers"):
+        reward(source, "bad", workers=workers, seconds=0.05).score_all([rollout("")] * 1000)
+    assert 20 <= len(asked.read_text()) < 100
+
+
 def test_several_processes_give_the_same_in_the_same_order(source: Path) -> None:
     rollouts = [rollout(text) for text in ("please", "no", "yes please", "") * 5]
     assert reward(source, "polite", workers=2).score_all(rollouts) == reward(source, "polite").score_all(rollouts)

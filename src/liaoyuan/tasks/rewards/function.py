@@ -4,6 +4,7 @@ It is called with those of these arguments that it names: question, gold, though
 It returns a number, None where it cannot judge, or a pair of either and a reason.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,8 +61,9 @@ class FunctionReward:
         return self.score_all([rollout])[0]
 
     def score_all(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        replies = self._workers.ask_all([self._fields(rollout) for rollout in rollouts])
-        return [self._score(reply) for reply in replies]
+        questions = [self._fields(rollout) for rollout in rollouts]
+        with contextlib.closing(self._workers.ask_all(questions)) as replies:  # after too many failures, no more
+            return [self._score(reply) for reply in replies]
 
     def _checked(self, said: dict[str, Any]) -> list[str]:
         if "failed" in said:

@@ -70,7 +70,7 @@ class MathsReward:
     def score_all(self, rollouts: Sequence[Rollout]) -> list[Score]:
         first = [self._without_library(rollout) for rollout in rollouts]
         asked = [found for found in first if isinstance(found, _Question)]
-        replies = iter(self.workers.ask_all([question.words for question in asked]))
+        replies = self.workers.ask_all([question.words for question in asked])
         return [found if isinstance(found, Score) else _score(found, next(replies)) for found in first]
 
     def _without_library(self, rollout: Rollout) -> "Score | _Question":

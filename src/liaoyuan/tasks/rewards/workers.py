@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,12 +97,16 @@ class Workers:
         finally:
             self._idle.put(worker)
 
-    def ask_all(self, questions: Sequence[dict[str, Any]]) -> list[Reply]:
-        """Return the replies in the order of the questions."""
+    def ask_all(self, questions: Sequence[dict[str, Any]]) -> Generator[Reply]:
+        """Yield the replies in the order of the questions, as they come; if it is closed, the rest is not asked."""
         if len(questions) < 2 or self.count < 2:
-            return [self.ask(question) for question in questions]
-        with ThreadPoolExecutor(min(self.count, len(questions))) as threads:
-            return list(threads.map(self.ask, questions))
+            yield from map(self.ask, questions)
+            return
+        threads = ThreadPoolExecutor(min(self.count, len(questions)))
+        try:
+            yield from threads.map(self.ask, questions)
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def hello(self) -> dict[str, Any]:
         worker = self._idle.get()
