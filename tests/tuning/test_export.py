@@ -19,6 +19,7 @@ from liaoyuan.serving.about import read_about
 from liaoyuan.tasks import TASKS, to_record
 from liaoyuan.tasks.seen import Seen, read_seen
 from liaoyuan.tuning.card import Card, licence_of, read_card, sources_of, write_card
+from liaoyuan.tuning.held_out import HELD_OUT
 from liaoyuan.tuning.lora import LoraConfig, Method, add_adapters, begin, save_adapters
 
 
@@ -108,6 +109,23 @@ def test_an_adapter_of_a_base_in_few_bits_is_compared_with_that_base(base: Path,
         for n, one in enumerate((whole, few))
     ]
     assert found[1]["divergence"] > 10 * found[0]["divergence"]  # the rounding that the adapter had learned with
+
+
+def test_an_adapter_knows_the_model_it_was_trained_on(base: Path, tmp_path: Path) -> None:
+    folder = adapter(base, tmp_path / "run", "dora")
+    figures = json.loads(convert("--merge", folder, "--out", tmp_path / "out", "--json"))
+    assert figures["tolerated"] and figures["source"] == str(base)
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(base), "someone/else"))
+    with pytest.raises(LiaoyuanError, match=r"trained on 'someone/else', which is no folder here: give its model"):
+        convert("--merge", folder, "--out", tmp_path / "other")
+
+
+def test_a_run_that_held_nothing_out_is_told_how_to_compare(model_folder: Path, tmp_path: Path) -> None:
+    folder = adapter(model_folder, tmp_path / "run")
+    write_records(tmp_path / "run" / HELD_OUT, [])
+    with pytest.raises(LiaoyuanError, match=r"there are none beside .*--texts"):
+        convert("--merge", folder, "--model", model_folder, "--out", tmp_path / "out")
 
 
 def test_problems_of_a_task_are_answered_by_both(model_folder: Path, tmp_path: Path) -> None:

@@ -158,6 +158,18 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], words: Mapping[str
         (part / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
+def base_of(folder: Path) -> Path:
+    """Return the model folder that an adapter names as the one it belongs to.
+
+    Raises:
+        LiaoyuanError: it is no adapter, or names no folder that is here.
+    """
+    name = _read_config(folder, REFUSED).get("base_model_name_or_path")
+    if not isinstance(name, str) or not Path(name).is_dir():
+        raise LiaoyuanError(f"The adapter {folder} was trained on {name!r}, which is no folder here: give its model.")
+    return Path(name)
+
+
 def _read_config(folder: Path, taken: Collection[str] = ()) -> dict[str, Any]:
     path = folder / CONFIG
     if not folder.is_dir():

@@ -39,7 +39,10 @@ def convert(
     target: Annotated[Path | None, typer.Argument(help="Folder to write (with --to state: a new run folder).")] = None,
     model: Annotated[Path | None, typer.Option(help="The same as SOURCE.")] = None,
     out: Annotated[Path | None, typer.Option(help="The same as TARGET.")] = None,
-    merge: Annotated[Path | None, typer.Option(help="Adapter to merge into SOURCE, a model folder.")] = None,
+    merge: Annotated[
+        Path | None,
+        typer.Option(help="Adapter to merge into SOURCE, or into what it was trained on."),
+    ] = None,
     quantise: Annotated[str | None, typer.Option(help="Weights of few bits: int8, int4 or fp8.")] = None,
     texts: Annotated[
         Path | None, typer.Option(help="Held-out examples to compare the result on, if not the run's own.")
@@ -68,6 +71,10 @@ def convert(
     """
     from liaoyuan.checkpoint.sources import open_source
 
+    if merge and source is None and model is None:
+        from liaoyuan.checkpoint.adapters import base_of
+
+        model = base_of(merge)
     source, target = one_of(source, model, "SOURCE", "--model"), one_of(target, out, "TARGET", "--out")
     if merge or quantise:
         refuse_with_export(to is not Kind.folder, bool(run_file or set_), step is not None, tokenizer is not None)

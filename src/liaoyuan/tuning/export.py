@@ -19,6 +19,7 @@ from liaoyuan.checkpoint.convert import FURTHER_FILES, convert_to_folder
 from liaoyuan.checkpoint.hugging_face import MAX_SHARD_BYTES, copy_files
 from liaoyuan.checkpoint.sources import FolderSource, MergedSource
 from liaoyuan.data import Record, RecordTokens, Tokenizer
+from liaoyuan.data.records import read_lines
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.evaluation import agreement, measure_accuracy, ratio
 from liaoyuan.models import Decoder, read_config
@@ -137,11 +138,11 @@ def held_out_of(request: Export, report: Report = silent) -> tuple[list[Record],
             and `skip_bad` is not set.
     """
     run = (request.adapter or request.base).absolute().parent / HELD_OUT
-    path = request.texts or (run if run.exists() else None)
+    path = request.texts or (run if run.exists() and any(read_lines(run)) else None)
     if path is None:
         raise LiaoyuanError(
             "The exported model is compared with the trained one on held-out records, and there are none beside "
-            f"{request.adapter or request.base}: name a file of records with --texts."
+            f"{request.adapter or request.base}: name a file of records that it did not learn from with --texts."
         )
     length = read_config(request.base).max_position_embeddings - 1
     source = read_source(path, Tokenizer.load(request.base), length, request.skip_bad, report)
