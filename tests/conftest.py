@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,11 @@ settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 ROOT = Path(__file__).parents[1]
+
+
+def slow_if(is_slow: bool, *row: Any, name: str | None = None) -> Any:
+    """Return a row of a table of parameters, marked `slow` if it is: what it says, others say too."""
+    return pytest.param(*row, id=name, marks=pytest.mark.slow if is_slow else [])
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,16 @@ from liaoyuan.models.quantised import Quantisation, quantise_model
 from liaoyuan.ops import choice, tiled
 from liaoyuan.ops.operator import OPERATORS
 from liaoyuan.rundir import silent
-from tests.conftest import ROOT
+from tests.conftest import ROOT, slow_if
 from tests.inference.test_exact_mode import DTYPES, FEATURES, model_of, of_training
 
 STORIES = next((p for p in (ROOT, *ROOT.parents) if (p / "shared/models/stories260k").exists()), None)
+
+
+def one_dtype_each(features: Iterable[str]) -> list[Any]:
+    """Return each feature in each dtype, of which every second is slow."""
+    rows = [(feature, dtype) for feature in features for dtype in DTYPES]
+    return [slow_if(number % 4 in (1, 2), *row) for number, row in enumerate(rows)]
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +42,7 @@ def references() -> Iterator[None]:
     ops.configure({})
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(("feature", "dtype"), one_dtype_each(FEATURES))
 def test_every_path_gives_the_bits_of_training_in_tiles(feature: str, dtype: str) -> None:
     ops.seek_exactness()
     proof = prove(model_of(feature, dtype), QUICK)
@@ -45,14 +51,13 @@ def test_every_path_gives_the_bits_of_training_in_tiles(feature: str, dtype: str
     assert len(proof.results) == 11 and set(proof.kernels.values()) == {"tiled"}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("feature", ["dense", "experts"])
+@pytest.mark.parametrize(("feature", "dtype"), one_dtype_each(["dense", "experts"]))
 def test_and_not_without(feature: str, dtype: str) -> None:
     proof = prove(model_of(feature, dtype), QUICK)
     assert not proof.exact and set(proof.kernels.values()) == {"reference"}
 
 
-@pytest.mark.parametrize(("feature", "dtype"), [("experts", "bfloat16"), ("window and sinks", "float32")])
+@pytest.mark.parametrize(("feature", "dtype"), [("experts", "bfloat16"), slow_if(True, "window and sinks", "float32")])
 def test_two_threads_give_the_bits_of_one(feature: str, dtype: str) -> None:
     ops.seek_exactness()
     few = Extent(lengths=(1, 40), tokens=5, batches=(2,), chunks=(7,), threads=(1, 2), stride=1)
@@ -61,7 +66,7 @@ def test_two_threads_give_the_bits_of_one(feature: str, dtype: str) -> None:
     assert torch.get_num_threads() == 1
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", slow_if(True, "int4")])
 def test_weights_of_few_bits_are_exact_too(kind: str) -> None:
     ops.seek_exactness()
     proof = prove(quantise_model(model_of("experts", "bfloat16"), Quantisation(kind)), QUICK)

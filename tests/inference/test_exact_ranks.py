@@ -22,7 +22,7 @@ from liaoyuan.inference.spread.trained import Trained
 from liaoyuan.models import Decoder, Quantisation, config_from_dict, packed_context, read_config
 from liaoyuan.parallel import Layout, World, check_inference, lay_out
 from liaoyuan.rundir import silent
-from tests.conftest import randomised
+from tests.conftest import randomised, slow_if
 from tests.inference.test_exact_mode import planted
 from tests.inference.test_ranks import SIZES, asked, generate, on_ranks, work_together
 from tests.parallel.layouts import MODELS
@@ -39,6 +39,7 @@ CASES = [
     ("latent", "bfloat16", TWO),
     ("sinks", "bfloat16", Layout(tp=4, ep=2, exact=True)),
 ]
+QUICKEST = [CASES[0], CASES[3], CASES[4]]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,10 @@ def test_what_is_sampled_has_the_bits_of_the_training_step_that_learns_from_it(
         assert len(sampled) == 96 and (sampled == learnt) is is_exact
 
 
-@pytest.mark.parametrize(("kind", "dtype", "layout"), CASES, ids=[f"{k}-{d}-{x.describe()}" for k, d, x in CASES])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "layout"),
+    [slow_if(case not in QUICKEST, *case, name=f"{case[0]}-{case[1]}-{case[2].describe()}") for case in CASES],
+)
 def test_every_path_gives_the_bits_of_training_in_the_same_layout(
     folder_of: Any, kind: str, dtype: str, layout: Layout
 ) -> None:
@@ -110,12 +114,16 @@ def proof_with_a_plant(world: World, name: str, is_wrong: Any, *where: Any) -> A
         return work_together(world, *where, proof_of, ())
 
 
+DENSE_ERROR = ("swiglu", lambda inputs: len(inputs[0]) < 4, "dense", "swiglu of layers.0.mlp")
+EXPERTS_ERROR = ("swiglu", lambda inputs: len(inputs[0]) == 1, "experts", "swiglu of layers.0.mlp.experts")
+
+
 @pytest.mark.parametrize(
     ("name", "is_wrong", "kind", "blamed"),
     [
-        ("swiglu", lambda inputs: len(inputs[0]) < 4, "dense", "swiglu of layers.0.mlp"),
+        slow_if(True, *DENSE_ERROR),
         ("paged_attention", lambda inputs: len(inputs[5]) > 2, "latent", "attention of layers.0.self_attn"),
-        ("swiglu", lambda inputs: len(inputs[0]) == 1, "experts", "swiglu of layers.0.mlp.experts"),
+        slow_if(True, *EXPERTS_ERROR),
     ],
 )
 def test_an_operator_that_errs_in_one_process_is_named_with_it(

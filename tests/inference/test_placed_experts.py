@@ -33,7 +33,7 @@ from liaoyuan.parallel.expert_table import (
     slot_table,
 )
 from liaoyuan.parallel.placed_experts import PlacedExperts, Routes
-from tests.conftest import randomised
+from tests.conftest import randomised, slow_if
 from tests.inference.test_ranks import SIZES, asked, on_ranks
 from tests.parallel.layouts import MODELS
 
@@ -203,7 +203,10 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "size", "layout", "copies", "dtype"), WAYS, ids=[f"{w[0]}-{w[3]}" for w in WAYS])
+@pytest.mark.parametrize(
+    ("kind", "size", "layout", "copies", "dtype"),
+    [slow_if(way[3] in (0, 4), *way, name=f"{way[0]}-{way[3]}") for way in WAYS],
+)
 def test_no_answer_changes_a_bit_while_experts_move(
     folder_of: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -302,7 +305,7 @@ def watched(leader: Leader) -> tuple[list[list[Completion]], list[dict[str, Any]
     return answers, said, measured
 
 
-@pytest.mark.parametrize("copies", [0, 2])
+@pytest.mark.parametrize("copies", [slow_if(True, 0), 2])
 def test_work_becomes_even_and_answers_stay(folder_of: Callable[..., Path], copies: int) -> None:
     folder, layout = folder_of("experts"), Layout(tp=2, ep=2)
     wanted, quiet, uneven = on_ranks(2, folder, layout, watched, balancing=Balancing(copies))

@@ -11,6 +11,7 @@ from liaoyuan.ops import Penalties
 from liaoyuan.parallel import Layout, World, lay_out
 from liaoyuan.parallel.layout import Schedule
 from liaoyuan.parallel.simulated import simulate
+from tests.conftest import slow_if
 from tests.parallel.faults import FAULTS
 from tests.parallel.layouts import Outcome, batches_of, model_of, rows_of, step
 from tests.parallel.processes import run
@@ -126,13 +127,23 @@ def on_processes() -> list[Any]:
             ("dense", "zbv 2 x fsdp 2 x tp 2"),
             ("latent", "ep 8 of fsdp 2 x ring 2 x tp 2"),
         )
-        found.append(pytest.param(run, kind, name, id=f"{kind}: {name}-gloo", marks=[] if quick else pytest.mark.slow))
+        found.append(slow_if(not quick, run, kind, name, name=f"{kind}: {name}-gloo"))
     return found
+
+
+def on_simulated_ranks() -> list[Any]:
+    """Return all rows for simulated ranks; those of eight whose mixture another model or fewer ranks have are slow."""
+    twice = {
+        *(("dense", "hybrid 2 x 4"), ("dense", "fsdp 2 x ulysses 2 x tp 2"), ("tied", "fsdp 2 x ring 2 x tp 2")),
+        *((kind, "ep 8 of fsdp 2 x ring 2 x tp 2") for kind in ("experts", "sinks")),
+        *(("latent", name) for name in ("ep 2, pp 2 x fsdp 2 x tp 2", "ep 4, zbv 2 x fsdp 2 x ulysses 2")),
+    }
+    return [slow_if(row in twice, simulate, *row, name=f"{row[0]}: {row[1]}-simulated") for row in TABLE]
 
 
 @pytest.mark.parametrize(
     ("ranks", "kind", "name"),
-    [*on_processes(), *(pytest.param(simulate, *row, id=f"{row[0]}: {row[1]}-simulated") for row in TABLE)],
+    [*on_processes(), *on_simulated_ranks()],
 )
 def test_a_layout_gives_the_loss_and_gradients_of_one_process(
     ranks: Ranks, kind: str, name: str, record_property
@@ -142,10 +153,7 @@ def test_a_layout_gives_the_loss_and_gradients_of_one_process(
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [
-        pytest.param(*row, id=f"{row[0]}: {row[1]}", marks=pytest.mark.slow if row[0] in ("latent", "sinks") else [])
-        for row in LARGE
-    ],
+    [slow_if(row[0] not in ("dense", "experts"), *row, name=f"{row[0]}: {row[1]}") for row in LARGE],
 )
 def test_worlds_too_large_for_processes(kind: str, name: str, record_property) -> None:
     _compare(kind, LARGE[kind, name], simulate, record_property)
@@ -192,8 +200,16 @@ def test_a_planted_bug_shows(name: str) -> None:
     assert loss > LOSS_TOLERANCE or gradient > 1e-3, (loss, gradient)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=str)
-@pytest.mark.parametrize("kind", ["dense", "latent"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tolerance"),
+    [
+        ("dense", torch.float32, 1e-4),
+        ("latent", torch.bfloat16, 0.1),
+        slow_if(True, "dense", torch.bfloat16, 0.1),
+        slow_if(True, "latent", torch.float32, 1e-4),
+    ],
+    ids=str,
+)
 def test_in_lower_precision_too(kind: str, dtype: torch.dtype, tolerance: float) -> None:
     cases = ("fsdp 2", "tp 2", "ring 2 x ulysses 2", "1f1b", "ep 2, pp 2 x fsdp 2 x tp 2")
     for row in cases:

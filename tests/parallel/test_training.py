@@ -13,6 +13,7 @@ from liaoyuan.parallel import Layout, Shape, World, lay_out, own_block, resolve
 from liaoyuan.parallel.simulated import simulate
 from liaoyuan.rundir import read_metrics
 from liaoyuan.training import AdamW, TrainConfig, train
+from tests.conftest import slow_if
 from tests.parallel.layouts import LENGTH, MODELS, ROWS, batches_of, model_of, rows_of
 from tests.parallel.processes import run
 
@@ -56,14 +57,15 @@ def training(
     return {name: tensor.clone() for name, tensor in program.whole_tensors()}
 
 
+SLOW = ("pp 2 x tp 2", "ring 2 x ulysses 2", "zbv 2 x fsdp 2", "ep 4")  # whose axes other rows have too
 MUON = ("fsdp 2 x tp 2", "zbv 2 x fsdp 2", "ep 2 x pp 2 x fsdp 2", "tied, zbv 2")  # of all others it is slow
 
 
 @pytest.mark.parametrize(
     ("optimiser", "name"),
     [
-        *(("adamw", name) for name in RUNS),
-        *(pytest.param("muon", name, marks=[] if name in MUON else pytest.mark.slow) for name in RUNS),
+        *(slow_if(name in SLOW, "adamw", name) for name in RUNS),
+        *(slow_if(name not in MUON, "muon", name) for name in RUNS),
     ],
 )
 def test_a_run_is_that_of_one_process(optimiser: str, name: str, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from liaoyuan.parallel import Layout, Program, World
 from liaoyuan.rundir import read_metrics
 from liaoyuan.tasks import TASKS, to_record
 from liaoyuan.tuning.lora import LoraConfig, Method, add_adapters, begin, refuse_layout, save_adapters
-from tests.conftest import randomised
+from tests.conftest import randomised, slow_if
 from tests.parallel.layouts import MODELS
 
 METHODS: tuple[Method, ...] = ("lora", "rslora", "dora")
@@ -219,7 +219,7 @@ def test_an_adapter_is_trained_and_the_base_is_not(method: Method, model_folder:
     assert state < 3 * adapter + 40_000  # weights and two moments of the adapter, and headers
 
 
-@pytest.mark.parametrize("settings", [[], ["lora.dropout=0.3"], ["lora.base=int8", "method=dora"]])
+@pytest.mark.parametrize("settings", [slow_if(True, []), ["lora.dropout=0.3"], ["lora.base=int8", "method=dora"]])
 def test_a_killed_run_goes_on_bit_for_bit(settings: list[str], model_folder: Path, tmp_path: Path) -> None:
     records = data(tmp_path / "d.jsonl")
     settings = ["train.steps=40", "train.checkpoint_every=4", *settings]
@@ -246,7 +246,7 @@ def until(is_done: object, seconds: float = 120.0) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", [slow_if(True, "lora"), "dora"])
 def test_two_processes_with_fsdp_train_the_adapter_of_one(method: str, model_folder: Path, tmp_path: Path) -> None:
     records, rows, compared = data(tmp_path / "data.jsonl"), {}, {}
     for processes in (1, 2):

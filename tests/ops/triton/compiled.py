@@ -65,6 +65,9 @@ def inputs(name, dtype, head_dims):
             query, cache = torch.zeros(16, 8, dim, dtype=dtype), torch.zeros(128, 16, 2, dim, dtype=dtype)
             starts, lengths = torch.tensor([0, 16], dtype=torch.int32), torch.tensor([2048], dtype=torch.int32)
             yield query, cache, cache, torch.zeros(1, 128, dtype=torch.int32), starts, lengths, 0.1
+    elif name == "loss_head":  # of fewer rows: gradients of the weight are torch's own product, computed here
+        hidden, weight, targets, *how = OPERATORS[name].workload(dtype)
+        yield hidden[:64], weight, targets[:64], *how
     else:
         operator = OPERATORS[name]
         yield operator.workload(dtype) if operator.workload else list(operator.samples(dtype))[-1]

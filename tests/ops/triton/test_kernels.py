@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from liaoyuan.ops import choice
 from liaoyuan.ops.operator import outputs_and_gradients
 from liaoyuan.ops.triton.launch import Tile
+from tests.conftest import slow_if
 from tests.ops.cases import boundaries_of, difference, random
 from tests.ops.triton.conftest import CARD, DEVICE, WITH_TRITON, triton_kernel
 
@@ -31,8 +32,18 @@ def agree(operator, *inputs, tolerance=2e-5):
         assert difference(a, b, floor=0.5) < tolerance
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", WITH_TRITON)
+# The interpreter needs the longest for these.
+SLOW = {("attention", torch.bfloat16), ("loss_head", torch.float32), ("sample_tokens", torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        slow_if((name, dtype) in SLOW, name, dtype, name=f"{name}-{short}")
+        for name in WITH_TRITON
+        for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
+    ],
+)
 def test_every_kernel_passes_its_self_test(name, dtype, use, monkeypatch):
     operator = use(name)
     if name == "attention" and not CARD:  # the interpreter's time is that of the number of tiles
