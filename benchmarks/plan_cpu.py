@@ -141,7 +141,7 @@ def summary(rows: list[dict[str, object]]) -> dict[str, float]:
     return {
         "median_error": statistics.median(map(abs, errors)),
         "bias": statistics.median(errors),
-        "spearman": statistics.correlation(ranks(measured), ranks(told)),
+        "spearman": statistics.correlation(ranks(measured), ranks(told)) if len(rows) > 1 else float("nan"),
     }
 
 

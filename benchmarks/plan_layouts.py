@@ -5,10 +5,12 @@ of the calibration (`plan calibrate`: cores and links), so that all see the same
 kernel: the processes live in a network namespace whose loopback has a token bucket filter (`tc qdisc ... tbf`), which
 all of them share. That needs root, or a kernel that lets users have namespaces.
 
-Of all timings the median counts, of a row in seconds that pass. Where others use the cores too, a process gets a part
-of one: how much is measured with the calibration, whose steps take so many times the seconds that they compute, and
-what is told takes so much longer. No figure is fitted to a step of this table: the calibration has models and messages
-of its own.
+Of all timings the median counts, of a row in seconds that pass. A shared machine is not equally fast from minute to
+minute, so two things are measured beside. Where others use the cores too, a process gets a part of one: the steps of
+the calibration take so many times the seconds that they compute, and what is told takes so much longer. Where others
+use what cores share (caches, the other half of a core), they compute more slowly: the same small work is timed with the
+calibration and before each step of the table, and what is told is slower by as much. No figure is fitted to a step of
+this table: the calibration has models and messages of its own.
 
     python benchmarks/plan_layouts.py --only one "two, plain" --json two.json    # a part of the rows, minutes
     python benchmarks/plan_layouts.py --table two.json four.json slow.json       # the table of all parts
@@ -35,6 +37,7 @@ tune_process()
 
 import torch  # noqa: E402  (after the allocator's settings)
 
+from liaoyuan import ops  # noqa: E402
 from liaoyuan.compute.network import LOOPBACK, listen  # noqa: E402
 from liaoyuan.compute.plan import Job, predict, read_cluster  # noqa: E402
 from liaoyuan.compute.plan.calibration.calibrate import Measured, fitted, measure, prepare  # noqa: E402
@@ -149,9 +152,10 @@ def parse() -> argparse.Namespace:
 def measured(rows: Sequence[Row], rounds: int, keep: Path | None) -> dict[str, Any]:
     """Return what was timed of the rows, of cores and of links, in plain words; keep it after each row."""
     shares: dict[int, list[float]] = {min(row.processes, CORES): [] for row in rows}
+    paces: dict[int, list[float]] = {count: [] for count in shares}
     cards: dict[int, list[Measured]] = {min(row.processes, CORES): [] for row in rows}
     links: dict[tuple[int, int], list[Links]] = {(row.processes, row.mbit): [] for row in rows if row.processes > 1}
-    steps: list[list[tuple[float, float]]] = [[] for _ in rows]
+    steps: list[list[tuple[float, ...]]] = [[] for _ in rows]
     begin, total = time.monotonic(), rounds * (len(cards) + len(links) + len(rows))
     done = 0
 
@@ -166,15 +170,17 @@ def measured(rows: Sequence[Row], rounds: int, keep: Path | None) -> dict[str, A
             "machine": cpu_name(),
             "rows": {ROWS.index(row): took for row, took in zip(rows, steps, strict=True) if took},
             "shares": shares,
+            "paces": paces,
             "cards": {count: plain(middle(found)) for count, found in cards.items()},
             "links": {f"{count} {mbit}": asdict(middle_links(heard)) for (count, mbit), heard in links.items()},
         }
 
     for _ in range(rounds):
         for count, found in cards.items():
-            for card, waits in apart_each(timed_card, [()] * count, count):
+            for card, waits, pace in apart_each(timed_card, [()] * count, count):
                 found.append(card)
                 shares[count].append(waits)
+                paces[count].append(pace)
             tell(f"cores, {count} at once: {statistics.median(shares[count]):.2f} times what is computed")
         for (count, mbit), heard in links.items():
             heard.append(together(count, mbit, timed_links))
@@ -190,14 +196,16 @@ def measured(rows: Sequence[Row], rounds: int, keep: Path | None) -> dict[str, A
 def compared(part: dict[str, Any]) -> list[dict[str, Any]]:
     """Return each row of a part as it was measured and as it is told."""
     begin = assumed(read_cluster("cpu"))
-    profiles = {
-        int(count): slower(fitted(begin, card_of(values)), statistics.median(part["shares"][count]))
-        for count, values in part["cards"].items()
+    fits = {int(count): fitted(begin, card_of(values)) for count, values in part["cards"].items()}
+    usual = {
+        int(count): statistics.median(part["shares"][count]) / statistics.median(paces)
+        for count, paces in part["paces"].items()
     }
     found = []
     for number, took in part["rows"].items():
         row = ROWS[int(number)]
-        profile, cluster = profiles[min(row.processes, CORES)], cluster_of(row.processes, row.mbit)
+        count, cluster = min(row.processes, CORES), cluster_of(row.processes, row.mbit)
+        profile = slower(fits[count], usual[count] * statistics.median(pace for *_, pace in took))
         if row.processes > 1:
             links = part["links"][f"{row.processes} {row.mbit}"]
             heard = Links(**links | {"travelled": tuple(Travelled(**one) for one in links["travelled"])})
@@ -232,10 +240,10 @@ def on(cluster: Cluster, profile: DeviceProfile) -> DeviceProfile:
     return profile.model_copy(update={"links": assumed(cluster).links})
 
 
-def told(row: Row, took: Sequence[tuple[float, float]], cluster: Cluster, profile: DeviceProfile) -> dict[str, Any]:
+def told(row: Row, took: Sequence[Sequence[float]], cluster: Cluster, profile: DeviceProfile) -> dict[str, Any]:
     job = job_of(row)
     guess = predict(job, cluster, profile)
-    span, real = guess.step.seconds, statistics.median(wall for wall, _ in took)
+    span, real = guess.step.seconds, statistics.median(wall for wall, *_ in took)
     return {
         "model": row.name,
         "weights": job.model.num_parameters(),
@@ -243,8 +251,8 @@ def told(row: Row, took: Sequence[tuple[float, float]], cluster: Cluster, profil
         "processes": row.processes,
         "mbit": row.mbit,
         "measured": real,
-        "fastest": min(wall for wall, _ in took),
-        "computed": min(cpu for _, cpu in took),
+        "fastest": min(wall for wall, *_ in took),
+        "computed": statistics.median(cpu for _, cpu, _ in took),
         "told": span.median,
         "low": span.low,
         "high": span.high,
@@ -277,18 +285,36 @@ def cluster_of(processes: int, mbit: int) -> Cluster:
     return found.model_copy(update={"links": (link,)})
 
 
-def timed_card() -> tuple[Measured, float]:
-    """Be a process that calibrates its core; return also how many times what is computed passes meanwhile."""
+def timed_card() -> tuple[Measured, float, float]:
+    """Be a process that calibrates its core; return also how many times what is computed passes meanwhile, and the
+    seconds of the small work that says how fast a core is at the moment.
+    """
     torch.set_num_threads(1)
     device = Device("cpu")
     calls, steps = prepare(device, ("float32",))
-    found = measure(calls, steps, Clock(device), 0.0, typical=statistics.median)
+    paced = [Step("pace", (), small_work())]
+    found = measure(calls, steps, Clock(device), 0.0, beside=paced, typical=statistics.median)
+    *whole, (_, pace) = found.steps
     begin, computed = time.perf_counter(), time.process_time()
     for step in (*steps, *steps):
         step.take()
     waits = (time.perf_counter() - begin) / (time.process_time() - computed)
     timings = tuple((Timed(call.name, call.work, nothing), took) for call, took in found.calls)
-    return Measured(timings, tuple((Step(step.name, step.works, nothing), took) for step, took in found.steps)), waits
+    return Measured(timings, tuple((Step(step.name, step.works, nothing), took) for step, took in whole)), waits, pace
+
+
+def small_work() -> Callable[[], None]:
+    """Return work of some hundredths of a second: products that fit the caches, and sums that do not."""
+    x, weight = torch.randn(512, 256), torch.randn(1408, 256)
+    large = torch.randn(1 << 21)
+
+    def work() -> None:
+        for _ in range(4):
+            ops.linear(x, weight)
+            large.add(large)
+
+    work()
+    return work
 
 
 def nothing() -> None:
@@ -369,9 +395,9 @@ def timed_links(world: World) -> Links:
     return timed(world)
 
 
-def timed_steps(world: World, row: Row) -> list[tuple[float, float]]:
-    """Take steps of the training program; return of each the seconds that passed, and those that this process computed
-    with all its threads.
+def timed_steps(world: World, row: Row) -> list[tuple[float, ...]]:
+    """Take steps of the training program; return of each the seconds that passed, those that this process computed with
+    all its threads, and those of the small work just before it.
     """
     job = job_of(row)
     world = world.arrange(job.resolved)
@@ -381,13 +407,17 @@ def timed_steps(world: World, row: Row) -> list[tuple[float, float]]:
     optimiser = make_optimiser(program, job.train, world)
     random = torch.Generator().manual_seed(world.data_rank)
     batches = [varied(empty_batch(job, world), job, random) for _ in range(job.train.microbatches)]
-    found = []
+    found, work = [], small_work()
     for _ in range(1 + STEPS):
+        world.barrier()
+        begin = time.thread_time()
+        work()
+        pace = time.thread_time() - begin
         world.barrier()
         begin, computed = time.perf_counter(), time.process_time()
         take_step(program, optimiser, batches, job.train.learning_rate, job.train.clip, world)
         world.barrier()
-        found.append((time.perf_counter() - begin, time.process_time() - computed))
+        found.append((time.perf_counter() - begin, time.process_time() - computed, pace))
     return found[1:]
 
 
