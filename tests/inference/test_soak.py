@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 def test_a_server_under_everything_at_once_keeps_its_promises(tmp_path: Path) -> None:
     figures = tmp_path / "soak.json"
-    command = [sys.executable, ROOT / "benchmarks" / "engine_soak.py", "--requests", "120", "--clients", "16"]
+    command = [sys.executable, ROOT / "benchmarks" / "engine_soak.py", "--requests", "180", "--clients", "16"]
     done = subprocess.run([*command, "--json", figures], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = json.loads(figures.read_text())["counts"]
