@@ -343,10 +343,13 @@ def middle(found: Sequence[Measured]) -> Measured:
 
 def middle_links(found: Sequence[Links]) -> Links:
     """Return the median of each."""
-    times: dict[tuple[str, float], list[float]] = {}
+    times: dict[tuple[str, float], list[tuple[float, float]]] = {}
     for one in (one for links in found for one in links.travelled):
-        times.setdefault((one.kind, one.sent), []).append(one.seconds)
-    travelled = tuple(Travelled(*what, statistics.median(each)) for what, each in times.items())
+        times.setdefault((one.kind, one.sent), []).append((one.seconds, one.computed))
+    travelled = tuple(
+        Travelled(*what, *(statistics.median(column) for column in zip(*each, strict=True)))
+        for what, each in times.items()
+    )
     contention = statistics.median(one.contention for one in found)
     return replace(found[0], travelled=travelled, contention=contention, asking=min(one.asking for one in found))
 

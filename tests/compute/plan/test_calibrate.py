@@ -34,7 +34,9 @@ from liaoyuan.compute.plan.machine.fabric import Fabric
 from liaoyuan.compute.plan.machine.profile import DeviceProfile, Figure, LinkRate, OperatorRate, assumed, read_profile
 from liaoyuan.compute.plan.machine.suits import suits
 from liaoyuan.compute.plan.program.work import Work, product, stream
+from liaoyuan.compute.plan.step.timeline import Prices
 from liaoyuan.device import Device
+from liaoyuan.parallel.traffic import Collective
 
 CPU = read_cluster("cpu")
 TINY = (Small(32, 64, 2, 16, 64, 2, 16), Small(64, 96, 2, 32, 96, 2, 32), Small(32, 32, 2, 16, 64, 2, 16, experts=4))
@@ -117,6 +119,24 @@ def test_links_that_are_as_the_fabric_has_them_are_found_again() -> None:
     assert found.links[CPU.links[0].name].share.median == pytest.approx(1.7, rel=0.01)
     assert found.links[CPU.links[0].name].latency.median == pytest.approx(3e-4, rel=0.01)
     assert found.contention.median == 1.25
+
+
+def test_what_cores_compute_for_messages_is_found_again() -> None:
+    bytes_of = {"all-gather": 6e-10, "reduce-scatter": 2e-9}
+    travelled = tuple(
+        Travelled(kind, _sent(kind, size, 2), 1e-3, 2e-4 + bytes_of[kind] * _sent(kind, size, 2))
+        for kind in bytes_of
+        for size in SIZES
+    )
+    found = with_links(assumed(CPU), CPU, Links(2, travelled, 1.5, asking=1e-4))
+    for kind, byte in bytes_of.items():
+        assert found.carrying[kind].message == pytest.approx(2e-4, rel=0.02)
+        assert found.carrying[kind].byte == pytest.approx(byte, rel=0.02)
+    assert with_links(assumed(CPU), CPU, Links(2, travelled, 1.5)).carrying == {}  # a card's own engines carry them
+    prices = {taken: Prices(found, Fabric(CPU, found), streams=False, crowd=2.0, full=taken) for taken in (False, True)}
+    message = Collective("shard", "all-gather", (0, 1), 10**6)
+    assert prices[True].carried(message) == pytest.approx(2 * (2e-4 + 6e-4), rel=0.02)
+    assert prices[False].carried(message) == 0 and prices[False].contention == 1.5
 
 
 def test_each_kind_of_collective_is_told_by_what_it_was_measured_at() -> None:

@@ -26,9 +26,13 @@ class Given(Prices):
     latency: float = 0.0
     bandwidth: float = 1.0
     speed: float = 1.0
+    carry: float = 0.0
 
     def work(self, work: Work) -> float:
         return work.traffic / self.speed
+
+    def carried(self, message: Collective) -> float:
+        return self.carry * message.bytes
 
     def message(self, message: Collective) -> Transfer:
         return Transfer(self.latency, tuple((level, message.bytes / self.bandwidth) for level in message.kind.split()))
@@ -108,6 +112,16 @@ def test_a_device_without_streams_computes_for_what_it_sends() -> None:
     line = played(*ops, streams=False, launch=0.25, asking=0.5)
     assert line.exposed[LAUNCH] == pytest.approx(0.25 + 4 * 0.5 + 0.25)
     assert played(*ops, streams=True, launch=0.25, asking=0.5).exposed[LAUNCH] < 1.5
+
+
+def test_computing_waits_for_what_carries_a_message_but_not_twice() -> None:
+    """Gloo's threads take the core from the thread that computes; whoever waits for the message loses nothing more."""
+    hidden = played(compute(1), send(4, 0), compute(8), compute(1, 1), streams=False, asking=0.5, carry=0.5)
+    assert hidden.seconds == pytest.approx(12) and hidden.exposed == pytest.approx({LAUNCH: 0.5, "tp": 1.5})
+    waited = played(compute(1), send(4, 0), compute(1, 1), streams=False, asking=0.5, carry=0.5)
+    assert waited.seconds == pytest.approx(6)
+    cheap = played(compute(1), send(4, 0), compute(8), compute(1, 1), streams=False, asking=0.5, carry=0.01)
+    assert cheap.seconds == pytest.approx(10.5)
 
 
 def test_what_is_still_under_way_at_the_end_belongs_to_the_step() -> None:

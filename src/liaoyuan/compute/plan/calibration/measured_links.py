@@ -22,7 +22,7 @@ from liaoyuan.compute.network import LOOPBACK, listen
 from liaoyuan.compute.plan.calibration.fit import Numbers, fit
 from liaoyuan.compute.plan.machine.cluster import Cluster, Link
 from liaoyuan.compute.plan.machine.fabric import Fabric
-from liaoyuan.compute.plan.machine.profile import DeviceProfile, Figure, KindRate, LinkRate
+from liaoyuan.compute.plan.machine.profile import Carry, DeviceProfile, Figure, KindRate, LinkRate
 from liaoyuan.device import Device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.parallel import World, start
@@ -41,11 +41,15 @@ DEADLINE = 300  # seconds without a word from the processes
 
 @dataclass(frozen=True)
 class Travelled:
-    """Seconds of a collective in which each process sends so many bytes, as `parallel.traffic` counts them."""
+    """Seconds of a collective in which each process sends so many bytes, as `parallel.traffic` counts them.
+
+    computed: seconds that the process computes meanwhile, with all its threads.
+    """
 
     kind: str
     sent: float
     seconds: float
+    computed: float = 0.0
 
     @property
     def name(self) -> str:
@@ -132,15 +136,19 @@ def _work(pipe: Connection, rank: int, size: int, port: int, kind: str, threads:
 
 def timed(world: World, report: Report = silent) -> Links:
     """Time the collectives; called by every process of the world at once."""
-    found = dict[tuple[str, int], float]()
+    found, computed = dict[tuple[str, int], float](), dict[tuple[str, int], float]()
     total = ROUNDS * len(KINDS) * len(SIZES)
     for turn in range(ROUNDS):
         for number, (kind, size) in enumerate((kind, size) for kind in KINDS for size in SIZES):
             if _is_wanted(found, kind, size, turn):
-                took = _slowest(world, _seconds(world, _exchange(world, kind, size)))
+                took, own = (_slowest(world, one) for one in _seconds(world, _exchange(world, kind, size)))
                 found[kind, size] = min(took, found.get((kind, size), took))
+                computed[kind, size] = min(own, computed.get((kind, size), own))
             report(Progress(turn * len(KINDS) * len(SIZES) + number + 1, total, "exchange", kind))
-    travelled = tuple(Travelled(kind, _sent(kind, size, world.size), took) for (kind, size), took in found.items())
+    travelled = tuple(
+        Travelled(kind, _sent(kind, size, world.size), took, computed[kind, size])
+        for (kind, size), took in found.items()
+    )
     return Links(world.size, travelled, _contention(world), _asking(world) if world.device.is_cpu else 0.0)
 
 
@@ -199,22 +207,24 @@ def _sent(kind: str, size: int, processes: int) -> float:
     return size * (processes - 1) / processes * (2 if kind == "all-reduce" else 1)
 
 
-def _seconds(world: World, exchange: Callable[[], Any]) -> float:
-    """Return the seconds of one of several exchanges, of which all processes make equally many."""
+def _seconds(world: World, exchange: Callable[[], Any]) -> tuple[float, float]:
+    """Return the seconds of one of several exchanges, of which all processes make equally many, and those of them that
+    this process computes.
+    """
     exchange()
-    once = _slowest(world, _of(world, exchange, 1))
-    count = min(200, int(LEAST / max(once, 1e-7)))
-    return _of(world, exchange, count) if count > 1 else once
+    once, computed = _of(world, exchange, 1)
+    count = min(200, int(LEAST / max(_slowest(world, once), 1e-7)))
+    return _of(world, exchange, count) if count > 1 else (once, computed)
 
 
-def _of(world: World, exchange: Callable[[], Any], count: int) -> float:
+def _of(world: World, exchange: Callable[[], Any], count: int) -> tuple[float, float]:
     world.device.synchronize()
     world.barrier()
-    begin = time.perf_counter()
+    begin, computed = time.perf_counter(), time.process_time()
     for _ in range(count):
         exchange()
     world.device.synchronize()
-    return (time.perf_counter() - begin) / count
+    return (time.perf_counter() - begin) / count, (time.process_time() - computed) / count
 
 
 def _slowest(world: World, took: float) -> float:
@@ -231,7 +241,7 @@ def _contention(world: World) -> float:
     message = torch.zeros(SIZES[-1] // dtype.itemsize, dtype=dtype, device=device.torch)
     ratios = list[float]()
     for _ in range(ROUNDS):
-        alone = _of(world, lambda: x @ x, 4)
+        alone, _ = _of(world, lambda: x @ x, 4)
         world.barrier()
         work = dist.all_reduce(message, async_op=True)
         begin, count = time.perf_counter(), 0
@@ -264,10 +274,32 @@ def with_links(profile: DeviceProfile, cluster: Cluster, found: Links) -> Device
         update={
             "contention": Figure(median=found.contention, sigma=LEAST_SIGMA),
             "asking": found.asking,
+            "carrying": _carrying(found) if found.asking else {},
             "residuals": profile.residuals | residuals,
             "rests_on": f"{profile.rests_on}, and {len(residuals)} of messages between {found.processes} processes",
         }
     )
+
+
+def _carrying(found: Links) -> dict[str, Carry]:
+    """Return what cores compute for a message of each kind, and for each of its bytes."""
+    carrying = dict[str, Carry]()
+    for kind in dict.fromkeys(one.kind for one in found.travelled):
+        sent, computed = np.array([(one.sent, one.computed) for one in found.travelled if one.kind == kind]).T
+        if (computed > 0).all():
+            message, byte = _line(sent, computed)
+            carrying[kind] = Carry(message=message, byte=byte)
+    return carrying
+
+
+def _line(x: Numbers, y: Numbers) -> tuple[float, float]:
+    """Return the constant and the slope by which y is told best of x."""
+
+    def told(values: Numbers) -> Numbers:
+        return np.asarray(values[0] + values[1] * x)
+
+    (constant, slope), _ = fit(told, np.array([y.min(), y.max() / x.max()]), y)
+    return float(constant), float(slope)
 
 
 def _fitted(

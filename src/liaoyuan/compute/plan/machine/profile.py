@@ -74,6 +74,15 @@ class KindRate(Config):
     latency: float = Field(1.0, gt=0)
 
 
+class Carry(Config):
+    """What a core computes for a message of one kind, with all threads of its process: seconds, and for each byte that
+    the process sends.
+    """
+
+    message: float = Field(ge=0)
+    byte: float = Field(ge=0)
+
+
 class LinkRate(Config):
     """Of one level of the network: what collectives get of its bandwidth, and seconds of a step of one of them.
 
@@ -93,7 +102,8 @@ class DeviceProfile(Config):
     memory: bytes/s of element-wise work. What is no larger than `cached_bytes` moves `cached_speed` times as fast.
     operators: by "name.dtype", what was measured of them in place of the above.
     call: seconds that a call takes on the card whatever it does. launch: seconds of the host for each call;
-    asking: for each message, where the host is what computes (0: as for a call).
+    asking: for each message, where the host is what computes (0: as for a call). carrying: by kind of message, what
+    cores compute for it until it is there, where they do: computing has to wait for it if every core has a process.
     links: by the name of the level. contention: how much longer computing takes while messages travel.
     step: spread of a step that nothing here explains (the median of a figure is 1).
     rests_on: in words, where the figures are from. residuals: by benchmark, the logarithm of measured over told.
@@ -116,6 +126,7 @@ class DeviceProfile(Config):
     cached_bytes: float = Field(0.0, ge=0)
     cached_speed: float = Field(1.0, ge=1)
     asking: float = Field(0.0, ge=0)
+    carrying: dict[str, Carry] = Field(default_factory=dict)
     operators: dict[str, OperatorRate] = Field(default_factory=dict)
     residuals: dict[str, float] = Field(default_factory=dict)
 

@@ -28,18 +28,26 @@ Loads = tuple[tuple[str, float], ...]
 class Prices:
     """What work and messages cost by a profile whose figures are certain.
 
-    streams: whether the host goes on while the device computes. crowd: how many processes share a core. everybody: how
-    many processes there are in the world, if more than in the sample.
+    streams: whether the host goes on while the device computes. crowd: how many processes share a core; full: whether
+    every core has one, so that what carries messages (the profile's `carrying`) takes its part from computing.
+    everybody: how many processes there are in the world, if more than in the sample.
     """
 
     def __init__(
-        self, profile: DeviceProfile, fabric: Fabric, streams: bool, crowd: float = 1.0, everybody: int = 0
+        self,
+        profile: DeviceProfile,
+        fabric: Fabric,
+        streams: bool,
+        crowd: float = 1.0,
+        everybody: int = 0,
+        full: bool = False,
     ) -> None:
         self.profile, self.fabric, self.streams, self.crowd = profile, fabric, streams, crowd
         self.everybody = tuple(range(everybody))
         self.launch = profile.launch.median * crowd
         self.asking = profile.asking * crowd
-        self.contention = max(1.0, profile.contention.median)
+        self.carrying = profile.carrying if full else {}
+        self.contention = 1.0 if self.carrying else max(1.0, profile.contention.median)
         self._works: dict[Work, float] = {}
         self._messages: dict[Collective, Transfer] = {}
 
@@ -49,6 +57,11 @@ class Prices:
         if found is None:
             found = self._works[work] = seconds(work, self.profile) * self.crowd
         return found
+
+    def carried(self, message: Collective) -> float:
+        """Return the seconds that computing waits for what carries a message."""
+        carry = self.carrying.get(message.kind)
+        return (carry.message + carry.byte * message.bytes) * self.crowd if carry else 0.0
 
     def message(self, message: Collective) -> Transfer:
         """Return what a message takes."""
@@ -100,9 +113,12 @@ class _Player:
             if op.stream == COMPUTE:
                 self._compute(number, op)
             elif not self.prices.streams:  # it is the one who computes that asks
-                self.computed = self.host = self._idle(
-                    self.computed + max(self.prices.asking, self.prices.launch), LAUNCH
-                )
+                asking = max(self.prices.asking, self.prices.launch)
+                self.computed = self._idle(self.computed + asking, LAUNCH)
+                if op.message is not None:
+                    more = max(0.0, self.prices.carried(op.message) - asking)
+                    self.computed = self._idle(self.computed + more, op.stream)
+                self.host = self.computed
             else:
                 self.host += self.prices.launch
         found += [self._until(self.computed) for _ in rest]

@@ -69,6 +69,11 @@ def crowd(job: Job, cluster: Cluster) -> float:
     return 1.0 if alone else max(1.0, job.processes / cluster.per_node)
 
 
+def full(job: Job, cluster: Cluster) -> bool:
+    """Return whether every core of a machine has a process of the job, so that messages take cores from computing."""
+    return job.device == "cpu" and job.processes >= cluster.per_node
+
+
 class Whole:
     """A job, told from its samples."""
 
@@ -107,7 +112,8 @@ class Whole:
     # Without a pipeline
 
     def _plain(self, profile: DeviceProfile, details: bool) -> Step:
-        prices = Prices(profile, Fabric(self.cluster, profile), self.job.device != "cpu", crowd(self.job, self.cluster))
+        shared, taken = crowd(self.job, self.cluster), full(self.job, self.cluster)
+        prices = Prices(profile, Fabric(self.cluster, profile), self.job.device != "cpu", shared, full=taken)
         played = [self._played(sample, prices, details) for sample in self._variants]
         ends = [self._with_microbatches(lines) for lines in played]
         step = _step(extended(ends[0], ends[0], ends[1:], self._more[0]), played[0][-1].bars)
@@ -185,7 +191,8 @@ class Whole:
         each = self.job.processes // self.layout.pp
         cores = self.cluster.per_node if crowd(self.job, self.cluster) > 1 else float("inf")
         fabric = Fabric(self.cluster, profile)
-        prices = Prices(profile, fabric, self.job.device != "cpu", max(1.0, each / cores), self.job.processes)
+        shared, taken = max(1.0, each / cores), full(self.job, self.cluster)
+        prices = Prices(profile, fabric, self.job.device != "cpu", shared, self.job.processes, taken)
         costs = _Costs(self, lambda part: _values(play(part.ops, prices)[-1]))
         order = orders(self.layout, self.microbatches)
         handed = self._handed
