@@ -166,7 +166,9 @@ def base_of(folder: Path) -> Path:
     """
     name = _read_config(folder, REFUSED).get("base_model_name_or_path")
     if not isinstance(name, str) or not Path(name).is_dir():
-        raise LiaoyuanError(f"The adapter {folder} was trained on {name!r}, which is no folder here: give its model.")
+        raise LiaoyuanError(
+            f"The adapter {folder} was trained on {name!r}, which is no folder here: name its model's with --model."
+        )
     return Path(name)
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from liaoyuan.cli.main import app
+from liaoyuan.compute.plan import Job
 from liaoyuan.compute.plan.calibration import calibrate as room
 from liaoyuan.compute.plan.calibration.calibrate import Measured, Small, fitted, measure, prepare
 from liaoyuan.compute.plan.calibration.calls import Clock, Step, Timed, streams
@@ -31,12 +32,23 @@ from liaoyuan.compute.plan.calibration.measured_links import (
 from liaoyuan.compute.plan.machine.cluster import read_cluster
 from liaoyuan.compute.plan.machine.cost import seconds
 from liaoyuan.compute.plan.machine.fabric import Fabric
-from liaoyuan.compute.plan.machine.profile import DeviceProfile, Figure, LinkRate, OperatorRate, assumed, read_profile
+from liaoyuan.compute.plan.machine.profile import (
+    Carry,
+    DeviceProfile,
+    Figure,
+    LinkRate,
+    OperatorRate,
+    assumed,
+    read_profile,
+)
 from liaoyuan.compute.plan.machine.suits import suits
 from liaoyuan.compute.plan.program.work import Work, product, stream
-from liaoyuan.compute.plan.step.timeline import Prices
+from liaoyuan.compute.plan.step.prices import Prices
 from liaoyuan.device import Device
+from liaoyuan.models import ModelConfig
+from liaoyuan.parallel import Layout
 from liaoyuan.parallel.traffic import Collective
+from liaoyuan.training.loop import TrainConfig
 
 CPU = read_cluster("cpu")
 TINY = (Small(32, 64, 2, 16, 64, 2, 16), Small(64, 96, 2, 32, 96, 2, 32), Small(32, 32, 2, 16, 64, 2, 16, experts=4))
@@ -137,6 +149,16 @@ def test_what_cores_compute_for_messages_is_found_again() -> None:
     message = Collective("shard", "all-gather", (0, 1), 10**6)
     assert prices[True].carried(message) == pytest.approx(2 * (2e-4 + 6e-4), rel=0.02)
     assert prices[False].carried(message) == 0 and prices[False].contention == 1.5
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "takes"), [("cpu", 1, 0), ("cpu", 2, 1), ("cpu", 4, 2), ("cuda", 4, 0)]
+)
+def test_messages_take_cores_from_computing_where_each_has_a_process(device: str, processes: int, takes: int) -> None:
+    """This machine has two cores: of four processes two share one, and so does what carries their messages."""
+    profile = assumed(CPU).model_copy(update={"carrying": {"all-gather": Carry(message=1.0, byte=0.0)}})
+    job = Job(ModelConfig("qwen3", 64, 32, 64, 1, 2, 2, 16, 64), Layout(), processes, 16, TrainConfig(steps=1), device)
+    assert Prices.of(job, CPU, profile).carried(Collective("shard", "all-gather", (0, 1), 8)) == takes
 
 
 def test_each_kind_of_collective_is_told_by_what_it_was_measured_at() -> None:

@@ -12,7 +12,8 @@ from liaoyuan.compute.plan.program.apart import apart_each
 from liaoyuan.compute.plan.program.layers import blocks_of, sample, sketch, with_layers
 from liaoyuan.compute.plan.program.ops import ops_of
 from liaoyuan.compute.plan.program.trace import Trace
-from liaoyuan.compute.plan.step.timeline import Prices, play
+from liaoyuan.compute.plan.step.prices import Prices
+from liaoyuan.compute.plan.step.timeline import play
 from liaoyuan.compute.plan.step.whole import Load, Whole
 from liaoyuan.models import config_from_dict
 from liaoyuan.parallel import Layout

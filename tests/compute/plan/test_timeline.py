@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from liaoyuan.compute.plan.machine.fabric import Transfer
 from liaoyuan.compute.plan.program.ops import COMPUTE, Op
 from liaoyuan.compute.plan.program.work import Work, stream
-from liaoyuan.compute.plan.step.timeline import LAUNCH, Prices, Timeline, play, shares
+from liaoyuan.compute.plan.step.prices import Prices
+from liaoyuan.compute.plan.step.timeline import LAUNCH, Timeline, play, shares
 from liaoyuan.parallel.traffic import Collective
 
 LINK = ("link",)

@@ -18,8 +18,9 @@ from liaoyuan.compute.plan.program.dry_run import Job
 from liaoyuan.compute.plan.program.layers import SPLIT, Block, Part, Sample, Samples, Sketch, Values, extended
 from liaoyuan.compute.plan.program.ops import COMPUTE
 from liaoyuan.compute.plan.step.flow import Flow, flow
+from liaoyuan.compute.plan.step.prices import Prices, crowd, full
 from liaoyuan.compute.plan.step.step_time import Bar
-from liaoyuan.compute.plan.step.timeline import Prices, Timeline, play
+from liaoyuan.compute.plan.step.timeline import Timeline, play
 from liaoyuan.parallel.pipeline import stage_numbers
 from liaoyuan.parallel.traffic import Sent
 
@@ -63,17 +64,6 @@ class Load:
     sample: Sample
 
 
-def crowd(job: Job, cluster: Cluster) -> float:
-    """Return how many processes share a core: of a cluster of CPUs joined by one level, which is one machine."""
-    alone = job.device != "cpu" or len(cluster.links) > 1
-    return 1.0 if alone else max(1.0, job.processes / cluster.per_node)
-
-
-def full(job: Job, cluster: Cluster) -> bool:
-    """Return whether every core of a machine has a process of the job, so that messages take cores from computing."""
-    return job.device == "cpu" and job.processes >= cluster.per_node
-
-
 class Whole:
     """A job, told from its samples."""
 
@@ -112,8 +102,7 @@ class Whole:
     # Without a pipeline
 
     def _plain(self, profile: DeviceProfile, details: bool) -> Step:
-        shared, taken = crowd(self.job, self.cluster), full(self.job, self.cluster)
-        prices = Prices(profile, Fabric(self.cluster, profile), self.job.device != "cpu", shared, full=taken)
+        prices = Prices.of(self.job, self.cluster, profile)
         played = [self._played(sample, prices, details) for sample in self._variants]
         ends = [self._with_microbatches(lines) for lines in played]
         step = _step(extended(ends[0], ends[0], ends[1:], self._more[0]), played[0][-1].bars)

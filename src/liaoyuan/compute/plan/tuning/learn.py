@@ -6,16 +6,15 @@ import math
 from dataclasses import dataclass
 
 from liaoyuan.compute.plan.machine.cluster import Cluster
-from liaoyuan.compute.plan.machine.fabric import Fabric
 from liaoyuan.compute.plan.machine.profile import DeviceProfile
 from liaoyuan.compute.plan.program.apart import apart
 from liaoyuan.compute.plan.program.dry_run import Job
 from liaoyuan.compute.plan.program.ops import ops_of
 from liaoyuan.compute.plan.program.trace import Held, Trace
 from liaoyuan.compute.plan.span import Span
+from liaoyuan.compute.plan.step.prices import Prices
 from liaoyuan.compute.plan.step.spread import Spread, spread_of
-from liaoyuan.compute.plan.step.timeline import Prices, play
-from liaoyuan.compute.plan.step.whole import crowd, full
+from liaoyuan.compute.plan.step.timeline import play
 from liaoyuan.compute.plan.tuning.dry_tune import TuneJob, dry_tune
 from liaoyuan.compute.plan.tuning.update_price import Update, UpdatePrice
 from liaoyuan.models.lora import projections
@@ -96,9 +95,7 @@ def priced(trace: Trace, job: Job, cluster: Cluster, profile: DeviceProfile) -> 
     ops = ops_of(trace.events, job.device != "cpu", job.layout.overlap)[0]
 
     def seconds(certain: DeviceProfile) -> float:
-        shared, taken = crowd(job, cluster), full(job, cluster)
-        prices = Prices(certain, Fabric(cluster, certain), job.device != "cpu", shared, full=taken)
-        return play(ops, prices)[-1].seconds * certain.step.median
+        return play(ops, Prices.of(job, cluster, certain))[-1].seconds * certain.step.median
 
     return spread_of(seconds, profile)
 
