@@ -18,10 +18,12 @@ from liaoyuan.checkpoint import load_model, save_model
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Completion, Engine
 from liaoyuan.inference.expert_placement import count_moves, rank_loads
+from liaoyuan.inference.spread import part
 from liaoyuan.inference.spread.balance import Balancing
 from liaoyuan.inference.spread.mirror import Leader
 from liaoyuan.models import Decoder, config_from_dict, with_dtype
 from liaoyuan.models.experts import Router
+from liaoyuan.ops import checksum
 from liaoyuan.parallel import Layout, check_inference, inference
 from liaoyuan.parallel.expert_table import (
     Transfer,
@@ -172,12 +174,27 @@ def placed_of(leader: Leader) -> PlacedExperts:
     return found
 
 
-def generate_and_move(leader: Leader, every: int) -> tuple[list[Any], list[Any], list[int], str]:
+def weights_of(engine: Engine) -> tuple[str, list[str]]:
+    """Return the checksum of the weights, and that of each tensor, in the order of their names."""
+    each: list[str] = []
+
+    def note(tensor: torch.Tensor, before: int) -> int:
+        each.append(f"{checksum(tensor):016x}")
+        return checksum(tensor, before=before)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part, "checksum", note)
+        return engine.checksum(), each
+
+
+def generate_and_move(
+    leader: Leader, every: int
+) -> tuple[list[Any], list[Any], list[int], tuple[str, list[str]], tuple[str, list[str]]]:
     """Return the answers while experts stay, and while they move after every so many steps; how many more were sent
-    than had to be; and the checksum then. What experts are asked for must be counted alike.
+    than had to be; and `weights_of` before and then. What experts are asked for must be counted alike.
     """
     engine, random, counts = Engine(leader.model, SIZES, memory=leader), np.random.default_rng(1), []
-    placed, step = placed_of(leader), engine._step.advance
+    placed, step, loaded = placed_of(leader), engine._step.advance, weights_of(engine)
     still, loads = engine.generate(asked()), placed.loads()
     placed.forget_loads()
 
@@ -192,7 +209,7 @@ def generate_and_move(leader: Leader, every: int) -> tuple[list[Any], list[Any],
     engine._step.advance = advance  # type: ignore[method-assign]
     moved = engine.generate(asked())
     assert (placed.loads() == loads).all() and loads.sum()
-    return still, moved, counts, engine.checksum()
+    return still, moved, counts, loaded, weights_of(engine)
 
 
 WAYS = [
@@ -217,12 +234,16 @@ def test_no_answer_changes_a_bit_while_experts_move(
     dtype: torch.dtype,
 ) -> None:
     folder = folder_of(kind, dtype=dtype)
-    plain, _, _, _ = on_ranks(size, folder, layout, generate_and_move, 10**6)
+    plain, *_ = on_ranks(size, folder, layout, generate_and_move, 10**6)
     monkeypatch.setattr(inference, "SPREAD_BYTES", 2050)  # so that long steps are added up at their owners, others not
-    still, moved, counts, checksum = on_ranks(size, folder, layout, generate_and_move, 2, balancing=Balancing(copies))
+    still, moved, counts, loaded, left = on_ranks(
+        size, folder, layout, generate_and_move, 2, balancing=Balancing(copies)
+    )
     assert plain == still == moved
     assert len(counts) > 5 and not any(counts)
-    assert checksum == Engine(load_model(folder), SIZES).checksum()
+    model = load_model(folder)
+    wanted = [f"{checksum(tensor):016x}" for _, tensor in sorted(model.state_dict().items())]
+    assert loaded == left == (Engine(model, SIZES).checksum(), wanted)
 
 
 def one_by_one(leader: Leader) -> tuple[list[Completion], list[Completion]]:
@@ -262,7 +283,7 @@ def update_and_sleep(leader: Leader, folder: Path) -> tuple[list[list[Completion
 def test_new_weights_reach_every_copy(folder_of: Callable[..., Path]) -> None:
     old, new = folder_of("experts"), folder_of("experts", 1)
     layout = Layout(tp=2, ep=2)
-    wanted, _, _, _ = on_ranks(2, new, layout, generate_and_move, 10**6)
+    wanted, *_ = on_ranks(2, new, layout, generate_and_move, 10**6)
     answers, sums = on_ranks(2, old, layout, update_and_sleep, new, balancing=Balancing(2))
     bits = [(completion.tokens, completion.logprobs) for completion in wanted]
     assert all([(x.tokens, x.logprobs) for x in answer] == bits for answer in answers)
@@ -337,6 +358,7 @@ from pathlib import Path
 import numpy as np
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine
+from liaoyuan.inference.spread import part
 from liaoyuan.inference.spread.balance import Balancing
 from liaoyuan.inference.spread.ranks import open_ranks
 from liaoyuan.parallel import Layout
