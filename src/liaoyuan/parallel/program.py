@@ -279,12 +279,17 @@ class GradientSums:
         self._weights = [weight for _, weight in parameters]
         self._sums: dict[nn.Parameter, Tensor] = {}
 
+    @torch.no_grad()
     def take(self) -> None:
         """Take the gradients away from the weights."""
         for weight in self._weights:
-            if weight.grad is not None:
-                self._sums[weight] = self._sums[weight] + weight.grad if weight in self._sums else weight.grad
-                weight.grad = None
+            if weight.grad is None:
+                continue
+            if weight in self._sums:
+                local(self._sums[weight]).add_(local(weight.grad))
+            else:
+                self._sums[weight] = weight.grad
+            weight.grad = None
 
     def give_back(self) -> None:
         """Give each weight its sum, if there is one."""
