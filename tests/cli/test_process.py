@@ -45,3 +45,22 @@ def test_a_process_of_the_launcher_has_them_and_doctor_shows_them(tmp_path: Path
     assert process["allocator"] == "glibc, freed memory is kept"
     assert process["huge_pages"] is True
     assert process["threads"] == 1
+
+
+def test_imports_look_for_no_garbage_and_what_comes_after_them_does() -> None:
+    script = """
+import gc
+from liaoyuan.cli.process import importing
+before = gc.get_stats()[0]["collections"]
+try:
+    with importing():
+        kept = [[] for _ in range(100_000)]
+        during = gc.get_stats()[0]["collections"]
+        raise ImportError
+except ImportError:
+    pass
+again = [[] for _ in range(100_000)]
+print(during - before, gc.get_stats()[0]["collections"] > during, gc.get_freeze_count() > 100_000)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert found.stdout.split() == ["0", "True", "True"], found

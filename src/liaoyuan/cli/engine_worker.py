@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 
-from liaoyuan.cli.process import tune_process
+from liaoyuan.cli.process import importing, tune_process
 from liaoyuan.errors import LiaoyuanError
 
 END_SECONDS = 5.0  # that a worker may take to end
@@ -23,7 +23,8 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     tune_process(task["threads"])
     try:
-        from liaoyuan.inference.disaggregation.process import Task, run_worker
+        with importing():
+            from liaoyuan.inference.disaggregation.process import Task, run_worker
 
         run_worker(Task(**task), lambda: print(json.dumps({"url": task["socket"]}), flush=True), orphaned)
     except LiaoyuanError as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from liaoyuan.cli.process import importing
 from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
@@ -39,18 +40,19 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure accuracy on test problems that no training has seen: greedy, sampled and pass@k, with intervals."""
-    import torch
+    with importing():
+        import torch
 
-    from liaoyuan.checkpoint import load_model
-    from liaoyuan.cli.eval_budgets import draw, ways_of
-    from liaoyuan.cli.progress import bar
-    from liaoyuan.data import Tokenizer
-    from liaoyuan.device import select_device
-    from liaoyuan.evaluation import breakdown, measure_accuracy
-    from liaoyuan.inference import Engine
-    from liaoyuan.models import quantisation_named
-    from liaoyuan.tasks import measured_problems, open_task
-    from liaoyuan.tasks.seen import refuse_seen
+        from liaoyuan.checkpoint import load_model
+        from liaoyuan.cli.eval_budgets import draw, ways_of
+        from liaoyuan.cli.progress import bar
+        from liaoyuan.data import Tokenizer
+        from liaoyuan.device import select_device
+        from liaoyuan.evaluation import breakdown, measure_accuracy
+        from liaoyuan.inference import Engine
+        from liaoyuan.models import quantisation_named
+        from liaoyuan.tasks import measured_problems, open_task
+        from liaoyuan.tasks.seen import refuse_seen
 
     ks = _ks(pass_at, samples)
     assignment = open_task(task, data)

@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 
-from liaoyuan.cli.process import tune_process
+from liaoyuan.cli.process import importing, tune_process
 from liaoyuan.errors import LiaoyuanError
 
 PATIENCE_SECONDS = 2.0  # within which a lost connection proves to be the end of the first process
@@ -23,8 +23,9 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     tune_process(task["threads"])
     try:
-        from liaoyuan.inference.spread.mirror import follow
-        from liaoyuan.inference.spread.ranks import Task, join
+        with importing():
+            from liaoyuan.inference.spread.mirror import follow
+            from liaoyuan.inference.spread.ranks import Task, join
 
         follow(*join(Task(**task)))
     except LiaoyuanError as error:

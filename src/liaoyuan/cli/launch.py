@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from liaoyuan.cli.process import ProcessSettings, available_cores
+from liaoyuan.cli.process import ProcessSettings, available_cores, importing
 from liaoyuan.errors import LiaoyuanError, nearest
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ def launch(
     claim: Annotated[str, typer.Option(help="Kubernetes: volume claim with corpus and runs.")] = "liaoyuan",
 ) -> None:
     """Run a verb on many processes and hosts; go on by itself when one dies, hangs or is lost."""
-    from liaoyuan.compute import LaunchConfig
-    from liaoyuan.compute import launch as run
+    with importing():
+        from liaoyuan.compute import LaunchConfig
+        from liaoyuan.compute import launch as run
 
     _refuse_endpoint(rendezvous)
     hosts = parse_range("--nnodes", nnodes)

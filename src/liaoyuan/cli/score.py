@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from liaoyuan.cli.process import importing
 from liaoyuan.errors import LiaoyuanError
 
 
@@ -17,10 +18,11 @@ def score(
     device: Annotated[str, typer.Option(help="auto, cpu, or an accelerator such as cuda or npu:1.")] = "auto",
 ) -> None:
     """Print the log-probability of every token after the first of each list, given those before it."""
-    from liaoyuan.checkpoint import load_model
-    from liaoyuan.device import select_device
-    from liaoyuan.evaluation import score as score_lists
-    from liaoyuan.models import quantisation_named
+    with importing():
+        from liaoyuan.checkpoint import load_model
+        from liaoyuan.device import select_device
+        from liaoyuan.evaluation import score as score_lists
+        from liaoyuan.models import quantisation_named
 
     lists = read_token_lists(tokens)
     loaded = load_model(model, device=select_device(device).torch, quantisation=quantisation_named(quantise))

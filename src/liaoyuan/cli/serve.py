@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from liaoyuan.cli.process import allow_open_files, importing
+
 if TYPE_CHECKING:
     from liaoyuan.inference.spread.balance import Balancing
 
@@ -107,16 +109,15 @@ def serve(
     replica: Annotated[bool, typer.Option(help="End when standard input does.", hidden=True)] = False,
 ) -> None:
     """Serve a model: chat page and OpenAI-compatible API. Ctrl-C ends it."""
-    from liaoyuan.cli.process import allow_open_files
-
     allow_open_files()
-    from liaoyuan import config as configuration
-    from liaoyuan.cli.replicas import replica_command, run_replica, threads_of_each
-    from liaoyuan.errors import LiaoyuanError
-    from liaoyuan.inference import EngineConfig
-    from liaoyuan.models import quantisation_named
-    from liaoyuan.parallel import Layout
-    from liaoyuan.serving import Access, Settings, Sides, is_loopback, open_front, open_server, read_keys
+    with importing():
+        from liaoyuan import config as configuration
+        from liaoyuan.cli.replicas import replica_command, run_replica, threads_of_each
+        from liaoyuan.errors import LiaoyuanError
+        from liaoyuan.inference import EngineConfig
+        from liaoyuan.models import quantisation_named
+        from liaoyuan.parallel import Layout
+        from liaoyuan.serving import Access, Settings, Sides, is_loopback, open_front, open_server, read_keys
 
     if bool(prefill) != bool(decode):
         raise LiaoyuanError("--prefill and --decode go together: say how many processes each side has, say 1 and 1.")

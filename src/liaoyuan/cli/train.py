@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from liaoyuan.cli.process import importing
+
 if TYPE_CHECKING:
     from liaoyuan.models import ModelConfig
     from liaoyuan.training import TrainResult
@@ -26,12 +28,13 @@ def train(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Pretrain a model on a corpus, or go on from its weights. Run again to go on after a stop."""
-    from liaoyuan.cli.auto_layout import find_layout, share_layout
-    from liaoyuan.cli.progress import bar
-    from liaoyuan.device import select_device
-    from liaoyuan.models import read_config
-    from liaoyuan.parallel import start
-    from liaoyuan.training.pretrain import MODEL, pretrain
+    with importing():
+        from liaoyuan.cli.auto_layout import find_layout, share_layout
+        from liaoyuan.cli.progress import bar
+        from liaoyuan.device import select_device
+        from liaoyuan.models import read_config
+        from liaoyuan.parallel import start
+        from liaoyuan.training.pretrain import MODEL, pretrain
 
     device = select_device((config := train_config(run_file, set_, corpus)).device)
     asked = find_layout(config, out, device, cluster)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from liaoyuan.cli.process import importing
 from liaoyuan.cli.tune_options import (
     HeldOut,
     Json,
@@ -56,10 +57,11 @@ def sft(
     json: Json = False,
 ) -> None:
     """Fine-tune on conversations, of which the assistant's tokens are learned, or texts. Also under torchrun (FSDP)."""
-    from liaoyuan.cli.live_report import followed
-    from liaoyuan.device import select_device
-    from liaoyuan.parallel import start
-    from liaoyuan.tuning.sft_run import run_sft
+    with importing():
+        from liaoyuan.cli.live_report import followed
+        from liaoyuan.device import select_device
+        from liaoyuan.parallel import start
+        from liaoyuan.tuning.sft_run import run_sft
 
     config = sft_config(run_file, with_flags(set_, skip_bad=skip_bad), model, data, lora, validation)
     world = start(select_device(config.device))
@@ -121,7 +123,8 @@ def preference_config(
     task: str | None = None,
 ) -> "PreferenceConfig":
     """Return the resolved config of the verbs' arguments."""
-    from liaoyuan.tuning.preference_config import PreferenceConfig
+    with importing():
+        from liaoyuan.tuning.preference_config import PreferenceConfig
 
     files = {"model": model, "data": data, "held_out": held_out}
     method = adapter_method(lora, set_)
@@ -131,10 +134,11 @@ def preference_config(
 
 
 def _prefer(title: str, config: "PreferenceConfig", out: Path, json: bool) -> None:
-    from liaoyuan.cli.live_report import followed
-    from liaoyuan.device import select_device
-    from liaoyuan.parallel import start
-    from liaoyuan.tuning.preference import run_preference
+    with importing():
+        from liaoyuan.cli.live_report import followed
+        from liaoyuan.device import select_device
+        from liaoyuan.parallel import start
+        from liaoyuan.tuning.preference import run_preference
 
     world = start(select_device(config.device))
     try:
@@ -208,7 +212,8 @@ def rl_config(
     lora: bool = False,
 ) -> "RlConfig":
     """Return the resolved config of the verbs' arguments."""
-    from liaoyuan.tuning.rl_run import RlConfig
+    with importing():
+        from liaoyuan.tuning.rl_run import RlConfig
 
     method = adapter_method(lora, set_)
     shortcuts = {"model": model, "teacher": teacher, "task": task, "data": data, "method": method}
@@ -217,9 +222,10 @@ def rl_config(
 
 
 def _reinforce(title: str, config: "RlConfig", out: Path, json: bool) -> None:
-    from liaoyuan.cli.gain import gain_lines
-    from liaoyuan.cli.live_report import followed
-    from liaoyuan.tuning.rl_run import run_rl
+    with importing():
+        from liaoyuan.cli.gain import gain_lines
+        from liaoyuan.cli.live_report import followed
+        from liaoyuan.tuning.rl_run import run_rl
 
     with followed(title, out) as report:
         result = run_rl(config, out, report)
@@ -237,7 +243,8 @@ def sft_config(
     validation: Path | None = None,
 ) -> "SftConfig":
     """Return the config of the verb's arguments."""
-    from liaoyuan.tuning.sft_config import SftConfig
+    with importing():
+        from liaoyuan.tuning.sft_config import SftConfig
 
     method = adapter_method(lora, set_)
     shortcuts = {"model": model, "data": data, "method": method, "validation": validation}
