@@ -16,6 +16,7 @@ from liaoyuan.inference.cache import KeyValueCache, PagedContext
 from liaoyuan.inference.spread.balance import Balancing
 from liaoyuan.inference.spread.message import FIRST, decode, encode
 from liaoyuan.inference.spread.mirror import Leader, follow
+from liaoyuan.inference.spread.ranks import open_ranks
 from liaoyuan.models import Decoder, Quantisation, config_from_dict, read_config
 from liaoyuan.models.context import packed_context
 from liaoyuan.parallel import Layout, World, check_inference, inference, lay_out_inference
@@ -125,6 +126,13 @@ def test_the_answers_of_one_process(folder_of: Callable[[str], Path], kind: str,
         pairs += [(one.prompt.logprobs, other.prompt.logprobs)] if one.prompt and other.prompt else []
         for found, wanted in pairs:
             torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
+
+
+def test_processes_have_their_own_parts_of_weights_that_this_one_has_led(folder_of: Callable[[str], Path]) -> None:
+    folder, layout = folder_of("dense"), Layout(tp=2)
+    with open_ranks(folder, layout, "cpu", print) as leader:
+        mine = leader.checksum()
+    assert on_ranks(2, folder, layout, Leader.checksum) == mine == Engine(load_model(folder), SIZES).checksum()
 
 
 @pytest.mark.parametrize("kind", ["dense", "experts"])

@@ -7,6 +7,7 @@ import pickle
 import random
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -56,7 +57,19 @@ def _answers(connections: list[Connection]) -> list[Any]:
     return [answers[connection] for connection in connections]
 
 
-def _run(
+def _run(*arguments: Any) -> None:
+    """Do a rank's part in a thread of its own, which remembers nothing.
+
+    PyTorch keeps for each thread what it has worked out for sharded tensors, and takes an equal mesh for the same: a
+    process that is forked from one that was rank 0 of such a mesh would have rank 0's part of weights whose shape that
+    one had seen.
+    """
+    thread = threading.Thread(target=_work, args=arguments, daemon=True)
+    thread.start()
+    thread.join()
+
+
+def _work(
     connection: Connection, rank: int, size: int, port: int, job: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)

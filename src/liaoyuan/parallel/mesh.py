@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from liaoyuan.device import Device
 from liaoyuan.parallel.layout import Layout
@@ -51,12 +50,7 @@ class Mesh:
 
 
 def build_mesh(layout: Layout, device: Device) -> Mesh:
-    """Return the meshes of a resolved layout; every process calls it.
-
-    Of earlier meshes of this process PyTorch remembers what it has worked out, and takes an equal one for the same,
-    even where the process has another place in it now, or its groups are gone: that is forgotten here.
-    """
-    _clear_sharding_prop_cache()
+    """Return the meshes of a resolved layout; every process calls it."""
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # it minds gathering in steps
     kind = device.torch.type
     shard = layout.fsdp * layout.context
