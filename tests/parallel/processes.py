@@ -1,6 +1,7 @@
 """Jobs on several processes that form a process group."""
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -34,8 +35,10 @@ def run(size: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
         context.Process(target=_run, args=(theirs, rank, size, port, job, arguments), daemon=True)
         for rank, (_, theirs) in enumerate(pairs)
     ]
+    gc.freeze()  # process groups of the past are none of theirs: they would wait for threads that were not forked
     for process in processes:
         process.start()
+    gc.unfreeze()
     try:
         return _answers([ours for ours, _ in pairs])
     finally:
