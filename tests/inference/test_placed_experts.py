@@ -358,7 +358,6 @@ from pathlib import Path
 import numpy as np
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import Engine
-from liaoyuan.inference.spread import part
 from liaoyuan.inference.spread.balance import Balancing
 from liaoyuan.inference.spread.ranks import open_ranks
 from liaoyuan.parallel import Layout

@@ -14,6 +14,8 @@ import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from liaoyuan.collector import without_collector
+
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # parameters of mallopt, from malloc.h
 NEVER = 2**31 - 1
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch asks for huge pages if this is 1 when it loads
@@ -58,16 +60,13 @@ def tune_allocator() -> bool:
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
     """Import rooms without looking for garbage meanwhile, nor ever in what they have made: there is none, and to look
-    was a fifth of the time that a verb took to start.
+    was a third of the time that a verb took to start.
     """
-    gc.disable()
-    try:
+    with without_collector():
         yield
-    finally:
         if not gc.get_freeze_count():
             gc.freeze()
             atexit.register(gc.unfreeze)  # libraries count what is left of them at the end
-        gc.enable()
 
 
 def available_cores() -> int:

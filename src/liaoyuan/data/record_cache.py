@@ -6,7 +6,6 @@ whole or absent; one that is torn is made again. While the library encodes on al
 
 import contextlib
 import datetime
-import gc
 import hashlib
 import json
 import shutil
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from liaoyuan.collector import without_collector
 from liaoyuan.data.chat import Renderer
 from liaoyuan.data.corpus import ENCODED_AT_ONCE, token_dtype
 from liaoyuan.data.encoding import Encoded, Encoder, Rendered
@@ -158,7 +158,7 @@ def _only(found: TokenisedFile, kinds: Collection[Kind]) -> TokenisedFile:
 def _make(path: Path, tokenizer: Tokenizer, skip_bad: bool, place: Path, report: Report) -> Tally:
     """Tokenise the file into the folder `place`; with bad rows that may not be skipped, count them and make nothing."""
     examples = Examples(path)
-    with atomic_folder(place) as folder, _without_collector():
+    with atomic_folder(place) as folder, without_collector():
         growing, rows = Growing(token_dtype(tokenizer)), {name: array(CODES[dtype]) for name, dtype in ROWS.items()}
         with (folder / "tokens.bin").open("wb") as file:
             for batch, encoded in _encoded(examples, tokenizer, skip_bad, report):
@@ -184,21 +184,9 @@ def tokenise_in_memory(tokenizer: Tokenizer, records: Iterable[Record]) -> Recor
     """
     renderer, growing = Renderer(tokenizer), Growing(token_dtype(tokenizer))
     rendered = (((0, 0, 0, 0), renderer(part)) for record in records for part in conversations(record))
-    with _without_collector():
+    with without_collector():  # millions of ids come and go, none of them in a cycle
         kept = [growing.extend(encoded, _weights(batch)) for batch, encoded in _ahead(_grouped(rendered), tokenizer)]
     return growing.whole(np.concatenate(kept) if kept else np.zeros(0, growing.dtype))
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """Keep Python from looking for cycles: millions of ids come and go, none of them in one."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _encoded(
