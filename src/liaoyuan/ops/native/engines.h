@@ -116,8 +116,18 @@ struct LaneProducts : VectorProducts<LaneProducts<T>, float> {
   using Word = float;
   static constexpr int VALUES = 1;  // of the depth in a word
   static constexpr bool IN_PLACE = std::is_same_v<T, float>;  // whether words can be read where the values lie
-  // Whether the words of 16 items are turned in registers.
-  static constexpr bool STREAMS = IN_PLACE && REGISTERS == 1;
+  // Whether a few items' products with a matrix along the depth turn its words in registers.
+  static constexpr bool STREAMS = REGISTERS <= 2;
+  // What lies in a word of memory, one register for each step along the depth.
+  static constexpr int SPLIT = 4 / sizeof(T);
+  static void split(Register column, Register (&steps)[SPLIT]) {
+    if constexpr (SPLIT == 2) {
+      RegisterWords words = (RegisterWords)column;
+      steps[0] = (Register)(words << 16), steps[1] = (Register)(words & 0xffff0000u);
+    } else {
+      steps[0] = column;
+    }
+  }
   static void add_product(Register& sum, float item, Register lanes) { sum += item * lanes; }
   // Up to 16 words along the depth; zeros past its end.
   static Vec along(const T* from, int64_t values) { return load(from, values); }
@@ -165,6 +175,8 @@ struct PairWords {
 #ifdef __AVX512BF16__
 struct PairProducts : PairWords, VectorProducts<PairProducts, uint32_t> {
   static constexpr bool STREAMS = true;
+  static constexpr int SPLIT = 1;
+  static void split(Register column, Register (&steps)[1]) { steps[0] = column; }
   static void add_product(Register& sum, uint32_t item, Register lanes) {
     sum = (Register)_mm512_dpbf16_ps((__m512)sum, (__m512bh)lanes, (__m512bh)_mm512_set1_epi32(int(item)));
   }

@@ -71,12 +71,14 @@ typedef float HalfVec __attribute__((vector_size(32)));
 typedef int32_t HalfInt __attribute__((vector_size(32)));
 typedef uint32_t HalfWord __attribute__((vector_size(32)));
 using Register = HalfVec;  // what one register of the machine holds
+using RegisterWords = HalfWord;
 inline void hold(Register& value) { asm("" : "+x"(value)); }  // load it once, not in every use
 #else
 typedef float QuarterVec __attribute__((vector_size(16)));
 typedef int32_t QuarterInt __attribute__((vector_size(16)));
 typedef uint32_t QuarterWord __attribute__((vector_size(16)));
 using Register = QuarterVec;
+using RegisterWords = QuarterWord;
 inline void hold(Register&) {}
 using HalfVec = Halves<QuarterVec>;
 using HalfInt = Halves<QuarterInt>;
@@ -119,9 +121,11 @@ inline void zip(Vec even, Vec odd, Vec& low, Vec& high) {
   high = both(even.high, odd.high);
 }
 
-inline void transpose_eight(const char* from, int64_t from_stride, char* to, int64_t to_stride) {
+// 8 x 8 words, turned in registers; the stride in bytes.
+[[gnu::always_inline]] inline void transpose_words(const void* from, int64_t from_stride, Register* columns) {
   __m256 row[8], pair[8], four[8];
-  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(from + i * from_stride));
+  for (int i = 0; i < 8; ++i)
+    row[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(static_cast<const char*>(from) + i * from_stride));
   for (int i = 0; i < 8; i += 2) {
     pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
     pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
@@ -132,18 +136,18 @@ inline void transpose_eight(const char* from, int64_t from_stride, char* to, int
       four[i + 2 * k + 1] = _mm256_shuffle_ps(pair[i + k], pair[i + k + 2], 0xee);
     }
   for (int i = 0; i < 4; ++i) {
-    __m256 upper = _mm256_permute2f128_ps(four[i], four[i + 4], 0x20);
-    __m256 lower = _mm256_permute2f128_ps(four[i], four[i + 4], 0x31);
-    _mm256_storeu_ps(reinterpret_cast<float*>(to + i * to_stride), upper);
-    _mm256_storeu_ps(reinterpret_cast<float*>(to + (i + 4) * to_stride), lower);
+    columns[i] = (Register)_mm256_permute2f128_ps(four[i], four[i + 4], 0x20);
+    columns[i + 4] = (Register)_mm256_permute2f128_ps(four[i], four[i + 4], 0x31);
   }
 }
-// 16 x 16 words; strides in bytes.
+// 16 x 16 words to memory; strides in bytes.
 inline void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride = 64) {
   for (int i = 0; i < 2; ++i)
-    for (int j = 0; j < 2; ++j)
-      transpose_eight(static_cast<const char*>(from) + i * 8 * from_stride + j * 32, from_stride,
-                      static_cast<char*>(to) + j * 8 * to_stride + i * 32, to_stride);
+    for (int j = 0; j < 2; ++j) {
+      Register columns[8];
+      transpose_words(static_cast<const char*>(from) + i * 8 * from_stride + j * 32, from_stride, columns);
+      for (int k = 0; k < 8; ++k) write(static_cast<char*>(to) + (j * 8 + k) * to_stride + i * 32, columns[k]);
+    }
 }
 #else
 inline WordVec words_of(const uint16_t* from) {

@@ -87,7 +87,8 @@ class Plan {
   void use(Word* memory) {
     packed_panels = memory;
     packed_items = memory + (as_it_goes ? 0 : vectors * LANES * steps);
-    if (streams && p.shape.rows <= 2 && lanes.stride == lanes.depth)
+    // Narrower registers take so much longer to turn words that reading first brings nothing.
+    if (REGISTERS == 1 && streams && p.shape.rows <= 2 && lanes.stride == lanes.depth)
       far = is_far(lanes.matrix, lanes.count * lanes.stride * int64_t(sizeof(T)));
   }
 
@@ -137,7 +138,7 @@ class Plan {
   }
 
  private:
-  // Few rows times a weight that lies along the depth: 16 x 16 words of it are turned in registers, and used there.
+  // Few rows times a weight that lies along the depth: squares of its words are turned in registers, and used there.
   // Caches give what this thread needs next while it works, if it is asked for in the order of memory. Memory gives its
   // full rate to nothing but a thread that only reads, in that order: so a far weight is read first and used then, some
   // vectors together, whose sums need not wait for each other.
@@ -166,52 +167,60 @@ class Plan {
 
   template <int ROWS, int VECTORS>
   void stream_vectors(int64_t lane, Items<Word> x, const T* ahead) const {
-    Register sums[VECTORS][ROWS] = {};
+    constexpr int PARTS = VECTORS * REGISTERS;
+    constexpr int64_t SPAN = WIDTH * E::SPLIT;  // steps that are turned at once
+    Register sums[PARTS][ROWS] = {};
     bool whole = lane + VECTORS * LANES <= lanes.count;
     int64_t step = 0;
-    for (; whole && (step + LANES) * E::VALUES <= lanes.depth; step += LANES) {
+    for (; whole && (step + SPAN) * E::VALUES <= lanes.depth; step += SPAN) {
       if (ahead)
-        for (int i = 0; i < LANES; ++i) __builtin_prefetch(reinterpret_cast<const char*>(ahead) + 64 * i, 0, 2);
-      if (ahead) ahead += LANES * LANES * E::VALUES;
-#pragma GCC unroll 4
-      for (int n = 0; n < VECTORS; ++n) {
-        Register columns[LANES];
-        transpose_words(lanes.matrix + (lane + n * LANES) * lanes.stride + step * E::VALUES,
+        for (int i = 0; i < WIDTH * LANES / 16; ++i)
+          __builtin_prefetch(reinterpret_cast<const char*>(ahead) + 64 * i, 0, 2);
+      if (ahead) ahead += LANES * SPAN * E::VALUES;
+#pragma GCC unroll 6
+      for (int n = 0; n < PARTS; ++n) {
+        Register columns[WIDTH];
+        transpose_words(lanes.matrix + (lane + n * WIDTH) * lanes.stride + step * E::VALUES,
                         lanes.stride * int64_t(sizeof(T)), columns);
-        add_columns(columns, LANES, x, step, sums[n]);
+#pragma GCC unroll 16
+        for (int i = 0; i < WIDTH; ++i) {
+          Register parted[E::SPLIT];
+          E::split(columns[i], parted);
+#pragma GCC unroll 2
+          for (int k = 0; k < E::SPLIT; ++k) add_column(parted[k], x, step + i * E::SPLIT + k, sums[n]);
+        }
       }
     }
     for (; step < steps; step += LANES)
       for (int n = 0; n < VECTORS; ++n) {
         alignas(64) Word block[LANES * LANES];
-        Register columns[LANES];
         turned_words<E>(lanes, lane + n * LANES, step, LANES, block, LANES);
-        std::memcpy(columns, block, sizeof columns);
-        add_columns(columns, std::min<int64_t>(LANES, steps - step), x, step, sums[n]);
+        for (int64_t i = 0; i < std::min<int64_t>(LANES, steps - step); ++i)
+          for (int k = 0; k < REGISTERS; ++k) {
+            Register column;
+            std::memcpy(&column, block + i * LANES + k * WIDTH, sizeof column);
+            add_column(column, x, step + i, sums[n * REGISTERS + k]);
+          }
       }
     for (int n = 0; n < VECTORS; ++n)
       for (int r = 0; r < ROWS; ++r) {
         int64_t at = lane + n * LANES;
-        finish(r, at, sums[n][r], std::min<int64_t>(LANES, lanes.count - at));
+        Register own[REGISTERS];
+        for (int k = 0; k < REGISTERS; ++k) own[k] = sums[n * REGISTERS + k][r];
+        Vec sum;
+        read(own, sum);
+        finish(r, at, sum, std::min<int64_t>(LANES, lanes.count - at));
       }
   }
 
   template <int ROWS>
-  [[gnu::always_inline]] static void add_columns(const Register* columns, int64_t count, Items<Word> x, int64_t step,
-                                                 Register (&sums)[ROWS]) {
-    auto add = [&](int64_t i) {
+  [[gnu::always_inline]] static void add_column(Register column, Items<Word> x, int64_t step, Register (&sums)[ROWS]) {
 #pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
-        Word word;
-        std::memcpy(&word, x.words + r * x.stride + step + i, sizeof word);
-        E::add_product(sums[r], word, columns[i]);
-      }
-    };
-    if (count == LANES)
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < LANES; ++i) add(i);
-    else
-      for (int64_t i = 0; i < count; ++i) add(i);
+    for (int r = 0; r < ROWS; ++r) {
+      Word word;
+      std::memcpy(&word, x.words + r * x.stride + step, sizeof word);
+      E::add_product(sums[r], word, column);
+    }
   }
 
   // An odd number of lines from item to item, so that they fall into all sets of a cache.

@@ -60,22 +60,35 @@ void words_along(const Source<T>& s, int64_t first, int64_t width, int64_t step,
       turned_words<E>(s, first + n, step + i, std::min<int64_t>(LANES, steps - i), to + i * width + n, width);
 }
 
+// The next of a matrix whose items' elements follow each other. A cut is a short piece of each item, so the machine
+// does not guess that the next item's is wanted.
+template <class E, class T>
+void copy_items(const Source<T>& s, int64_t first, int64_t count, int64_t step, int64_t words, typename E::Word* to,
+                int64_t stride) {
+  constexpr int64_t AHEAD = 8;  // items
+  int64_t at = step * E::VALUES, values = std::max<int64_t>(0, s.depth - at);
+  for (int64_t i = 0; i < count; ++i, to += stride) {
+    const T* from = s.matrix + (first + i) * s.stride + at;
+    int64_t have = first + i < s.count ? values : 0, k = 0;
+    for (; k < words && (k + LANES) * E::VALUES <= have; k += LANES) {
+      __builtin_prefetch(from + k * E::VALUES + AHEAD * s.stride);
+      write(to + k, E::along(from + k * E::VALUES, LANES * E::VALUES));
+    }
+    for (; k < words; k += LANES)
+      write(to + k, k * E::VALUES < have ? E::along(from + k * E::VALUES, have - k * E::VALUES) : Vec{});
+  }
+}
+
 // Items first ... first + count - 1 as rows of words step ... step + words - 1, a multiple of 16.
 template <class E, class T>
 void pack_items(const Source<T>& s, int64_t first, int64_t count, int64_t step, int64_t words, typename E::Word* to,
                 int64_t stride) {
-  for (int64_t i = 0; i < count; i += s.along ? 1 : LANES)
+  if (s.along) return copy_items<E>(s, first, count, step, words, to, stride);
+  for (int64_t i = 0; i < count; i += LANES)
     for (int64_t k = 0; k < words; k += LANES) {
-      typename E::Word* place = to + i * stride + k;
-      if (s.along) {
-        int64_t at = (step + k) * E::VALUES;
-        bool none = first + i >= s.count || at >= s.depth;
-        write(place, none ? Vec{} : E::along(s.matrix + (first + i) * s.stride + at, s.depth - at));
-      } else {
-        alignas(64) typename E::Word block[LANES * LANES];
-        words_across<E>(s, first + i, LANES, step + k, LANES, block, LANES);
-        transpose(block, LANES * 4, place, stride * 4);
-      }
+      alignas(64) typename E::Word block[LANES * LANES];
+      words_across<E>(s, first + i, LANES, step + k, LANES, block, LANES);
+      transpose(block, LANES * 4, to + i * stride + k, stride * 4);
     }
 }
 

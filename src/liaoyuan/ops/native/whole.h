@@ -12,6 +12,7 @@ typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
 typedef uint32_t WordVec __attribute__((vector_size(64)));
 using Register = Vec;  // what one register of the machine holds
+using RegisterWords = WordVec;
 inline void hold(Register&) {}
 typedef uint16_t ShortVec __attribute__((vector_size(32)));
 
