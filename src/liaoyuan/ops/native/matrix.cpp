@@ -227,7 +227,6 @@ class Plan {
   static int64_t padded(int64_t words) { return (parts(words, LANES) | 1) * LANES; }
 
   bool must_be_copied() const {
-    constexpr int64_t CROWDED = 1024;  // bytes: rows at a multiple of it fall into few sets
     if (!E::IN_PLACE || p.shape.depth % (E::VALUES * E::STEP) || items.stride % E::VALUES) return true;
     if (E::WHOLE_STRIPS) return panels > 2 || items.count % E::STRIP;
     return false;
