@@ -96,6 +96,8 @@ def test_a_missing_key_is_named():
 
     with pytest.raises(LiaoyuanError, match="The key 'folder' is missing in here"):
         parse(Strict, {}, "here")
+    with pytest.raises(LiaoyuanError, match="'folder' is missing in the command line: give it by .* --set folder="):
+        load(Strict)
 
 
 def test_a_missing_or_torn_run_file_is_one_sentence(tmp_path):

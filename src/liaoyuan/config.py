@@ -23,6 +23,7 @@ class Config(BaseModel):
 
 
 Schema = TypeVar("Schema", bound=Config)
+COMMAND_LINE = "the command line"  # where values come from if there is no run file
 
 
 def load(schema: type[Schema], path: Path | None = None, overrides: Sequence[str] = ()) -> Schema:
@@ -34,7 +35,7 @@ def load(schema: type[Schema], path: Path | None = None, overrides: Sequence[str
     values = _read_toml(path) if path else {}
     for override in overrides:
         _apply(values, override)
-    return parse(schema, values, where=str(path) if path else "the command line")
+    return parse(schema, values, where=str(path) if path else COMMAND_LINE)
 
 
 def combine(overrides: Sequence[str], options: Mapping[str, Any]) -> list[str]:
@@ -117,7 +118,8 @@ def _sentence(schema: type[BaseModel], error: ValidationError, where: str) -> st
     if first["type"] == "extra_forbidden":
         return f"Unknown key '{key}' in {where}{nearest(location[-1], _keys(schema, location[:-1])) or '.'}"
     if first["type"] == "missing":
-        return f"The key '{key}' is missing in {where}."
+        how = f": give it by its option (see --help), or as --set {key}=VALUE" if where == COMMAND_LINE else ""
+        return f"The key '{key}' is missing in {where}{how}."
     if first["type"] in ("tuple_type", "list_type"):
         return f'The key \'{key}\' in {where} is wrong: write a list, as ["a", "b"] (it is {first["input"]!r}).'
     return f"The key '{key}' in {where} is wrong: {first['msg']} (it is {first['input']!r})."
