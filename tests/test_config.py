@@ -96,7 +96,7 @@ def test_a_missing_key_is_named():
 
     with pytest.raises(LiaoyuanError, match="The key 'folder' is missing in here"):
         parse(Strict, {}, "here")
-    with pytest.raises(LiaoyuanError, match="'folder' is missing in the command line: give it by .* --set folder="):
+    with pytest.raises(LiaoyuanError, match=r"'folder' is missing in the command line: give it by .* --set folder="):
         load(Strict)
 
 
