@@ -174,8 +174,7 @@ class Plan {
     int64_t step = 0;
     for (; whole && (step + SPAN) * E::VALUES <= lanes.depth; step += SPAN) {
       if (ahead)
-        for (int i = 0; i < WIDTH * LANES / 16; ++i)
-          __builtin_prefetch(reinterpret_cast<const char*>(ahead) + 64 * i, 0, 2);
+        for (int i = 0; i < WIDTH; ++i) __builtin_prefetch(reinterpret_cast<const char*>(ahead) + 64 * i, 0, 2);
       if (ahead) ahead += LANES * SPAN * E::VALUES;
 #pragma GCC unroll 6
       for (int n = 0; n < PARTS; ++n) {

@@ -60,7 +60,7 @@ void words_along(const Source<T>& s, int64_t first, int64_t width, int64_t step,
       turned_words<E>(s, first + n, step + i, std::min<int64_t>(LANES, steps - i), to + i * width + n, width);
 }
 
-// The next of a matrix whose items' elements follow each other. A cut is a short piece of each item, so the machine
+// `pack_items` of a matrix whose items' elements follow each other. A cut is a short piece of each item, so the machine
 // does not guess that the next item's is wanted.
 template <class E, class T>
 void copy_items(const Source<T>& s, int64_t first, int64_t count, int64_t step, int64_t words, typename E::Word* to,
