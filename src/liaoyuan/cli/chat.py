@@ -5,12 +5,14 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import httpx
 import typer
 
 from liaoyuan.errors import LiaoyuanError, nearest
+
+if TYPE_CHECKING:
+    import httpx
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 COMMANDS = {
@@ -32,6 +34,8 @@ def chat(
     """Talk to a model. Ctrl-C stops an answer; /help shows the commands."""
     if (model is None) == (url is None):
         raise LiaoyuanError("Give either --model DIR or --url http://127.0.0.1:8000/v1.")
+    import httpx
+
     with contextlib.ExitStack() as opened:
         if model is not None:
             from liaoyuan.serving import open_server
@@ -44,7 +48,7 @@ def chat(
 class Conversation:
     """Turns read from standard input and answers written to standard output."""
 
-    def __init__(self, client: httpx.Client, temperature: float, thinking: bool, colour: bool) -> None:
+    def __init__(self, client: "httpx.Client", temperature: float, thinking: bool, colour: bool) -> None:
         self._client, self._temperature = client, temperature
         self._thinking, self._colour = thinking, colour
         self._messages: list[dict[str, str]] = []
@@ -98,6 +102,8 @@ class Conversation:
 
     def _stream(self) -> Iterator[tuple[str, str]]:
         """Yield ("reasoning" or "content", text) as the answer comes; leaving early stops it on the server."""
+        import httpx
+
         body = {
             "model": self._model,
             "messages": self._messages,
@@ -128,6 +134,8 @@ class Conversation:
         return f"{DIM}{text}{PLAIN}" if self._colour else text
 
     def _first_model(self) -> str:
+        import httpx
+
         try:
             response = self._client.get("/models")
             response.raise_for_status()
@@ -160,7 +168,7 @@ def _deltas(line: str) -> Iterator[tuple[str, str]]:
             yield "content", delta["content"]
 
 
-def _message(response: httpx.Response) -> str:
+def _message(response: "httpx.Response") -> str:
     """Return what the server says is wrong."""
     try:
         return str(response.json()["error"]["message"])

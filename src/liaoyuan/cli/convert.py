@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liaoyuan.cli.export import one_of, refuse_with_export, run_export
+from liaoyuan.cli.process import importing
 from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def convert(
 
     With --merge or --quantise the result is compared with what was trained, and refused where it differs too much.
     """
-    from liaoyuan.checkpoint.sources import open_source
+    with importing():
+        from liaoyuan.checkpoint.sources import open_source
 
     if merge and source is None and model is None:
         from liaoyuan.checkpoint.adapters import base_of

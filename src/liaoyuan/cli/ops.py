@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from liaoyuan.cli.process import importing
 from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
@@ -75,13 +76,14 @@ def profile(
     json: Json = False,
 ) -> None:
     """Show where a step's time goes: each operator against what its FLOPs and bytes allow on this device."""
-    from liaoyuan.cli.ops_show import show_profile
-    from liaoyuan.cli.progress import bar
-    from liaoyuan.compute.profile import profile as take
-    from liaoyuan.compute.profile_page import profile_page
-    from liaoyuan.compute.profile_subject import Size, open_subject
-    from liaoyuan.device import select_device
-    from liaoyuan.rundir import write_atomic, write_json
+    with importing():
+        from liaoyuan.cli.ops_show import show_profile
+        from liaoyuan.cli.progress import bar
+        from liaoyuan.compute.profile import profile as take
+        from liaoyuan.compute.profile_page import profile_page
+        from liaoyuan.compute.profile_subject import Size, open_subject
+        from liaoyuan.device import select_device
+        from liaoyuan.rundir import write_atomic, write_json
 
     size = Size(tokens, sequences, 2 * steps + 4)
     subject = open_subject(run, _mode(prefill, decode), select_device(device), dtype, size, set_ or [])
@@ -118,12 +120,13 @@ def _compare(
     a: Path, b: Path | None, device: str, dtype: str, kernels: str, layout: str | None, text: Path | None,
     tokens: int, tolerance: float | None, quiet: bool,
 ) -> "Comparison":  # fmt: skip
-    from liaoyuan import config as configuration
-    from liaoyuan.cli.progress import bar
-    from liaoyuan.compute.compare import compare as run_both
-    from liaoyuan.compute.compare import compare_layout
-    from liaoyuan.compute.subject import random_stream, text_stream
-    from liaoyuan.parallel import Layout
+    with importing():
+        from liaoyuan import config as configuration
+        from liaoyuan.cli.progress import bar
+        from liaoyuan.compute.compare import compare as run_both
+        from liaoyuan.compute.compare import compare_layout
+        from liaoyuan.compute.subject import random_stream, text_stream
+        from liaoyuan.parallel import Layout
 
     rows = ROWS if layout is None else max(ROWS, tokens // LENGTH)
     length = max(1, tokens // rows)

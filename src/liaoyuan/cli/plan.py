@@ -14,6 +14,7 @@ from liaoyuan.cli.plan_serve import serve, serve_rates
 from liaoyuan.cli.plan_tune import PlanCommand, tune
 from liaoyuan.cli.plan_validate import validate
 from liaoyuan.cli.plan_words import size
+from liaoyuan.cli.process import importing
 from liaoyuan.errors import LiaoyuanError
 
 if TYPE_CHECKING:
@@ -59,11 +60,12 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON; a page only with --report.")] = False,
 ) -> None:
     """Dry-run a training job; or rank its layouts, if it has none (or "auto") and a cluster is named."""
-    from liaoyuan.cli.plan_job import job_of, names_layout, run_config
-    from liaoyuan.cli.plan_page import page_path
-    from liaoyuan.cli.plan_step import explain as explained
-    from liaoyuan.cli.progress import bar
-    from liaoyuan.compute.plan import footprints, read_cluster
+    with importing():
+        from liaoyuan.cli.plan_job import job_of, names_layout, run_config
+        from liaoyuan.cli.plan_page import page_path
+        from liaoyuan.cli.plan_step import explain as explained
+        from liaoyuan.cli.progress import bar
+        from liaoyuan.compute.plan import footprints, read_cluster
 
     card = read_cluster(cluster).accelerator if cluster else None
     config = run_config(run_file, set_)
@@ -111,10 +113,11 @@ def _search(
     json: bool,
     page: Path | None,
 ) -> None:
-    from liaoyuan.cli.plan_job import machines_of
-    from liaoyuan.cli.plan_page import write_page
-    from liaoyuan.cli.plan_search import find, show
-    from liaoyuan.cli.progress import bar
+    with importing():
+        from liaoyuan.cli.plan_job import machines_of
+        from liaoyuan.cli.plan_page import write_page
+        from liaoyuan.cli.plan_search import find, show
+        from liaoyuan.cli.progress import bar
 
     machines, figures = machines_of(cluster, profile)
     with bar("Search", quiet=json) as report:

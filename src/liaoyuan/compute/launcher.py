@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from liaoyuan.collector import without_collector
 from liaoyuan.compute.board import Board
 from liaoyuan.compute.heartbeat import LOST_PEER
 from liaoyuan.compute.layout import Legal, any_number
@@ -128,7 +129,8 @@ def _run(
     place: Place, command: Command, config: LaunchConfig, meeting: Meeting, stop: "_Stop", private: Path, tell: Tell
 ) -> RoundEnd:
     """Run one round on this host."""
-    from liaoyuan.compute.agent import Round  # brings torch, which mistakes need not wait for
+    with without_collector():
+        from liaoyuan.compute.agent import Round  # brings torch, which mistakes need not wait for
 
     logs = _log_folder(config.logs, place, private)
     beats = Path(tempfile.mkdtemp(dir=private))
