@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from liaoyuan.models import config_from_dict
 from liaoyuan.models.experts import Router
 from liaoyuan.parallel import Layout, Sent, Shape, Traffic, World, closed_form, lay_out, record_traffic, resolve
+from tests.conftest import slow_if
 from tests.parallel.layouts import LENGTH, MODELS, batches_of, model_of, rows_of
 from tests.parallel.processes import run
 from tests.parallel.test_layouts import axes
@@ -90,14 +91,17 @@ def even_routers() -> None:
     Router._logits = logits  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("name", DENSE)
+SHOWN = ("fsdp 2", "tp 2", "ulysses 2", "ring 2", "1f1b", "fsdp 2 x tp 2")  # by rows with more processes or more axes
+
+
+@pytest.mark.parametrize("name", [slow_if(name in SHOWN, name) for name in DENSE])
 def test_a_process_sends_what_the_formula_says(name: str) -> None:
     size, microbatches, layout = DENSE[name]
     for measured, expected in run(size, traffic_of_a_step, "dense", torch.bfloat16, layout, microbatches, lambda: None):
         assert measured == expected and sum(sent.bytes for sent in measured.values()) > 0
 
 
-@pytest.mark.parametrize("name", ["fsdp 2", "tp 2", "ring 2", "fsdp 2 x tp 2"])
+@pytest.mark.parametrize("name", ["ring 2", "fsdp 2 x tp 2", *(slow_if(True, name) for name in ("fsdp 2", "tp 2"))])
 def test_overlap_cuts_transfers_into_chunks_of_the_same_bytes(name: str) -> None:
     size, microbatches, layout = DENSE[name]
     arguments = ("dense", torch.bfloat16, layout, microbatches, lambda: None, True)
@@ -105,7 +109,9 @@ def test_overlap_cuts_transfers_into_chunks_of_the_same_bytes(name: str) -> None
         assert {key: sent.bytes for key, sent in measured.items()} == {key: s.bytes for key, s in expected.items()}
 
 
-@pytest.mark.parametrize("layout", [Layout(fsdp=2), Layout(pp=2, fsdp=2)], ids=["fsdp", "pp x fsdp"])
+@pytest.mark.parametrize(
+    "layout", [slow_if(True, Layout(fsdp=2), name="fsdp"), slow_if(False, Layout(pp=2, fsdp=2), name="pp x fsdp")]
+)
 def test_evaluation_leaves_no_weight_whole(layout: Layout) -> None:
     for parts in run(layout.pp * 2, _parts_after_evaluation, layout):
         assert parts and all(parts)
@@ -121,7 +127,7 @@ def _parts_after_evaluation(world: World, layout: Layout) -> list[bool]:
 @pytest.mark.parametrize(
     "kind", ["latent", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("experts", "sinks"))]
 )
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", [slow_if(name in ("fsdp 2", "tp 2", "ep 2"), name) for name in EXPERTS])
 def test_with_experts_too_where_routers_are_even(kind: str, name: str) -> None:
     size, microbatches, layout = EXPERTS[name]
     for measured, expected in run(size, traffic_of_a_step, kind, torch.float32, layout, microbatches, even_routers):
@@ -136,7 +142,7 @@ def test_rows_of_experts_are_as_uneven_as_the_router() -> None:
         assert rows.calls == even.calls and abs(rows.bytes / even.bytes - 1) < UNEVEN
 
 
-@pytest.mark.parametrize("name", ["fsdp 2", "ulysses 2", "tp 2"])
+@pytest.mark.parametrize("name", ["ulysses 2", "tp 2", slow_if(True, "fsdp 2")])
 def test_latent_attention_and_tied_tables_too(name: str) -> None:
     size, microbatches, layout = DENSE[name]
     for kind in ("latent", "tied"):

@@ -1,17 +1,12 @@
-"""What each process of a test under torchrun runs: `worker.py FOLDER STEPS CONFIG`."""
+"""What each process of a test of FSDP does."""
 
-import json
 import os
-import sys
 from pathlib import Path
-
-import torch
 
 from liaoyuan.checkpoint import save_model
 from liaoyuan.data import Batch
-from liaoyuan.device import Device
-from liaoyuan.models import Decoder, ModelConfig, config_from_dict, initialise
-from liaoyuan.parallel import Layout, World, lay_out, start
+from liaoyuan.models import Decoder, ModelConfig, initialise
+from liaoyuan.parallel import Layout, World, lay_out
 from liaoyuan.training import TrainConfig, train
 from tests.training.batches import invented_batches
 
@@ -33,17 +28,3 @@ def main(folder: Path, settings: TrainConfig, config: ModelConfig, world: World,
     if world.is_first:
         save_model(config, folder / "model", state=weights)
     world.barrier()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    task = json.loads(sys.argv[1])
-    together = start(Device("cpu"))
-    main(
-        Path(task["folder"]),
-        TrainConfig(**task["settings"]),
-        config_from_dict(task["config"]),
-        together,
-        task.get("die_at"),
-    )
-    together.close()
