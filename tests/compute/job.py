@@ -4,17 +4,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from liaoyuan.rundir import read_metrics
-from tests.conftest import ROOT
+from tests.verbs import Verb
 
 PATIENCE = 120.0  # seconds until a wait counts as failed
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 class Job:
@@ -24,12 +22,8 @@ class Job:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         overrides = [word for setting in settings for word in ("--set", setting)]
-        self.command = [sys.executable, "-m", "liaoyuan", "launch", *options]
-        self.command += ["train", str(run_file), "--out", str(folder), *overrides]
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115  (it lives as long as the job)
-        self.process = subprocess.Popen(
-            self.command, cwd=ROOT, env=ENVIRONMENT, stdout=self._log, stderr=subprocess.STDOUT, text=True
-        )
+        self.process = Verb("launch", *options, "train", run_file, "--out", folder, *overrides, out=self._log)
 
     @property
     def said(self) -> str:

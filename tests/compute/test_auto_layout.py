@@ -13,6 +13,7 @@ from liaoyuan.parallel import Layout
 from liaoyuan.rundir import CONFIG
 from liaoyuan.training.pretrain import pretrain
 from tests.compute.job import Job, losses
+from tests.parallel.processes import run_verb
 
 FEW = ("layout=auto", "plan.whole=1", "train.steps=4", "train.checkpoint_every=2")
 
@@ -28,9 +29,9 @@ def test_two_processes_train_on_the_layout_that_the_first_has_found(run_file: Pa
     assert layout.pp * layout.dp * layout.fsdp * layout.context * layout.tp == 2 and not values["plan"]["auto"]
     assert [step for step, _ in losses(folder)] == [0, 1, 2, 3]
 
-    again = Job(run_file, folder, "--nproc", "2", settings=FEW)
-    assert again.wait() == 0, again.said
-    assert "as this run began" in again.said and tomllib.loads((folder / CONFIG).read_text()) == values
+    overrides = [word for setting in FEW for word in ("--set", setting)]
+    again = run_verb(2, "train", run_file, "--out", folder, *overrides)
+    assert "as this run began" in again[0] and tomllib.loads((folder / CONFIG).read_text()) == values
 
 
 def test_what_a_run_began_with_is_kept_if_it_is_legal(run_file: Path, tmp_path: Path) -> None:

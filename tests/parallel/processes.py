@@ -1,7 +1,9 @@
 """Jobs on several processes that form a process group."""
 
+import contextlib
 import faulthandler
 import gc
+import io
 import multiprocessing
 import os
 import pickle
@@ -20,8 +22,9 @@ import torch._dynamo  # forks that train find it loaded: each would load it alon
 import torch.distributed as dist
 
 from liaoyuan import ops
+from liaoyuan.cli.main import app
 from liaoyuan.device import Device
-from liaoyuan.parallel import start
+from liaoyuan.parallel import World, start
 
 TIMEOUT_S = 60
 
@@ -45,6 +48,17 @@ def run(size: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
         for process in processes:
             process.kill()
             process.join()
+
+
+def run_verb(size: int, *words: object) -> list[str]:
+    """Run a verb of the command line in each of `size` forked processes, as a launcher would; return what they say."""
+    return run(size, _say, [str(word) for word in words])
+
+
+def _say(_: World, words: list[str]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        app(words, standalone_mode=False)
+    return said.getvalue()
 
 
 def _answers(connections: list[Connection]) -> list[Any]:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,15 +14,15 @@ import httpx
 import pytest
 
 from liaoyuan.errors import LiaoyuanError
+from tests.verbs import Verb
 
 LONG = {"prompt": "The", "max_tokens": 200, "ignore_eos": True, "stream": True, "n": 128}
 
 
 @contextlib.contextmanager
-def serve(model: Path, *options: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+def serve(model: Path, *options: str) -> Iterator[tuple[Verb, str]]:
     """Serve a model by the command line; yield the process and the address of its API."""
-    command = [sys.executable, "-m", "liaoyuan", "serve", "--model", str(model), "--port", "0", "--json", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    with Verb("serve", "--model", model, "--port", "0", "--json", *options) as server:
         assert server.stdout
         try:
             yield server, json.loads(server.stdout.readline())["api"]

@@ -17,7 +17,7 @@ from liaoyuan.cli.groups import GroupedCommand
 from liaoyuan.cli.launch import launch
 from liaoyuan.cli.ops import app as ops
 from liaoyuan.cli.plan import app as plan
-from liaoyuan.cli.process import tune_process
+from liaoyuan.cli.process import ending_at_once, tune_process
 from liaoyuan.cli.quickstart import quickstart
 from liaoyuan.cli.report import report
 from liaoyuan.cli.rewards import app as rewards
@@ -58,6 +58,11 @@ INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
 
 
 def main() -> None:
+    """Run the command line, and end the process."""
+    ending_at_once(run)
+
+
+def run() -> None:
     """Run the command line; a mistake that the user can mend is one sentence on standard error."""
     settings = tune_process()
     try:

@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from liaoyuan.cli import progress
-from liaoyuan.cli.main import main as run_verb
+from liaoyuan.cli.main import run as run_verb
 from liaoyuan.compute.heartbeat import LOST_PEER, Heartbeat, die_with, lost_peer
 
 

@@ -21,6 +21,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import config_from_dict
 from liaoyuan.parallel import Layout
 from liaoyuan.training.loop import TrainConfig
+from tests.conftest import slow_if
 from tests.parallel.layouts import MODELS
 
 LENGTH = 64
@@ -44,7 +45,7 @@ def events_of(name: str) -> list[Event]:
     return apart(dry_run, Job(config, Layout(**axes), processes, LENGTH, settings), 0).events
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [slow_if(name == "experts", name) for name in RUNS])
 def test_products_have_the_flops_that_the_operators_count(name: str) -> None:
     counted: Counter[str] = Counter()
     told: Counter[str] = Counter()

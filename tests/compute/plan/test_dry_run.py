@@ -13,6 +13,7 @@ from liaoyuan.models import Decoder, config_from_dict
 from liaoyuan.ops.choice import operators_called
 from liaoyuan.parallel import Layout, World, lay_out
 from liaoyuan.training.loop import TrainConfig, make_optimiser, take_step
+from tests.conftest import slow_if
 from tests.parallel.layouts import MODELS
 from tests.parallel.processes import run
 
@@ -62,7 +63,10 @@ def dry(_: World, job: Job, rank: int) -> Trace:
     return dry_run(job, rank)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+SHOWN = ("fsdp 2", "tp 2", "ep 2", "pp 2 x fsdp 2")  # by rows with more axes
+
+
+@pytest.mark.parametrize("name", [slow_if(name in SHOWN, name) for name in LAYOUTS])
 def test_it_is_a_real_step_call_by_call(name: str) -> None:
     job = job_of(name)
     found = run(job.processes, real_run, job)

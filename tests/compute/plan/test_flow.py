@@ -14,6 +14,7 @@ from liaoyuan.models import Decoder, config_from_dict
 from liaoyuan.parallel import Layout, World, lay_out
 from liaoyuan.parallel.layout import STAGES_PER_PROCESS
 from liaoyuan.training.loop import TrainConfig, make_optimiser, take_step
+from tests.conftest import slow_if
 from tests.parallel.layouts import MODELS
 from tests.parallel.processes import run
 
@@ -87,7 +88,7 @@ def real_order(world: World, job: Job) -> list[str]:
     return [mark.name for mark in recorder.trace.marks if Action.parse(mark.name)]
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", [slow_if(name == "gpipe", name) for name in SCHEDULES])
 def test_a_real_pipeline_takes_its_actions_in_this_order(name: str) -> None:
     config = config_from_dict(MODELS["dense"] | {"num_hidden_layers": 4})
     train = TrainConfig(steps=1, batch_tokens=4 * 64, microbatches=4)
