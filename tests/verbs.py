@@ -25,8 +25,12 @@ MOST = 2**20  # bytes of a request
 class Verb:
     """`liaoyuan WORDS`, to be used as a `subprocess.Popen` of text."""
 
-    def __init__(self, *words: object, out: IO[str] | None = None, cwd: Path = ROOT) -> None:
-        """out: file for all that it says; without one `stdout` and `stderr` are pipes."""
+    def __init__(
+        self, *words: object, out: IO[str] | None = None, cwd: Path = ROOT, program: str | None = None
+    ) -> None:
+        """out: file for all that it says; without one `stdout` and `stderr` are pipes. program: Python's text to be run
+        in place of the command, as by `python -c`.
+        """
         self.returncode: int | None = None
         self.stdout: IO[str] | None = None
         self.stderr: IO[str] | None = None
@@ -41,6 +45,7 @@ class Verb:
             "words": [str(word) for word in words],
             "environment": {**os.environ, "OMP_NUM_THREADS": "1"},
             "folder": str(cwd),
+            "program": program,
         }
         socket.send_fds(_server(), [json.dumps(asked).encode()], [*theirs, news.fileno()])
         for number in theirs:
@@ -119,7 +124,10 @@ def _serve(requests: socket.socket) -> None:
             os.environ.update(asked["environment"])
             os.chdir(asked["folder"])
             sys.argv = ["liaoyuan", *asked["words"]]
-            runpy.run_module("liaoyuan", run_name="__main__", alter_sys=True)
+            if asked["program"] is None:
+                runpy.run_module("liaoyuan", run_name="__main__", alter_sys=True)
+            else:
+                exec(compile(asked["program"], "<program>", "exec"), {"__name__": "__main__"})
             return
         for number in files:
             os.close(number)

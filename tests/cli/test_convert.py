@@ -1,10 +1,7 @@
 """`liaoyuan convert` as a user meets it: what it writes, what it refuses, and what a kill leaves."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +18,8 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import Decoder, config_from_dict
 from liaoyuan.rundir import read_metrics
 from liaoyuan.training import TrainConfig, make_optimiser
-from tests.conftest import ROOT
 from tests.parallel.layouts import MODELS, model_of
+from tests.verbs import Verb
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -292,15 +289,14 @@ main()
 def test_a_stop_in_the_middle_leaves_nothing_that_looks_whole(sign: signal.Signals, tmp_path: Path) -> None:
     folder_of("dense", "float32", tmp_path / "a")
     out = tmp_path / "out"
-    command = [sys.executable, "-c", STOPPED, "convert", str(tmp_path / "a"), str(out / "b"), str(int(sign))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = Verb("convert", tmp_path / "a", out / "b", int(sign), program=STOPPED)
+    _, said = done.communicate(120)
     left = [path.name for path in out.iterdir()]
     if sign == signal.SIGKILL:
         assert done.returncode == -9
         assert len(left) == 1 and left[0].startswith(".part-")
     else:
         assert done.returncode == 130 and left == []
-        assert done.stderr.endswith("liaoyuan: Stopped; nothing was written. The same command begins again.\n")
+        assert said.endswith("liaoyuan: Stopped; nothing was written. The same command begins again.\n")
     convert(tmp_path / "a", out / "b")
     assert load_model(out / "b").config.dtype == "float32"

@@ -1,11 +1,8 @@
 """`liaoyuan ops`: the verb's exit status, its words for people and for machines, and its mistakes."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -17,6 +14,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.models import config_from_dict
 from tests.conftest import randomised
 from tests.parallel.layouts import COMMON
+from tests.verbs import Verb
 
 WORDS = COMMON | {"model_type": "qwen3", "num_hidden_layers": 2}
 SHORT = ("--tokens", "64")
@@ -114,9 +112,8 @@ def test_a_mistake_is_one_sentence(folder, arguments, told):
 @pytest.mark.parametrize("verb", [("compare", "--tokens", "512"), ("profile", "--steps", "100000")])
 def test_ctrl_c_leaves_no_trace(folder, tmp_path, verb):
     """Interrupted while it works: its own exit status, no traceback, no file."""
-    command = [sys.executable, "-m", "liaoyuan", "ops", verb[0], folder, *verb[1:]]
-    out = ["--out", str(tmp_path / "out")] if verb[0] == "profile" else []
-    with subprocess.Popen([*command, *out], stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ) as started:
+    out = ["--out", tmp_path / "out"] if verb[0] == "profile" else []
+    with Verb("ops", verb[0], folder, *verb[1:], *out, cwd=tmp_path) as started:
         assert started.stderr
         started.stderr.readline()  # the first line of progress
         started.send_signal(signal.SIGINT)

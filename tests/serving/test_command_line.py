@@ -19,6 +19,7 @@ from liaoyuan.data.tokenizer import Tokenizer, train_tokenizer
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.serving import open_server, read_about
 from tests.serving.conftest import TEXT, scripted
+from tests.verbs import Verb
 
 
 def copied(model_folder: Path, tmp_path: Path) -> Path:
@@ -72,10 +73,8 @@ def test_what_the_model_says_of_itself(model_folder: Path, tmp_path: Path) -> No
 
 
 def test_serve_ends_cleanly_on_ctrl_c(model_folder: Path) -> None:
-    code = "import sys; from pathlib import Path; from liaoyuan.cli.serve import serve\n"
-    code += "serve(Path(sys.argv[1]), port=0, device='cpu', name='tiny', json=True)"
-    command = [sys.executable, "-c", code, str(model_folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    words = ("--model", model_folder, "--port", "0", "--device", "cpu", "--name", "tiny", "--json")
+    with Verb("serve", *words) as server:
         assert server.stdout and server.stderr
         said = json.loads(server.stdout.readline())
         answering = {"prompt": "The", "max_tokens": 200, "ignore_eos": True, "stream": True, "n": 128}
@@ -91,8 +90,7 @@ def test_keys_and_sizes_are_set_at_the_command_line(model_folder: Path, tmp_path
     keys = tmp_path / "keys"
     keys.write_text("alice first-secret\n")
     options = ["--api-key-file", str(keys), "--context-length", "64", "--max-sequences", "4", "--cache-gb", "0.01"]
-    command = [sys.executable, "-m", "liaoyuan", "serve", "--model", str(model_folder), "--port", "0", "--json"]
-    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as server:
+    with Verb("serve", "--model", model_folder, "--port", "0", "--json", *options) as server:
         assert server.stdout
         api = json.loads(server.stdout.readline())["api"]
         try:

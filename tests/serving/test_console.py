@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.runs import Folder
 from liaoyuan.serving.console import build_console, open_console
 from tests.runs.making import HOSTILE, make_run, rollout, row, write_metrics, write_rollouts
+from tests.verbs import Verb
 
 PATHS = ("run", "curves", "steps", "rollouts", "text", "search")
 
@@ -222,13 +221,12 @@ def test_a_thousand_steps_and_ten_thousand_rollouts_are_read_a_part_at_a_time(cl
 
 def test_the_command_line_opens_it_and_ctrl_c_is_a_clean_end(tmp_path):
     make_run(tmp_path / "runs" / "rl", 3)
-    command = [sys.executable, "-m", "liaoyuan", "console", str(tmp_path / "runs"), "--port", "0", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with Verb("console", tmp_path / "runs", "--port", "0", "--json") as process:
         assert process.stdout
         url = json.loads(process.stdout.readline())["url"]
         assert httpx.get(f"{url}/data/runs").json()["runs"][0]["name"] == "rl"
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0, process.stderr and process.stderr.read()
-    command[4] = str(tmp_path / "none")
-    refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2 and "There is no folder" in refused.stderr and "Traceback" not in refused.stderr
+    refused = Verb("console", tmp_path / "none", "--port", "0", "--json")
+    _, said = refused.communicate()
+    assert refused.returncode == 2 and "There is no folder" in said and "Traceback" not in said

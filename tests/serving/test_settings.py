@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference import EngineConfig
 from liaoyuan.serving import Settings, open_server
 from tests.serving.test_processes import wait_until
+from tests.verbs import Verb
 
 MESSAGES = [{"role": "user", "content": "What is 17 + 25?"}]
 FEW = EngineConfig(max_sequences=4)
@@ -149,9 +148,8 @@ def test_a_server_that_nobody_asks_sleeps_and_wakes_for_a_request(model_folder: 
 
 
 def test_a_setting_that_nobody_knows_names_the_nearest_right_one(model_folder: Path) -> None:
-    command = [sys.executable, "-m", "liaoyuan", "serve", "--model", str(model_folder), "--set", "sampling.sed=1"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert said.returncode != 0 and "did you mean 'seed'" in said.stderr
+    server = Verb("serve", "--model", model_folder, "--set", "sampling.sed=1")
+    assert "did you mean 'seed'" in server.communicate()[1] and server.returncode != 0
     with pytest.raises(LiaoyuanError, match="page"):
         load(Settings, None, ["page=maybe"])
 

@@ -155,7 +155,7 @@ def test_whole_distributions_are_compared_at_each_token(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"max_tokens": 1, "group": 16, "update_group": 16}, {"max_tokens": 3, "teacher_loss": "whole"}],
+    [{"max_tokens": 1, "group": 16, "update_group": 16, "problems": 4}, {"max_tokens": 3, "teacher_loss": "whole"}],
     ids=["sampled", "whole"],
 )
 def test_a_student_comes_to_answer_as_its_teacher(

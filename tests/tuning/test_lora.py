@@ -1,10 +1,7 @@
 """Adapters in training: the algebra of a full-rank weight, files that PEFT reads, and runs that go on bit for bit."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +27,8 @@ from liaoyuan.tasks import TASKS, to_record
 from liaoyuan.tuning.lora import LoraConfig, Method, add_adapters, begin, refuse_layout, save_adapters
 from tests.conftest import randomised, slow_if
 from tests.parallel.layouts import MODELS
+from tests.parallel.processes import run_verb
+from tests.verbs import Verb
 
 METHODS: tuple[Method, ...] = ("lora", "rslora", "dora")
 TOKENS = torch.arange(40) % 30
@@ -225,8 +224,7 @@ def test_a_killed_run_goes_on_bit_for_bit(settings: list[str], model_folder: Pat
     settings = ["train.steps=40", "train.checkpoint_every=4", *settings]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(*command(model_folder, records, whole, *settings))
-    arguments = [sys.executable, "-m", "liaoyuan", *command(model_folder, records, cut, *settings)]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = Verb(*command(model_folder, records, cut, *settings))
     for _ in until(lambda: len(read_metrics(cut / "metrics.jsonl")) >= 9 or process.poll() is not None):
         pass
     process.send_signal(signal.SIGKILL)
@@ -251,16 +249,8 @@ def test_two_processes_with_fsdp_train_the_adapter_of_one(method: str, model_fol
     records, rows, compared = data(tmp_path / "data.jsonl"), {}, {}
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         verb = command(model_folder, records, out, "train.steps=12", f"method={method}")
-        done = subprocess.run(
-            [sys.executable, *(launcher if processes > 1 else []), "-m", "liaoyuan", *verb],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        run(*verb) if processes == 1 else run_verb(processes, *verb)
         rows[processes] = [row["loss"] for row in read_metrics(out / "metrics.jsonl")]
         compared[processes] = json.loads((out / "comparison.json").read_text())["held_out"]["loss"]["after"]["mean"]
     assert rows[1] == pytest.approx(rows[2], abs=2e-5) and len(rows[1]) == 12

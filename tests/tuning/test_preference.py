@@ -5,8 +5,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,8 @@ from liaoyuan.tuning.preference_config import PreferenceConfig, PreferenceTrain
 from liaoyuan.tuning.preference_objective import PreferenceLoss, PreferenceObjective
 from liaoyuan.tuning.reference import answer_log_probs
 from tests.conftest import ROOT
+from tests.parallel.processes import run_verb
+from tests.verbs import Verb
 
 RUNNER = CliRunner()
 LENGTH = 96
@@ -182,10 +182,11 @@ run_preference(PreferenceConfig.model_validate_json(sys.argv[1]), Path(sys.argv[
 """
 
 
-def interrupted(given: PreferenceConfig, folder: Path, step: int, number: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", KILLED, given.model_dump_json(), str(folder), str(step), str(number)]
-    place = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=place)
+def interrupted(given: PreferenceConfig, folder: Path, step: int, number: int) -> tuple[int, str]:
+    """Begin or go on, and get a signal after a step; return exit code and standard error."""
+    killed = Verb(given.model_dump_json(), folder, step, int(number), program=KILLED)
+    _, said = killed.communicate(300)
+    return killed.wait(), said
 
 
 def test_a_run_stopped_by_ctrl_c_and_then_killed_ends_bit_for_bit_as_one_never_interrupted(
@@ -193,9 +194,9 @@ def test_a_run_stopped_by_ctrl_c_and_then_killed_ends_bit_for_bit_as_one_never_i
 ) -> None:
     given, out = config(model_folder, data, "kto"), tmp_path / "out"
     whole = run_preference(given, tmp_path / "whole")
-    stopped = interrupted(given, out, 3, signal.SIGINT)
-    assert "Stopped after step 4 of 8; the same command goes on from there" in stopped.stderr
-    assert interrupted(given, out, 7, signal.SIGKILL).returncode == -signal.SIGKILL
+    _, said = interrupted(given, out, 3, signal.SIGINT)
+    assert "Stopped after step 4 of 8; the same command goes on from there" in said
+    assert interrupted(given, out, 7, signal.SIGKILL)[0] == -signal.SIGKILL
     assert len(list(out.glob("reference-*"))) == 1
     again = run_preference(given, out)
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (tmp_path / "whole", out)]
@@ -247,17 +248,9 @@ def verb(*given: object) -> list[str]:
 
 def test_two_processes_with_fsdp_give_the_run_of_one(model_folder: Path, data: Path, tmp_path: Path) -> None:
     alone = run_preference(config(model_folder, data, "kto"), tmp_path / "1")["comparison"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    given = verb("dpo", "--model", model_folder, "--data", data, "--out", tmp_path / "2", "--loss", "kto", "--json")
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "liaoyuan", "tune", *given],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    both = json.loads(done.stdout)["comparison"]
+    given = verb("dpo", "--model", model_folder, "--data", data, "--out", tmp_path / "2", "--loss", "kto")
+    run_verb(2, "tune", *given)
+    both = json.loads((tmp_path / "2" / "comparison.json").read_text())
     rows = [read_metrics(tmp_path / str(processes) / "metrics.jsonl") for processes in (1, 2)]
     for one, two in zip(*rows, strict=True):
         for key in ("loss", "margin", "accuracy", "kto_divergence", "kl", "held_out_margin"):

@@ -114,8 +114,8 @@ def test_a_run_stopped_and_killed_ends_bit_for_bit_as_one_never_interrupted(
     lora = LoraConfig(rank=4, dropout=0.3)
     given, out = config(model_folder, data, "kto", method="dora", lora=lora), tmp_path / "out"
     whole = run_preference(given, tmp_path / "whole")
-    assert "Stopped after step 4 of 8" in interrupted(given, out, 3, signal.SIGINT).stderr
-    assert interrupted(given, out, 7, signal.SIGKILL).returncode == -signal.SIGKILL
+    assert "Stopped after step 4 of 8" in interrupted(given, out, 3, signal.SIGINT)[1]
+    assert interrupted(given, out, 7, signal.SIGKILL)[0] == -signal.SIGKILL
     assert run_preference(given, out)["comparison"] == whole["comparison"]
     files = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (tmp_path / "whole", out)]
     assert files[0] == files[1]

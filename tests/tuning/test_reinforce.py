@@ -1,8 +1,6 @@
 """Reinforcement learning: it learns what is rewarded, resumes bit for bit, and rollouts agree with training."""
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from liaoyuan.tuning.reinforce import result_of
 from liaoyuan.tuning.rollout import roll_out
 from liaoyuan.tuning.update import minibatches
 from liaoyuan.tuning.validation import tuning_engine
-from tests.conftest import ROOT
+from tests.verbs import Verb
 
 CONFIG = ReinforceConfig(
     levels=(1,), steps=6, problems=4, group=8, max_tokens=6, learning_rate=1e-3, warmup_steps=0, checkpoint_every=2
@@ -164,7 +162,7 @@ def test_kill_minus_nine(model_folder: Path, tokenizer: Tokenizer, tmp_path: Pat
         " ReinforceConfig.model_validate_json(config), folder, report)\n"
     )
     arguments = [str(model_folder), str(tmp_path / "killed"), CONFIG.model_dump_json()]
-    assert subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, timeout=300).returncode == -9
+    assert Verb(*arguments, program=program).wait(300) == -9
     models = {}
     with pytest.MonkeyPatch.context() as patch:
         rewarding_even(patch)

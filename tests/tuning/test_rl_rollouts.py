@@ -3,8 +3,6 @@
 import itertools
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,8 @@ from liaoyuan.tuning.rollout_log import RolloutLog, read_rollouts
 from liaoyuan.tuning.sources import LocalRollouts
 from liaoyuan.tuning.update import lesson_of
 from liaoyuan.tuning.validation import tuning_engine
-from tests.conftest import ROOT
 from tests.tuning.test_reinforce import CONFIG, EndSoon, rewarding_even, weights
+from tests.verbs import Verb
 
 FIELDS = [
     "step",
@@ -226,7 +224,7 @@ def test_a_killed_run_leaves_the_same_rollouts_and_findings_byte_for_byte(
     new = {"levels": (1, 2, 3), "steps": 18, "checkpoint_every": 4, "staging": "bounds", "further_draws": 2, "top_k": 9}
     config = CONFIG.model_copy(update=new | {"group": 4, "update_group": 2})
     arguments = [str(model_folder), str(tmp_path / "killed"), config.model_dump_json()]
-    assert subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, timeout=300).returncode == -9
+    assert Verb(*arguments, program=program).wait(300) == -9
     assert len(list((tmp_path / "killed/rollouts").iterdir())) == 15
     models = {}
     rewarding_even(monkeypatch)

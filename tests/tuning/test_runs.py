@@ -42,20 +42,20 @@ def test_sft_learns_a_file_of_records(model_folder: Path, tmp_path: Path) -> Non
 
 
 def test_two_processes_with_fsdp_give_the_loss_of_one(model_folder: Path, tmp_path: Path) -> None:
-    data, losses = records(tmp_path / "data.jsonl"), {}
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        verb = ["-m", "liaoyuan", "tune", "sft", "--model", str(model_folder), "--data", str(data), "--out", str(out)]
-        done = subprocess.run(
-            [sys.executable, *(launcher if processes > 1 else []), *verb, *TRAIN],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        losses[processes] = [row["loss"] for row in read_metrics(out / "metrics.jsonl")]
+    data = records(tmp_path / "data.jsonl")
+    given = ["sft", "--model", str(model_folder), "--data", str(data), *TRAIN]
+    RUNNER.invoke(app, [*given, "--out", str(tmp_path / "1")], catch_exceptions=False)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "liaoyuan", "tune", *given, "--out", str(tmp_path / "2")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {processes: read_metrics(tmp_path / str(processes) / "metrics.jsonl") for processes in (1, 2)}
+    losses = {processes: [row["loss"] for row in rows[processes]] for processes in rows}
     assert losses[1] == pytest.approx(losses[2], abs=2e-5)
     assert len(losses[1]) == 12
 
