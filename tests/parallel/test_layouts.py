@@ -144,7 +144,10 @@ def on_simulated_ranks() -> list[Any]:
     """
     twice = {
         *(("dense", "hybrid 2 x 4"), ("dense", "fsdp 2 x ulysses 2 x tp 2"), ("tied", "fsdp 2 x ring 2 x tp 2")),
-        *(("dense", "pp 2 x fsdp 2 x tp 2"), ("dense", "zbv 2 x fsdp 2 x tp 2")),
+        *(("dense", name) for name in ("zbv 2 x fsdp 2 x tp 2", "fsdp 2 x ring 2 x tp 2", "ring 2 x tp 4, recomputed")),
+        *((kind, "pp 2 x fsdp 2 x tp 2") for kind in ("dense", "tied")),
+        *(("dense", "nothing overlaps"), ("experts", "ep 2, pp 2 x fsdp 2 x tp 2")),
+        *(("latent", name) for name in ("fsdp 2", "tp 2", "ep 2", "ep 4", "ep 2 of fsdp 4")),
         *((kind, "ep 8 of fsdp 2 x ring 2 x tp 2") for kind in ("experts", "latent", "sinks")),
         *(("latent", name) for name in ("ep 2, pp 2 x fsdp 2 x tp 2", "ep 4, zbv 2 x fsdp 2 x ulysses 2")),
     }

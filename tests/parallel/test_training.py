@@ -111,7 +111,7 @@ def training_until(
 @pytest.mark.parametrize(
     ("kind", "before", "after"),
     [
-        slow_if(False, "tied", (2, Layout(pp=2)), (4, Layout(tp=2)), name="tied: pp 2 to fsdp 2 x tp 2"),
+        slow_if(True, "tied", (2, Layout(pp=2)), (4, Layout(tp=2)), name="tied: pp 2 to fsdp 2 x tp 2"),
         slow_if(True, "tied", (2, Layout(fsdp=2)), (2, Layout(pp=2, schedule="zbv")), name="tied: fsdp 2 to zbv 2"),
         slow_if(False, "latent", (4, Layout(pp=2, ep=2)), (2, Layout(tp=2)), name="latent: ep 2 x pp 2 to tp 2"),
     ],
