@@ -101,6 +101,15 @@ def test_lost_clients_and_stop_strings_are_told_apart(tokenizer: Tokenizer) -> N
         assert samples(client)["liaoyuan_answers_total", endpoint, ("reason", "stop")] == 1
 
 
+def test_each_path_of_the_schema_has_a_series_of_its_own(tokenizer: Tokenizer) -> None:
+    with scripted(tokenizer, "42") as (url, _), httpx.Client(base_url=url, trust_env=False) as client:
+        paths = [path for path in client.get("/openapi.json").json()["paths"] if "{" not in path]
+        for path in paths:
+            client.delete(path)
+        counted = client.get("/metrics").text
+    assert len(paths) > 20 and not [path for path in paths if f'endpoint="{path}"' not in counted]
+
+
 def test_many_at_once_are_all_counted(tokenizer: Tokenizer) -> None:
     with scripted(tokenizer, "</think>The answer is 42.") as (url, _):
 

@@ -110,13 +110,12 @@ def build_app(
     app = FastAPI(title="Liaoyuan", version=VERSION, docs_url=None, redoc_url=None, responses=ERRORS)
     add_handlers(app)
     _add_api(app, served, pooling)
-    app.include_router(platform_routes())
-    app.include_router(adapter_routes(runner, name, shelf))
+    _include(app, metrics, platform_routes())
+    _include(app, metrics, adapter_routes(runner, name, shelf))
     if control:
-        app.include_router(control_routes(served))
+        _include(app, metrics, control_routes(served))
     if settings.page:
         _add_page(app, served, about)
-    metrics.endpoints.update(path for path in app.openapi()["paths"] if "{" not in path)
     wanted = {"wanted": runner.rouse} if settings.sleep_after else {}
     app.add_middleware(Guard, access=access, metrics=metrics, **wanted)
     if access.origins:  # around the guard: a browser must be able to read why it was refused
@@ -140,9 +139,9 @@ class _Pages(CORSMiddleware):
 
 
 def _add_api(app: FastAPI, served: Served, pooling: Pooling) -> None:
-    app.include_router(message_routes(served), responses=ANTHROPIC_ERRORS)
+    _include(app, served.metrics, message_routes(served), responses=ANTHROPIC_ERRORS)
     for routes in (status_routes, slot_routes, token_routes, generate_routes):
-        app.include_router(routes(served))
+        _include(app, served.metrics, routes(served))
     for router in (
         chat_routes(served),
         completion_routes(served),
@@ -150,8 +149,17 @@ def _add_api(app: FastAPI, served: Served, pooling: Pooling) -> None:
         llama_routes(served),
         embedding_routes(served, pooling),
     ):
-        app.include_router(router)
+        _include(app, served.metrics, router)
         _add_short_paths(app, router)
+
+
+def _include(app: FastAPI, metrics: Metrics, router: APIRouter, **options: Any) -> None:
+    """Add the routes of a router, of which those of one path each are counted apart (to ask the whole schema for them
+    would take a second of every start).
+    """
+    app.include_router(router, **options)
+    routes = [route for route in router.routes if isinstance(route, APIRoute)]
+    metrics.endpoints.update(route.path for route in routes if route.include_in_schema and "{" not in route.path)
 
 
 def _add_short_paths(app: FastAPI, router: APIRouter) -> None:
