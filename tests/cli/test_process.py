@@ -65,3 +65,21 @@ except ImportError:
 """
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert found.stdout.split() == ["0", "True", "True", "True"], found
+
+
+@pytest.mark.parametrize(("given", "code"), [("", 0), ("3", 3), ("'words'", 1)])
+def test_a_process_that_ends_at_once_has_done_what_was_left_to_do(given: str, code: int) -> None:
+    script = f"""
+import atexit, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from liaoyuan.cli.process import ending_at_once
+atexit.register(lambda: print("registered"))
+def work():
+    ThreadPoolExecutor(1).submit(lambda: (time.sleep(0.1), print("pooled", end=" ")))
+    threading.Thread(target=lambda: (time.sleep(0.2), print("threaded", end=" "))).start()
+    sys.exit({given})
+ending_at_once(work)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert found.stdout.split() == ["pooled", "threaded", "registered"] and found.returncode == code
+    assert found.stderr.strip() == ("words" if "words" in given else "")
