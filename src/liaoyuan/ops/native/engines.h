@@ -128,7 +128,7 @@ struct LaneProducts : VectorProducts<LaneProducts<T>, float> {
       steps[0] = column;
     }
   }
-  static void add_product(Register& sum, float item, Register lanes) { sum += item * lanes; }
+  static void add_product(Register& sum, float item, Register lanes) { sum = fused(item - Register{}, lanes, sum); }
   // Up to 16 words along the depth; zeros past its end.
   static Vec along(const T* from, int64_t values) { return load(from, values); }
   // A word of each of up to 16 items that lie side by side; `next` is the second value's row, or null.

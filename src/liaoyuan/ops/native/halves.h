@@ -72,14 +72,24 @@ typedef int32_t HalfInt __attribute__((vector_size(32)));
 typedef uint32_t HalfWord __attribute__((vector_size(32)));
 using Register = HalfVec;  // what one register of the machine holds
 using RegisterWords = HalfWord;
+using RegisterInts = HalfInt;
+typedef int8_t ByteRegister __attribute__((vector_size(32)));
 inline void hold(Register& value) { asm("" : "+x"(value)); }  // load it once, not in every use
+#ifdef __FMA__
+inline Register fused(Register a, Register b, Register sum) { return (Register)_mm256_fmadd_ps(a, b, sum); }
+#else
+inline Register fused(Register a, Register b, Register sum) { return a * b + sum; }
+#endif
 #else
 typedef float QuarterVec __attribute__((vector_size(16)));
 typedef int32_t QuarterInt __attribute__((vector_size(16)));
 typedef uint32_t QuarterWord __attribute__((vector_size(16)));
 using Register = QuarterVec;
 using RegisterWords = QuarterWord;
+using RegisterInts = QuarterInt;
+typedef int8_t ByteRegister __attribute__((vector_size(16)));
 inline void hold(Register&) {}
+inline Register fused(Register a, Register b, Register sum) { return a * b + sum; }
 using HalfVec = Halves<QuarterVec>;
 using HalfInt = Halves<QuarterInt>;
 using HalfWord = Halves<QuarterWord>;
@@ -140,15 +150,28 @@ inline void zip(Vec even, Vec odd, Vec& low, Vec& high) {
     columns[i + 4] = (Register)_mm256_permute2f128_ps(four[i], four[i + 4], 0x31);
   }
 }
-// 16 x 16 words to memory; strides in bytes.
-inline void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride = 64) {
-  for (int i = 0; i < 2; ++i)
-    for (int j = 0; j < 2; ++j) {
-      Register columns[8];
-      transpose_words(static_cast<const char*>(from) + i * 8 * from_stride + j * 32, from_stride, columns);
-      for (int k = 0; k < 8; ++k) write(static_cast<char*>(to) + (j * 8 + k) * to_stride + i * 32, columns[k]);
+// 32 bytes of 8 rows, turned: row k holds bytes 2k and 2k + 1 of all, then 2k + 16 and 2k + 17; the stride in bytes.
+[[gnu::always_inline]] inline void transpose_bytes(const uint8_t* from, int64_t from_stride, ByteRegister* rows) {
+  __m256i row[8], pair[8], four[8];
+  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i * from_stride));
+  for (int i = 0; i < 4; ++i) {
+    pair[i] = _mm256_unpacklo_epi8(row[2 * i], row[2 * i + 1]);
+    pair[i + 4] = _mm256_unpackhi_epi8(row[2 * i], row[2 * i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      four[i + k] = _mm256_unpacklo_epi16(pair[i + 2 * k], pair[i + 2 * k + 1]);
+      four[i + k + 2] = _mm256_unpackhi_epi16(pair[i + 2 * k], pair[i + 2 * k + 1]);
     }
+  for (int i = 0; i < 8; i += 2) {
+    rows[i] = (ByteRegister)_mm256_unpacklo_epi32(four[i], four[i + 1]);
+    rows[i + 1] = (ByteRegister)_mm256_unpackhi_epi32(four[i], four[i + 1]);
+  }
 }
+[[gnu::always_inline]] inline RegisterInts integers(const int8_t* from) {
+  return (RegisterInts)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+inline Register to_floats(RegisterInts values) { return (Register)_mm256_cvtepi32_ps((__m256i)values); }
 #else
 inline WordVec words_of(const uint16_t* from) {
   uint32_t words[16];
@@ -174,22 +197,36 @@ inline void zip(Vec even, Vec odd, Vec& low, Vec& high) {
   read(all, low);
   read(all + 16, high);
 }
-// 16 x 16 words, by four; strides in bytes.
-inline void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride = 64) {
+// 32 bytes of 4 rows, turned: bytes 2k and 2k + 1 of all, then 2k + 16 and 2k + 17, for every k.
+inline void transpose_bytes(const uint8_t* from, int64_t from_stride, ByteRegister* rows) {
+  int8_t turned[128];
+  for (int at = 0; at < 128; ++at)
+    turned[at] = int8_t(from[at % 4 * from_stride + at / 16 * 2 + at / 8 % 2 * 16 + at / 4 % 2]);
+  for (int i = 0; i < 8; ++i) read(turned + 16 * i, rows[i]);
+}
+inline RegisterInts integers(const int8_t* from) { return RegisterInts{from[0], from[1], from[2], from[3]}; }
+inline Register to_floats(RegisterInts values) { return __builtin_convertvector(values, Register); }
+// 4 x 4 words, turned in registers; the stride in bytes.
+[[gnu::always_inline]] inline void transpose_words(const void* from, int64_t from_stride, Register* columns) {
   const QuarterInt low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 16; j += 4) {
-      QuarterVec row[4];
-      for (int k = 0; k < 4; ++k)
-        std::memcpy(&row[k], static_cast<const char*>(from) + (i + k) * from_stride + j * 4, sizeof row[k]);
-      QuarterVec a = __builtin_shuffle(row[0], row[1], low), b = __builtin_shuffle(row[2], row[3], low);
-      QuarterVec c = __builtin_shuffle(row[0], row[1], high), d = __builtin_shuffle(row[2], row[3], high);
-      QuarterVec turned[4] = {__builtin_shuffle(a, b, first), __builtin_shuffle(a, b, second),
-                              __builtin_shuffle(c, d, first), __builtin_shuffle(c, d, second)};
-      for (int k = 0; k < 4; ++k)
-        std::memcpy(static_cast<char*>(to) + (j + k) * to_stride + i * 4, &turned[k], sizeof turned[k]);
-    }
+  QuarterVec row[4];
+  for (int k = 0; k < 4; ++k) read(static_cast<const char*>(from) + k * from_stride, row[k]);
+  QuarterVec a = __builtin_shuffle(row[0], row[1], low), b = __builtin_shuffle(row[2], row[3], low);
+  QuarterVec c = __builtin_shuffle(row[0], row[1], high), d = __builtin_shuffle(row[2], row[3], high);
+  columns[0] = __builtin_shuffle(a, b, first), columns[1] = __builtin_shuffle(a, b, second);
+  columns[2] = __builtin_shuffle(c, d, first), columns[3] = __builtin_shuffle(c, d, second);
 }
 #endif
+
+// 16 x 16 words to memory, square by square; strides in bytes.
+inline void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride = 64) {
+  constexpr int SIDE = sizeof(Register) / 4;
+  for (int i = 0; i < 16; i += SIDE)
+    for (int j = 0; j < 16; j += SIDE) {
+      Register columns[SIDE];
+      transpose_words(static_cast<const char*>(from) + i * from_stride + j * 4, from_stride, columns);
+      for (int k = 0; k < SIDE; ++k) write(static_cast<char*>(to) + (j + k) * to_stride + i * 4, columns[k]);
+    }
+}
 
 }  // namespace liaoyuan

@@ -1,11 +1,11 @@
-// Products of rows with a panel of widened weights (widening.h) [planes, steps of a plane, width].
+// Products of rows with a panel of widened weights (quantised.cpp) [planes, steps of a plane, width].
 //
 // The order of a sum is the same however many rows there are. With scales: each plane is summed from zero, and its sum
 // times its scale is added to those before it. Without: a block's four planes have a sum each, along all blocks, so
 // that a row alone need not wait for the sum before; `total_of` adds them. AMX's tiles have one sum along the depth.
 #pragma once
+#include "byte_rows.h"
 #include "engines.h"
-#include "widening.h"
 
 namespace liaoyuan {
 
@@ -61,7 +61,7 @@ template <class E, bool SCALED, int V, int COUNT>
         Register scale;
         std::memcpy(&scale, cut.scales + p / cut.of_scale * V * LANES + n * WIDTH, sizeof scale);
 #pragma GCC unroll 12
-        for (int r = 0; r < COUNT; ++r) sum[r][n] += part[r][n] * scale;
+        for (int r = 0; r < COUNT; ++r) sum[r][n] = fused(part[r][n], scale, sum[r][n]);
       }
     } while (++p < cut.blocks * PLANES);
     store_sums<PANEL>(sum, sums);

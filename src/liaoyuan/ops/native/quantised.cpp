@@ -1,15 +1,21 @@
-// Linear with weights of 8 or 4 bits, which are widened on their way from memory to the multiplication (widening.h).
+// Linear with weights of 8 or 4 bits, which are widened on their way from memory to the multiplication: by registers of
+// 16 lanes word by word (widening.h), by others byte by byte (narrow.h).
 //
 // A few rows are multiplied by them in registers. For more, a panel of outputs is widened into the nearest cache, some
 // of the depth at a time, and multiplied by all rows there (plane_products.h). Both sum in the same order, so a row's
 // bits depend on that row alone.
 #include "plane_products.h"
+#ifdef __AVX512F__
+#include "widening.h"
+#else
+#include "narrow.h"
+#endif
 
 namespace liaoyuan {
 
 namespace {
 
-constexpr int64_t FEW = REGISTERS == 1 ? 4 : 1;  // rows, as far as the registers reach
+constexpr int64_t FEW = 4;  // rows, as far as the registers reach
 constexpr int64_t ROWS_PER_TASK = 256, OUTPUTS_PER_TASK = 64;
 
 template <Bits B>
@@ -69,6 +75,29 @@ class Plan {
     if constexpr (COUNT < FEW) with_rows<COUNT * 2>(body);
   }
 
+  struct Scales {  // [scales of all blocks, outputs]
+    const float* scales = nullptr;
+    const uint32_t* zeros = nullptr;  // twice in each word
+    WordVec zero(int64_t at) const {
+      WordVec found{};
+      if (B == Bits::int4_zeros) read(zeros + at, found);
+      return found;
+    }
+    Scales from(int64_t lane) const { return {scales + lane, zeros + lane}; }
+    Register part(int64_t at) const {
+      Register found;
+      read(scales + at, found);
+      return found;
+    }
+    Register zero_part(int64_t at) const {
+      if (B != Bits::int4_zeros) return Register{};
+      RegisterWords found;
+      read(zeros + at, found);
+      return (Register)((found & 0xfu) | 0x4b000000u) - 8388608.0f;  // 2^23 + n is n in the lowest bits
+    }
+  };
+
+#ifdef __AVX512F__
   // 16 outputs from `first`.
   template <int COUNT>
   void few_rows(int64_t first) const {
@@ -89,24 +118,131 @@ class Plan {
 #pragma GCC unroll 4
           for (int r = 0; r < COUNT; ++r) {
             Vec& sum = SCALED ? parts[p][r] : sums[r][SCALED ? 0 : t * HELD + p];
-            add(sum, rows[r * stride + at(p) * PLANE_STEPS<E> + step], word);
+            E::add_product(sum, rows[r * stride + at(p) * PLANE_STEPS<E> + step], word);
           }
         });
 #pragma GCC unroll 4
         for (int p = 0; p < HELD && SCALED; ++p)
 #pragma GCC unroll 4
-          for (int r = 0; r < COUNT; ++r) sums[r][0] += parts[p][r] * load(scales.scales + at(p) / of_scale * LANES);
+          for (int r = 0; r < COUNT; ++r)
+            sums[r][0] = fused(parts[p][r], load(scales.scales + at(p) / of_scale * LANES), sums[r][0]);
       }
 #pragma GCC unroll 4
     for (int r = 0; r < COUNT; ++r)
       if (r < s.rows) finish(r, first, total_of(sums[r]));
   }
-  ALWAYS_INLINE static void add(Vec& sum, Word item, const Vec& lanes) {
-    if constexpr (REGISTERS == 1)
-      E::add_product(sum, item, lanes);
-    else
-      sum += item * lanes;
+  // Words [steps, 16] of the blocks b ... end - 1 of 16 outputs.
+  void widen(int64_t first, int64_t b, int64_t end, const Scales& scales, int64_t n, int64_t width, Word* to) const {
+    constexpr int TURNS = block_bytes(B) / TURNED, HELD = PLANES / TURNS;
+    ByteRows outputs = ByteRows::of(w.data, first, s.columns, row_bytes);
+    for (int64_t turn = b * TURNS; turn < end * TURNS; ++turn) {
+      Vec columns[LANES];
+      outputs.turn(turn * TURNED, columns);
+      auto zero = [&](int p) { return scales.zero((turn * HELD + p) / of_scale * width + n); };
+      over_words<B, Word>(columns, zero, [&](int p, int step, const Vec& word) {
+        write(to + (((turn - b * TURNS) * HELD + p) * PLANE_STEPS<E> + step) * width, word);
+      });
+    }
   }
+#else
+  // 16 outputs from `first`: of them, and of the planes, as many at once as leave registers for their sums.
+  template <int COUNT>
+  void few_rows(int64_t first) const {
+    constexpr int AT_ONCE = std::clamp(8 / COUNT, 1, PLANES), SIDES = COUNT == 1 && REGISTERS == 2 ? 2 : 1;
+    constexpr int64_t TIMES = NarrowBlock<B>::RUNS * NarrowBlock<B>::ROWS * PLANES / AT_ONCE;  // a block
+    Evenly ahead{w.data + next(first, LANES) * row_bytes, block_bytes(B) * WIDTH * SIDES / TIMES};
+    Scales scales = scales_of(first, LANES);
+    alignas(64) float totals[COUNT][CHAINS][LANES];
+    for (int64_t lane = 0; lane < LANES; lane += SIDES * WIDTH) {
+      Register sums[COUNT][CHAINS][SIDES] = {};
+      for (int64_t b = 0; b < blocks; ++b) {
+        NarrowBlock<B> sides[SIDES];
+        for (int i = 0; i < SIDES; ++i)
+          sides[i].read(ByteRows::of(w.data, first + lane + i * WIDTH, s.columns, row_bytes), b);
+        add_planes<AT_ONCE>(sides, b * PLANES, scales.from(lane), ahead, sums);
+      }
+      for (int r = 0; r < COUNT; ++r)
+        for (int c = 0; c < CHAINS; ++c)
+          for (int i = 0; i < SIDES; ++i) write(totals[r][c] + lane + i * WIDTH, sums[r][c][i]);
+    }
+    for (int r = 0; r < std::min<int64_t>(COUNT, s.rows); ++r) {
+      Vec sums[CHAINS];
+      for (int c = 0; c < CHAINS; ++c) sums[c] = load(totals[r][c]);
+      finish(r, first, total_of(sums));
+    }
+  }
+
+  // sums += planes P ... 3 of blocks side by side, the first of which is plane `at` of the depth.
+  template <int AT_ONCE, int P = 0, int COUNT, int SIDES>
+  ALWAYS_INLINE void add_planes(const NarrowBlock<B> (&sides)[SIDES], int64_t at, const Scales& scales,
+                                Evenly& ahead, Register (&sums)[COUNT][CHAINS][SIDES]) const {
+    constexpr int CHAIN = SCALED ? 0 : P;
+    Register parts[AT_ONCE][COUNT][SIDES] = {}, zeros[AT_ONCE][SIDES];
+#pragma GCC unroll 4
+    for (int p = 0; p < AT_ONCE; ++p)
+#pragma GCC unroll 2
+      for (int i = 0; i < SIDES; ++i) {
+        zeros[p][i] = scales.zero_part((at + P + p) / of_scale * LANES + i * WIDTH);
+#pragma GCC unroll 8
+        for (int r = 0; r < COUNT && !SCALED; ++r) parts[p][r][i] = sums[r][CHAIN + p][i];
+      }
+    const Word* x = rows + (at + P) * PLANE;
+    for (int run = 0; run < NarrowBlock<B>::RUNS; ++run)
+      for (int row = 0; row < NarrowBlock<B>::ROWS; ++row, ahead.ask())
+#pragma GCC unroll 2
+        for (int each = 0; each < NarrowBlock<B>::EACH; ++each, ++x)
+          [&]<int... p>(std::integer_sequence<int, p...>) {
+            (add_step<P + p>(sides, run, row, each, zeros[p], x + p * PLANE, parts[p]), ...);
+          }(std::make_integer_sequence<int, AT_ONCE>{});
+#pragma GCC unroll 4
+    for (int p = 0; p < AT_ONCE; ++p)
+#pragma GCC unroll 2
+      for (int i = 0; i < SIDES; ++i)
+#pragma GCC unroll 8
+        for (int r = 0; r < COUNT; ++r)
+          if constexpr (SCALED)
+            sums[r][0][i] = fused(parts[p][r][i], scales.part((at + P + p) / of_scale * LANES + i * WIDTH), sums[r][0][i]);
+          else
+            sums[r][CHAIN + p][i] = parts[p][r][i];
+    if constexpr (P + AT_ONCE < PLANES) add_planes<AT_ONCE, P + AT_ONCE>(sides, at, scales, ahead, sums);
+  }
+  template <int P, int COUNT, int SIDES>
+  ALWAYS_INLINE void add_step(const NarrowBlock<B> (&sides)[SIDES], int run, int row, int each,
+                              const Register (&zeros)[SIDES], const Word* x, Register (&sums)[COUNT][SIDES]) const {
+#pragma GCC unroll 2
+    for (int i = 0; i < SIDES; ++i) {
+      Register value = sides[i].template value<P>(run, row, each, zeros[i]);
+#pragma GCC unroll 8
+      for (int r = 0; r < COUNT; ++r) E::add_product(sums[r][i], x[r * stride], value);
+    }
+  }
+
+  // Words [steps, 16] of the blocks b ... end - 1 of 16 outputs.
+  void widen(int64_t first, int64_t b, int64_t end, const Scales& scales, int64_t n, int64_t width, Word* to) const {
+    for (int64_t lane = 0; lane < LANES; lane += WIDTH) {
+      ByteRows outputs = ByteRows::of(w.data, first + lane, s.columns, row_bytes);
+      Scales own = scales.from(n + lane);
+      for (int64_t block = b; block < end; ++block) {
+        NarrowBlock<B> turned;
+        turned.read(outputs, block);
+        Word* from = to + lane + (block - b) * WEIGHTS * width;
+        [&]<int... p>(std::integer_sequence<int, p...>) {
+          (widen_plane<p>(turned, own.zero_part((block * PLANES + p) / of_scale * width), width,
+                          from + p * PLANE * width),
+           ...);
+        }(std::make_integer_sequence<int, PLANES>{});
+      }
+    }
+  }
+  template <int P>
+  ALWAYS_INLINE static void widen_plane(const NarrowBlock<B>& block, Register zeros, int64_t width, Word* to) {
+    for (int run = 0; run < block.RUNS; ++run)
+      for (int row = 0; row < block.ROWS; ++row)
+#pragma GCC unroll 2
+        for (int each = 0; each < block.EACH; ++each, to += width)
+          write(to, block.template value<P>(run, row, each, zeros));
+  }
+#endif
 
   // PANEL outputs from `first` of the rows of a task.
   void many_rows(int64_t first, int64_t first_row) const {
@@ -131,30 +267,6 @@ class Plan {
         for (int c = 0; c < CHAINS; ++c) found[c] = load(sums + c * chain + r * PANEL + n);
         finish(first_row + r, first + n, total_of(found));
       }
-  }
-
-  struct Scales {  // [scales of all blocks, outputs]
-    const float* scales = nullptr;
-    const uint32_t* zeros = nullptr;  // twice in each word
-    WordVec zero(int64_t at) const {
-      WordVec found{};
-      if (B == Bits::int4_zeros) read(zeros + at, found);
-      return found;
-    }
-  };
-
-  // Words [steps, 16] of the blocks b ... end - 1 of 16 outputs.
-  void widen(int64_t first, int64_t b, int64_t end, const Scales& scales, int64_t n, int64_t width, Word* to) const {
-    constexpr int TURNS = block_bytes(B) / TURNED, HELD = PLANES / TURNS;
-    ByteRows outputs = ByteRows::of(w.data, first, s.columns, row_bytes);
-    for (int64_t turn = b * TURNS; turn < end * TURNS; ++turn) {
-      Vec columns[LANES];
-      outputs.turn(turn * TURNED, columns);
-      auto zero = [&](int p) { return scales.zero((turn * HELD + p) / of_scale * width + n); };
-      over_words<B, Word>(columns, zero, [&](int p, int step, const Vec& word) {
-        write(to + (((turn - b * TURNS) * HELD + p) * PLANE_STEPS<E> + step) * width, word);
-      });
-    }
   }
 
   // The outputs that this thread takes after `count` from `first`; they follow each other in memory.

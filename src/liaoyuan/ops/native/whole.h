@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <immintrin.h>
 
 namespace liaoyuan {
 
@@ -13,7 +12,9 @@ typedef int32_t IntVec __attribute__((vector_size(64)));
 typedef uint32_t WordVec __attribute__((vector_size(64)));
 using Register = Vec;  // what one register of the machine holds
 using RegisterWords = WordVec;
+using RegisterInts = IntVec;
 inline void hold(Register&) {}
+inline Register fused(Register a, Register b, Register sum) { return (Register)_mm512_fmadd_ps(a, b, sum); }
 typedef uint16_t ShortVec __attribute__((vector_size(32)));
 
 inline IntVec lane_numbers() { return IntVec{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }

@@ -1,65 +1,16 @@
-// Weights of 8 or 4 bits as the words that a matrix product multiplies (engines.h): fp32 values, or pairs of bf16,
-// which hold every weight exactly. Scales are not part of them.
+// Weights of 8 or 4 bits as the words that a matrix product multiplies (engines.h): fp32 values, or pairs of bf16, which
+// hold every weight exactly. Scales are not part of them. For registers of 16 lanes; narrow.h is for others.
 //
-// Bytes of 16 outputs are turned as 16 x 16 words of memory, so that outputs lie along the lanes; then each of those
-// words is taken apart, lane by lane, into the values that follow each other along the depth.
+// Each word of turned memory is taken apart, lane by lane, into the values that follow each other along the depth.
 #pragma once
+#include <immintrin.h>
+
 #include <array>
 #include <bit>
 
-#include "kernels.h"
-#ifdef __AVX512BW__
-#include <immintrin.h>
-#endif
+#include "byte_rows.h"
 
 namespace liaoyuan {
-
-using Bits = QuantisedBits;
-
-constexpr int PLANES = 4, PLANE = 32;
-constexpr int64_t WEIGHTS = PLANES * PLANE;  // of a block: the depth is filled up to a multiple
-constexpr int64_t TURNED = 64;               // bytes of an output that are turned at a time
-constexpr int UNROLLED = sizeof(Vec) == sizeof(Register) ? 16 : 1;  // columns: where they fit into registers
-
-constexpr bool is_four(Bits bits) { return bits == Bits::int4 || bits == Bits::int4_zeros; }
-constexpr int64_t block_bytes(Bits bits) { return is_four(bits) ? WEIGHTS / 2 : WEIGHTS; }
-
-#define ALWAYS_INLINE [[gnu::always_inline]] inline  // values stay in registers
-
-// Rows of bytes that follow each other. What is read past the end of one belongs to the next: it is multiplied by zero.
-struct ByteRows {
-  const uint8_t *bytes, *end;
-  int64_t width;
-
-  template <class T>
-  static ByteRows of(const T* rows, int64_t first, int64_t count, int64_t width) {
-    auto at = [&](int64_t row) { return reinterpret_cast<const uint8_t*>(rows + row * width); };
-    return {at(first), at(count), width * int64_t(sizeof(T))};
-  }
-
-  // Bytes at ... at + 63 of 16 rows: columns [16 words of memory, 16 rows]; zeros past the end of the last row.
-  ALWAYS_INLINE void turn(int64_t at, Vec* columns) const {
-    if (end - bytes >= 15 * width + at + TURNED) [[likely]]
-      return turn_words(bytes + at, width, columns);
-    alignas(64) uint8_t rows[LANES * TURNED] = {};
-    for (int64_t i = 0; i < LANES; ++i) {
-      int64_t size = std::min<int64_t>(TURNED, end - bytes - i * width - at);
-      if (size > 0) std::memcpy(rows + i * TURNED, bytes + i * width + at, size_t(size));
-    }
-    turn_words(rows, TURNED, columns);
-  }
-
- private:
-  ALWAYS_INLINE static void turn_words(const void* from, int64_t stride, Vec* columns) {
-#ifdef __AVX512F__
-    transpose_words(from, stride, columns);
-#else
-    alignas(64) uint32_t turned[LANES * LANES];
-    transpose(from, stride, turned);
-    for (int i = 0; i < LANES; ++i) read(turned + i * LANES, columns[i]);
-#endif
-  }
-};
 
 inline Vec integer(WordVec words) { return (Vec)(words | 0x4b000000u); }  // 2^23 + n is n in the lowest bits
 
@@ -180,7 +131,7 @@ template <Bits B, class Word, class Zero, class Body>
 ALWAYS_INLINE void over_words(const Vec* columns, const Zero& zero, const Body& body) {
   using W = Widening<Word>;
   constexpr int TURNS = is_four(B) ? 4 : 2, EACH = is_four(B) ? 2 : 4, COLUMNS = is_four(B) ? 16 : 8;
-#pragma GCC unroll UNROLLED
+#pragma GCC unroll 16
   for (int j = 0; j < COLUMNS; ++j)
 #pragma GCC unroll 4
     for (int p = 0; p < TURNS; ++p) {
