@@ -2,7 +2,6 @@
 cannot be written, torn libraries, devices and dtypes without kernels.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from liaoyuan import ops
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.build import _compiler_version, _hash_of, cache_folder, compiler, kernel_sources, library_path
 from tests.conftest import slow_if
+from tests.ops.fresh import Fresh
 
 STATUS = """
 import torch
@@ -22,6 +22,8 @@ from liaoyuan import ops
 ops.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6)
 print(*{s.kernel for s in ops.status()})
 """
+ONE = "from liaoyuan.ops.choice import kernel_in_use; print(kernel_in_use('rms_norm', 'cpu'))"  # as all in a library
+COMMAND = "from liaoyuan.cli.main import main; main()"
 FILES = len(kernel_sources()) + 1  # the kernels, and all that calls them from torch as one
 # Like g++ as far as `build` sees: {compile} and {link} do their work with the path of the output in $out.
 COMPILER = """#!/bin/sh
@@ -63,14 +65,12 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     return {**os.environ, **own, **more}
 
 
-def run(folder: Path, *command: str, **more: str) -> tuple[str, list[str]]:
-    """Run Python with the false compiler; return what it prints, and the lines that say that references are used."""
-    result = subprocess.run(
-        [sys.executable, *(command or ("-c", STATUS))], env=environment(folder, **more), capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return result.stdout, [line for line in result.stderr.splitlines() if "references" in line]
+def run(folder: Path, script: str = STATUS, *arguments: str, **more: str) -> tuple[str, list[str]]:
+    """Run a script with the false compiler; return what it prints, and the lines that say that references are used."""
+    with Fresh(script, *arguments, environment=environment(folder, **more)) as process:
+        code, out, err = process.ended()
+    assert code == 0, err
+    return out, [line for line in err.splitlines() if "references" in line]
 
 
 def only_line(folder: Path) -> str:
@@ -85,7 +85,7 @@ def test_doctor_says_once_why_there_are_no_kernels(tmp_path: Path) -> None:
     place_compiler(
         tmp_path, f'[ $(wc -l < {tmp_path}/calls) -lt 3 ] || {{ echo "a.cpp:1: error: too old" >&2; exit 1; }}'
     )
-    table, lines = run(tmp_path, "-m", "liaoyuan", "doctor", "ops", COLUMNS="200")
+    table, lines = run(tmp_path, COMMAND, "doctor", "ops", COLUMNS="200")
     assert len(lines) == 1 and "too old" in lines[0]
     assert table.count("too old") == 1 and table.count(" reference ") == len(ops.status())
     tried = calls(tmp_path)
@@ -122,26 +122,27 @@ def copier(tmp_path: Path, native_only: None) -> Iterator[Path]:
 
 def test_a_library_that_was_torn_later_is_made_again(copier: Path) -> None:
     for done in (1, 2):
-        kernels, lines = run(copier)
-        assert kernels.split() == ["native"] and not lines
+        assert run(copier, ONE) == ("native\n", [])
         assert calls(copier) == done * (FILES + 1)
         (library,) = (copier / "cache").rglob("*.so")
         os.truncate(library, library.stat().st_size // 2)
 
 
-def test_kernels_are_built_ahead(copier: Path) -> None:
-    said, _ = run(copier, "-m", "liaoyuan", "ops", "build")
+def test_kernels_are_built_ahead_and_a_folder_that_cannot_be_written_is_no_matter_then(copier: Path) -> None:
+    said, _ = run(copier, COMMAND, "ops", "build")
     (library,) = (copier / "cache").rglob("*.so")
     assert said == f"The CPU kernels are in {library}.\n"
+    (library.parent / "lock").unlink()
+    (library.parent / "lock").mkdir()  # so that even root cannot open it
+    assert run(copier, ONE) == ("native\n", [])
 
 
 def test_processes_that_build_at_once_compile_once(copier: Path) -> None:
     """The second process waits for the lock and finds what the first one made; leftovers of a killed one are gone."""
     leftover = copier / "cache" / "liaoyuan" / "kernels" / ".part-killed"
     leftover.mkdir(parents=True)
-    command = [sys.executable, "-c", STATUS]
-    running = [subprocess.Popen(command, env=environment(copier), stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate(timeout=300)[0].strip() for process in running] == ["native", "native"]
+    with Fresh(ONE, environment=environment(copier)) as one, Fresh(ONE, environment=environment(copier)) as other:
+        assert [process.ended()[:2] for process in (one, other)] == [(0, "native\n")] * 2
     assert calls(copier) == FILES + 1
     assert not leftover.exists()
 
@@ -149,10 +150,8 @@ def test_processes_that_build_at_once_compile_once(copier: Path) -> None:
 def test_a_cache_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     place_compiler(tmp_path)
     (tmp_path / "cache").write_text("in the way", encoding="utf-8")
-    rows, lines = run(tmp_path, "-m", "liaoyuan", "doctor", "ops", "--json")
-    assert {row["kernel"] for row in json.loads(rows)} == {"reference"}
-    assert len(lines) == 1
-    assert str(tmp_path / "cache") in lines[0] and "Set XDG_CACHE_HOME" in lines[0]
+    said = only_line(tmp_path)
+    assert str(tmp_path / "cache") in said and "Set XDG_CACHE_HOME" in said
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
@@ -169,14 +168,6 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
         subprocess.run(["umount", str(cache)], check=True)
 
 
-def test_a_folder_that_cannot_be_written_is_no_matter_once_the_library_is_there(copier: Path) -> None:
-    run(copier)
-    kernels = copier / "cache" / "liaoyuan" / "kernels"
-    (kernels / "lock").unlink()
-    (kernels / "lock").mkdir()  # so that even root cannot open it
-    assert run(copier) == ("native\n", [])
-
-
 def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -191,12 +182,10 @@ def test_home_may_be_unset(tmp_path: Path) -> None:
     """The user's entry in the password file says where it is."""
     place_compiler(tmp_path, "exit 1")
     where = {k: v for k, v in environment(tmp_path).items() if k not in ("HOME", "XDG_CACHE_HOME")}
-    found = subprocess.run(
-        [sys.executable, "-c", "from liaoyuan.ops.build import cache_folder; print(cache_folder())"],
-        env=where, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert found.returncode == 0 or "set HOME" in found.stderr
-    assert "liaoyuan" in found.stdout + found.stderr
+    with Fresh("from liaoyuan.ops.build import cache_folder; print(cache_folder())", environment=where) as process:
+        code, out, err = process.ended()
+    assert code == 0 or "set HOME" in err
+    assert "liaoyuan" in out + err
 
 
 def test_another_cpu_has_another_library(monkeypatch: pytest.MonkeyPatch, native_only: None) -> None:
@@ -209,11 +198,11 @@ def test_another_cpu_has_another_library(monkeypatch: pytest.MonkeyPatch, native
 
 
 WORKER = """
-import sys
+import os, sys
 from liaoyuan.cli import worker
 from liaoyuan import ops
 worker.run_verb = lambda: ops.status() and None
-sys.argv = ["worker", sys.argv[1], "{launcher}", "verb"]
+sys.argv = ["worker", sys.argv[1], str(os.getppid()), "verb"]
 worker.main()
 """
 
@@ -221,8 +210,7 @@ worker.main()
 def test_the_processes_of_a_host_say_it_once(tmp_path: Path) -> None:
     said = []
     for rank in ("0", "1"):
-        script = WORKER.format(launcher=os.getpid())
-        said += run(tmp_path, "-c", script, str(tmp_path), RANK=rank, LOCAL_RANK=rank, PATH=str(tmp_path))[1]
+        said += run(tmp_path, WORKER, str(tmp_path), RANK=rank, LOCAL_RANK=rank, PATH=str(tmp_path))[1]
     assert len(said) == 1
 
 
@@ -239,9 +227,7 @@ print(*{s.kernel + ": " + s.reason for s in ops.status("xpu")})
 
 
 def test_dtypes_and_devices_without_kernels_are_said_once(tmp_path: Path, native_only: None) -> None:
-    out, lines = run(
-        tmp_path, "-c", OTHERS, XDG_CACHE_HOME=os.environ.get("XDG_CACHE_HOME", ""), PATH=os.environ["PATH"]
-    )
+    out, lines = run(tmp_path, OTHERS, XDG_CACHE_HOME=os.environ.get("XDG_CACHE_HOME", ""), PATH=os.environ["PATH"])
     assert out.strip() == "reference: no kernel for xpu yet"
     assert [line.partition(":")[0] for line in lines] == [
         *["The kernels for cpu take float32 and bfloat16"] * 2,

@@ -1,9 +1,10 @@
 """Which kernel computes an operator on a device: the first that can be had here and passes its self-test.
 
 The choice is made once per process, when the operator is first used on a kind of device, and is what `status` says.
-The self-test compares with the reference in fp32, forward and backward. Nothing fails for want of a kernel: the
-reference is used, and a warning says so once. `configure` overrides the choice, and `seek_exactness` prefers kernels
-in which a row's bits are its own, for which there is a fallback that is slower than the reference.
+The self-test compares with the reference in fp32, forward and backward, and what has passed it in a process is not
+tested there again. Nothing fails for want of a kernel: the reference is used, and a warning says so once. `configure`
+overrides the choice, and `seek_exactness` prefers kernels in which a row's bits are its own, for which there is a
+fallback that is slower than the reference.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ _wanted: dict[str, str] = {}  # operator -> kernel, from the configuration
 _exactness = False  # whether it was asked for
 _through_registered = False  # whether operators are called by their registered names even where no kernel is in use
 _in_use: dict[tuple[str, str], Callable[[bool], None]] = {}  # operator, kind of device -> what takes its kernel away
+_passed: set[tuple[Operator, Kernel, str]] = set()  # which kernels passed their self-test on which kinds of device
 
 
 def takes(operator: Operator, first: Tensor, *others: Tensor | None) -> bool:
@@ -100,7 +102,7 @@ def configure(kernels: Mapping[str, str]) -> None:
     with _lock:
         if dict(kernels) == _wanted:
             return
-        forget()
+        _take_away()
         _wanted.clear()
         _wanted.update(kernels)
 
@@ -113,7 +115,7 @@ def seek_exactness(asked: bool = True) -> None:
     global _exactness
     with _lock:
         if asked is not _exactness:
-            forget()
+            _take_away()
             _exactness = asked
 
 
@@ -130,7 +132,14 @@ def operator_named(name: str) -> Operator:
 
 
 def forget() -> None:
-    """Take all kernels away; they are chosen anew when their operators are next used."""
+    """Take all kernels away; they are chosen and tested anew when their operators are next used."""
+    with _lock:
+        _take_away()
+        _passed.clear()
+
+
+def _take_away() -> None:
+    """Let kernels be chosen anew. A kernel that has passed its self-test in this process is not tested again."""
     with _lock:
         for use in _in_use.values():
             use(False)
@@ -259,11 +268,13 @@ def _reason_against(operator: Operator, kernel: Kernel, device: str) -> str | No
         _warn(str(error))
         return str(error)
     use(True)
+    known = (operator, kernel, device)
     try:
-        reason = self_test(operator, kernel, device)
+        reason = None if known in _passed else self_test(operator, kernel, device)
     except Exception as error:  # a kernel that raises is a kernel that fails
         reason = f"its self-test raised {type(error).__name__}: {error}"
     if reason is None:
+        _passed.add(known)
         _in_use[operator.name, device] = use
         return None
     use(False)
@@ -295,13 +306,15 @@ def _measure(chosen: OperatorStatus, dtype: torch.dtype, matrix_rate: float, mem
 
 def _seconds(function: Callable[..., Any], sample: tuple[Any, ...], repeats: int = 5) -> float:
     """Return the time of the fastest call; of few where one is long."""
+    is_cpu = sample[0].device.type == "cpu"
     with torch.no_grad():
-        function(*sample)
+        if not is_cpu:
+            function(*sample)  # the first one may compile
         times: list[float] = []
         while len(times) < repeats and sum(times) < LONG:
             start = time.perf_counter()
             function(*sample)
-            if sample[0].device.type != "cpu":
+            if not is_cpu:
                 torch.accelerator.synchronize()
             times.append(time.perf_counter() - start)
     return min(times)

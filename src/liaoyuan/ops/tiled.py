@@ -44,6 +44,7 @@ def filled(x: Tensor, multiple: int = TILE) -> Tensor:
     return copy
 
 
+@functools.cache
 def check() -> None:
     """Raise LiaoyuanError if PyTorch's product gives a row of a tile other bits at another place of it."""
     generator = torch.Generator().manual_seed(0)
