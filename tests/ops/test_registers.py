@@ -56,24 +56,14 @@ HERE = "AVX512" if "avx512f" in build.processor() else "AVX2"  # what all other 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ on x86-64")
 
 
-@pytest.fixture(scope="module")
-def bindings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What knows torch: it is the same for all machines."""
-    target = tmp_path_factory.mktemp("bindings") / "bindings.o"
-    build.run(build.bindings_command(target))
-    return target
-
-
 @pytest.mark.parametrize("machine", [slow_if(name in (HERE, "SSE"), name) for name in MACHINES])
-def test_every_kernel_passes_its_self_test_and_rows_keep_their_bits(
-    machine: str, bindings: Path, tmp_path: Path
-) -> None:
-    sources = build.kernel_sources()
-    objects = [tmp_path / f"{source.stem}.o" for source in sources]
-    commands = [build.kernel_command(*pair, MACHINES[machine]) for pair in zip(sources, objects, strict=True)]
+def test_every_kernel_passes_its_self_test_and_rows_keep_their_bits(machine: str, tmp_path: Path) -> None:
+    commands = [build.kernel_command(source, MACHINES[machine]) for source in build.kernel_sources()]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(build.run, commands))
-    library = build.link([bindings, *objects], tmp_path / "kernels.so")
+        objects = list(
+            pool.map(lambda command: build.object_of(command, tmp_path), [build.bindings_command(), *commands])
+        )
+    library = build.link(objects, tmp_path / "kernels.so")
     where = {**os.environ, "OMP_NUM_THREADS": "1"}
     found = subprocess.run(
         [sys.executable, "-c", CHECK, str(library)], env=where, capture_output=True, text=True, timeout=300

@@ -2,8 +2,9 @@
 
 The library's name is a hash of everything that it depends on (sources, compiler, flags, torch, this CPU), so a
 change of any of them compiles anew and an old library is never loaded by mistake. Beside it lies the hash of its bytes:
-one that a crash has torn is made again. A failed build leaves its reason there, so that it is not tried again by every
-process; what may pass (a killed compiler, a full disk) is tried again after a while.
+one that a crash has torn is made again. Objects are kept too, each by a hash of its own text with all that it includes,
+so that only what a change touches is compiled for the next library. A failed build leaves its reason there, so that it
+is not tried again by every process; what may pass (a killed compiler, a full disk) is tried again after a while.
 """
 
 import contextlib
@@ -38,6 +39,7 @@ WITH_TORCH = (
     *("binding_inference.cpp", "binding_optimiser.cpp", "binding_loss.cpp", "autograd_loss.cpp"),
     *("binding_rows.cpp", "autograd_rows.cpp", "binding_layer.cpp"),
 )
+IN_THE_TEXT = ("-isystem", "-include", "-D")  # flags whose effect is seen in the preprocessed text
 PATIENCE = 600.0  # seconds for which a failure that may pass is not tried again
 PASSING = ("Killed signal", "No space left on device", "Disk quota exceeded", "Cannot allocate memory")
 LOADS = "import sys, torch; torch.ops.load_library(sys.argv[1])"
@@ -134,15 +136,13 @@ def _build_alone(target: Path, report: Report) -> None:
 
 
 def _compiled(folder: Path, report: Report) -> Path:
-    bindings = folder / "bindings.o"
-    sources = kernel_sources()
-    objects = [bindings, *(folder / f"{source.stem}.o" for source in sources)]
-    commands = [bindings_command(bindings)]  # the longest first
-    commands += [kernel_command(s, o) for s, o in zip(sources, objects[1:], strict=True)]
+    commands = [bindings_command(), *map(kernel_command, kernel_sources())]  # the longest first
+    objects = list[Path]()
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         try:
-            for done, _ in enumerate(pool.map(run, commands)):
-                report(Progress(done + 1, len(commands) + 1, "file", "compiling kernels"))
+            for made in pool.map(functools.partial(object_of, folder=folder), commands):
+                objects.append(made)
+                report(Progress(len(objects), len(commands) + 1, "file", "compiling kernels"))
         except LibraryError:
             pool.shutdown(cancel_futures=True)
             raise
@@ -154,19 +154,36 @@ def kernel_sources() -> list[Path]:
     return [source for source in sorted(NATIVE.glob("*.cpp")) if source.name not in WITH_TORCH]
 
 
-def kernel_command(source: Path, target: Path, machine: Sequence[str] = ("-march=native",)) -> list[str]:
+def kernel_command(source: Path, machine: Sequence[str] = ("-march=native",)) -> list[str]:
     """Return how a kernel is compiled for a machine, this one if none is named."""
-    return [compiler(), *COMMON_FLAGS, *KERNEL_FLAGS, *machine, "-c", str(source), "-o", str(target)]
+    return [compiler(), *COMMON_FLAGS, *KERNEL_FLAGS, *machine, str(source)]
 
 
-def bindings_command(target: Path) -> list[str]:
+def bindings_command() -> list[str]:
     """Return how what calls the kernels from torch is compiled: for all machines alike."""
     include = Path(torch.__file__).parent / "include"
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     flags = [f"-isystem{include}", f"-isystem{include / 'torch' / 'csrc' / 'api' / 'include'}", abi]
     *others, last = (str(NATIVE / name) for name in WITH_TORCH)
     flags += [word for other in others for word in ("-include", other)]
-    return [compiler(), *COMMON_FLAGS, *BINDING_FLAGS, *flags, "-c", last, "-o", str(target)]
+    return [compiler(), *COMMON_FLAGS, *BINDING_FLAGS, *flags, last]
+
+
+def object_of(command: Sequence[str], folder: Path) -> Path:
+    """Return what a command compiles: kept from before, if its flags and the preprocessed text are the same, or made
+    now and kept; in `folder`, if it cannot be kept.
+    """
+    flags = [word for word in command if word.startswith("-") and not word.startswith(IN_THE_TEXT)]
+    parts = [_compiler_version(command[0]), processor(), *flags, run([*command, "-E", "-P"])]
+    name = f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.o"
+    kept, made = cache_folder() / "kernels" / "objects" / name, folder / name
+    if kept.exists():
+        return kept
+    run([*command, "-c", "-o", str(made)])
+    with contextlib.suppress(LiaoyuanError):
+        write_atomic(kept, made.read_bytes())
+        return kept
+    return made
 
 
 def link(objects: Sequence[Path], library: Path) -> Path:
@@ -210,11 +227,11 @@ def _libraries() -> list[str]:
     return [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", str(openmp[0]) if openmp else "-lgomp"]
 
 
-def run(command: list[str]) -> None:
-    """Run a command of the compiler. Raises LibraryError with its reason."""
+def run(command: list[str]) -> str:
+    """Run a command of the compiler and return what it prints. Raises LibraryError with its reason."""
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if not result.returncode:
-        return
+        return result.stdout
     lines = result.stderr.strip().splitlines()
     if result.returncode < 0:
         lines.append(f"{Path(command[0]).name} was killed by signal {-result.returncode}")
