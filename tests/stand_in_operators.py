@@ -22,9 +22,20 @@ NAMES = [name for name, operator in OPERATORS.items() if any(kernel.name == "npu
 find_spec = importlib.util.find_spec
 
 
-def chosen() -> dict[str, list[str]]:
+def chosen(names: list[str] = NAMES) -> dict[str, list[str]]:
     """Return for each of the operators the kernel in use, and why."""
-    return {row.operator: [row.kernel, row.reason] for row in ops.status("npu") if row.operator in NAMES}
+    return {name: [row.kernel, row.reason] for name in names for row in [choice._choose(name, "npu")]}
+
+
+def users() -> dict[str, list[str]]:
+    """Return for each of the vendor's operators those that call it when they are chosen and tested."""
+    found: dict[str, list[str]] = {}
+    for name in NAMES:
+        vendor.CALLS.clear()
+        chosen([name])
+        for called in set(vendor.CALLS):
+            found.setdefault(called, []).append(name)
+    return found
 
 
 def without_an_import(folder: Path) -> dict[str, list[str]]:
@@ -85,8 +96,8 @@ def on_device(inputs) -> tuple:
     return tuple(x.to("npu") if isinstance(x, torch.Tensor) else x for x in inputs)
 
 
-def refused(module, name: str) -> list[str]:
-    """Return the operators that do not use the vendor's while one of its operators is off by a little."""
+def refused(module, name: str, users: list[str]) -> list[str]:
+    """Return which users of one of the vendor's operators do not use the vendor's while that is off by a little."""
     right = getattr(module, name)
 
     def wrong(*args, **kwargs):
@@ -97,7 +108,7 @@ def refused(module, name: str) -> list[str]:
 
     setattr(module, name, wrong)
     choice.forget()
-    rows = chosen()
+    rows = chosen(users)
     setattr(module, name, right)
     return [operator for operator, (kernel, _) in rows.items() if kernel != "npu"]
 
@@ -111,6 +122,7 @@ def main() -> None:
         found["broken"] = without_an_import(Path(folder))
     module = vendor.install()
     choice.forget()
+    of_vendor = users()
     found["with"] = chosen()
     found["edges"], found["none"] = edges(), shapes_of_none()
     device = {"cpu": torch.device("cpu"), "npu": torch.device("npu", 0)}
@@ -118,7 +130,9 @@ def main() -> None:
     for kind, config in (("dense", steps.DENSE), ("experts", steps.EXPERTS), ("bf16", steps.BF16)):
         found[kind] = {name: steps.losses(config, place) for name, place in device.items()}
     found["called_in_training"] = sorted(set(vendor.CALLS))
-    found["refused"] = {name: refused(module, name) for name in dir(module) if name.startswith("npu_")}
+    found["refused"] = {
+        name: refused(module, name, of_vendor.get(name, [])) for name in dir(module) if name.startswith("npu_")
+    }
     print(json.dumps(found))
 
 
