@@ -14,7 +14,6 @@ import torch
 
 import stand_in_steps as steps
 import stand_in_torch_npu as vendor
-from liaoyuan import ops
 from liaoyuan.ops import choice
 from liaoyuan.ops.operator import OPERATORS, outputs_and_gradients
 

@@ -1,6 +1,7 @@
 """Compile the Triton kernels for a card that need not be there, and print what each of them occupies.
 
-python -m tests.ops.triton.compiled [COMPUTE CAPABILITY, 80] [DTYPES, bfloat16,float32] [HEAD SIZES, 64 128 256]
+python -m tests.ops.triton.compiled [COMPUTE CAPABILITY, 80] [DTYPES, bfloat16,float32] [KINDS, all or hardest]
+    [HEAD SIZES, 64 128 256]
 One JSON object a line: kernel, dtype of the inputs, bytes of shared memory, registers of a thread, bytes that spill.
 """
 
@@ -22,7 +23,8 @@ from liaoyuan.ops.operator import OPERATORS, outputs_and_gradients
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-WITH_KINDS = ("quantised_linear", "route", "sample_tokens")  # each kind of their inputs has a kernel of its own
+# Each kind of their inputs has a kernel of its own; which of their samples asks the most of it.
+WITH_KINDS = {"quantised_linear": -1, "route": -1, "sample_tokens": 1}
 
 
 class Card:
@@ -50,7 +52,7 @@ def occupied(kernel):
     return {"registers": int(found[1]), "spilled": int(found[2])}
 
 
-def inputs(name, dtype, head_dims):
+def inputs(name, dtype, kinds, head_dims):
     """Yield inputs of usual sizes: heads of several, and whatever is the operator's own workload."""
     if name == "attention":
         for dim in head_dims:
@@ -67,15 +69,16 @@ def inputs(name, dtype, head_dims):
             yield query, cache, cache, torch.zeros(1, 128, dtype=torch.int32), starts, lengths, 0.1
     elif name == "loss_head":  # of fewer rows: gradients of the weight are torch's own product, computed here
         hidden, weight, targets, *how = OPERATORS[name].workload(dtype)
-        yield hidden[:64], weight, targets[:64], *how
+        yield hidden[:64], weight[:4096], targets[:64] % 4096, *how
     else:
         operator = OPERATORS[name]
         yield operator.workload(dtype) if operator.workload else list(operator.samples(dtype))[-1]
         if name in WITH_KINDS:
-            yield from operator.samples(dtype)
+            samples = list(operator.samples(dtype))
+            yield from samples if kinds == "all" else [samples[WITH_KINDS[name]]]
 
 
-def main(capability=80, dtypes="bfloat16,float32", *head_dims):
+def main(capability=80, dtypes="bfloat16,float32", kinds="all", *head_dims):
     """Run every kernel's launching code, and compile where it would launch."""
     driver.set_active(Card(int(capability)))
     compile_or_launch, seen = JITFunction.run, set()
@@ -93,7 +96,7 @@ def main(capability=80, dtypes="bfloat16,float32", *head_dims):
         for loaded in [kernel for kernel in operator.kernels if kernel.name == "triton"]:
             loaded.load(name, "cpu")(True)
             for dtype in [getattr(torch, each) for each in dtypes.split(",")]:
-                for sample in inputs(name, dtype, [int(dim) for dim in head_dims] or [64, 128, 256]):
+                for sample in inputs(name, dtype, kinds, [int(dim) for dim in head_dims] or [64, 128, 256]):
                     outputs_and_gradients(operator, operator.call, sample)
 
 

@@ -13,6 +13,7 @@ from liaoyuan import ops
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops import choice
 from liaoyuan.ops.operator import OPERATORS
+from tests.conftest import slow_if
 from tests.ops.triton.conftest import CARD, DEVICE, WITH_TRITON, triton_kernel
 
 SMALLEST_CARD = 99 * 1024  # bytes of shared memory of a program, compute capabilities 8.6 and 8.9
@@ -31,8 +32,9 @@ def run(*command: str, cache: Path) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Triton's compiler, which is for Linux")
-def test_every_kernel_compiles_for_a_card_and_fits_it(tmp_path):
-    printed = run("-m", "tests.ops.triton.compiled", "80", "bfloat16", "128", cache=tmp_path)
+@pytest.mark.parametrize("kinds", ["hardest", slow_if(True, "all")])
+def test_every_kernel_compiles_for_a_card_and_fits_it(tmp_path, kinds):
+    printed = run("-m", "tests.ops.triton.compiled", "80", "bfloat16", kinds, "128", cache=tmp_path)
     lines = [json.loads(line) for line in printed.splitlines()]
     assert {line["operator"] for line in lines} == set(WITH_TRITON)
     for line in lines:
