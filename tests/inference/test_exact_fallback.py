@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from liaoyuan.rundir import silent
 from tests.conftest import ROOT, slow_if
 from tests.inference.test_exact_mode import DTYPES, FEATURES, model_of, of_training
 
+FEW = replace(QUICK, lengths=(1, 33, 36), batches=(3,))  # less than a tile of rows, and more
 STORIES = next((p for p in (ROOT, *ROOT.parents) if (p / "shared/models/stories260k").exists()), None)
 
 
@@ -45,7 +47,7 @@ def references() -> Iterator[None]:
 @pytest.mark.parametrize(("feature", "dtype"), one_dtype_each(FEATURES))
 def test_every_path_gives_the_bits_of_training_in_tiles(feature: str, dtype: str) -> None:
     ops.seek_exactness()
-    proof = prove(model_of(feature, dtype), QUICK)
+    proof = prove(model_of(feature, dtype), FEW)
     assert [result for result in proof.results if not result.equal] == []
     assert proof.exact and proof.verdict.startswith("Exact: ")
     assert len(proof.results) == 11 and set(proof.kernels.values()) == {"tiled"}
@@ -53,7 +55,7 @@ def test_every_path_gives_the_bits_of_training_in_tiles(feature: str, dtype: str
 
 @pytest.mark.parametrize(("feature", "dtype"), one_dtype_each(["dense", "experts"]))
 def test_and_not_without(feature: str, dtype: str) -> None:
-    proof = prove(model_of(feature, dtype), QUICK)
+    proof = prove(model_of(feature, dtype), FEW)
     assert not proof.exact and set(proof.kernels.values()) == {"reference"}
 
 
@@ -69,7 +71,7 @@ def test_two_threads_give_the_bits_of_one(feature: str, dtype: str) -> None:
 @pytest.mark.parametrize("kind", ["int8", slow_if(True, "int4")])
 def test_weights_of_few_bits_are_exact_too(kind: str) -> None:
     ops.seek_exactness()
-    proof = prove(quantise_model(model_of("experts", "bfloat16"), Quantisation(kind)), QUICK)
+    proof = prove(quantise_model(model_of("experts", "bfloat16"), Quantisation(kind)), FEW)
     assert proof.exact and proof.kernels["quantised_linear"] == "tiled"
 
 
@@ -85,7 +87,7 @@ def test_weights_of_few_bits_are_exact_too(kind: str) -> None:
 def test_one_operator_without_tiles_and_nothing_is_claimed(name, blamed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiled, name, OPERATORS[name].reference)
     ops.seek_exactness()
-    proof = prove(model_of("experts"), QUICK)
+    proof = prove(model_of("experts"), FEW)
     if proof.exact:
         pytest.skip("PyTorch's own operators on this machine give these few rows the same bits")
     assert proof.operator.startswith(blamed), proof.verdict
@@ -95,7 +97,7 @@ def test_attention_that_begins_its_blocks_elsewhere_is_found_out(monkeypatch: py
     """Blocks of 16 keys that are counted from the first one that a tile sees, not from the first of the sequence."""
     monkeypatch.setattr(tiled, "KEYS", 16)
     ops.seek_exactness()
-    assert prove(model_of("window and sinks"), QUICK).exact
+    assert prove(model_of("window and sinks"), FEW).exact
     attended = tiled._attended
 
     def from_the_window(query, key, value, scale, window, sinks):
@@ -104,7 +106,7 @@ def test_attention_that_begins_its_blocks_elsewhere_is_found_out(monkeypatch: py
 
     monkeypatch.setattr(tiled, "_attended", from_the_window)
     choice.forget()
-    proof = prove(model_of("window and sinks"), QUICK)
+    proof = prove(model_of("window and sinks"), FEW)
     assert not proof.exact and proof.operator.startswith("attention of layers.0.self_attn"), proof.verdict
 
 
@@ -125,7 +127,7 @@ def test_an_engine_that_must_be_exact_takes_the_fallback_and_keeps_its_proof(tmp
 
 def test_doctor_proves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(model_of("dense"), tmp_path / "model", None)
-    monkeypatch.setattr("liaoyuan.inference.exactness.proof.prove.__defaults__", (QUICK, silent, None))
+    monkeypatch.setattr("liaoyuan.inference.exactness.proof.prove.__defaults__", (FEW, silent, None))
     told = CliRunner().invoke(app, ["doctor", "--exact", str(tmp_path / "model")])
     assert told.exit_code == 0 and "computed by: tiled." in told.stdout and "Exact: all" in told.stdout
 
@@ -144,11 +146,11 @@ SCRIPT = """
 import torch
 from liaoyuan import ops
 from liaoyuan.inference import prove
-from liaoyuan.inference import QUICK
+from tests.inference.test_exact_fallback import FEW
 from tests.inference.test_exact_mode import model_of
 for exact in (False, True):
     ops.seek_exactness(exact)
-    proof = prove(model_of("dense"), QUICK)
+    proof = prove(model_of("dense"), FEW)
     print(sorted(set(proof.kernels.values())), proof.verdict)
 print(next(row.reason for row in ops.status() if row.operator == "linear"))
 """

@@ -61,7 +61,7 @@ def native_kernels() -> Iterator[None]:
     ops.configure({})
 
 
-def proof_of(leader: Leader, extent: Extent = QUICK) -> Proof:
+def proof_of(leader: Leader, extent: Extent = SMALL) -> Proof:
     return prove(leader.model, extent, silent, leader)
 
 

@@ -14,7 +14,7 @@ from liaoyuan.inference import Completion, Engine, EngineConfig
 from liaoyuan.inference.spread.mirror import Leader
 from liaoyuan.models import ModelConfig, Quantisation, config_from_dict
 from liaoyuan.parallel import Layout
-from tests.conftest import randomised
+from tests.conftest import randomised, slow_if
 from tests.inference.test_further_draft import COMMON, FAMILIES, FURTHER, MTP
 from tests.inference.test_ranks import on_ranks
 from tests.inference.test_speculation import asked, said
@@ -47,7 +47,7 @@ def same(together: list[Completion], alone: list[Completion]) -> None:
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("how", [None, Quantisation("int8")], ids=["whole", "int8"])
+@pytest.mark.parametrize("how", [slow_if(True, None, name="whole"), slow_if(False, Quantisation("int8"), name="int8")])
 def test_a_draft_model_changes_no_answer(folder_of: Callable[[ModelConfig], Path], how: Quantisation | None) -> None:
     config = config_from_dict(MODELS["dense"] | ROOM)
     folder, small = folder_of(config), folder_of(dataclasses.replace(config, num_hidden_layers=1))

@@ -15,8 +15,8 @@ from liaoyuan.inference.weights import weights_checksum
 from liaoyuan.models import Quantisation, config_from_dict
 from liaoyuan.models.config import read_config
 from liaoyuan.parallel import Layout, check_inference
-from tests.conftest import randomised
-from tests.inference.test_ranks import SIZES, asked, generate, on_ranks
+from tests.conftest import randomised, slow_if
+from tests.inference.test_ranks import SIZES, asked, generate, on_ranks, rows
 from tests.parallel.layouts import MODELS
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "q_lora_rank": 64, "head_dim": 16}
@@ -62,7 +62,7 @@ def check_answers(together: list[Completion], alone: list[Completion]) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "size", "layout", "how"), WAYS, ids=IDS)
+@pytest.mark.parametrize(("kind", "size", "layout", "how"), rows(WAYS, IDS, (3, 4, 8, 9, 10)))
 def test_the_numbers_and_answers_of_one_process(
     folder_of: Callable[..., Path], kind: str, size: int, layout: Layout, how: Quantisation
 ) -> None:
@@ -114,7 +114,7 @@ def updates(leader: Leader, folders: list[Path]) -> list[tuple[str, list[Complet
     return found
 
 
-@pytest.mark.parametrize("kind", ["experts", "tied"])
+@pytest.mark.parametrize("kind", ["experts", slow_if(True, "tied")])
 def test_new_weights_are_quantised_as_they_come_in_all_processes_or_in_none(
     folder_of: Callable[..., Path], tmp_path: Path, kind: str
 ) -> None:
