@@ -22,7 +22,8 @@ install: $(INSTALLED) ## make .venv and install liaoyuan in it
 
 install-dev: $(INSTALLED_DEV) ## the same with what the tests need
 
-PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+# Threads of a test wait asleep: those of two processes would else spin on the cores that the others need.
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED_DEV) ## run the test suite (ARGS="tests/ops -k attention")
 	$(PYTEST) -m "not slow" --durations 20 $(ARGS)
