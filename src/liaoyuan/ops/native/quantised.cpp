@@ -16,6 +16,7 @@ namespace liaoyuan {
 namespace {
 
 constexpr int64_t FEW = 4;  // rows, as far as the registers reach
+constexpr bool IN_RANGES = REGISTERS > 1;  // few rows: a thread's outputs follow each other in memory, task after task
 constexpr int64_t ROWS_PER_TASK = 256, OUTPUTS_PER_TASK = 64;
 
 template <Bits B>
@@ -48,14 +49,15 @@ class Plan {
     parallel(strips, [&](int64_t strip) { copy_rows(strip * E::STRIP, (strip + 1) * E::STRIP); });
     int64_t tasks = parts(s.columns, OUTPUTS_PER_TASK);
     bool few = !E::WHOLE_STRIPS && s.rows <= FEW;
-    parallel(tasks * row_tasks, [&](int64_t task) {
+    auto work = [&](int64_t task) {
       int64_t first = task % tasks * OUTPUTS_PER_TASK, end = std::min(s.columns, first + OUTPUTS_PER_TASK);
       if constexpr (!E::WHOLE_STRIPS)
         for (; few && first < end; first += LANES) with_rows([&](auto count) { few_rows<count>(first); });
       E::begin();
       for (; first < end; first += PANEL) many_rows(first, task / tasks * ROWS_PER_TASK);
       E::end();
-    });
+    };
+    few && IN_RANGES ? parallel_ranges(tasks * row_tasks, work) : parallel(tasks * row_tasks, work);
   }
 
  private:
@@ -150,7 +152,7 @@ class Plan {
   void few_rows(int64_t first) const {
     constexpr int AT_ONCE = std::clamp(8 / COUNT, 1, PLANES), SIDES = COUNT == 1 && REGISTERS == 2 ? 2 : 1;
     constexpr int64_t TIMES = NarrowBlock<B>::RUNS * NarrowBlock<B>::ROWS * PLANES / AT_ONCE;  // a block
-    Evenly ahead{w.data + next(first, LANES) * row_bytes, block_bytes(B) * WIDTH * SIDES / TIMES};
+    Evenly ahead{w.data + std::min(s.columns, first + LANES) * row_bytes, block_bytes(B) * WIDTH * SIDES / TIMES};
     Scales scales = scales_of(first, LANES);
     alignas(64) float totals[COUNT][CHAINS][LANES];
     for (int64_t lane = 0; lane < LANES; lane += SIDES * WIDTH) {
