@@ -156,7 +156,15 @@ def main() -> None:
                 mean = restarts * measured.restart
                 gaps = numbers.exponential(mean, 1000)
                 lived.append(
-                    live(run_file, folder / f"job-{number}-{restarts:g}-{every}", options, mean, every, gaps, measured)
+                    live(
+                        run_file,
+                        folder / f"job-{number}-{restarts:g}-{every}",
+                        options.steps,
+                        mean,
+                        every,
+                        gaps,
+                        measured,
+                    )
                 )
                 print(lived[-1], file=sys.stderr)
     found = [simulate_it(one, [*lived[:n], *lived[n + 1 :]], measured, options.steps) for n, one in enumerate(lived)]

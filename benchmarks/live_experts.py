@@ -115,7 +115,7 @@ def measure(
 ) -> tuple[dict[str, Any], list[Any]]:
     """Return the imbalance of each round and what was moved, and all answers."""
     layout = Layout(tp=ranks, ep=ranks, fsdp=1)
-    with open_ranks(folder, layout, "cpu", print, PATIENCE, balancing) as leader:
+    with open_ranks(folder, layout, "cpu", print, PATIENCE, balancing=balancing) as leader:
         engine = Engine(leader.model, EngineConfig(max_sequences=32, max_batch_tokens=512), memory=leader)
         imbalances, moves, answers = [], [], []
         for _, requests in rounds:

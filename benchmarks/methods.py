@@ -21,15 +21,18 @@ SETTINGS = tune_process()
 import torch  # noqa: E402  (after the allocator's settings)
 
 from liaoyuan.checkpoint import load_model  # noqa: E402
-from liaoyuan.data import Tokenizer, read_records, tokenise  # noqa: E402
+from liaoyuan.data import TokenisedRecord, Tokenizer, read_records, tokenise  # noqa: E402
 from liaoyuan.device import cpu_name  # noqa: E402
 from liaoyuan.evaluation import bootstrap  # noqa: E402
+from liaoyuan.models import Decoder  # noqa: E402
 from liaoyuan.rundir import read_json, write_json  # noqa: E402
 from liaoyuan.tasks import Right, find_task, spread  # noqa: E402
 from liaoyuan.training import TrainConfig  # noqa: E402
 from liaoyuan.tuning.finetune import finetune  # noqa: E402
+from liaoyuan.tuning.lora import LoraConfig  # noqa: E402
 from liaoyuan.tuning.rl_run import RlConfig, run_rl  # noqa: E402
 from liaoyuan.tuning.sample_run import RECORDS, SampleConfig, run_sample  # noqa: E402
+from liaoyuan.tuning.start import Start  # noqa: E402
 from liaoyuan.tuning.validation import Best  # noqa: E402
 from rl_answers import answers_of, cell  # noqa: E402
 
@@ -48,6 +51,13 @@ REWARDED: dict[str, dict[str, Any]] = {
     "CISPO": {"ratio": "cispo"},
 }
 PPO: dict[str, Any] = {"advantage": "gae", "group": 4}  # it learns from every answer, so fewer are drawn
+ADAPTED: dict[str, dict[str, Any]] = {  # GRPO of adapters alone
+    "GRPO, LoRA": {"method": "lora"},
+    "GRPO, rsLoRA": {"method": "rslora"},
+    "GRPO, DoRA": {"method": "dora"},
+    "GRPO, LoRA on int8": {"method": "lora", "lora": {"base": "int8"}},
+    "GRPO, LoRA on int4": {"method": "lora", "lora": {"base": "int4"}},
+}
 TAUGHT: dict[str, dict[str, Any]] = {
     "on-policy distillation": {},
     "on-policy distillation, whole distributions": {"teacher_loss": "whole"},
@@ -63,15 +73,21 @@ def main() -> None:
     given = {"teacher": options.teacher}
     ways: dict[str, Any] = {"the start": lambda folder: {}}
     ways |= {name: lambda folder, own=own: reinforced(options, folder, own) for name, own in REWARDED.items()}
+    ways |= {name: lambda folder, how=how: reinforced(options, folder, {}, **how) for name, how in ADAPTED.items()}
     ways |= {name: lambda folder, own=own: reinforced(options, folder, own, **given) for name, own in TAUGHT.items()}
     ways["own right answers, then SFT"] = lambda folder: rejected(options, folder, options.start)
     ways["the teacher's right answers, then SFT"] = lambda folder: rejected(options, folder, options.teacher)
+    ways["the same as text, every token learned (continued pretraining)"] = lambda folder: rejected(
+        options, folder, options.teacher, as_text=True
+    )
     ways["PPO with a critic"] = lambda folder: reinforced(options, folder, PPO)
     for name in options.ways or ways:
         folder, way = out / "".join(letter if letter.isalnum() else "-" for letter in name), ways[name]
         if not (folder / "way.json").exists():
             found = way(folder)
-            write_json(folder / "way.json", found | measured(options, Path(found.get("model", options.start))))
+            start = Start(Path(options.start), found.get("method", "full"), LoraConfig(**found.get("lora", {})))
+            model = start.trained(Path(found["model"])) if found else start.base()
+            write_json(folder / "way.json", found | measured(options, model))
         rows[name] = read_json(folder / "way.json")
         print(line(name, rows[name]), flush=True)
     if options.json:
@@ -103,11 +119,15 @@ def reinforced(options: argparse.Namespace, folder: Path, own: dict[str, Any], *
         return float(run_rl(RlConfig.model_validate(values), folder / name)["cpu_seconds"])
 
     steps = max(1, round(options.cpu_seconds / (run("trial", TRIAL) / TRIAL)))
-    return {"cpu_seconds": run("run", steps), "steps": steps, "model": str(folder / "run" / "model")}
+    result = folder / "run" / ("adapter" if "method" in given else "model")
+    return {"cpu_seconds": run("run", steps), "steps": steps, "model": str(result), **given}
 
 
-def rejected(options: argparse.Namespace, folder: Path, writer: str) -> dict[str, Any]:
-    """Draw right answers of `writer` for a share of the budget, and fine-tune the start on them for the rest."""
+def rejected(options: argparse.Namespace, folder: Path, writer: str, as_text: bool = False) -> dict[str, Any]:
+    """Draw right answers of `writer` for a share of the budget, and fine-tune the start on them for the rest.
+
+    as_text: of problem and answer every token is learned.
+    """
 
     def draw(name: str, problems: int) -> float:
         values = {"model": writer, "task": options.task, "levels": options.levels, "problems": problems}
@@ -116,27 +136,29 @@ def rejected(options: argparse.Namespace, folder: Path, writer: str) -> dict[str
 
     cost = draw("trial-draw", 32 * TRIAL) / (32 * TRIAL)
     spent = draw("drawn", round(SAMPLING * options.cpu_seconds / cost))
-    price = tuned(options, folder / "trial", folder / "drawn", TRIAL) / TRIAL
+    price = tuned(options, folder / "trial", folder / "drawn", TRIAL, as_text) / TRIAL
     steps = max(1, round((options.cpu_seconds - spent) / price))
-    spent += tuned(options, folder / "run", folder / "drawn", steps)
+    spent += tuned(options, folder / "run", folder / "drawn", steps, as_text)
     return {"cpu_seconds": spent, "steps": steps, "model": str(folder / "run" / "best")}
 
 
-def tuned(options: argparse.Namespace, folder: Path, drawn: Path, steps: int) -> float:
+def tuned(options: argparse.Namespace, folder: Path, drawn: Path, steps: int, as_text: bool) -> float:
     """Fine-tune the start on what was drawn; return the CPU-seconds."""
     tokenizer, task = Tokenizer.load(Path(options.start)), find_task(options.task)
     problems = spread(task, 7, options.levels, 200, "validation")
-    best = Best(tokenizer, Path(options.start), Right(task), problems, folder, MAX_TOKENS)
+    best = Best(tokenizer, Start(Path(options.start)), Right(task), problems, folder, MAX_TOKENS)
     plan = {"steps": steps, "warmup_steps": min(20, steps // 10), "evaluate_every": max(1, steps // VALIDATIONS)}
     records = tokenise(tokenizer, read_records(drawn / RECORDS))
+    if as_text:
+        records = [TokenisedRecord(one.tokens, (1.0,) * len(one.tokens)) for one in records]
     config = TrainConfig.model_validate({**SFT, **plan, "seed": options.seed})
     return finetune(load_model(Path(options.start)), records, config, folder, evaluate=best).cpu_seconds
 
 
-def measured(options: argparse.Namespace, model: Path) -> dict[str, Any]:
-    """Return the accuracies of a model folder on test problems, with intervals over the problems."""
+def measured(options: argparse.Namespace, model: Decoder) -> dict[str, Any]:
+    """Return the accuracies of a model on test problems, with intervals over the problems."""
     begin = time.process_time()
-    answers = answers_of(load_model(model), Tokenizer.load(model), vars(options), MAX_TOKENS)
+    answers = answers_of(model, Tokenizer.load(Path(options.start)), vars(options), MAX_TOKENS)
     outcomes = {"greedy": answers.greedy, "sampled": answers.sampled_mean, "pass@4": answers.pass_at_k}
     found = {name: bootstrap(values.astype(float)).to_dict() for name, values in outcomes.items()}
     return found | {"measuring_cpu_seconds": time.process_time() - begin}
