@@ -119,7 +119,7 @@ def reinforced(options: argparse.Namespace, folder: Path, own: dict[str, Any], *
         return float(run_rl(RlConfig.model_validate(values), folder / name)["cpu_seconds"])
 
     steps = max(1, round(options.cpu_seconds / (run("trial", TRIAL) / TRIAL)))
-    result = folder / "run" / ("adapter" if "method" in given else "model")
+    result = folder / "run" / Start(Path(options.start), given.get("method", "full")).name
     return {"cpu_seconds": run("run", steps), "steps": steps, "model": str(result), **given}
 
 

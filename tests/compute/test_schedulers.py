@@ -36,7 +36,7 @@ def run(*words: str) -> str:
     return done.output
 
 
-def test_the_slurm_script_runs_on_each_of_two_nodes(
+def test_the_slurm_script_runs_two_processes_on_each_of_two_nodes(
     run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -45,13 +45,13 @@ def test_the_slurm_script_runs_on_each_of_two_nodes(
     for name, text in {"srun": SRUN, "liaoyuan": f'#!/bin/sh\nexec {sys.executable} -m liaoyuan "$@"\n'}.items():
         (program / name).write_text(text)
         (program / name).chmod(0o755)
-    options = ["--nnodes", "2", "--nproc", "1", "--slurm", "job.sh"]
+    options = ["--nnodes", "2", "--nproc", "2", "--slurm", "job.sh"]
     said = run(*options, "train", str(run_file), "--out", "runs/small", "--set", "train.steps=6")
     assert said == "sbatch job.sh\n"
     environment = {**os.environ, "PATH": f"{program}:{os.environ['PATH']}", "SCRIPT": "job.sh", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "job.sh"], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("launch: 2 processes on 2 hosts") == 2
+    assert done.stderr.count("launch: 4 processes on 2 hosts") == 2
     assert len(read_metrics(tmp_path / "runs" / "small" / "metrics.jsonl")) == 6
     assert (tmp_path / "runs" / "small" / "model" / "model.safetensors").exists()
 

@@ -139,8 +139,8 @@ def on_processes() -> list[Any]:
 
 
 def on_simulated_ranks() -> list[Any]:
-    """Return all rows for simulated ranks; slow are those of eight whose mixture another model or fewer ranks have, and
-    those that gloo processes show, but for those of the model with the most parts.
+    """Return all rows for simulated ranks; slow are those that are quick on processes, those of eight whose mixture
+    another model or more ranks have, and those of the latent model that the other one with experts shows.
     """
     twice = {
         *(("dense", "hybrid 2 x 4"), ("dense", "fsdp 2 x ulysses 2 x tp 2"), ("tied", "fsdp 2 x ring 2 x tp 2")),
@@ -151,11 +151,13 @@ def on_simulated_ranks() -> list[Any]:
         *((kind, "ep 8 of fsdp 2 x ring 2 x tp 2") for kind in ("experts", "latent", "sinks")),
         *(("latent", name) for name in ("ep 2, pp 2 x fsdp 2 x tp 2", "ep 4, zbv 2 x fsdp 2 x ulysses 2")),
     }
-    found = []
-    for (kind, name), (size, _, _) in TABLE.items():
-        shown = (size <= 4 and kind not in ("latent", "sinks")) or (kind, name) in twice
-        found.append(slow_if(shown, simulate, kind, name, name=f"{kind}: {name}-simulated"))
-    return found
+    return [
+        slow_if(
+            name in QUICK_ON_PROCESSES[kind] or (kind, name) in twice, simulate, kind, name,
+            name=f"{kind}: {name}-simulated",
+        )
+        for kind, name in TABLE
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,12 @@ def training(
     return {name: tensor.clone() for name, tensor in program.whole_tensors()}
 
 
-ADAMW = ("hsdp 2 x 2", "ep 2 x pp 2 x fsdp 2", "tied, zbv 2")  # others are slow: their axes are in these or below
+ADAMW = (
+    "fsdp 2 x tp 2",
+    "hsdp 2 x 2",
+    "ep 2 x pp 2 x fsdp 2",
+    "tied, zbv 2",
+)  # others are slow: their axes are in these or below
 MUON = ("fsdp 2 x tp 2", "ep 2 x pp 2 x fsdp 2")
 
 

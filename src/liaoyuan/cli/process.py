@@ -74,7 +74,7 @@ def importing() -> Iterator[None]:
 
 def ending_at_once(work: Callable[[], None]) -> None:
     """Do the work and end the process, with its exit code and as Python does, but for the last part: taking every
-    module to pieces, which gives back what the kernel takes anyway, costs two seconds once torch is loaded.
+    module to pieces, which gives back what the kernel takes anyway, costs a second once torch is loaded.
 
     An exception other than SystemExit is raised, and ends the process in Python's own way.
     """

@@ -133,6 +133,7 @@ class Plan {
     for (int r = 0; r < COUNT; ++r)
       if (r < s.rows) finish(r, first, total_of(sums[r]));
   }
+
   // Words [steps, 16] of the blocks b ... end - 1 of 16 outputs.
   void widen(int64_t first, int64_t b, int64_t end, const Scales& scales, int64_t n, int64_t width, Word* to) const {
     constexpr int TURNS = block_bytes(B) / TURNED, HELD = PLANES / TURNS;
@@ -176,8 +177,8 @@ class Plan {
 
   // sums += planes P ... 3 of blocks side by side, the first of which is plane `at` of the depth.
   template <int AT_ONCE, int P = 0, int COUNT, int SIDES>
-  ALWAYS_INLINE void add_planes(const NarrowBlock<B> (&sides)[SIDES], int64_t at, const Scales& scales,
-                                Evenly& ahead, Register (&sums)[COUNT][CHAINS][SIDES]) const {
+  ALWAYS_INLINE void add_planes(const NarrowBlock<B> (&sides)[SIDES], int64_t at, const Scales& scales, Evenly& ahead,
+                                Register (&sums)[COUNT][CHAINS][SIDES]) const {
     constexpr int CHAIN = SCALED ? 0 : P;
     Register parts[AT_ONCE][COUNT][SIDES] = {}, zeros[AT_ONCE][SIDES];
 #pragma GCC unroll 4
@@ -203,7 +204,8 @@ class Plan {
 #pragma GCC unroll 8
         for (int r = 0; r < COUNT; ++r)
           if constexpr (SCALED)
-            sums[r][0][i] = fused(parts[p][r][i], scales.part((at + P + p) / of_scale * LANES + i * WIDTH), sums[r][0][i]);
+            sums[r][0][i] =
+                fused(parts[p][r][i], scales.part((at + P + p) / of_scale * LANES + i * WIDTH), sums[r][0][i]);
           else
             sums[r][CHAIN + p][i] = parts[p][r][i];
     if constexpr (P + AT_ONCE < PLANES) add_planes<AT_ONCE, P + AT_ONCE>(sides, at, scales, ahead, sums);
