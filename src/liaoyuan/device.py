@@ -27,6 +27,7 @@ GEMM_SHAPES = (
     (2048, 512, 2048),
     (4096, 512, 1024),
     (4096, 1024, 1024),
+    (8192, 8192, 8192),
 )
 CAPTURING = ("cuda", "npu")  # kinds whose work can be captured in graphs and replayed
 COLLECTIVE_BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
@@ -70,6 +71,13 @@ class Device:
         module = torch.get_device_module(self.type)
         if not self.is_cpu and hasattr(module, "synchronize"):
             module.synchronize()
+
+    def free_memory(self) -> int | None:
+        """Return the bytes that are free on the accelerator now; None on the CPU and where it does not say."""
+        module = torch.get_device_module(self.type)
+        if self.is_cpu or not hasattr(module, "mem_get_info"):
+            return None
+        return int(module.mem_get_info(self.torch)[0])
 
     def peak_memory(self) -> int:
         """Return the highest memory use of this process so far, in bytes (resident memory on the CPU)."""

@@ -13,16 +13,17 @@ from tests.conftest import randomised
 COUNTS: dict[str, int] = {}
 
 
-def capture(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+def capture(function: Callable[[], tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor], Callable[[], None]]:
     """Run now, and at each replay again into the same memory, as a device graph does."""
-    result = function().clone()
+    logits, sampled = (one.clone() for one in function())
     COUNTS["captured"] = COUNTS.get("captured", 0) + 1
 
     def replay() -> None:
         COUNTS["replayed"] = COUNTS.get("replayed", 0) + 1
-        result.copy_(function())
+        for old, new in zip((logits, sampled), function(), strict=True):
+            old.copy_(new)
 
-    return result, replay
+    return (logits, sampled), replay
 
 
 def asked(count: int) -> list[Request]:

@@ -40,8 +40,9 @@ def serve(
         int, typer.Option(min=1, metavar="N", help="Requests that run at once.", rich_help_panel=ENGINE)
     ] = 256,
     cache_gb: Annotated[
-        float, typer.Option(min=0, metavar="GB", help="Memory for keys and values.", rich_help_panel=ENGINE)
-    ] = 1.0,
+        float | None,
+        typer.Option(min=0, metavar="GB", help="For keys and values (1; on a card its rest).", rich_help_panel=ENGINE),
+    ] = None,
     context_length: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Most tokens of a request; else the model's.", rich_help_panel=ENGINE),
@@ -143,7 +144,7 @@ def serve(
         speculate=speculate,
         max_sequences=max_sequences,
         max_batch_tokens=max(EngineConfig().max_batch_tokens, max_sequences),
-        cache_bytes=int(cache_gb * 2**30),
+        cache_bytes=None if cache_gb is None else int(cache_gb * 2**30),
         exact=exact or None,
     )
     settings = configuration.load(Settings, None, set_ or [])

@@ -12,9 +12,11 @@ from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.request import TopLogprobs
 from liaoyuan.inference.sampling import (
     Settings,
+    as_one,
     distributions,
     kept_log_probs,
     log_probs_of,
+    on_host,
     sample,
     top_logprobs,
     uniform,
@@ -91,15 +93,25 @@ class Drawing:
         self._are_special = bool((self._penalties | self._bias | self._forbids).any())
         self._are_told = bool(((self._top > 0) | self._processed | self._masks).any())
 
-    def draw(self, logits: Tensor, plan: Plan, tokens: np.ndarray, limit: np.ndarray) -> Draws:
+    def table(self, slots: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return the settings of rows, fp64 [R, 8], as `ops.sample_tokens` takes them."""
+        table = self._table[slots]
+        if table[:, TEMPERATURE].any():  # else nothing is left to chance
+            table[:, UNIFORM] = uniform(self._seed[slots], places)
+        return table
+
+    def draw(
+        self, logits: Tensor, plan: Plan, tokens: np.ndarray, limit: np.ndarray, table: np.ndarray, found: Tensor | None
+    ) -> Draws:
         """Draw the plan's R tokens from logits [R, V].
 
         tokens [slots, n]: the sequences' tokens so far, the guessed ones behind the known; limit [slots]: of these.
+        table: of these rows. found: what was drawn where that decides all (`sampling.as_one`); None: nothing yet.
         A constraint that fails ends its sequence alone: see `Sequence.error`.
         """
         slots, places = plan.samplers, plan.places
-        settings, errors = self._settings(slots, places, tokens)
-        drawn, logprobs, processed = (found.cpu().numpy() for found in sample(logits, settings))
+        settings, errors = self._settings(table, slots, places, tokens)
+        drawn, logprobs, processed = self._sampled(logits, settings, found)
         if self._are_told:
             logprobs = np.where(self._processed[slots], processed, logprobs)
         stopped = (self._stop[slots] == drawn[:, None]).any(1)
@@ -122,16 +134,29 @@ class Drawing:
 
     def guess(self, logits: Tensor, slots: np.ndarray, places: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Return what would be drawn from another model's logits [R, V], constraints left aside, int64 [R]."""
-        settings, _ = self._settings(slots, places, tokens, constrained=False)
+        settings, _ = self._settings(self.table(slots, places), slots, places, tokens, constrained=False)
         return sample(logits, settings)[0].cpu().numpy()
 
+    def _sampled(
+        self, logits: Tensor, settings: Settings, found: Tensor | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if found is not None and not self._are_special:
+            return on_host(found)
+        sampled = sample(logits, settings)
+        if not logits.is_cpu:  # whose copies each wait for the device
+            return on_host(as_one(sampled))
+        drawn, logprobs, processed = (one.numpy() for one in sampled)
+        return drawn, logprobs, processed
+
     def _settings(
-        self, slots: np.ndarray, places: np.ndarray, tokens: np.ndarray, constrained: bool = True
+        self,
+        table: np.ndarray,
+        slots: np.ndarray,
+        places: np.ndarray,
+        tokens: np.ndarray,
+        constrained: bool = True,
     ) -> tuple[Settings, dict[int, str]]:
         """Return the settings of rows, and why some rows cannot be drawn."""
-        table = self._table[slots]
-        if table[:, TEMPERATURE].any():  # else nothing is left to chance
-            table[:, UNIFORM] = uniform(self._seed[slots], places)
         if not self._are_special:
             return Settings(table), {}
         history = lengths = biased = None

@@ -51,12 +51,13 @@ class ModelStep:
     @torch.inference_mode()
     def advance(self, plan: Plan) -> Draws:
         """Compute a plan and record its tokens."""
-        logits, count = self._logits(plan), len(plan.samplers)
+        table, count = self._drawing.table(plan.samplers, plan.places), len(plan.samplers)
+        logits, found = self._logits(plan, table)
         self.steps += 1
         self.computed_tokens += len(plan.tokens)
         if len(plan.scored_slots):
             self._score(plan, logits[count:])
-        draws = self._drawing.draw(logits[:count], plan, self._scheduler.tokens, self._scheduler.limit)
+        draws = self._drawing.draw(logits[:count], plan, self._scheduler.tokens, self._scheduler.limit, table, found)
         self._scheduler.commit(plan, draws.kept, draws.tokens, draws.logprobs)
         self.generated_tokens += int(draws.kept.sum())
         if self._observe is not None:
@@ -108,22 +109,24 @@ class ModelStep:
         self._are_telling = bool(self._telling.any())
         return events
 
-    def _logits(self, plan: Plan) -> torch.Tensor:
-        """Return the logits [R + P, V] of a plan's rows: the only place where the model is called."""
+    def _logits(self, plan: Plan, table: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the logits [R + P, V] of a plan's rows, and what `table` draws from them where the device did so in
+        the same breath: the only place where the model is called.
+        """
         assert self.cache is not None
         if plan.copies.size:
             self.cache.copy(*self._tensor(plan.copies))
         slots = plan.slots.tolist() if self._adapters else []
         owners = [self._scheduler.in_slot(slot).adapter.number for slot in slots]
-        if self._graphs is not None and not any(owners) and (logits := self._graphs.logits(plan)) is not None:
-            return logits  # a graph has the rows of each adapter in it, so steps with adapters are not captured
+        if self._graphs is not None and not any(owners) and (captured := self._graphs.run(plan, table)) is not None:
+            return captured  # a graph has the rows of each adapter in it, so steps with adapters are not captured
         arrays = (plan.tokens, plan.positions, plan.cache_slots, plan.block_tables)
         inputs = tuple(self._tensor(x) for x in (*arrays, plan.query_starts, plan.lengths, plan.rows))
         are_all = len(plan.rows) == len(plan.tokens) and not len(plan.scored_slots)  # then they are in order, too
         if not any(owners):
-            return self._compute(inputs, are_all)
+            return self._compute(inputs, are_all), None
         with self._adapters.chosen(owners, plan.counts):
-            return self._compute(inputs, are_all)
+            return self._compute(inputs, are_all), None
 
     def _compute(self, inputs: Inputs, are_all: bool = False) -> torch.Tensor:
         """are_all: whether the logits of all rows are wanted."""

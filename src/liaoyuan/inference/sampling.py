@@ -4,7 +4,7 @@ The random numbers are counter-based (Salmon et al. 2011, "Parallel random numbe
 splitmix64 (Steele et al. 2014), so that a sample never depends on the other requests in the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,20 @@ def sample(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     tokens[rows], drawn[rows] = again.tokens.clamp_min(0), again.filtered_log_probs
     raw[rows] = log_probs(logits[rows], tokens[rows].cpu().numpy())
     return tokens, raw, drawn
+
+
+def as_one(sampled: Iterable[Tensor]) -> Tensor:
+    """Return sampled tokens and both their log-probabilities as one tensor, fp64 [3, R], which one copy brings to the
+    host: every token and every fp32 is a number of fp64.
+    """
+    tokens, *log_probs = sampled
+    return torch.stack([tokens.clamp_min(0).double(), *(found.double() for found in log_probs)])
+
+
+def on_host(sampled: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what `as_one` made: tokens int64 [R], log-probabilities fp32 [R] each."""
+    tokens, raw, drawn = sampled.cpu().numpy()
+    return tokens.astype(np.int64), raw.astype(np.float32), drawn.astype(np.float32)
 
 
 def log_probs(logits: Tensor, tokens: np.ndarray) -> Tensor:

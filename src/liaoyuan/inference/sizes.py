@@ -3,8 +3,12 @@
 from typing import Literal
 
 from liaoyuan.config import Config
+from liaoyuan.device import Device
 from liaoyuan.inference.cache import cached_layers
 from liaoyuan.models import Decoder
+
+CACHE_BYTES = 2**30
+FREE_SHARE = 0.85  # of a card's free memory: the rest is for the step itself
 
 
 class EngineConfig(Config):
@@ -12,6 +16,7 @@ class EngineConfig(Config):
 
     max_sequences: how many run at once. max_batch_tokens: tokens of one step, decode and prefill together.
     cache_tokens: size of the cache; None: enough for all sequences at full length, within `cache_bytes`.
+    cache_bytes: None: 1 GiB on a CPU, most of what is free on a card, which nobody else should need then.
     prefix_cache: keep keys and values of what was computed, for prompts that begin alike.
     speculate: "ngram" guesses next tokens from those before, "mtp" with the model's own layer for the token after the
         next; "" does not guess. speculate_tokens: guesses in a step.
@@ -25,7 +30,7 @@ class EngineConfig(Config):
     max_batch_tokens: int = 2048
     block_size: int = 16
     cache_tokens: int | None = None
-    cache_bytes: int = 2**30
+    cache_bytes: int | None = CACHE_BYTES
     prefix_cache: bool = True
     speculate: Literal["", "ngram", "mtp"] = ""
     speculate_tokens: int = 8
@@ -42,4 +47,12 @@ def num_blocks(model: Decoder, config: EngineConfig) -> int:
     longest = -(-shape.max_position_embeddings // config.block_size)
     width = cached_layers(shape) * model.key_value_heads * (shape.head_dim + shape.value_head_dim)
     block_bytes = width * shape.torch_dtype.itemsize * config.block_size
-    return max(longest, min(config.max_sequences * longest, config.cache_bytes // block_bytes))
+    return max(longest, min(config.max_sequences * longest, _cache_bytes(model, config) // block_bytes))
+
+
+def _cache_bytes(model: Decoder, config: EngineConfig) -> int:
+    if config.cache_bytes is not None:
+        return config.cache_bytes
+    place = model.embed_tokens.weight.device
+    free = Device(place.type, place.index).free_memory()
+    return CACHE_BYTES if free is None else int(FREE_SHARE * free)

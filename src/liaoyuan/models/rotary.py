@@ -113,9 +113,18 @@ def _angle_table(rotary: Rotary, head_dim: int) -> tuple[Tensor, Tensor]:
     return _angles(torch.arange(TABLE, device="cpu"), rotary, head_dim)
 
 
+@functools.lru_cache(maxsize=16)
+def _on_device(rotary: Rotary, width: int, device: torch.device) -> Tensor:
+    """Return the frequencies on an accelerator, where a step that is captured may not copy from the host."""
+    with torch.inference_mode(False):
+        return rotary.frequencies(width).to(device)
+
+
 def _angles(positions: Tensor, rotary: Rotary, head_dim: int) -> tuple[Tensor, Tensor]:
     width = rotary.width(head_dim)
-    angles = positions.float()[:, None] * rotary.frequencies(width).to(positions.device)
+    plain = type(positions) is Tensor and not positions.is_cpu  # not one of a dry run, which must not be kept
+    frequencies = _on_device(rotary, width, positions.device) if plain else rotary.frequencies(width)
+    angles = positions.float()[:, None] * frequencies.to(positions.device)
     cosine, sine = angles.cos() * rotary.angle_scale, angles.sin() * rotary.angle_scale
     still = (head_dim - width) // 2
     if still:

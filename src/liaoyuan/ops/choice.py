@@ -12,7 +12,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.operator import OPERATORS, Kernel, Operator, cast, in_clean_thread, outputs_and_gradients
+from liaoyuan.rundir import Progress, Report, silent
 
 LONG = 0.2  # seconds of measuring an operator, after which no further call is timed
 REFERENCE, AUTO = "reference", "auto"
@@ -167,9 +168,14 @@ class OperatorStatus:
     limit_share: float | None = None
 
 
-def status(device: str = "cpu") -> list[OperatorStatus]:
+def status(device: str = "cpu", report: Report = silent) -> list[OperatorStatus]:
     """Return every operator's kernel in use on a kind of device, and the reason; chooses what was not chosen yet."""
-    return [_choose(name, device) for name in OPERATORS]
+    found = list[OperatorStatus]()
+    for name in OPERATORS:
+        report(Progress(len(found), len(OPERATORS), "operator", name))
+        found.append(_choose(name, device))
+    report(Progress(len(found), len(OPERATORS), "operator"))
+    return found
 
 
 def measure(device: str, dtype: torch.dtype, matrix_rate: float, memory_rate: float) -> list[OperatorStatus]:
@@ -188,7 +194,7 @@ def self_test(operator: Operator, kernel: Kernel, device: str) -> str | None:
     """Compare the registered operator with its reference in fp32; return what differs, or None."""
     for dtype in kernel.dtypes:
         for sample in operator.samples(dtype):
-            placed = tuple(x.to(device) if isinstance(x, Tensor) else x for x in sample)
+            placed = _placed(sample, device)
             expected = outputs_and_gradients(operator, operator.reference, cast(placed, torch.float32))
             actual = outputs_and_gradients(operator, operator.call, placed)
             for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
@@ -196,6 +202,17 @@ def self_test(operator: Operator, kernel: Kernel, device: str) -> str | None:
                 if not difference <= operator.tolerance[dtype]:
                     return f"result {index} in {str(dtype)[6:]} is off by {difference:.1e} of the largest element"
     return None
+
+
+def _placed(sample: Sequence[Any], device: str) -> tuple[Any, ...]:
+    """Return a sample whose tensors, those in lists too, are on a device."""
+
+    def place(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return type(x)(map(place, x))
+        return x.to(device) if isinstance(x, Tensor) else x
+
+    return tuple(map(place, sample))
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
@@ -297,7 +314,7 @@ def _measure(chosen: OperatorStatus, dtype: torch.dtype, matrix_rate: float, mem
     dtype = dtype if dtype in chosen.dtypes or not chosen.dtypes else chosen.dtypes[0]
     known = dtype in chosen.dtypes
     sample = operator.workload(dtype) if operator.workload else cast(list(operator.samples(dtype))[-1], dtype)
-    placed = tuple(x.to(chosen.device) if isinstance(x, Tensor) else x for x in sample)
+    placed = _placed(sample, chosen.device)
     reference = _seconds(operator.reference, placed)
     own = _seconds(operator.call, placed) if known else reference
     least = max(operator.flops(*placed) / matrix_rate, operator.traffic(*placed) / memory_rate)

@@ -47,8 +47,9 @@ SLOW = {("attention", torch.bfloat16), ("loss_head", torch.float32), ("sample_to
 def test_every_kernel_passes_its_self_test(name, dtype, use, monkeypatch):
     operator = use(name)
     if name in ("attention", "block_attention") and not CARD:  # the interpreter's time is that of the number of tiles
-        for function in ("attention_tile", "attention_backward_tile"):
-            monkeypatch.setattr(f"liaoyuan.ops.triton.{name}.{function}", lambda *_: Tile(128, 128))
+        large, module = Tile(128, 128), f"liaoyuan.ops.triton.{name}"
+        monkeypatch.setattr(f"{module}.attention_tile", lambda *_: large)
+        monkeypatch.setattr(f"{module}.attention_backward_tiles", lambda *_: (large, large))
     assert choice.self_test(operator, dataclasses.replace(triton_kernel(operator), dtypes=(dtype,)), DEVICE) is None
 
 
@@ -215,11 +216,12 @@ def test_decoding_from_pages_gives_the_bits_of_attention_over_the_whole_text(use
             monkeypatch.setattr(f"liaoyuan.ops.triton.{module}.PART", tl.constexpr(64))
     query, key, value = (random(sum(lengths), heads, 16, dtype=dtype, seed=heads) for heads in (3, 1, 1))
     caches, tables, slots = pages_of(key, value, 16, lengths)
-    use("write_cache").call(*place(key, value, *caches, slots))
+    caches = place(*caches)  # what is written there is read below
+    use("write_cache").call(*place(key, value), *caches, *place(slots))
     whole = use("attention").call(*place(query, key, value, boundaries_of(lengths), 0.2))[0]
     newest = torch.tensor([*range(lengths[0] - 40, lengths[0]), -1])  # a prefill in chunks, and a decode
     starts, counts = torch.tensor([0, 40, 41], dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
-    found = use("paged_attention").call(*place(query[newest], *caches, tables, starts, counts, 0.2))
+    found = use("paged_attention").call(*place(query[newest]), *caches, *place(tables, starts, counts, 0.2))
     assert torch.equal(found, whole[newest])
 
 

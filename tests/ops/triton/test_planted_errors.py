@@ -117,8 +117,9 @@ def change(monkeypatch, tmp_path):
         monkeypatch.setattr(package, name, importlib.import_module(f"{package.__name__}.{name}"))
         monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}")
     if not CARD:  # the interpreter's time is that of the number of tiles
-        for function in ("attention_tile", "attention_backward_tile"):
-            monkeypatch.setattr(f"{package.__name__}.launch.{function}", lambda *_: launch.Tile(128, 128))
+        large = launch.Tile(128, 128)
+        monkeypatch.setattr(f"{package.__name__}.launch.attention_tile", lambda *_: large)
+        monkeypatch.setattr(f"{package.__name__}.launch.attention_backward_tiles", lambda *_: (large, large))
 
     def write(file, before, after):
         source = (Path(package.__file__).parent / f"{file}.py").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from liaoyuan.ops import checksum
 from tests.ops.cases import difference, random
-from tests.ops.triton.conftest import DEVICE
+from tests.ops.triton.conftest import CARD, DEVICE
 from tests.ops.triton.test_kernels import place
 
 FEW = settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -97,6 +97,7 @@ def test_one_program_takes_many_blocks_where_a_launch_has_few(use, monkeypatch):
 
 
 def test_a_tensor_s_checksum_is_the_same_on_the_accelerator(use):
-    use("checksum")
+    if not CARD:  # where there is one, its kernel is the one that is chosen
+        use("checksum")
     x = random(70, 3)
     assert checksum(x.to(DEVICE)) == checksum(x)

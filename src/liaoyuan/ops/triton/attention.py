@@ -13,13 +13,25 @@ from liaoyuan.ops.operator import OPERATORS
 from liaoyuan.ops.triton.launch import (
     MAX_HEAD_DIM,
     UNBOUNDED,
-    attention_backward_tile,
+    attention_backward_tiles,
     attention_tile,
     ceil_div,
     launch,
     power_of_two,
+    roomy,
 )
-from liaoyuan.ops.triton.softmax import LOG2_E, LOG_2, PART, absorb, add_sink, find_tile, load_rows, merge, score
+from liaoyuan.ops.triton.softmax import (
+    LOG2_E,
+    LOG_2,
+    NO_WINDOW,
+    PART,
+    absorb,
+    add_sink,
+    find_tile,
+    load_rows,
+    merge,
+    score,
+)
 
 DELTA_ROWS = 32
 
@@ -40,12 +52,11 @@ def attention(
     query, key, value, boundaries = (x.contiguous() for x in (query, key, value, boundaries))
     out = query.new_empty(tokens, heads, value.shape[2])
     log_sum_exp = query.new_empty(heads, tokens, dtype=torch.float32)
-    tile = attention_tile(max(dim, value.shape[2]), query.dtype)
+    tile = roomy(attention_tile(max(dim, value.shape[2]), query.dtype), query)
     arguments = (query, key, value, boundaries, boundaries if sinks is None else sinks.contiguous(), out, log_sum_exp)
-    sizes = {"SINKS": sinks is not None, **_sizes(query, value), "ROWS": tile.rows, "COLUMNS": tile.columns}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    sizes = {"SINKS": sinks is not None, **_sizes(query, value), **tile.options()}
     numbers = _numbers(query, key, boundaries, scale, window)
-    launch(_forward, (_tiles(query, boundaries, tile.rows), heads), query, *arguments, *numbers, **sizes, **options)
+    launch(_forward, (_tiles(query, boundaries, tile.rows), heads), query, *arguments, *numbers, **sizes)
     return out, log_sum_exp
 
 
@@ -69,15 +80,14 @@ def attention_backward(
     grad, query, key, value, boundaries = (x.contiguous() for x in (grad, query, key, value, boundaries))
     delta = _delta(grad, out.contiguous())
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
-    tile = attention_backward_tile(max(query.shape[2], value.shape[2]), query.dtype)
+    by_query, by_key = attention_backward_tiles(max(query.shape[2], value.shape[2]), query)
     inputs = (grad, query, key, value, boundaries, log_sum_exp, delta)
     numbers = _numbers(query, key, boundaries, scale, window)
-    sizes = {**_sizes(query, value), "ROWS": tile.rows, "COLUMNS": tile.columns}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    grid = (_tiles(query, boundaries, tile.rows), query.shape[1])
-    launch(_query_gradients, grid, query, *inputs, grad_query, scale, *numbers, **sizes, **options)
-    grid = (_tiles(query, boundaries, tile.columns), key.shape[1])
-    launch(_key_gradients, grid, query, *inputs, grad_key, grad_value, scale, *numbers, **sizes, **options)
+    sizes = _sizes(query, value)
+    grid = (_tiles(query, boundaries, by_query.rows), query.shape[1])
+    launch(_query_gradients, grid, query, *inputs, grad_query, scale, *numbers, **sizes, **by_query.options())
+    grid = (_tiles(query, boundaries, by_key.columns), key.shape[1])
+    launch(_key_gradients, grid, query, *inputs, grad_key, grad_value, scale, *numbers, **sizes, **by_key.options())
     return grad_query, grad_key, grad_value, _sink_gradients(sinks, log_sum_exp, delta)
 
 
@@ -143,6 +153,8 @@ def _forward(
     q = load_rows(query + head * DIM, first, heads * DIM, place, valid, dims, DIM)
     low = tl.maximum(first - start - window + 1, 0) // COLUMNS * COLUMNS
     last = tl.where(first < end, tl.minimum(first + ROWS, end) - start, low)
+    # Up to `seen` every token sees every column; a window leaves few such tiles.
+    seen = tl.where(window < NO_WINDOW, low, (first - start + 1) // COLUMNS * COLUMNS)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     summed = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, BLOCK_VALUE], tl.float32)
@@ -156,7 +168,7 @@ def _forward(
             v = load_rows(
                 value + key_head * VALUE_DIM, start + at, key_heads * VALUE_DIM, across, inside, value_dims, VALUE_DIM
             )
-            scores = score(q, k, row, at + across, factor, window)
+            scores = score(q, k, row, at + across, factor, window, at < seen)
             part_maximum, part_summed, part_output = absorb(scores, v, part_maximum, part_summed, part_output)
         maximum, summed, output = merge(maximum, summed, output, part_maximum, part_summed, part_output)
     if SINKS:
@@ -193,13 +205,14 @@ def _query_gradients(
     summed = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     low = tl.maximum(first - start - window + 1, 0) // COLUMNS * COLUMNS
     last = tl.where(first < end, tl.minimum(first + ROWS, end) - start, low)
+    seen = tl.where(window < NO_WINDOW, low, (first - start + 1) // COLUMNS * COLUMNS)
     for at in range(low, last, COLUMNS):
         inside = start + at + across < end
         k = load_rows(key + key_head * DIM, start + at, key_heads * DIM, across, inside, dims, DIM)
         v = load_rows(
             value + key_head * VALUE_DIM, start + at, key_heads * VALUE_DIM, across, inside, value_dims, VALUE_DIM
         )
-        weight = tl.exp2(score(q, k, row, at + across, factor, window) - total[:, None])
+        weight = tl.exp2(score(q, k, row, at + across, factor, window, at < seen) - total[:, None])
         grad_weight = tl.dot(g, tl.trans(v), input_precision="ieee")
         grad_score = weight * (grad_weight - own[:, None])
         summed += tl.dot(grad_score.to(k.dtype), k, input_precision="ieee")
@@ -228,6 +241,8 @@ def _key_gradients(
     value_sum = tl.zeros([COLUMNS, BLOCK_VALUE], tl.float32)
     low = (first - start) // ROWS * ROWS
     last = tl.where(first < end, tl.minimum(first - start + COLUMNS - 1 + window, end - start), low)
+    # from `seen` on every token sees every column
+    seen = tl.where(window < NO_WINDOW, last, (first - start + COLUMNS + ROWS - 2) // ROWS * ROWS)
     for head in range(key_head * groups, key_head * groups + groups):
         for at in range(low, last, ROWS):
             inside = start + at + place < end
@@ -238,7 +253,7 @@ def _key_gradients(
             # rows that do not exist have no gradient: their weight is exp(-inf)
             total = tl.load(in_head + token, mask=inside, other=float("inf")) * LOG2_E
             own = tl.load(delta + token * heads + head, mask=inside, other=0.0)
-            weight = tl.exp2(score(q, k, at + place, column, factor, window) - total[:, None])
+            weight = tl.exp2(score(q, k, at + place, column, factor, window, at >= seen) - total[:, None])
             value_sum += tl.dot(tl.trans(weight).to(g.dtype), g, input_precision="ieee")
             grad_weight = tl.dot(g, tl.trans(v), input_precision="ieee")
             grad_score = weight * (grad_weight - own[:, None])

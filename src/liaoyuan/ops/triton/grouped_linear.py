@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liaoyuan.ops.triton.launch import ceil_div, launch, product_tile
+from liaoyuan.ops.triton.launch import ceil_div, launch
+from liaoyuan.ops.triton.linear import tile_of
 from liaoyuan.ops.triton.product import multiply
 from liaoyuan.ops.triton.softmax import find_tile
 
@@ -29,7 +30,7 @@ def grouped_linear_backward(
     grad_x, grad_weight = x.new_empty(x.shape), weight.new_empty(weight.shape)
     _run(grad, weight, starts, None, grad_x)
     experts, out, width = weight.shape
-    tile = product_tile(x.dtype)
+    tile = tile_of(out, experts * width, x)
     row_tiles, column_tiles = ceil_div(out, tile.rows), ceil_div(width, tile.columns)
     grad_bias = grad.new_empty(experts if with_bias else 0, out)
     arguments = (grad, x, starts, grad_weight, grad_bias, x.shape[0], out, width, row_tiles, column_tiles)
@@ -47,7 +48,9 @@ def _starts(sizes: Tensor) -> Tensor:
 def _run(x: Tensor, weight: Tensor, starts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Write the rows of x times their experts' matrices [E, K, O], which may be transposed."""
     experts, depth, columns = weight.shape
-    rows, tile = x.shape[0], product_tile(x.dtype)
+    rows = x.shape[0]
+    each = ceil_div(rows, max(1, experts))  # how many one really has is known on the device alone
+    tile = tile_of(each, experts * columns, x)
     row_tiles, column_tiles = rows // tile.rows + experts if rows else 0, ceil_div(columns, tile.columns)
     arguments = (x, weight, out if bias is None else bias.contiguous(), starts, out)
     numbers = (experts, experts.bit_length(), rows, columns, depth, column_tiles, *weight.stride())

@@ -3,10 +3,13 @@
 All sizes are in this file. They are fixed, not tuned at run time: another tile is another order of summation, and
 with it other bits, so the choice may depend on a tensor's row size and dtype, never on how many rows there are. For the
 same reason, and lest a new batch wait for the compiler, kernels are not specialised to numbers that belong to a batch.
+Linear layers are the exception that is proved: where all their tiles give the same bits (`linear.tiles_agree`), each
+number of rows has a tile that suits it.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +22,8 @@ MAX_WIDTH = {"cuda": 16384, "npu": 2048}
 PARTIAL_SUMS = 256  # programs among which rows are dealt out for a weight's gradient: two for each of 128 processors
 MAX_PROGRAMS = 65535  # of a launch that Ascend's runtime takes: kernels that work on elements or rows go round
 UNBOUNDED = 2**30  # a window that no text fills
+LARGE_CARD = 160 * 1024  # bytes of shared memory of a program: A100, H100 and later
+WARP_GROUPS = 200 * 1024  # H100 and later
 MAX_HEAD_DIM = 256  # a tile of queries, keys, values and their sums must fit a processor's registers
 
 
@@ -36,6 +41,10 @@ class Tile:
     depth: int = 0
     warps: int = 4
     stages: int = 2
+
+    def options(self) -> dict[str, int]:
+        """Return the names under which a kernel of rows and columns takes it."""
+        return {"ROWS": self.rows, "COLUMNS": self.columns, "num_warps": self.warps, "num_stages": self.stages}
 
 
 def fits(width: int, on: Tensor) -> bool:
@@ -67,14 +76,23 @@ ATTENTION_BACKWARD = {
 }
 
 
+# Where four warps multiply as one, a tile has 64 rows for each four of them (H100 and later).
+LARGE_BACKWARD = Tile(128, 64, warps=8), Tile(64, 64)
+
+
 def attention_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     """Return the tile of attention, forward, over whole texts or pages: one for both, so that their bits may agree."""
     return _narrowest(ATTENTION, head_dim, dtype)
 
 
-def attention_backward_tile(head_dim: int, dtype: torch.dtype) -> Tile:
-    """Return the tile of attention's backward pass, which holds two sums of a head's width, and four inputs."""
-    return _narrowest(ATTENTION_BACKWARD, head_dim, dtype)
+def attention_backward_tiles(head_dim: int, on: Tensor) -> tuple[Tile, Tile]:
+    """Return the tiles of attention's backward pass: of the queries' gradients, and of those of keys and values, which
+    hold two sums of a head's width, and four inputs.
+    """
+    if on.dtype.itemsize == 2 and 64 < head_dim <= 128 and shared_memory(on.device) >= WARP_GROUPS:
+        return LARGE_BACKWARD
+    tile = _narrowest(ATTENTION_BACKWARD, head_dim, on.dtype)
+    return tile, tile
 
 
 def _narrowest(tiles: Mapping[tuple[int, int], Tile], head_dim: int, dtype: torch.dtype) -> Tile:
@@ -88,11 +106,44 @@ def logits_tile(dtype: torch.dtype) -> Tile:
     return Tile(64, 128, depth=64, stages=3)
 
 
-def product_tile(dtype: torch.dtype) -> Tile:
-    """Return the tile of linear layers: of few rows, since a token that is decoded has the bits of one among many."""
+# Of linear layers, by how many rows there are at most: few rows wait for the weights' bytes, many for the products. Of
+# two tiles the second is for weights of which the first would make too few programs. Measured on an H200.
+PRODUCT = {
+    16: (Tile(16, 32, depth=128, warps=2, stages=5), Tile(16, 16, depth=256, stages=5)),
+    64: (Tile(64, 64, depth=64, stages=5), Tile(64, 32, depth=128, stages=4)),
+    UNBOUNDED: (Tile(128, 128, depth=64, warps=8, stages=3), Tile(64, 64, depth=64, stages=5)),
+}
+BUSY = 80  # programs that keep a large card busy
+ANY_SHAPE = Tile(64, 128, depth=64, stages=4)
+
+
+def product_tile(dtype: torch.dtype, rows: int | None = None, columns: int = 0) -> Tile:
+    """Return the tile of linear layers.
+
+    rows, columns: of the result; None: they may not matter, since tiles differ in their bits here, and a token that is
+        decoded has the bits of one among many.
+    """
     if dtype is torch.float32:
         return Tile(64, 64, depth=16)
-    return Tile(64, 128, depth=64, stages=4)
+    if rows is None:
+        return ANY_SHAPE
+    wide, narrow = next(tiles for most, tiles in PRODUCT.items() if rows <= most)
+    return wide if ceil_div(rows, wide.rows) * ceil_div(columns, wide.columns) >= BUSY else narrow
+
+
+def roomy(tile: Tile, on: Tensor) -> Tile:
+    """Return a tile with one more stage where a program has the room of a large card: no sum knows of it."""
+    has_room = shared_memory(on.device) >= LARGE_CARD
+    return replace(tile, stages=tile.stages + 1) if has_room else tile
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of fast memory that a program may have on a device, 0 if it does not say."""
+    if device.type == "cpu":
+        return 0
+    properties = torch.get_device_module(device.type).get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0))
 
 
 def quantised_tile() -> Tile:

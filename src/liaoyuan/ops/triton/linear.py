@@ -3,14 +3,18 @@
 A vendor's product is chosen by the number of rows, so that a row has other bits in another batch; this one is not.
 """
 
+import functools
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from liaoyuan.ops.triton.launch import ceil_div, launch, product_tile
+from liaoyuan.ops.triton.launch import PRODUCT, Tile, ceil_div, launch, product_tile, roomy
 from liaoyuan.ops.triton.product import multiply, tile_place
+
+AGREEING = (130, 208, 528)  # rows, columns and inner dimension of the product on which tiles are compared
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -30,10 +34,48 @@ def linear_backward(grad: Tensor, x: Tensor, weight: Tensor, with_bias: bool) ->
     return grad_x, grad_weight, grad.sum(0) if with_bias else grad.new_empty(0)
 
 
-def _run(kernel: Any, left: Tensor, right: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+def tile_of(rows: int, columns: int, on: Tensor) -> Tile:
+    """Return the tile for a result of so many rows and columns, in the dtype and on the device of a tensor."""
+    return roomy(product_tile(on.dtype, rows if tiles_agree(on.dtype, on.device) else None, columns), on)
+
+
+@functools.cache
+def tiles_agree(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether a row has the same bits in every tile on this device.
+
+    All sum over the inner dimension in one order, but a compiler may take other instructions for another tile, and
+    these may round otherwise: so it is tried, once, on numbers of very different sizes.
+    """
+    if dtype is torch.float32:
+        return False  # it has one tile
+    numbers = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(rows, AGREEING[2], generator=numbers) for rows in AGREEING[:2])
+    spread = 4.0 ** torch.randint(-4, 5, left.shape, generator=numbers)
+    x, weight = (left * spread).to(device, dtype), right.to(device, dtype)
+
+    def product(rows: int, tile: Tile) -> Tensor:
+        out = x.new_empty(rows, weight.shape[0])
+        _run(_by_rows, x[:rows], weight.t(), None, None, out, tile)
+        return out
+
+    expected = product(len(x), product_tile(dtype))
+    tiles = [(min(most, len(x)), roomy(tile, x)) for most, pair in PRODUCT.items() for tile in pair]
+    equal = [torch.equal(product(rows, tile), expected[:rows]) for rows, tile in tiles]  # all are compiled
+    return all(equal)
+
+
+def _run(
+    kernel: Any,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    tile: Tile | None = None,
+) -> None:
     """Write left @ right + bias + residual to `out`; left and right may be transposed."""
     (rows, depth), columns = left.shape, right.shape[1]
-    tile = product_tile(left.dtype)
+    tile = tile or tile_of(rows, columns, left)
     grid = (ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns),)
     added = [out if x is None else x.contiguous() for x in (bias, residual)]
     arguments = (left, right, *added, out)

@@ -10,8 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from liaoyuan.ops.operator import OPERATORS
-from liaoyuan.ops.triton.launch import ELEMENTS, MAX_HEAD_DIM, UNBOUNDED, attention_tile, ceil_div, launch, power_of_two
-from liaoyuan.ops.triton.softmax import LOG2_E, PART, absorb, add_sink, find_tile, merge, score
+from liaoyuan.ops.triton.launch import (
+    ELEMENTS,
+    MAX_HEAD_DIM,
+    UNBOUNDED,
+    attention_tile,
+    ceil_div,
+    launch,
+    power_of_two,
+    roomy,
+)
+from liaoyuan.ops.triton.softmax import LOG2_E, NO_WINDOW, PART, absorb, add_sink, find_tile, merge, score
 
 SPLIT_ELEMENTS = 2**24  # of sums that parts may leave for the second kernel: 64 MiB
 COMBINED_ROWS = 16
@@ -40,7 +49,7 @@ def paged_attention(
     split = parts > 1 and out.numel() * parts <= SPLIT_ELEMENTS
     room = (parts, tokens, heads) if split else (0,)
     partial = [query.new_empty(*room, *last, dtype=torch.float32) for last in ((), (), dims[1:])]
-    groups, tile = heads // key_cache.shape[2], attention_tile(max(dims), query.dtype)
+    groups, tile = heads // key_cache.shape[2], roomy(attention_tile(max(dims), query.dtype), query)
     rows = max(tile.rows, power_of_two(groups))
     grid = (tokens // (rows // groups) + len(lengths) if tokens else 0, key_cache.shape[2], parts if split else 1)
     given = [x.contiguous() for x in inputs]
@@ -107,6 +116,8 @@ def _forward(
     q = tl.load(query + at_row[:, None] * DIM + dims[None, :], mask=inside, other=0.0)
     low = tl.maximum(total - end + first - window + 1, 0) // COLUMNS * COLUMNS
     last = tl.where(first < end, total - end + tl.minimum(first + ROWS // GROUPS, end), low)
+    # Up to `seen` every token sees every column, see `attention`.
+    seen = tl.where(window < NO_WINDOW, low, (total - end + first + 1) // COLUMNS * COLUMNS)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     summed = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, BLOCK_VALUE], tl.float32)
@@ -126,7 +137,7 @@ def _forward(
             slot = page.to(tl.int64) * PAGE + column % PAGE
             k = _load_pages(key_cache, slot, key_head, heads // GROUPS, there, dims, DIM)
             v = _load_pages(value_cache, slot, key_head, heads // GROUPS, there, value_dims, VALUE_DIM)
-            scores = score(q, k, position, column, factor, window)
+            scores = score(q, k, position, column, factor, window, at < seen)
             part_maximum, part_summed, part_output = absorb(scores, v, part_maximum, part_summed, part_output)
         maximum, summed, output = merge(maximum, summed, output, part_maximum, part_summed, part_output)
     inside = valid[:, None] & (value_dims < VALUE_DIM)[None, :]

@@ -1,8 +1,12 @@
-"""The next token of a row of logits: one program reads the row again and again, and sorts nothing.
+"""The next token of a row of logits: one program reads the row a few times, and sorts nothing.
 
 Masses are whole numbers, weights in units of 2^-40 of the largest: their sums have no order, so that a row has the same
 token whatever the tile. What stays of it is the beginning of its ranking, from the heaviest token on; it ends at a
 weight that is found bit by bit, since the bits of positive numbers rise with them.
+
+That search reads what it searches some fifty times. So a first kernel surveys the row, and where some filter is on
+copies the heaviest tokens, as many as fit; a second one searches these if what stays is certainly among them, which
+with usual settings it is, and else the row itself. Both give the same token.
 """
 
 import torch
@@ -17,7 +21,11 @@ ONE = tl.constexpr(2.0**40)  # the mass of the heaviest token: a vocabulary of 2
 SHARE, WHOLE = tl.constexpr(31), tl.constexpr(2**31)  # bits of a share of a mass that is asked for, and all of it
 WAYS = tl.constexpr(4)  # a search compares with so many bounds at a time
 STEPS, LARGEST_STEP = tl.constexpr(15), tl.constexpr(2**28)  # 4^15 is above the bits of 1, the largest weight
-TILE = 1024  # tokens at a time
+TILE = 1024  # tokens at a time in a search
+WIDE = tl.constexpr(8192)  # tokens at a time of what is summed in fp32, in an order that others may rely on
+CANDIDATES = 2048  # of the heaviest tokens that are copied, at most
+LEVELS = tl.constexpr(8)  # of weights, of which one ends the candidates
+ABOVE = tl.constexpr(2**30)  # the bits of a weight that no token has
 
 
 def sample_tokens(
@@ -36,10 +44,17 @@ def sample_tokens(
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     log_probs, filtered = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
     words = scores if mask is None else mask.contiguous()
-    given = (logits, scores, words, real[0], top_k.long(), shares[0], real[1], shares[1])
-    flags = {"MASK": mask is not None, "BLOCK": TILE, "num_warps": 8}
-    outputs = (tokens, log_probs, filtered, rows, vocabulary, 0 if mask is None else mask.shape[1])
-    launch(_sample, (programs(rows),), logits, *given, *outputs, **flags)
+    filters = (top_k.long(), shares[0], real[1])
+    given = (logits, scores, words, real[0], *filters)
+    sizes = (rows, vocabulary, 0 if mask is None else mask.shape[1])
+    flags = {"MASK": mask is not None, "BLOCK": TILE, "CANDIDATES": CANDIDATES, "num_warps": 8}
+    whole = [logits.new_empty(rows, kind, dtype=dtype) for kind, dtype in ((3, torch.int32), (2, torch.int64))]
+    plain = logits.new_empty(rows, 2, dtype=torch.float32)
+    heaviest = [logits.new_empty(rows, CANDIDATES, dtype=dtype) for dtype in (torch.float32, torch.int32)]
+    survey = (*whole, plain, *heaviest)
+    launch(_survey, (programs(rows),), logits, *given, *survey, *sizes, **flags)
+    outputs = (tokens, log_probs, filtered)
+    launch(_sample, (programs(rows),), logits, *given, shares[1], *survey, *outputs, *sizes, **flags)
     return tokens, log_probs, filtered
 
 
@@ -48,7 +63,7 @@ def log_sum_exp(logits: Tensor) -> Tensor:
     logits = logits.contiguous()
     rows, vocabulary = logits.shape
     found = logits.new_empty(rows, dtype=torch.float32)
-    launch(_log_sum_exp, (programs(rows),), logits, logits, found, rows, vocabulary, BLOCK=TILE, num_warps=8)
+    launch(_log_sum_exp, (programs(rows),), logits, logits, found, rows, vocabulary, num_warps=8)
     return found
 
 
@@ -85,7 +100,7 @@ def _weights(scores, words, first, vocabulary, peak, heat, MASK: tl.constexpr, B
 @triton.jit
 def _from(bounds, scores, words, vocabulary, peak, heat, MASK: tl.constexpr, BLOCK: tl.constexpr):
     """Return for each bound the mass and the number of the tokens whose weights have at least its bits."""
-    mass, number = tl.zeros([BLOCK, WAYS], tl.int64), tl.zeros([BLOCK, WAYS], tl.int32)
+    mass, number = tl.zeros([BLOCK, bounds.shape[0]], tl.int64), tl.zeros([BLOCK, bounds.shape[0]], tl.int32)
     for first in range(0, vocabulary, BLOCK):
         weight, bits = _weights(scores, words, first, vocabulary, peak, heat, MASK, BLOCK)
         is_in = bits[:, None] >= bounds[None, :]
@@ -117,7 +132,7 @@ def _end(wanted, COUNT: tl.constexpr, scores, words, vocabulary, peak, heat, MAS
 
 
 @triton.jit
-def _whole(logits, scores, words, vocabulary, MASK: tl.constexpr, BLOCK: tl.constexpr):
+def _whole(logits, scores, words, vocabulary, MASK: tl.constexpr, BLOCK: tl.constexpr = WIDE):
     """Return the first of the best tokens and its score, the log of the sum of the logits' exponentials, and whether
     all of them are numbers below infinity."""
     peak = tl.full([], float("-inf"), tl.float32)
@@ -175,34 +190,107 @@ def _place(target, equals, scores, words, vocabulary, peak, heat, MASK: tl.const
     return tl.minimum(token, vocabulary - 1)
 
 
+@triton.jit
+def _levels():
+    """Return the bits of weights 2^-1, 2^-2, 2^-3, 2^-4, 2^-6, 2^-9 and 2^-13, and of none at all."""
+    level = tl.arange(0, LEVELS)
+    power = level + 1 + tl.where(level > 3, (level - 3) * (level - 2) // 2, 0)
+    return tl.where(level == LEVELS - 1, 0, (127 - power) << 23)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def _survey(
+    logits, scores, words, temperature, top_k, top_p, min_p, whole, masses, plain, heaviest, heaviest_tokens,
+    rows, vocabulary, stride, MASK: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """Write what is to be known of each row.
+
+    whole: its best token (-1: it has none), the number of candidates, the bits that their weights have at least.
+    masses: of all tokens, of the candidates. plain: the best score, the log of the sum of exponentials.
+    heaviest, heaviest_tokens: the candidates' scores and tokens, in the order of the vocabulary.
+    """
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        at = tl.cast(row, tl.int64)
+        own_logits, own_scores, own_words = logits + at * vocabulary, scores + at * vocabulary, words + at * stride
+        token, peak, log_sum, whole_numbers = _whole(own_logits, own_scores, own_words, vocabulary, MASK)
+        usable = whole_numbers & (peak > float("-inf")) & (peak < float("inf"))
+        peak = tl.where(usable, peak, 0.0)
+        heat, count, least = tl.load(temperature + row), tl.full([], 0, tl.int32), tl.full([], ABOVE, tl.int32)
+        mass, held = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
+        if usable & (heat > 0.0):
+            heat = tl.maximum(heat, 1e-9)
+            bounds = _levels()
+            above, number = _from(bounds, own_scores, own_words, vocabulary, peak, heat, MASK, BLOCK)
+            fits = number <= CANDIDATES
+            mass, least = tl.max(above, 0), tl.min(tl.where(fits, bounds, ABOVE), 0)
+            held, count = tl.max(tl.where(fits, above, 0), 0), tl.max(tl.where(fits, number, 0), 0)
+            if (tl.load(top_k + row) > 0) | (tl.load(top_p + row) < WHOLE) | (tl.load(min_p + row) > 0.0):
+                copied = count * 0
+                for first in range(0, vocabulary, BLOCK):
+                    _, bits = _weights(own_scores, own_words, first, vocabulary, peak, heat, MASK, BLOCK)
+                    chosen = bits >= least
+                    place = at * CANDIDATES + copied + tl.cumsum(chosen.to(tl.int32), 0) - 1
+                    column = first + tl.arange(0, BLOCK)
+                    score = _allowed_scores(own_scores, own_words, first, vocabulary, MASK, BLOCK)
+                    tl.store(heaviest + place, score, mask=chosen)
+                    tl.store(heaviest_tokens + place, column, mask=chosen)
+                    copied += tl.sum(chosen.to(tl.int32), 0)
+        tl.store(whole + row * 3, tl.where(usable, token, -1))
+        tl.store(whole + row * 3 + 1, count)
+        tl.store(whole + row * 3 + 2, least)
+        tl.store(masses + row * 2, mass)
+        tl.store(masses + row * 2 + 1, held)
+        tl.store(plain + row * 2, peak)
+        tl.store(plain + row * 2 + 1, log_sum)
+
+
+@triton.jit
+def _drawn(
+    k, p, least, share, mass, scores, words, vocabulary, peak, heat, MASK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Return the place of what is drawn from the tokens that the filters leave, and their mass."""
+    mass = _kept(k, p, least, mass, scores, words, vocabulary, peak, heat, MASK, BLOCK)
+    target = _share(mass, share)
+    equals, above, _ = _end(target + 1, False, scores, words, vocabulary, peak, heat, MASK, BLOCK)
+    target = (target - above) // tl.maximum(_mass(equals.to(tl.float32, bitcast=True)), 1)
+    return _place(target, equals, scores, words, vocabulary, peak, heat, MASK, BLOCK), mass
+
+
 @triton.jit(do_not_specialize=("rows",))
 def _sample(
-    logits, scores, words, temperature, top_k, top_p, min_p, uniform, tokens, log_probs, filtered,
-    rows, vocabulary, stride, MASK: tl.constexpr, BLOCK: tl.constexpr,
+    logits, scores, words, temperature, top_k, top_p, min_p, uniform,
+    whole, masses, plain, heaviest, heaviest_tokens, tokens, log_probs, filtered,
+    rows, vocabulary, stride, MASK: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         at = tl.cast(row, tl.int64)
         own_logits, own_scores, own_words = logits + at * vocabulary, scores + at * vocabulary, words + at * stride
-        token, peak, log_sum, whole_numbers = _whole(own_logits, own_scores, own_words, vocabulary, MASK, BLOCK)
-        usable = whole_numbers & (peak > float("-inf")) & (peak < float("inf"))
-        peak = tl.where(usable, peak, 0.0)
-        heat, log_share = tl.load(temperature + row), tl.full([], 0.0, tl.float32)
+        token, count, lightest = tl.load(whole + row * 3), tl.load(whole + row * 3 + 1), tl.load(whole + row * 3 + 2)
+        mass, held = tl.load(masses + row * 2), tl.load(masses + row * 2 + 1)
+        peak, log_sum = tl.load(plain + row * 2), tl.load(plain + row * 2 + 1)
+        heat, log_share, usable = tl.load(temperature + row), tl.full([], 0.0, tl.float32), token >= 0
         if usable & (heat > 0.0):
             k, p, least = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
-            heat = tl.maximum(heat, 1e-9)
-            mass, _ = _from_one(0, own_scores, own_words, vocabulary, peak, heat, MASK, BLOCK)
-            target, equals = tl.cast(at * 0, tl.int64), tl.cast(at * 0 - 1, tl.int32)
-            if (k > 0) | (p < WHOLE) | (least > 0.0):
-                mass = _kept(k, p, least, mass, own_scores, own_words, vocabulary, peak, heat, MASK, BLOCK)
-                target = _share(mass, tl.load(uniform + row))
-                equals, above, _ = _end(target + 1, False, own_scores, own_words, vocabulary, peak, heat, MASK, BLOCK)
-                target = (target - above) // tl.maximum(_mass(equals.to(tl.float32, bitcast=True)), 1)
+            heat, share = tl.maximum(heat, 1e-9), tl.load(uniform + row)
+            by_mass = p < WHOLE
+            enough = (k > 0) | by_mass | (least.to(tl.int32, bitcast=True) >= lightest)  # a filter ends among them
+            enough &= (k == 0) | (k <= count)
+            enough &= (by_mass == 0) | (k > 0) | (held >= tl.maximum(_share(mass, p), 1))
+            if ((k > 0) | by_mass | (least > 0.0)) == 0:
+                no_weight = tl.full([], -1, tl.int32)
+                target = _share(mass, share)
+                token = _place(target, no_weight, own_scores, own_words, vocabulary, peak, heat, MASK, BLOCK)
+            elif enough:
+                own = heaviest + at * CANDIDATES
+                place, mass = _drawn(k, p, least, share, mass, own, own_words, count, peak, heat, False, CANDIDATES)
+                token = tl.load(heaviest_tokens + at * CANDIDATES + place)
             else:
-                target = _share(mass, tl.load(uniform + row))
-            token = _place(target, equals, own_scores, own_words, vocabulary, peak, heat, MASK, BLOCK)
+                token, mass = _drawn(
+                    k, p, least, share, mass, own_scores, own_words, vocabulary, peak, heat, MASK, BLOCK
+                )
             score = tl.load(own_scores + token).to(tl.float32)
             log_share = (score - peak) / heat - tl.log(mass.to(tl.float32) / ONE)
-        nothing = float("nan")
+        nothing, token = float("nan"), tl.maximum(token, 0)
         tl.store(tokens + row, tl.where(usable, token, -1).to(tl.int64))
         tl.store(
             log_probs + row,
@@ -212,8 +300,8 @@ def _sample(
 
 
 @triton.jit(do_not_specialize=("rows",))
-def _log_sum_exp(logits, found, rows, vocabulary, BLOCK: tl.constexpr):
+def _log_sum_exp(logits, found, rows, vocabulary):
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         own = logits + tl.cast(row, tl.int64) * vocabulary
-        _, _, log_sum, _ = _whole(own, own, own, vocabulary, False, BLOCK)
+        _, _, log_sum, _ = _whole(own, own, own, vocabulary, False)
         tl.store(found + row, log_sum)

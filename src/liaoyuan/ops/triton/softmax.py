@@ -7,9 +7,12 @@ its own; sums are then merged in order. Thus a long cache may be shared out amon
 import triton
 import triton.language as tl
 
+from liaoyuan.ops.triton.launch import UNBOUNDED
+
 PART = tl.constexpr(1024)  # keys of a part: a multiple of every tile; shorter parts cost more merging
 LOG2_E = tl.constexpr(1.4426950408889634)  # scores are in units of log 2, since hardware computes powers of two
 LOG_2 = tl.constexpr(0.6931471805599453)
+NO_WINDOW = tl.constexpr(UNBOUNDED)
 
 
 @triton.jit
@@ -38,11 +41,16 @@ def load_rows(base, row, stride, place, valid, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def score(query, key, row, column, factor, window):
-    """Return the scores of a tile, -inf where the row's token does not see the column's."""
-    behind = row[:, None] - column[None, :]
+def score(query, key, row, column, factor, window, see_all=False):
+    """Return the scores of a tile, -inf where the row's token does not see the column's.
+
+    see_all: whether it is known that all see all; to look takes as long as the softmax.
+    """
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
-    return tl.where((behind >= 0) & (behind < window), scores, float("-inf"))
+    if not see_all:
+        behind = row[:, None] - column[None, :]
+        scores = tl.where((behind >= 0) & (behind < window), scores, float("-inf"))
+    return scores
 
 
 @triton.jit
