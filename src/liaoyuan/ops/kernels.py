@@ -38,10 +38,11 @@ def _load_library() -> str | None:
 NATIVE = Kernel("native", ("cpu",), _native)  # compiled from ops/native/
 
 
-def triton(module: str, exact: bool = True) -> Kernel:
+def triton(module: str, exact: bool = True, fallback: bool = False) -> Kernel:
     """Return the Triton kernel in `liaoyuan.ops.triton.<module>`.
 
     The module has functions called like the operator and its backward side, with the arguments of their schemas.
+    fallback: whether the reference is faster, so that it is for exactness alone.
     """
 
     def load(name: str, device: str) -> Callable[[bool], None]:
@@ -49,7 +50,7 @@ def triton(module: str, exact: bool = True) -> Kernel:
             raise LiaoyuanError("Triton is not installed: accelerators use plain PyTorch (pip install triton).")
         return functools.partial(_put_behind, importlib.import_module(f"liaoyuan.ops.triton.{module}"), name, device)
 
-    return Kernel("triton", ("cuda", "npu"), load, ACCELERATOR_DTYPES, exact)
+    return Kernel("triton", ("cuda", "npu"), load, ACCELERATOR_DTYPES, exact, fallback)
 
 
 def _ascend(name: str, device: str) -> Callable[[bool], None]:

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 LIBRARY = torch.library.Library("liaoyuan", "DEF")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
-HALF_DTYPES = (torch.bfloat16, torch.float16)
 TOLERANCE = {
     torch.float32: 2e-5,
     torch.bfloat16: 2e-2,

@@ -65,6 +65,7 @@ def test_the_self_test_passes_on_the_card_in_every_dtype(name, use):
 @pytest.mark.skipif(not CARD, reason="needs an accelerator, and there is none here")
 def test_the_card_uses_the_kernels():
     chosen = {row.operator: row.kernel for row in ops.status(DEVICE)}
-    assert {name: chosen[name] for name in WITH_TRITON} == dict.fromkeys(WITH_TRITON, "triton")
+    for name in WITH_TRITON:
+        assert chosen[name] == ("reference" if triton_kernel(OPERATORS[name]).fallback else "triton")
     gate_up = torch.randn(5, 64, device=DEVICE)
     assert torch.allclose(ops.swiglu(gate_up), OPERATORS["swiglu"].reference(gate_up), atol=1e-5)

@@ -47,9 +47,8 @@ SLOW = {("attention", torch.bfloat16), ("loss_head", torch.float32), ("sample_to
 def test_every_kernel_passes_its_self_test(name, dtype, use, monkeypatch):
     operator = use(name)
     if name in ("attention", "block_attention") and not CARD:  # the interpreter's time is that of the number of tiles
-        large, module = Tile(128, 128), f"liaoyuan.ops.triton.{name}"
-        monkeypatch.setattr(f"{module}.attention_tile", lambda *_: large)
-        monkeypatch.setattr(f"{module}.attention_backward_tiles", lambda *_: (large, large))
+        for function in ("attention_tile", "attention_backward_tile"):
+            monkeypatch.setattr(f"liaoyuan.ops.triton.{name}.{function}", lambda *_: Tile(128, 128))
     assert choice.self_test(operator, dataclasses.replace(triton_kernel(operator), dtypes=(dtype,)), DEVICE) is None
 
 

@@ -42,13 +42,19 @@ ERRORS = [
     ("split_rotary", "rotary", "part == groups + 1", "part == groups"),
     ("split_rotary", "rotary", "second * c - first * s", "second * c + first * s"),
     ("split_rotary", "rotary", "scale * (first - x * inner)", "scale * (first - y * inner)"),
-    ("loss_head", "loss_head", "summed * shrink + tl.sum(power, 1)", "summed + tl.sum(power, 1)"),
-    ("loss_head", "loss_head", "range(parts)", "range(1, parts)"),
+    ("log_sum_exp", "sampling", "summed = tl.fma(summed, tl.exp(maximum - finite), tl", "summed = (tl"),
+    ("loss_head", "loss_head", "local = target - first", "local = target"),
     ("loss_head", "loss_head", "(first + begin + column)[None, :] == target", "(begin + column)[None, :] == target"),
-    ("loss_head", "loss_head", "(products + summed * shift) * shrink", "products * shrink"),
+    ("loss_head", "loss_head", "tl.exp(below) * below, 0.0)", "tl.exp(below), 0.0)"),
     ("loss_head", "loss_head", "total / vocabulary", "total / rows"),
     ("loss_head", "loss_head", "level[:, None] + below * slope[:, None]", "level[:, None]"),
-    ("loss_head", "loss_head", "own - (height - higher)", "own"),
+    ("loss_head", "loss_head", "below = logit - height", "below = logit"),
+    (
+        "sample_tokens",
+        "sampling",
+        "BLOCK)\n                    tl.store(heaviest +",
+        "BLOCK) + 1\n" + 20 * " " + "tl.store(heaviest +",
+    ),
     ("attention", "softmax", "(behind >= 0)", "(behind > 0)"),
     ("attention", "softmax", "(behind < window)", "(behind <= window)"),
     ("attention", "softmax", "summed * shrink + tl.exp2(sink - higher)", "summed * shrink"),
@@ -117,9 +123,8 @@ def change(monkeypatch, tmp_path):
         monkeypatch.setattr(package, name, importlib.import_module(f"{package.__name__}.{name}"))
         monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}")
     if not CARD:  # the interpreter's time is that of the number of tiles
-        large = launch.Tile(128, 128)
-        monkeypatch.setattr(f"{package.__name__}.launch.attention_tile", lambda *_: large)
-        monkeypatch.setattr(f"{package.__name__}.launch.attention_backward_tiles", lambda *_: (large, large))
+        for function in ("attention_tile", "attention_backward_tile"):
+            monkeypatch.setattr(f"{package.__name__}.launch.{function}", lambda *_: launch.Tile(128, 128))
 
     def write(file, before, after):
         source = (Path(package.__file__).parent / f"{file}.py").read_text(encoding="utf-8")

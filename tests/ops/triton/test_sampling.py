@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from liaoyuan.ops import log_probability
 from liaoyuan.ops.sampling import packed_mask, sampling_settings
 from tests.ops.cases import random
 from tests.ops.triton.test_kernels import place
@@ -44,6 +45,18 @@ def test_tokens_and_log_probabilities_are_the_reference_s(use, rows, vocabulary,
     same(*draw(use, logits, chosen, history, prompts, mask))
 
 
+@pytest.mark.parametrize("candidates", [16, 64])
+def test_what_stays_may_be_more_than_the_candidates(use, candidates, monkeypatch):
+    monkeypatch.setattr("liaoyuan.ops.triton.sampling.CANDIDATES", candidates)
+    logits = 3 * random(8, 300)
+    chosen = sampling_settings(
+        8, temperature=torch.tensor([0.5, 2.0] * 4), top_k=torch.tensor([0, 0, 40, 40, 0, 12, 1000, 7]),
+        top_p=torch.tensor([0.999, 0.3, 1.0, 0.9, 1.0, 0.999, 0.9, 1.0]),
+        min_p=torch.tensor([0.0, 0.0, 0.0, 0.0, 1e-3, 0.0, 0.0, 0.5]), uniform=torch.linspace(0.05, 0.999, 8),
+    )  # fmt: skip
+    same(*draw(use, logits, chosen, None, None, packed_mask(random(8, 300, seed=1) < 1)))
+
+
 @pytest.mark.parametrize("setting", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.9}, {}], ids=str)
 def test_equal_tokens_are_drawn_in_the_order_of_the_vocabulary(use, setting):
     logits = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0, 1.0]])
@@ -80,3 +93,14 @@ def test_the_bits_of_a_row_depend_neither_on_other_rows_nor_on_the_tile(use, mon
     monkeypatch.setattr("liaoyuan.ops.triton.sampling.TILE", 64)
     tiled = operator.call(*place(logits, chosen, None, None, None))
     assert torch.equal(tiled[0], whole[0]) and torch.equal(tiled[2], whole[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_training_scores_a_token_with_the_bits_that_drawing_it_gave(use, dtype):
+    hidden, weight = random(5, 32, dtype=dtype), random(9000, 32, dtype=dtype, seed=1)  # more than one tile of logits
+    logits = use("linear").call(*place(hidden, weight, None, None))
+    settings = place(sampling_settings(5, temperature=1.0, uniform=torch.linspace(0.1, 0.9, 5)))[0]
+    token, drawn, _ = use("sample_tokens").call(logits, settings, None, None, None)
+    chosen, height, *_ = use("loss_head").call(*place(hidden, weight), token, 0, 9000, False, False)
+    assert torch.equal(drawn, log_probability(chosen, height))
+    assert torch.equal(height, use("log_sum_exp").call(logits))

@@ -13,7 +13,7 @@ from liaoyuan.ops.operator import OPERATORS
 from liaoyuan.ops.triton.launch import (
     MAX_HEAD_DIM,
     UNBOUNDED,
-    attention_backward_tiles,
+    attention_backward_tile,
     attention_tile,
     ceil_div,
     launch,
@@ -80,14 +80,14 @@ def attention_backward(
     grad, query, key, value, boundaries = (x.contiguous() for x in (grad, query, key, value, boundaries))
     delta = _delta(grad, out.contiguous())
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
-    by_query, by_key = attention_backward_tiles(max(query.shape[2], value.shape[2]), query)
+    tile = attention_backward_tile(max(query.shape[2], value.shape[2]), query)
     inputs = (grad, query, key, value, boundaries, log_sum_exp, delta)
     numbers = _numbers(query, key, boundaries, scale, window)
     sizes = _sizes(query, value)
-    grid = (_tiles(query, boundaries, by_query.rows), query.shape[1])
-    launch(_query_gradients, grid, query, *inputs, grad_query, scale, *numbers, **sizes, **by_query.options())
-    grid = (_tiles(query, boundaries, by_key.columns), key.shape[1])
-    launch(_key_gradients, grid, query, *inputs, grad_key, grad_value, scale, *numbers, **sizes, **by_key.options())
+    grid = (_tiles(query, boundaries, tile.rows), query.shape[1])
+    launch(_query_gradients, grid, query, *inputs, grad_query, scale, *numbers, **sizes, **tile.options())
+    grid = (_tiles(query, boundaries, tile.columns), key.shape[1])
+    launch(_key_gradients, grid, query, *inputs, grad_key, grad_value, scale, *numbers, **sizes, **tile.options())
     return grad_query, grad_key, grad_value, _sink_gradients(sinks, log_sum_exp, delta)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from liaoyuan.ops.operator import OPERATORS
 from liaoyuan.ops.triton.launch import (
     MAX_HEAD_DIM,
-    attention_backward_tiles,
+    attention_backward_tile,
     attention_tile,
     ceil_div,
     launch,
@@ -54,12 +54,12 @@ def block_attention_backward(
     grad = grad.to(query.dtype)  # as products take it; it is read once for each tile of keys
     given = [x.contiguous() for x in (grad, delta, log_sum_exp, query, key, value, first, last)]
     grads = [x.new_empty(x.shape, dtype=torch.float32) for x in (query, key, value)]
-    by_query, by_key = attention_backward_tiles(dim, query)
+    tile = attention_backward_tile(dim, query)
     numbers, sizes = (scale, scale * LOG2_E.value, *_numbers(query, key)), _sizes(query, value)
-    grid = (ceil_div(len(query), by_query.rows), query.shape[1])
-    launch(_query_gradients, grid, query, *given, grads[0], *numbers, **sizes, **by_query.options())
-    grid = (ceil_div(len(key), by_key.columns), key.shape[1])
-    launch(_key_gradients, grid, query, *given, *grads[1:], *numbers, **sizes, **by_key.options())
+    grid = (ceil_div(len(query), tile.rows), query.shape[1])
+    launch(_query_gradients, grid, query, *given, grads[0], *numbers, **sizes, **tile.options())
+    grid = (ceil_div(len(key), tile.columns), key.shape[1])
+    launch(_key_gradients, grid, query, *given, *grads[1:], *numbers, **sizes, **tile.options())
     return tuple(grads)
 
 

@@ -76,8 +76,8 @@ ATTENTION_BACKWARD = {
 }
 
 
-# Where four warps multiply as one, a tile has 64 rows for each four of them (H100 and later).
-LARGE_BACKWARD = Tile(128, 64, warps=8), Tile(64, 64)
+# Where four warps multiply as one (H100 and later), a tile of 64 rows has work for four.
+LARGE_BACKWARD = Tile(64, 64)
 
 
 def attention_tile(head_dim: int, dtype: torch.dtype) -> Tile:
@@ -85,14 +85,11 @@ def attention_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     return _narrowest(ATTENTION, head_dim, dtype)
 
 
-def attention_backward_tiles(head_dim: int, on: Tensor) -> tuple[Tile, Tile]:
-    """Return the tiles of attention's backward pass: of the queries' gradients, and of those of keys and values, which
-    hold two sums of a head's width, and four inputs.
-    """
+def attention_backward_tile(head_dim: int, on: Tensor) -> Tile:
+    """Return the tile of attention's backward pass, which holds two sums of a head's width, and four inputs."""
     if on.dtype.itemsize == 2 and 64 < head_dim <= 128 and shared_memory(on.device) >= WARP_GROUPS:
         return LARGE_BACKWARD
-    tile = _narrowest(ATTENTION_BACKWARD, head_dim, on.dtype)
-    return tile, tile
+    return _narrowest(ATTENTION_BACKWARD, head_dim, on.dtype)
 
 
 def _narrowest(tiles: Mapping[tuple[int, int], Tile], head_dim: int, dtype: torch.dtype) -> Tile:

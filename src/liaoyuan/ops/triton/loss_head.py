@@ -1,8 +1,8 @@
-"""The loss head: a program holds a tile of logits at a time, with a running maximum and sums.
+"""The loss head: logits of some rows at a time, by the product that decoding takes and the sum that sampling takes.
 
-The vocabulary is dealt out in parts of a fixed size, so that a row's bits depend on it alone. The backward pass
-computes the logits again, a slice of the vocabulary at a time (Wijmans et al. 2024, arXiv 2411.09009), and leaves the
-products with their gradients to the vendor's library.
+So what training scores has the bits that decoding gave: a sum in tiles of its own would round otherwise. The backward
+pass computes the logits again, a slice of the vocabulary at a time (Wijmans et al. 2024, arXiv 2411.09009), and leaves
+the products with their gradients to the vendor's library.
 """
 
 import torch
@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liaoyuan.ops.triton.launch import ceil_div, launch, logits_tile
+from liaoyuan.ops.triton.launch import ceil_div, launch, logits_tile, programs
+from liaoyuan.ops.triton.linear import linear
+from liaoyuan.ops.triton.sampling import log_sum_exp as row_log_sum_exp
 
-TILES_PER_PART = 16  # of the vocabulary: many parts keep all processors busy where rows are few
+ROW_SLICE = 2**26  # elements of logits that are held at a time, if they are not kept: 128 MiB in bf16
 SLICE = 2**25  # elements of the gradients of logits that are held at a time: 64 MiB in bf16
-COMBINED_ROWS = 128
+BLOCK = 4096  # logits of a row at a time
 
 
 def loss_head(
@@ -22,20 +24,20 @@ def loss_head(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the operator `loss_head`."""
     hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
-    (rows, width), columns = hidden.shape, weight.shape[0]
-    tile = logits_tile(hidden.dtype)
-    parts = ceil_div(columns, tile.columns * TILES_PER_PART)
+    rows, columns = len(hidden), len(weight)
+    step = rows if keep else max(1, ROW_SLICE // max(columns, 1))
     kept = hidden.new_empty(rows if keep else 0, columns)
-    partial = hidden.new_empty(4, parts, rows, dtype=torch.float32)
     chosen, log_sum_exp = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(2))
     entropy, mean = (hidden.new_empty(rows if moments else 0, dtype=torch.float32) for _ in range(2))
-    sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "MOMENTS": moments}
-    grid = (ceil_div(rows, tile.rows), parts)
-    arguments = (hidden, weight, targets, kept, partial, first, rows, width, columns)
-    launch(_forward, grid, hidden, *arguments, KEEP=keep, TILES=TILES_PER_PART, **sizes, **options)
-    combined = (partial, targets, chosen, log_sum_exp, entropy, mean, rows, parts, vocabulary)
-    launch(_combine, (ceil_div(rows, COMBINED_ROWS),), hidden, *combined, MOMENTS=moments, ROWS=COMBINED_ROWS)
+    for begin in range(0, rows, max(step, 1)):
+        some = slice(begin, begin + step)
+        logits = linear(hidden[some], weight, None, None)
+        log_sum_exp[some] = row_log_sum_exp(logits)
+        statistics = (logits, targets[some], log_sum_exp[some], chosen[some], entropy[some], mean[some])
+        numbers = (first, len(logits), columns, vocabulary)
+        launch(_statistics, (programs(len(logits)),), hidden, *statistics, *numbers, MOMENTS=moments, BLOCK=BLOCK)
+        if keep:
+            kept = logits
     return chosen, log_sum_exp, entropy, mean, kept
 
 
@@ -113,81 +115,30 @@ def _logits(hidden, weight, row, column, rows, width, columns, DEPTH: tl.constex
 
 
 @triton.jit(do_not_specialize=("first", "rows"))
-def _forward(
-    hidden, weight, targets, kept, partial, first, rows, width, columns,
-    KEEP: tl.constexpr, MOMENTS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+def _statistics(
+    logits, targets, log_sum_exp, chosen, entropy, mean, first, rows, columns, vocabulary,
+    MOMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write of a part of the vocabulary the log-sum-exp, the target's logit or 0, the entropy and the logits' sum."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    target = tl.load(targets + row, mask=row < rows, other=-1) - first
-    begin = tl.program_id(1) * (TILES * COLUMNS)
-    maximum = tl.full([ROWS], float("-inf"), tl.float32)
-    summed = tl.zeros([ROWS], tl.float32)
-    chosen = tl.zeros([ROWS], tl.float32)
-    products = tl.zeros([ROWS], tl.float32)  # of exponentials with the logits less the maximum
-    total = tl.zeros([ROWS], tl.float32)
-    for at in range(begin, tl.minimum(begin + TILES * COLUMNS, columns), COLUMNS):
-        column = at + tl.arange(0, COLUMNS)
-        here = (column < columns)[None, :]
-        logits = _logits(hidden, weight, row, column, rows, width, columns, DEPTH)
-        logits = logits.to(kept.dtype.element_ty).to(tl.float32)  # as whoever samples from logits meets them
-        if KEEP:
-            place = row.to(tl.int64)[:, None] * columns + column[None, :]
-            tl.store(kept + place, logits.to(kept.dtype.element_ty), mask=(row < rows)[:, None] & here)
-        chosen += tl.sum(tl.where((column[None, :] == target[:, None]) & here, logits, 0.0), 1)
-        higher = tl.maximum(maximum, tl.max(tl.where(here, logits, float("-inf")), 1))
-        below = tl.where(here, logits - higher[:, None], 0.0)
-        power = tl.where(here, tl.exp(below), 0.0)
-        shrink = tl.exp(maximum - higher)
+    """Write of each row the target's logit (0 if it is not here), the softmax's entropy and the logits' mean."""
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        own = logits + tl.cast(row, tl.int64) * columns
+        target = tl.load(targets + row)
+        local = target - first
+        here = (local >= 0) & (local < columns)
+        found = tl.load(own + tl.where(here, local, 0), mask=here, other=0.0).to(tl.float32)
+        known = (target >= 0) & (target < vocabulary)
+        tl.store(chosen + row, tl.where(known, found, float("-inf")))
         if MOMENTS:
-            shift = tl.where(maximum == float("-inf"), 0.0, maximum - higher)
-            products = (products + summed * shift) * shrink + tl.sum(power * below, 1)
-            total += tl.sum(tl.where(here, logits, 0.0), 1)
-        summed = summed * shrink + tl.sum(power, 1)
-        maximum = higher
-    parts = tl.num_programs(1).to(tl.int64)
-    out = partial + tl.program_id(1).to(tl.int64) * rows + row
-    tl.store(out, maximum + tl.log(summed), mask=row < rows)
-    tl.store(out + parts * rows, chosen, mask=row < rows)
-    if MOMENTS:
-        tl.store(out + 2 * parts * rows, tl.log(summed) - products / summed, mask=row < rows)
-        tl.store(out + 3 * parts * rows, total, mask=row < rows)
-
-
-@triton.jit(do_not_specialize=("rows",))
-def _combine(
-    partial, targets, chosen, log_sum_exp, entropy, mean, rows, parts, vocabulary,
-    MOMENTS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Write what the parts give together: their softmaxes are weighted with exp(log-sum-exp)."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    plane = tl.cast(parts, tl.int64) * rows
-    maximum = tl.load(partial + row, mask=inside, other=0.0)
-    found = tl.zeros([ROWS], tl.float32)
-    summed = tl.zeros([ROWS], tl.float32)
-    spread = tl.zeros([ROWS], tl.float32)  # of weights with the parts' entropies less their log-sum-exp
-    total = tl.zeros([ROWS], tl.float32)
-    for part in range(parts):
-        at = partial + tl.cast(part, tl.int64) * rows + row
-        height = tl.load(at, mask=inside, other=0.0)
-        found += tl.load(at + plane, mask=inside, other=0.0)
-        higher = tl.maximum(maximum, height)
-        shrink, mass = tl.exp(maximum - higher), tl.exp(height - higher)
-        if MOMENTS:
-            own = tl.load(at + 2 * plane, mask=inside, other=0.0)
-            spread = (spread + summed * (higher - maximum)) * shrink + mass * (own - (height - higher))
-            total += tl.load(at + 3 * plane, mask=inside, other=0.0)
-        summed = summed * shrink + mass
-        maximum = higher
-    target = tl.load(targets + row, mask=inside, other=0)
-    known = (target >= 0) & (target < vocabulary)
-    tl.store(chosen + row, tl.where(known, found, float("-inf")), mask=inside)
-    tl.store(log_sum_exp + row, maximum + tl.log(summed), mask=inside)
-    if MOMENTS:
-        tl.store(entropy + row, spread / summed + tl.log(summed), mask=inside)
-        tl.store(mean + row, total / vocabulary, mask=inside)
+            height = tl.load(log_sum_exp + row)
+            spread, total = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
+            for at in range(0, columns, BLOCK):
+                column = at + tl.arange(0, BLOCK)
+                logit = tl.load(own + column, mask=column < columns, other=0.0).to(tl.float32)
+                below = logit - height
+                spread -= tl.sum(tl.where(column < columns, tl.exp(below) * below, 0.0), 0)
+                total += tl.sum(logit, 0)
+            tl.store(entropy + row, spread)
+            tl.store(mean + row, total / vocabulary)
 
 
 @triton.jit(do_not_specialize=("first", "begin", "rows"))

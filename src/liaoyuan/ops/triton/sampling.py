@@ -150,7 +150,8 @@ def _whole(logits, scores, words, vocabulary, MASK: tl.constexpr, BLOCK: tl.cons
         peak = tl.maximum(peak, own_peak)
         higher = tl.maximum(maximum, tl.max(logit, 0))
         finite = tl.where(higher == float("-inf"), 0.0, higher)
-        summed = summed * tl.exp(maximum - finite) + tl.sum(tl.exp(logit - finite), 0)
+        # rounded once in every kernel, or training and decoding might part
+        summed = tl.fma(summed, tl.exp(maximum - finite), tl.sum(tl.exp(logit - finite), 0))
         maximum = higher
     return best, peak, maximum + tl.log(summed), broken == 0
 
