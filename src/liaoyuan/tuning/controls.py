@@ -23,7 +23,7 @@ from liaoyuan.tuning.rollout import Rollouts, roll_out
 from liaoyuan.tuning.sources import problems_of
 from liaoyuan.tuning.validation import tuning_engine
 
-MARGIN = 1.2  # more than RL's CPU time, so that noise of the machine does not take it away
+MARGIN = 1.35  # more than RL's CPU time: cores that others share change their speed between pricing and training
 SAMPLING = 0.8  # share of its samples' cost that B is charged for: to its favour
 
 
