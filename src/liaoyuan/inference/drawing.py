@@ -96,7 +96,7 @@ class Drawing:
     def table(self, slots: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Return the settings of rows, fp64 [R, 8], as `ops.sample_tokens` takes them."""
         table = self._table[slots]
-        if table[:, TEMPERATURE].any():  # else nothing is left to chance
+        if np.count_nonzero(table[:, TEMPERATURE]):  # else nothing is left to chance
             table[:, UNIFORM] = uniform(self._seed[slots], places)
         return table
 

@@ -59,7 +59,7 @@ class ModelStep:
             self._score(plan, logits[count:])
         draws = self._drawing.draw(logits[:count], plan, self._scheduler.tokens, self._scheduler.limit, table, found)
         self._scheduler.commit(plan, draws.kept, draws.tokens, draws.logprobs)
-        self.generated_tokens += int(draws.kept.sum())
+        self.generated_tokens += int(np.count_nonzero(draws.kept))
         if self._observe is not None:
             self._observe(plan, self._stream)
         return draws
@@ -153,7 +153,8 @@ class ModelStep:
                     sequence.rivals[place] = list(zip(*row, strict=True))
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)
+        tensor = torch.from_numpy(values)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device)
 
 
 def reason_of(draws: Draws, row: int) -> str | None:

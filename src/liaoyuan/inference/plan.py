@@ -76,7 +76,8 @@ NONE = np.empty(0, dtype=np.int64)
 def lay_out(table: Table, slots: np.ndarray, counts: np.ndarray, drafts: np.ndarray, copies: np.ndarray) -> Plan:
     """Return the plan in which `slots` compute their next `counts` tokens, the last `drafts` of them guessed, [S]."""
     computed, known = table.computed[slots], table.length[slots]
-    if counts.sum() == len(slots) and not table.scored[slots].any() and (computed + 1 == known).all():
+    unlike = np.count_nonzero(counts != 1) or np.count_nonzero(table.scored[slots])
+    if not unlike and not np.count_nonzero(computed + 1 != known):
         return _decode(table, slots, counts, drafts, copies, computed)
     starts = np.zeros(len(slots) + 1, dtype=np.int32)
     np.cumsum(counts, out=starts[1:])
