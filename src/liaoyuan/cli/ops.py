@@ -105,16 +105,15 @@ def build() -> None:
     from liaoyuan.cli.progress import bar
     from liaoyuan.device import find_accelerator
     from liaoyuan.ops import build as compile_kernels
-    from liaoyuan.ops import status
+    from liaoyuan.ops import compile_ahead
 
     with bar("Kernels") as report:
         library = compile_kernels(report)
     print(f"The CPU kernels are in {library}.")
     if accelerator := find_accelerator():
         with bar(f"Kernels for {accelerator}") as report:
-            chosen = status(accelerator, report)
-        own = [one.operator for one in chosen if one.kernel != "reference"]
-        print(f"{len(own)} of {len(chosen)} operators have a kernel for {accelerator}: liaoyuan doctor ops says why.")
+            own = compile_ahead(accelerator, report)
+        print(f"{len(own)} operators have a kernel for {accelerator}: liaoyuan doctor ops says which, and why.")
 
 
 def _mode(prefill: bool, decode: bool) -> "Mode":

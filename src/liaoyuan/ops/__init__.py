@@ -2,9 +2,10 @@
 
 A kernel is used only if its self-test passes on this machine; `status()` says which kernels are in use and why, and
 `configure()` overrides the choice.
-`build()` compiles the CPU kernels ahead; otherwise it happens on first use.
+`build()` compiles the CPU kernels ahead, `compile_ahead()` an accelerator's; otherwise it happens on first use.
 """
 
+from liaoyuan.ops.ahead import compile_ahead
 from liaoyuan.ops.attention import attention
 from liaoyuan.ops.block_attention import block_attention, block_attention_backward, merge
 from liaoyuan.ops.buffers import checksum, pack, unpack
@@ -63,6 +64,7 @@ __all__ = [
     "clamped_swiglu",
     "clip",
     "combine_rows",
+    "compile_ahead",
     "configure",
     "decoder_layer",
     "dequantise",

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.operator import OPERATORS, Kernel, Operator, cast, in_clean_thread, outputs_and_gradients
-from liaoyuan.rundir import Progress, Report, silent
 
 LONG = 0.2  # seconds of measuring an operator, after which no further call is timed
 REFERENCE, AUTO = "reference", "auto"
@@ -168,14 +167,9 @@ class OperatorStatus:
     limit_share: float | None = None
 
 
-def status(device: str = "cpu", report: Report = silent) -> list[OperatorStatus]:
+def status(device: str = "cpu") -> list[OperatorStatus]:
     """Return every operator's kernel in use on a kind of device, and the reason; chooses what was not chosen yet."""
-    found = list[OperatorStatus]()
-    for name in OPERATORS:
-        report(Progress(len(found), len(OPERATORS), "operator", name))
-        found.append(_choose(name, device))
-    report(Progress(len(found), len(OPERATORS), "operator"))
-    return found
+    return [_choose(name, device) for name in OPERATORS]
 
 
 def measure(device: str, dtype: torch.dtype, matrix_rate: float, memory_rate: float) -> list[OperatorStatus]:
