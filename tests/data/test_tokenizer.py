@@ -100,8 +100,10 @@ def test_a_torn_tokenizer_is_refused_in_one_sentence(tmp_path: Path, content: st
 
 
 def test_a_missing_tokenizer_and_torn_settings_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(LiaoyuanError, match="holds no tokenizer"):
+    with pytest.raises(LiaoyuanError, match="There is no folder"):
         Tokenizer.load(tmp_path / "none")
+    with pytest.raises(LiaoyuanError, match="holds no tokenizer"):
+        Tokenizer.load(tmp_path)
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({})[:1])
     with pytest.raises(LiaoyuanError, match="not valid JSON"):

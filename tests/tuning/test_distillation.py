@@ -245,7 +245,7 @@ def test_mistakes_are_sentences(model_folder: Path, teacher_folder: Path, tmp_pa
     model = ["--model", str(model_folder), "--out", str(tmp_path / "out")]
     cases = [
         (["distill", *model], "give --teacher DIR"),
-        (["distill", *model, "--teacher", str(teacher_folder)], "holds no tokenizer"),
+        (["distill", *model, "--teacher", str(teacher_folder)], "There is no folder"),
         (["rl", *model, "--set", "rl.teacher_weight=1.0"], "give teacher, a folder"),
         (["rl", *model, "--set", "rl.teacher_loss=whole"], "give teacher, a folder"),
         (["rl", *model, "--set", "rl.advantage=none"], "nothing would be learned"),

@@ -77,8 +77,10 @@ class Tokenizer:
         """Read `tokenizer.json` and, where they exist, `tokenizer_config.json` and `chat_template.jinja`.
 
         Raises:
-            LiaoyuanError: the folder has no tokenizer, or a file of it is torn.
+            LiaoyuanError: there is no such folder, it has no tokenizer, or a file of it is torn.
         """
+        if not folder.is_dir():
+            raise LiaoyuanError(f"There is no folder {folder} to read a tokenizer from.")
         definition = _read(folder / "tokenizer.json", f"{folder} has no tokenizer.json, so it holds no tokenizer.")
         settings = _read_settings(folder / "tokenizer_config.json")
         template = folder / "chat_template.jinja"
