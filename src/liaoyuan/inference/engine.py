@@ -64,7 +64,8 @@ class Engine:
         self.model, self.config = model, config
         self.state: State = "ready"
         self._device = model.embed_tokens.weight.device
-        blocks, vocabulary = num_blocks(model, config), model.config.vocab_size
+        small = draft if isinstance(draft, Decoder) else None
+        blocks, vocabulary = num_blocks(model, config, small), model.config.vocab_size
         self.pool = BlockPool(blocks)
         self.lenders: list[Callable[[], np.ndarray]] = []  # each tells which blocks it holds beside running sequences
         self._memory: Memory = memory or OwnMemory(model)

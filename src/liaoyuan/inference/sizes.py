@@ -39,20 +39,21 @@ class EngineConfig(Config):
     exact: bool | None = None
 
 
-def num_blocks(model: Decoder, config: EngineConfig) -> int:
-    """Return how many blocks the cache of a model has."""
-    shape = model.config
+def num_blocks(model: Decoder, config: EngineConfig, draft: Decoder | None = None) -> int:
+    """Return how many blocks the cache of a model has, and that of its draft model."""
     if config.cache_tokens is not None:
         return max(1, config.cache_tokens // config.block_size)
-    longest = -(-shape.max_position_embeddings // config.block_size)
+    longest = -(-model.config.max_position_embeddings // config.block_size)
+    block_bytes, room = _block_bytes(model, config), config.cache_bytes
+    if room is None:
+        place = model.embed_tokens.weight.device
+        free = Device(place.type, place.index).free_memory()
+        room = CACHE_BYTES if free is None else int(FREE_SHARE * free)
+        block_bytes += _block_bytes(draft, config) if draft is not None and free is not None else 0
+    return max(longest, min(config.max_sequences * longest, room // block_bytes))
+
+
+def _block_bytes(model: Decoder, config: EngineConfig) -> int:
+    shape = model.config
     width = cached_layers(shape) * model.key_value_heads * (shape.head_dim + shape.value_head_dim)
-    block_bytes = width * shape.torch_dtype.itemsize * config.block_size
-    return max(longest, min(config.max_sequences * longest, _cache_bytes(model, config) // block_bytes))
-
-
-def _cache_bytes(model: Decoder, config: EngineConfig) -> int:
-    if config.cache_bytes is not None:
-        return config.cache_bytes
-    place = model.embed_tokens.weight.device
-    free = Device(place.type, place.index).free_memory()
-    return CACHE_BYTES if free is None else int(FREE_SHARE * free)
+    return width * shape.torch_dtype.itemsize * config.block_size
