@@ -11,6 +11,7 @@ transformers' `generate` on the same shapes, in its usual way (SDPA, dynamic cac
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from liaoyuan import ops
 from liaoyuan.device import Device, measure_memory_rate, select_device
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams
+from liaoyuan.inference.graphs import capture_on_device
 from liaoyuan.models import Decoder, config_from_dict
 
 SIZES = {  # hidden, intermediate, layers, query heads, key-value heads, head size, vocabulary, tied
@@ -30,8 +32,8 @@ SIZES = {  # hidden, intermediate, layers, query heads, key-value heads, head si
     "b2": (2048, 6144, 28, 16, 8, 128, 151936, True),
     "b8": (4096, 12288, 36, 32, 8, 128, 151936, False),
 }
-SHAPES = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))  # of an 8B model's weights
-ROWS = (1, 32, 256, 8192)
+SHAPES = ((12288, 4096), (24576, 4096), (4096, 4096), (4096, 12288))  # of an 8B model's weights, and one between
+ROWS = (1, 64, 1024, 8192)
 COPIED = 4e8  # bytes of weights that a measurement walks through, so that no cache holds them
 
 
@@ -43,7 +45,7 @@ def main() -> None:
     print(f"{device.torch}: {copying / 1e12:.2f} TB/s copied, torch {torch.__version__}", flush=True)
     rows: list[dict] = []
     if options.kernels:
-        kernels(device)
+        kernels(device, copying)
     else:
         for name in options.models:
             rows += generation(name, device, copying, options)
@@ -70,25 +72,25 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def random_model(name: str, device: Device) -> Decoder:
+def shape_of(name: str) -> dict:
+    """Return the keys of a Hugging Face config."""
     hidden, intermediate, layers, heads, key_value_heads, head, vocabulary, tied = SIZES[name]
-    config = config_from_dict(
-        {
-            "model_type": "qwen3",
-            "vocab_size": vocabulary,
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": key_value_heads,
-            "head_dim": head,
-            "tie_word_embeddings": tied,
-            "max_position_embeddings": 4096,
-            "torch_dtype": "bfloat16",
-        }
-    )
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "head_dim": head,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 4096,
+    }
+
+
+def random_model(name: str, device: Device) -> Decoder:
     with device.torch:
-        model = Decoder(config)
+        model = Decoder(config_from_dict({"model_type": "qwen3", "torch_dtype": "bfloat16", **shape_of(name)}))
     with torch.no_grad():
         for weight in model.parameters():
             weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(0, 0.02)
@@ -103,6 +105,9 @@ def generation(name: str, device: Device, copying: float, options: argparse.Name
     graphs = None if options.graphs else False
     sizes = EngineConfig(max_sequences=most, max_batch_tokens=8192, cache_tokens=room, graphs=graphs)
     engine, found = Engine(model, sizes), []
+    start = time.perf_counter()
+    engine.generate(asked(1, 2, model.config.vocab_size, options, 0))
+    print(f"{name:>5}: kernels chosen and a first answer in {time.perf_counter() - start:.1f} s", flush=True)
     for count in options.concurrency:
         whole, first = [], []
         for turn in range(options.rounds + 1):  # the first captures its graphs
@@ -134,24 +139,13 @@ def asked(count: int, new: int, vocabulary: int, options: argparse.Namespace, se
 def peer(name: str, device: Device, options: argparse.Namespace) -> None:
     import transformers
 
-    hidden, intermediate, layers, heads, key_value_heads, head, vocabulary, tied = SIZES[name]
-    config = transformers.Qwen3Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        head_dim=head,
-        tie_word_embeddings=tied,
-        max_position_embeddings=4096,
-    )
+    config = transformers.Qwen3Config(**shape_of(name))
     with device.torch:
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation="sdpa"
         ).eval()
     for count in options.concurrency:
-        tokens = torch.randint(1, vocabulary, (count, options.prompt), device=device.torch)
+        tokens = torch.randint(1, config.vocab_size, (count, options.prompt), device=device.torch)
         took = []
         for _ in range(options.rounds + 1):
             device.synchronize()
@@ -183,21 +177,27 @@ def seconds(work: Callable[[], object], device: Device, repeats: int = 8) -> flo
     return statistics.median(took[2:])
 
 
-def kernels(device: Device) -> None:
+def replayed(work: Callable[[], object], device: Device) -> Callable[[], object]:
+    """Return what does the work again without launching it from Python, where the device can."""
+    return capture_on_device(lambda: (work(), None))[1] if device.captures_graphs else work  # type: ignore[arg-type]
+
+
+def kernels(device: Device, copying: float) -> None:
+    """Print the rate of products, and the share of what copying their bytes takes."""
     ops.configure({"linear": "triton"})
     for columns, width in SHAPES:
         copies = max(2, int(COPIED / (2 * columns * width)))
         weights = [torch.randn(columns, width, device=device.torch).bfloat16() for _ in range(copies)]
         for rows in ROWS:
             x = torch.randn(rows, width, device=device.torch).bfloat16()
-            flops = 2 * rows * columns * width * copies
-            own = seconds(lambda x=x, weights=weights: [ops.linear(x, one) for one in weights], device)
-            vendor = seconds(lambda x=x, weights=weights: [F.linear(x, one) for one in weights], device)
-            print(
-                f"product {rows:>5} x {columns} x {width}: {flops / own / 1e12:6.1f} TFLOP/s, the vendor's "
-                f"{flops / vendor / 1e12:6.1f}",
-                flush=True,
-            )
+            told = []
+            for name, product in (("ours", ops.linear), ("the vendor's", F.linear)):
+                work = functools.partial(lambda f, x: [f(x, one) for one in weights], product, x)  # noqa: B023
+                with torch.no_grad():
+                    took = seconds(replayed(work, device), device) / copies
+                share = 2 * (columns * width + rows * (columns + width)) / copying / took
+                told.append(f"{name} {2 * rows * columns * width / took / 1e12:6.1f} TFLOP/s, {share:4.0%} of copying")
+            print(f"product {rows:>5} x {columns} x {width}: {'; '.join(told)}", flush=True)
     documents, length, heads, key_heads, dim = 4, 4096, 32, 8, 128
     shapes = [(documents * length, count, dim) for count in (heads, key_heads, key_heads)]
     query, key, value = (torch.randn(shape, device=device.torch).bfloat16() for shape in shapes)

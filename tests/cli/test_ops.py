@@ -120,3 +120,12 @@ def test_ctrl_c_leaves_no_trace(folder, tmp_path, verb):
         told = started.stderr.read()
     assert started.returncode == 130, told
     assert "Traceback" not in told and list(tmp_path.iterdir()) == []
+
+
+def test_build_compiles_an_accelerator_s_kernels_where_there_is_one(monkeypatch):
+    monkeypatch.setattr("liaoyuan.device.find_accelerator", lambda: "cuda")
+    monkeypatch.setattr("liaoyuan.ops.compile_ahead", lambda device, report: [device])
+    monkeypatch.setattr("liaoyuan.ops.build", lambda report: "here")
+    assert "1 operators have a kernel for cuda" in run("build").output
+    monkeypatch.setattr("liaoyuan.device.find_accelerator", lambda: None)
+    assert "cuda" not in (told := run("build").output) and "The CPU kernels are in here." in told

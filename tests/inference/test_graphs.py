@@ -58,6 +58,16 @@ def test_after_sleep_steps_are_captured_anew(tiny_model: Decoder, monkeypatch: p
     assert [one.tokens for one in first] != [one.tokens for one in engine.generate(asked(2))]
 
 
+def test_a_step_that_only_scores_is_not_captured(tiny_model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "capture_on_device", capture)
+    asked_once = [Request(0, tuple(range(9)), SamplingParams(max_tokens=4, prompt_logprobs=0))]
+    sizes = {"max_sequences": 1, "max_batch_tokens": 1}  # so each step scores one token of the prompt, and draws none
+    found, plain = (Engine(tiny_model, EngineConfig(**sizes, graphs=on)).generate(asked_once) for on in (True, False))
+    assert found[0].tokens == plain[0].tokens
+    assert found[0].prompt and plain[0].prompt
+    assert found[0].prompt.logprobs == pytest.approx(plain[0].prompt.logprobs, abs=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="there is no accelerator")
 def test_an_accelerator_captures(tiny_model: Decoder) -> None:

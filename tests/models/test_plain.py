@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from liaoyuan.models import Decoder, ModelConfig, Quantisation, initialise, quantise_model
 from liaoyuan.models.config import Experts, Latent
@@ -203,3 +204,18 @@ def test_where_no_kernel_can_be_a_step_looks_for_no_plain_layers(monkeypatch: py
         model = Decoder(config).to(device)
         model.run_layers(torch.zeros(3, 32, device=device), torch.arange(3, device=device), Paged())  # type: ignore[arg-type]
         assert len(looked) == (2 if device == "cpu" else 0)
+
+
+def test_on_a_device_frequencies_are_brought_once_and_none_of_a_dry_run_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    brought: list[int] = []
+    rotary = Rotary(rope_theta=12345.0)  # its own, so that nobody brought them before
+    plain = Rotary.frequencies
+    monkeypatch.setattr(Rotary, "frequencies", lambda self, width: brought.append(width) or plain(self, width))
+    with FakeTensorMode():
+        rotary_angles(torch.zeros(3, dtype=torch.int64, device="meta"), rotary, 16)
+    for _ in range(2):
+        found = rotary_angles(torch.zeros(3, dtype=torch.int64, device="meta"), rotary, 16)
+        assert type(found[0]) is torch.Tensor
+    assert brought == [16, 16]  # the dry run's, and those that are kept

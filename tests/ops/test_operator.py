@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from liaoyuan import ops
@@ -129,3 +130,10 @@ def test_without_a_compiler_the_references_work_and_it_is_said_once(tmp_path):
     output = run({"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)})
     assert "('reference', 'There is no C++ compiler" in output
     assert output.count("LOG") == 1
+
+
+def test_tensors_in_lists_of_a_sample_are_brought_to_the_device_too():
+    sample = next(iter(OPERATORS["quantised_decoder_layer"].samples(torch.float32)))
+    assert any(isinstance(x, list) and any(map(torch.is_tensor, x)) for x in sample)  # else it would show nothing
+    placed = [x for x in tree_leaves(choice.placed_on("meta", sample)) if torch.is_tensor(x)]
+    assert placed and {x.device.type for x in placed} == {"meta"}

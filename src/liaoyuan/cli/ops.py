@@ -107,13 +107,13 @@ def build() -> None:
     from liaoyuan.ops import build as compile_kernels
     from liaoyuan.ops import compile_ahead
 
-    with bar("Kernels") as report:
-        library = compile_kernels(report)
-    print(f"The CPU kernels are in {library}.")
-    if accelerator := find_accelerator():
+    if accelerator := find_accelerator():  # first: where there is no C++ compiler, the other cannot be
         with bar(f"Kernels for {accelerator}") as report:
             own = compile_ahead(accelerator, report)
         print(f"{len(own)} operators have a kernel for {accelerator}: liaoyuan doctor ops says which, and why.")
+    with bar("Kernels") as report:
+        library = compile_kernels(report)
+    print(f"The CPU kernels are in {library}.")
 
 
 def _mode(prefill: bool, decode: bool) -> "Mode":

@@ -41,7 +41,9 @@ def serve(
     ] = 256,
     cache_gb: Annotated[
         float | None,
-        typer.Option(min=0, metavar="GB", help="Of keys and values (1, or most of a card).", rich_help_panel=ENGINE),
+        typer.Option(
+            min=0, metavar="GB", help="For keys and values; else 1, or most of a card.", rich_help_panel=ENGINE
+        ),
     ] = None,
     context_length: Annotated[
         int | None,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from liaoyuan.device import Device
 from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.sampling import as_one
 from liaoyuan.ops import sample_tokens
@@ -70,7 +71,7 @@ class DecodeGraphs:
     def _new(self, arrays: tuple[np.ndarray, ...]) -> _Step:
         """Capture the step of these inputs, which lie one behind the other, so that one copy brings them all."""
         ends = np.cumsum([-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays]).tolist()
-        staged = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        staged = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=Device(self._device.type).captures_graphs)
         static = torch.empty_like(staged, device=self._device)
 
         def parts(of: Tensor) -> tuple[Tensor, ...]:

@@ -100,7 +100,7 @@ class Scheduler:
         if not len(self.running):
             return None
         copies, todo = NO_COPIES, self.length[self.running] - self.computed[self.running]
-        if np.count_nonzero(self._leader[self.running] != NOBODY):  # which takes a tenth of the time of `any`
+        if np.count_nonzero(self._leader[self.running] != NOBODY):  # of few it is three times as fast as `any`
             copies = self._fork()
             waits = self._leader[self.running] != NOBODY
             todo = np.where(waits, 0, self.length[self.running] - self.computed[self.running])

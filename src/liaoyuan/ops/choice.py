@@ -12,12 +12,13 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.ops.operator import OPERATORS, Kernel, Operator, cast, in_clean_thread, outputs_and_gradients
@@ -188,7 +189,7 @@ def self_test(operator: Operator, kernel: Kernel, device: str) -> str | None:
     """Compare the registered operator with its reference in fp32; return what differs, or None."""
     for dtype in kernel.dtypes:
         for sample in operator.samples(dtype):
-            placed = _placed(sample, device)
+            placed = placed_on(device, sample)
             expected = outputs_and_gradients(operator, operator.reference, cast(placed, torch.float32))
             actual = outputs_and_gradients(operator, operator.call, placed)
             for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
@@ -198,15 +199,10 @@ def self_test(operator: Operator, kernel: Kernel, device: str) -> str | None:
     return None
 
 
-def _placed(sample: Sequence[Any], device: str) -> tuple[Any, ...]:
-    """Return a sample whose tensors, those in lists too, are on a device."""
-
-    def place(x: Any) -> Any:
-        if isinstance(x, (list, tuple)):
-            return type(x)(map(place, x))
-        return x.to(device) if isinstance(x, Tensor) else x
-
-    return tuple(map(place, sample))
+def placed_on(device: str, sample: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a sample with its tensors, those in lists too, on a device."""
+    placed: tuple[Any, ...] = tree_map_only(Tensor, lambda x: x.to(device), sample)
+    return placed
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
@@ -308,7 +304,7 @@ def _measure(chosen: OperatorStatus, dtype: torch.dtype, matrix_rate: float, mem
     dtype = dtype if dtype in chosen.dtypes or not chosen.dtypes else chosen.dtypes[0]
     known = dtype in chosen.dtypes
     sample = operator.workload(dtype) if operator.workload else cast(list(operator.samples(dtype))[-1], dtype)
-    placed = _placed(sample, chosen.device)
+    placed = placed_on(chosen.device, sample)
     reference = _seconds(operator.reference, placed)
     own = _seconds(operator.call, placed) if known else reference
     least = max(operator.flops(*placed) / matrix_rate, operator.traffic(*placed) / memory_rate)

@@ -110,6 +110,15 @@ def test_the_gradients_of_a_vocabulary_in_slices_are_those_of_the_whole(use, mon
     agree(operator, random(40, 24), random(300, 24, seed=1), torch.arange(40) * 7, 0, 300, True, False)
 
 
+@pytest.mark.parametrize("moments", [False, True])
+def test_logits_of_some_rows_at_a_time_have_the_bits_of_all(use, moments, monkeypatch):
+    inputs = place(random(40, 24), random(300, 24, seed=1), torch.arange(40) * 7, 0, 300, moments, False)
+    whole = use("loss_head").call(*inputs)
+    monkeypatch.setattr("liaoyuan.ops.triton.loss_head.ROW_SLICE", 7 * 300)
+    for one, other in zip(use("loss_head").call(*inputs), whole, strict=True):
+        assert torch.equal(one, other)
+
+
 @FEW
 @given(
     lengths=LENGTHS, key_heads=st.integers(1, 2), groups=st.integers(1, 3), dims=st.tuples(DIMS, DIMS),

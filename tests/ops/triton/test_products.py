@@ -6,7 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from liaoyuan.ops import quantise
+from liaoyuan.ops.triton import launch
 from tests.ops.cases import random
+from tests.ops.triton.conftest import DEVICE
 from tests.ops.triton.test_kernels import agree, place
 
 FEW = settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -37,6 +39,43 @@ def test_a_row_of_a_linear_layer_has_the_same_bits_in_any_batch(use, dtype):
     grad = random(150, 70, dtype=dtype, seed=3)
     grads = backward(*place(grad, x, weight, False))[0]
     assert torch.equal(backward(*place(grad[80:], x[80:], weight, False))[0], grads[80:])
+
+
+TILES = [(most, place) for most in launch.PRODUCT for place in range(2)]
+
+
+@pytest.mark.parametrize(("most", "place_"), TILES)
+def test_every_tile_computes_the_product(use, most, place_, monkeypatch):
+    monkeypatch.setattr("liaoyuan.ops.triton.linear.tile_of", lambda *_: launch.PRODUCT[most][place_])
+    agree(use("linear"), random(min(most, 130), 300), random(150, 300, seed=1), random(150, seed=2), None)
+
+
+@pytest.mark.parametrize("agreeing", [True, False])
+def test_tiles_follow_the_rows_where_all_give_the_same_bits_alone(agreeing, monkeypatch):
+    from liaoyuan.ops.triton import linear
+
+    monkeypatch.setattr(linear, "tiles_agree", lambda *_: agreeing)
+    few, many = (linear.tile_of(rows, 8192, torch.empty(0, dtype=torch.bfloat16)) for rows in (1, 4096))
+    assert (few, many) == ((launch.PRODUCT[16][0], launch.PRODUCT[launch.UNBOUNDED][0]) if agreeing else (few, few))
+    assert agreeing or few == launch.ANY_SHAPE
+
+
+@pytest.mark.parametrize(("planted", "expected"), [(None, True), ("bits", False), ("failure", False)])
+def test_whether_tiles_agree_is_tried(use, planted, expected, monkeypatch):
+    from liaoyuan.ops.triton import linear
+
+    use("linear")
+    run = linear._run
+
+    def one_tile_for_all(kernel, left, right, bias, residual, out, tile):
+        if tile != launch.ANY_SHAPE and planted == "failure":
+            raise RuntimeError("out of resources")
+        run(kernel, left, right, bias, residual, out, launch.ANY_SHAPE)
+        if tile == launch.PRODUCT[64][1] and planted == "bits":
+            out[0, 0] *= 1.01
+
+    monkeypatch.setattr(linear, "_run", one_tile_for_all)
+    assert linear.tiles_agree.__wrapped__(torch.bfloat16, torch.device(DEVICE)) is expected
 
 
 @FEW

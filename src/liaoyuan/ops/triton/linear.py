@@ -4,6 +4,7 @@ A vendor's product is chosen by the number of rows, so that a row has other bits
 """
 
 import functools
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from liaoyuan.ops.triton.launch import PRODUCT, Tile, ceil_div, launch, product_tile, roomy
 from liaoyuan.ops.triton.product import multiply, tile_place
+
+_log = logging.getLogger("liaoyuan.ops")
 
 AGREEING = (130, 208, 528)  # rows, columns and inner dimension of the product on which tiles are compared
 
@@ -44,7 +47,8 @@ def tiles_agree(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether a row has the same bits in every tile on this device.
 
     All sum over the inner dimension in one order, but a compiler may take other instructions for another tile, and
-    these may round otherwise: so it is tried, once, on numbers of very different sizes.
+    these may round otherwise: so it is tried, once, on numbers of very different sizes. Where one of them does not
+    compile, or asks for more than a program may have, there is but the one tile, too.
     """
     if dtype is torch.float32:
         return False  # it has one tile
@@ -60,7 +64,11 @@ def tiles_agree(dtype: torch.dtype, device: torch.device) -> bool:
 
     expected = product(len(x), product_tile(dtype))
     tiles = [(min(most, len(x)), roomy(tile, x)) for most, pair in PRODUCT.items() for tile in pair]
-    equal = [torch.equal(product(rows, tile), expected[:rows]) for rows, tile in tiles]  # all are compiled
+    try:
+        equal = [torch.equal(product(rows, tile), expected[:rows]) for rows, tile in tiles]  # all are compiled
+    except Exception as error:  # each compiler has its own
+        _log.warning("Linear layers have one tile on %s: another one fails (%s).", device, error)
+        return False
     return all(equal)
 
 

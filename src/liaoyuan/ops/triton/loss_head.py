@@ -25,11 +25,11 @@ def loss_head(
     """Compute the operator `loss_head`."""
     hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
     rows, columns = len(hidden), len(weight)
-    step = rows if keep else max(1, ROW_SLICE // max(columns, 1))
-    kept = hidden.new_empty(rows if keep else 0, columns)
+    step = max(1, rows if keep else ROW_SLICE // max(columns, 1))
+    kept = hidden.new_empty(0, columns)
     chosen, log_sum_exp = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(2))
     entropy, mean = (hidden.new_empty(rows if moments else 0, dtype=torch.float32) for _ in range(2))
-    for begin in range(0, rows, max(step, 1)):
+    for begin in range(0, rows, step):
         some = slice(begin, begin + step)
         logits = linear(hidden[some], weight, None, None)
         log_sum_exp[some] = row_log_sum_exp(logits)
