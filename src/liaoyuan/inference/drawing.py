@@ -100,10 +100,20 @@ class Drawing:
             table[:, UNIFORM] = uniform(self._seed[slots], places)
         return table
 
+    @property
+    def is_free(self) -> bool:
+        """Whether what a row draws is decided by its settings alone, not by the tokens that were drawn before."""
+        return not self._are_special
+
+    @property
+    def are_told(self) -> bool:
+        """Whether anybody is told more than tokens, which takes the logits."""
+        return self._are_told
+
     def draw(
         self, logits: Tensor, plan: Plan, tokens: np.ndarray, limit: np.ndarray, table: np.ndarray, found: Tensor | None
     ) -> Draws:
-        """Draw the plan's R tokens from logits [R, V].
+        """Draw the plan's R tokens from logits [R, V] (of any rows where `found` is all that anybody wants to know).
 
         tokens [slots, n]: the sequences' tokens so far, the guessed ones behind the known; limit [slots]: of these.
         table: of these rows. found: what was drawn where that decides all (`sampling.as_one`); None: nothing yet.
@@ -120,7 +130,10 @@ class Drawing:
         if errors:
             failed[list(errors)] = True
         kept = np.ones(len(slots), dtype=bool)
-        if len(slots) > 1 and (slots[1:] == slots[:-1]).any():
+        if plan.steps > 1:
+            goes_on = ~(stopped | full).reshape(-1, plan.steps)
+            kept.reshape(-1, plan.steps)[:, 1:] = np.logical_and.accumulate(goes_on[:, :-1], axis=1)
+        elif len(slots) > 1 and (slots[1:] == slots[:-1]).any():
             right = drawn == tokens[slots, places]  # a guess stands where the draw would go
             kept = _kept(slots, right & ~(stopped | full | failed))
         for row, error in errors.items():

@@ -94,7 +94,8 @@ class Engine:
         # A graph makes no calls that other processes could follow, keeps no stream to observe, and computes with what
         # adapters in training were.
         graphs = on_device and memory is None and observe is None and not adapters_of(model)
-        self._step = ModelStep(model, self._new_cache(), self._scheduler, self._drawing, self.adapters, graphs, observe)
+        running = (self._scheduler, self._drawing, self.adapters)
+        self._step = ModelStep(model, self._new_cache(), *running, graphs, config.decode_steps, observe)
         self._ended: list[tuple[Sequence, str]] = []  # without a token of this step, and not told yet
         self._arrivals = self._added = self._prompt_tokens = 0
         self.updates = 0  # of the weights
@@ -390,7 +391,7 @@ class Engine:
         if self.state not in ("ready", "draining"):
             return None
         self._memory.before_step()
-        return self._scheduler.plan()
+        return self._scheduler.plan(self._step.most_steps)
 
     def _begin(self, sequence: Sequence) -> None:
         """A sequence has got a slot."""

@@ -2,6 +2,7 @@
 
 Steps of pure decode are filled up to a few sizes: rows and block tables to powers of two, with rows that belong to no
 sequence and write to no block. What is captured reads and writes the same memory each time, so inputs are copied in.
+Several steps are one copy in, a replay each, which takes the tokens that the one before it drew, and one copy out.
 """
 
 from collections.abc import Callable
@@ -19,14 +20,17 @@ from liaoyuan.ops import sample_tokens
 Inputs = tuple[Tensor, ...]  # tokens, positions, cache_slots, block_tables, query_starts, lengths, rows
 Compute = Callable[[Inputs], Tensor]
 Replay = Callable[[], None]
-Captured = tuple[Tensor, Tensor]  # logits, and what was sampled from them
+Captured = tuple[Tensor, Tensor]  # logits, and what was sampled from them and those of the steps before
 WARM_UP = 2  # runs before a capture: kernels are compiled and buffers made
 ALIGNED = 16  # bytes
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A captured step. host: its inputs as arrays, all of which `staged` is; static: where they are on the device."""
+    """A captured step. host: its inputs as arrays, all of which `staged` is; static: where they are on the device.
+
+    results: logits [rows, V] of the last step, and what all steps drew, fp64 [most_steps, 3, rows].
+    """
 
     host: tuple[np.ndarray, ...]
     staged: Tensor
@@ -42,34 +46,42 @@ class DecodeGraphs:
         self,
         compute: Compute,
         device: torch.device,
+        most_steps: int,
         capture: Callable[[Callable[[], Captured]], tuple[Captured, Replay]] | None = None,
     ) -> None:
-        """capture: runs a function and returns its result, and what computes it anew into the same memory."""
-        self._compute, self._device = compute, device
+        """most_steps: of a plan. capture: runs a function and returns its result, and what computes it anew into the
+        same memory.
+        """
+        self._compute, self._device, self._most_steps = compute, device, most_steps
         self._capture = capture or capture_on_device
         self._captured: dict[tuple[int, int], _Step] = {}
 
     def run(self, plan: Plan, table: np.ndarray) -> Captured | None:
-        """Return the logits [S, V] of a step in which every sequence computes one token, and what is drawn from them
-        where `table` fp64 [S, 8] is all that decides it, fp64 [3, S] (see `sampling.as_one`); None for any other step.
+        """Return the logits [S, V] of the last step of a plan in which every sequence computes one token, and what all
+        draw where `table` fp64 [R, 8] is all that decides it, fp64 [3, R] (see `sampling.as_one`); None for any other
+        plan.
         """
-        count = len(plan.slots)
-        if not len(plan.tokens) == len(plan.samplers) == len(plan.rows) == count:
+        count, steps = len(plan.slots), plan.steps
+        if not len(plan.tokens) == len(plan.samplers) // steps == len(plan.rows) == count:
             return None
         size = _power_of_two(count), _power_of_two(plan.block_tables.shape[1])
+        arrays = _filled(plan, table, *size, self._most_steps)
         found = self._captured.get(size)
         if found is None:
-            found = self._captured[size] = self._new(_filled(plan, table, *size))
-        else:
-            for array, values in zip(found.host, _filled(plan, table, *size), strict=True):
-                array[:] = values
-            found.static.copy_(found.staged, non_blocking=True)
-        found.replay()
+            found = self._captured[size] = self._new(arrays)
+        for array, values in zip(found.host, arrays, strict=True):
+            array[:] = values
+        found.static.copy_(found.staged, non_blocking=True)
+        for _ in range(steps):
+            found.replay()
         logits, sampled = found.results
-        return logits[:count], sampled[:, :count]
+        return logits[:count], sampled[:steps, :, :count].permute(1, 2, 0).flatten(1)
 
     def _new(self, arrays: tuple[np.ndarray, ...]) -> _Step:
-        """Capture the step of these inputs, which lie one behind the other, so that one copy brings them all."""
+        """Capture the step of these inputs, which lie one behind the other, so that one copy brings them all.
+
+        What runs before the capture takes further steps than the plan has, in which nobody is.
+        """
         ends = np.cumsum([-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays]).tolist()
         staged = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=Device(self._device.type).captures_graphs)
         static = torch.empty_like(staged, device=self._device)
@@ -84,11 +96,18 @@ class DecodeGraphs:
         for array, values in zip(host, arrays, strict=True):
             array[:] = values
         static.copy_(staged)
-        *inputs, table = parts(static)
+        done, tokens, block_tables, rows, *of_steps = parts(static)
+        drawn = torch.zeros(self._most_steps, 3, len(rows), dtype=torch.float64, device=self._device)
 
         def step() -> Captured:
-            logits = self._compute(tuple(inputs))
-            return logits, as_one(sample_tokens(logits, table))
+            now = done.clamp_max(self._most_steps - 1)
+            positions, slots, starts, lengths, table = (each.index_select(0, now)[0] for each in of_steps)
+            logits = self._compute((tokens, positions, slots, block_tables, starts, lengths, rows))
+            sampled = as_one(sample_tokens(logits, table))
+            drawn.index_copy_(0, now, sampled[None])
+            tokens.copy_(sampled[0])
+            done.add_(1)
+            return logits, drawn
 
         return _Step(host, staged, static, *self._capture(step))
 
@@ -112,28 +131,27 @@ def capture_on_device(function: Callable[[], Captured]) -> tuple[Captured, Repla
     return result, graph.replay
 
 
-def _filled(plan: Plan, table: np.ndarray, rows: int, blocks: int) -> tuple[np.ndarray, ...]:
-    """Return a plan's arrays and its settings filled up to a size; the other rows belong to nobody."""
-    count = len(plan.slots)
-    settings = np.zeros((rows, table.shape[1]))
-    settings[:count] = table
-    tables = np.zeros((rows, blocks), dtype=np.int32)
-    tables[:count, : plan.block_tables.shape[1]] = plan.block_tables
+def _filled(plan: Plan, table: np.ndarray, rows: int, blocks: int, most_steps: int) -> tuple[np.ndarray, ...]:
+    """Return a plan's arrays and its settings filled up to a size; the other rows and steps belong to nobody."""
+    count, steps = len(plan.slots), plan.steps
+    starts = np.zeros((most_steps, rows + 1), dtype=np.int32)
+    starts[:steps] = _larger(plan.query_starts, (rows + 1,), count)
     return (
-        _longer(plan.tokens, rows, 0),
-        _longer(plan.positions, rows, 0),
-        _longer(plan.cache_slots, rows, -1),
-        tables,
-        _longer(plan.query_starts, rows + 1, count),
-        _longer(plan.lengths, rows, 0),
+        np.zeros(1, dtype=np.int64),  # steps that are done
+        _larger(plan.tokens, (rows,), 0),
+        _larger(plan.block_tables, (rows, blocks), 0),
         np.arange(rows),
-        settings,
+        _larger(plan.positions.reshape(steps, count), (most_steps, rows), 0),
+        _larger(plan.cache_slots.reshape(steps, count), (most_steps, rows), -1),
+        starts,
+        _larger(plan.lengths + np.arange(steps, dtype=np.int32)[:, None], (most_steps, rows), 0),
+        _larger(table.reshape(count, steps, -1).swapaxes(0, 1), (most_steps, rows, table.shape[1]), 0),
     )
 
 
-def _longer(values: np.ndarray, size: int, filling: int) -> np.ndarray:
-    made = np.full(size, filling, dtype=values.dtype)
-    made[: len(values)] = values
+def _larger(values: np.ndarray, shape: tuple[int, ...], filling: int) -> np.ndarray:
+    made = np.full(shape, filling, dtype=values.dtype)
+    made[tuple(slice(size) for size in values.shape)] = values
     return made
 
 

@@ -1,6 +1,8 @@
 """One step of the model: the logits of a plan, the tokens drawn from them, and what each sequence is told."""
 
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -11,10 +13,14 @@ from liaoyuan.inference.drawing import Drawing, Draws
 from liaoyuan.inference.graphs import DecodeGraphs, Inputs
 from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.request import Event
-from liaoyuan.inference.sampling import log_probs, top_logprobs
+from liaoyuan.inference.sampling import as_one, log_probs, top_logprobs
 from liaoyuan.inference.scheduler import Scheduler
 from liaoyuan.inference.sequence import Sequence
 from liaoyuan.models import Decoder
+from liaoyuan.ops import sample_tokens
+
+ROUND_SECONDS = 0.01  # of decode steps between two looks at who comes and goes: who comes waits no longer
+TOLD_LOGITS = 2**26  # elements of logits that are kept for those who are told more than tokens: 128 MiB in bf16
 
 
 class ModelStep:
@@ -28,10 +34,11 @@ class ModelStep:
         drawing: Drawing,
         adapters: Adapters,
         graphs: bool,
+        decode_steps: int,
         observe: Callable[[Plan, torch.Tensor], None] | None = None,
     ) -> None:
         """
-        graphs: capture steps in which all decode, for the device to replay.
+        graphs: capture steps in which all decode, for the device to replay. decode_steps: see `EngineConfig`.
         observe: is shown each plan, when its tokens are recorded, with the residual stream [N, H] of its rows.
         """
         self._model, self._scheduler, self._drawing, self._adapters = model, scheduler, drawing, adapters
@@ -39,7 +46,8 @@ class ModelStep:
         self._observe, self._stream = observe, torch.empty(0)
         self._device = model.embed_tokens.weight.device
         self._telling, self._are_telling = np.zeros(len(scheduler.limit), dtype=bool), False
-        self._graphs = DecodeGraphs(self._compute, self._device) if graphs else None
+        self._graphs = DecodeGraphs(self._compute, self._device, decode_steps) if graphs else None
+        self._most_steps, self._seconds = decode_steps, ROUND_SECONDS  # of the last step in which all decoded
         self.steps = self.computed_tokens = self.generated_tokens = 0
 
     def drop(self) -> None:
@@ -48,18 +56,31 @@ class ModelStep:
         if self._graphs is not None:
             self._graphs.forget()
 
+    def most_steps(self) -> int:
+        """Return how many decode steps of those who run may follow each other before anybody looks."""
+        if not self._drawing.is_free:
+            return 1
+        most = min(self._most_steps, int(ROUND_SECONDS / self._seconds))
+        if self._drawing.are_told:  # a graph has the logits of its last step alone
+            rows = len(self._scheduler.running) * self._model.config.vocab_size
+            most = 1 if self._graphs is not None else min(most, TOLD_LOGITS // rows)
+        return most
+
     @torch.inference_mode()
     def advance(self, plan: Plan) -> Draws:
         """Compute a plan and record its tokens."""
+        began = time.perf_counter()
         table, count = self._drawing.table(plan.samplers, plan.places), len(plan.samplers)
         logits, found = self._logits(plan, table)
-        self.steps += 1
-        self.computed_tokens += len(plan.tokens)
+        self.steps += plan.steps
+        self.computed_tokens += len(plan.tokens) * plan.steps
         if len(plan.scored_slots):
             self._score(plan, logits[count:])
         draws = self._drawing.draw(logits[:count], plan, self._scheduler.tokens, self._scheduler.limit, table, found)
         self._scheduler.commit(plan, draws.kept, draws.tokens, draws.logprobs)
         self.generated_tokens += int(np.count_nonzero(draws.kept))
+        if len(plan.tokens) == len(plan.slots):
+            self._seconds = (time.perf_counter() - began) / plan.steps
         if self._observe is not None:
             self._observe(plan, self._stream)
         return draws
@@ -120,13 +141,32 @@ class ModelStep:
         owners = [self._scheduler.in_slot(slot).adapter.number for slot in slots]
         if self._graphs is not None and not any(owners) and (captured := self._graphs.run(plan, table)) is not None:
             return captured  # a graph has the rows of each adapter in it, so steps with adapters are not captured
-        arrays = (plan.tokens, plan.positions, plan.cache_slots, plan.block_tables)
-        inputs = tuple(self._tensor(x) for x in (*arrays, plan.query_starts, plan.lengths, plan.rows))
-        are_all = len(plan.rows) == len(plan.tokens) and not len(plan.scored_slots)  # then they are in order, too
-        if not any(owners):
+        with self._adapters.chosen(owners, plan.counts) if any(owners) else nullcontext():
+            if plan.steps > 1:
+                return self._several(plan, table)
+            arrays = (plan.tokens, plan.positions, plan.cache_slots, plan.block_tables)
+            inputs = tuple(self._tensor(x) for x in (*arrays, plan.query_starts, plan.lengths, plan.rows))
+            are_all = len(plan.rows) == len(plan.tokens) and not len(plan.scored_slots)  # then they are in order, too
             return self._compute(inputs, are_all), None
-        with self._adapters.chosen(owners, plan.counts):
-            return self._compute(inputs, are_all), None
+
+    def _several(self, plan: Plan, table: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same of a plan of several steps; of the logits the last step's alone if nobody is told of them."""
+        steps, count = plan.steps, len(plan.slots)
+        tokens, block_tables, starts, rows = (
+            self._tensor(x) for x in (plan.tokens, plan.block_tables, plan.query_starts, plan.rows)
+        )
+        lengths = plan.lengths + np.arange(steps, dtype=np.int32)[:, None]
+        settings = np.ascontiguousarray(table.reshape(count, steps, -1).swapaxes(0, 1))
+        arrays = (plan.positions.reshape(steps, count), plan.cache_slots.reshape(steps, count), lengths, settings)
+        logits, sampled = [], []
+        for place, slot, length, setting in zip(*(self._tensor(x).unbind() for x in arrays), strict=True):
+            found = self._compute((tokens, place, slot, block_tables, starts, length, rows), True)
+            sampled.append(sample_tokens(found, setting))
+            tokens = sampled[-1].tokens.clamp_min(0)
+            if self._drawing.are_told:
+                logits.append(found)
+        together = as_one(torch.stack(each, 1).flatten() for each in zip(*sampled, strict=True))
+        return torch.stack(logits, 1).flatten(0, 1) if logits else found, together
 
     def _compute(self, inputs: Inputs, are_all: bool = False) -> torch.Tensor:
         """are_all: whether the logits of all rows are wanted."""

@@ -18,6 +18,9 @@ class Plan:
         tokens has several rows in order: one after its last known token and one after each guess.
     scored_slots, scored_places: [P], which token of whom is scored by each of the other rows.
     copies: int64 [2, C], cache blocks to copy before the step, from and to.
+    steps: how many decode steps these are. If several, each has one token of each sequence, which the step before it
+        drew: `tokens`, `lengths` and `rows` are of the first, `positions` and `cache_slots` of all, [steps * N], and
+        R is S * steps, those of a sequence in order.
     """
 
     slots: np.ndarray
@@ -35,6 +38,7 @@ class Plan:
     scored_slots: np.ndarray
     scored_places: np.ndarray
     copies: np.ndarray
+    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,17 @@ def empty_table(slots: int, max_length: int, block_size: int) -> Table:
 NONE = np.empty(0, dtype=np.int64)
 
 
-def lay_out(table: Table, slots: np.ndarray, counts: np.ndarray, drafts: np.ndarray, copies: np.ndarray) -> Plan:
-    """Return the plan in which `slots` compute their next `counts` tokens, the last `drafts` of them guessed, [S]."""
+def lay_out(
+    table: Table, slots: np.ndarray, counts: np.ndarray, drafts: np.ndarray, copies: np.ndarray, steps: int = 1
+) -> Plan:
+    """Return the plan in which `slots` compute their next `counts` tokens, the last `drafts` of them guessed, [S].
+
+    steps: more than one only if each has one token to compute, and blocks for those that come.
+    """
     computed, known = table.computed[slots], table.length[slots]
     unlike = np.count_nonzero(counts != 1) or np.count_nonzero(table.scored[slots])
     if not unlike and not np.count_nonzero(computed + 1 != known):
-        return _decode(table, slots, counts, drafts, copies, computed)
+        return _decode(table, slots, counts, drafts, copies, computed, steps)
     starts = np.zeros(len(slots) + 1, dtype=np.int32)
     np.cumsum(counts, out=starts[1:])
     lengths = computed + counts
@@ -115,25 +124,37 @@ def lay_out(table: Table, slots: np.ndarray, counts: np.ndarray, drafts: np.ndar
 
 
 def _decode(
-    table: Table, slots: np.ndarray, counts: np.ndarray, drafts: np.ndarray, copies: np.ndarray, computed: np.ndarray
+    table: Table,
+    slots: np.ndarray,
+    counts: np.ndarray,
+    drafts: np.ndarray,
+    copies: np.ndarray,
+    computed: np.ndarray,
+    steps: int,
 ) -> Plan:
     """The same where every sequence computes its last token: most steps are such, and wait for nothing but this."""
     rows, lengths = np.arange(len(slots) + 1), computed + 1
-    index, offset = np.divmod(computed, table.block_size)
+    owners, positions, samplers, places = slots, computed, slots, lengths
+    if steps > 1:
+        each = np.arange(steps)
+        owners, positions = np.tile(slots, steps), (computed + each[:, None]).ravel()
+        samplers, places = np.repeat(slots, steps), (lengths[:, None] + each).ravel()
+    index, offset = np.divmod(positions, table.block_size)
     return Plan(
         slots=slots,
         counts=counts,
         tokens=table.tokens[slots, computed],
-        positions=computed,
-        cache_slots=table.blocks[slots, index] * np.int64(table.block_size) + offset,
+        positions=positions,
+        cache_slots=table.blocks[owners, index] * np.int64(table.block_size) + offset,
         block_tables=table.blocks[slots, : int(index.max()) + 1],
         query_starts=rows.astype(np.int32),
         lengths=lengths.astype(np.int32),
         drafts=drafts,
         rows=rows[:-1],
-        samplers=slots,
-        places=lengths,
+        samplers=samplers,
+        places=places,
         scored_slots=NONE,
         scored_places=NONE,
         copies=copies,
+        steps=steps,
     )

@@ -93,8 +93,11 @@ class Scheduler:
         self._deadlines = bool(having)
         return [one for one in having if one.deadline is not None and one.deadline <= now]
 
-    def plan(self) -> Plan | None:
-        """Admit who fits, give blocks, and share out the token budget; None if nobody runs."""
+    def plan(self, most_steps: Callable[[], int] = lambda: 1) -> Plan | None:
+        """Admit who fits, give blocks, and share out the token budget; None if nobody runs.
+
+        most_steps: asked, when it is known who runs, how many steps the plan may have if all decode.
+        """
         self._grow()
         self._admit()
         if not len(self.running):
@@ -104,14 +107,16 @@ class Scheduler:
             copies = self._fork()
             waits = self._leader[self.running] != NOBODY
             todo = np.where(waits, 0, self.length[self.running] - self.computed[self.running])
-        slots, counts = self.running, todo
+        slots, counts, steps = self.running, todo, 1
         if np.count_nonzero(todo != 1):  # else all decode, and there is a token for everyone who runs
             counts = self._share(todo)
             chosen = counts > 0
             slots, counts, todo = slots[chosen], counts[chosen], todo[chosen]
-        self.waiting.charge(self._account[slots], counts)
+        elif self.speculation is None and (most := most_steps()) > 1:
+            steps = self._steps(slots, most)
+        self.waiting.charge(self._account[slots], counts * steps)
         drafts = self._guess(slots, counts, todo)
-        return lay_out(self.table, slots, counts + drafts, drafts, copies)
+        return lay_out(self.table, slots, counts + drafts, drafts, copies, steps)
 
     def commit(self, plan: Plan, kept: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
         """Record a step's result: of the plan's draws [R] those that count, bool [R], and what was drawn, [R]."""
@@ -120,6 +125,8 @@ class Scheduler:
         self.logprobs[slots, place] = logprobs[kept]
         self.computed[plan.slots] += plan.counts - plan.drafts
         self.length[slots] = place + 1  # of several draws of one sequence the last one stays
+        if plan.steps > 1:
+            self.computed[plan.slots] = self.length[plan.slots] - 1
         if self.speculation is not None:
             guessing = plan.slots[plan.drafts > 0]
             right = self.length[guessing] - self.computed[guessing] - 1
@@ -168,6 +175,20 @@ class Scheduler:
             prefill = np.where(scored, np.clip(self.max_scored_rows - (rows.cumsum() - rows), 0, prefill), prefill)
         before = prefill.cumsum() - prefill
         return np.where(decode, 1, np.clip(left - before, 0, prefill))
+
+    def _steps(self, slots: np.ndarray, most: int) -> int:
+        """Return how many steps all who decode can go on, at most `most`: to the limit of the first, with a further
+        block for each who needs one if there are as many.
+        """
+        length = self.length[slots]
+        most = 1 if np.count_nonzero(self.table.scored[slots]) else min(most, int((self.limit[slots] - length).min()))
+        space = self.allocated[slots] * self.block_size - length + 1
+        wanting = slots[space < most]
+        if len(wanting) and len(wanting) <= self.pool.free - len(self.running):
+            self.blocks[wanting, self.allocated[wanting]] = self.pool.take(len(wanting))
+            self.allocated[wanting] += 1
+            space = self.allocated[slots] * self.block_size - length + 1
+        return max(1, min(most, int(space.min())))
 
     def _guess(self, slots: np.ndarray, counts: np.ndarray, todo: np.ndarray) -> np.ndarray:
         """Guess next tokens of those who decode, within the budget and the blocks at hand; return how many of each."""

@@ -1,6 +1,8 @@
-// Whether a weight lies in a cache or in memory: where it is read best depends on it, and no machine says so.
+// Whether a weight lies in a cache or in memory, and which way to read it is faster then: no machine says either.
 #pragma once
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 
 #include "stream.h"
 
@@ -22,6 +24,39 @@ inline bool is_far(const void* weight, int64_t bytes) {
   bool is_known = place.weight.exchange(weight, std::memory_order_relaxed) == weight;
   return before - place.read.exchange(before, std::memory_order_relaxed) > KEPT && is_known;
 }
+
+// Two ways to do the same work, of which the one that took less time of late is chosen. Chance says which is tried, so
+// that neither has always the same place in a step; at first each as often, and then the slower one now and then.
+class Trial {
+  static constexpr int KEPT = 15;  // times that are remembered of each way
+  static constexpr uint64_t SELDOM = 128;
+  float costs[2][KEPT] = {};  // nanoseconds a byte
+  uint32_t counts[2] = {};
+  uint64_t chance = 0;
+
+ public:
+  bool choose() {
+    chance = chance * 6364136223846793005u + 1442695040888963407u;
+    bool either = chance >> 63;
+    if (std::min(counts[0], counts[1]) < KEPT) return counts[either] < KEPT ? either : !either;
+    return (chance >> 40) % SELDOM ? cost(true) < cost(false) : either;
+  }
+  template <class Work>
+  void time(bool way, int64_t bytes, const Work& work) {
+    auto start = std::chrono::steady_clock::now();
+    work();
+    std::chrono::duration<float, std::nano> took = std::chrono::steady_clock::now() - start;
+    costs[way][counts[way]++ % KEPT] = took.count() / float(bytes);
+  }
+
+ private:
+  float cost(bool way) const {  // the median: a machine that others share stops now and then
+    float sorted[KEPT];
+    std::copy_n(costs[way], KEPT, sorted);
+    std::nth_element(sorted, sorted + KEPT / 2, sorted + KEPT);
+    return sorted[KEPT / 2];
+  }
+};
 
 // Brings memory near by reading it in its own order.
 inline void read_lines(const void* from, int64_t bytes) {

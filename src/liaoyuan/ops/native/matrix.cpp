@@ -51,7 +51,8 @@ class Plan {
   bool added;       // a bias or a residual
   bool near;        // strips are copied by the tasks that multiply, cut by cut
   bool streams;     // few rows: see run_stream
-  bool far = false;  // the weight of very few rows comes from memory
+  bool far = false;   // the weight of very few rows comes from memory
+  bool first = false;  // such a weight is read first and used then
   int64_t steps, cut, vectors, panels, strips, stride, task_panels, task_strips;
   Word *packed_panels = nullptr, *packed_items = nullptr;
 
@@ -89,7 +90,14 @@ class Plan {
     packed_items = memory + (as_it_goes ? 0 : vectors * LANES * steps);
     // Narrower registers take so much longer to turn words that reading first brings nothing.
     if (REGISTERS == 1 && streams && p.shape.rows <= 2 && lanes.stride == lanes.depth)
-      far = is_far(lanes.matrix, lanes.count * lanes.stride * int64_t(sizeof(T)));
+      far = is_far(lanes.matrix, weight_bytes());
+  }
+  // Let a weight that comes from memory be read in the way that is faster here.
+  template <class Work>
+  void try_ways(const Work& work) {
+    thread_local Trial trial;
+    if (!far) return work();
+    trial.time(first = trial.choose(), weight_bytes(), work);
   }
 
   int64_t pack_tasks() const { return panel_tasks() + (items.along ? 0 : strips); }
@@ -138,17 +146,20 @@ class Plan {
   }
 
  private:
+  int64_t weight_bytes() const { return lanes.count * lanes.stride * int64_t(sizeof(T)); }
+
   // Few rows times a weight that lies along the depth: squares of its words are turned in registers, and used there.
-  // Caches give what this thread needs next while it works, if it is asked for in the order of memory. Memory gives its
-  // full rate to nothing but a thread that only reads, in that order: so a far weight is read first and used then, some
-  // vectors together, whose sums need not wait for each other.
+  // What this thread needs next comes while it works, if it is asked for in the order of memory. That is best where a
+  // cache gives it. From memory it is so on some machines; others give their full rate to nothing but a thread that only
+  // reads, in that order: there a weight is read first and used then, some vectors together, whose sums need not wait
+  // for each other.
   void run_stream(int64_t task) const {
     auto* copy = static_cast<Word*>(near ? scratch(0, size_t(E::STRIP * stride) * 4) : nullptr);
     Items<Word> x = items.count == 0 ? Items<Word>{} : near ? copied(0, 0, steps, copy) : shared(0, 0);
     int64_t v = task * STREAM_VECTORS, end = std::min(vectors, v + STREAM_VECTORS);
     with_rows<E::FEW>([&](auto rows) {
       constexpr int MANY = rows <= 2 ? 3 : 1;
-      for (; far && (v + MANY) * LANES <= std::min(end * LANES, lanes.count); v += MANY) {
+      for (; first && (v + MANY) * LANES <= std::min(end * LANES, lanes.count); v += MANY) {
         read_lines(lanes.matrix + v * LANES * lanes.stride, MANY * LANES * lanes.stride * int64_t(sizeof(T)));
         stream_vectors<rows, MANY>(v * LANES, x, nullptr);
       }
@@ -320,8 +331,11 @@ void run_plans(std::vector<Plan<E, T>>& plans) {
   auto* memory = static_cast<typename E::Word*>(scratch(3, size_t(words) * 4));
   for (auto& plan : plans) plan.use(memory), memory += plan.words();
   bool streams = std::all_of(plans.begin(), plans.end(), [](const auto& plan) { return plan.is_stream(); });
+  auto multiply = [&] {
+    over_tasks(plans, streams, [](const auto& p) { return p.tasks(); }, [](const auto& p, int64_t i) { p.run(i); });
+  };
   over_tasks(plans, false, [](const auto& p) { return p.pack_tasks(); }, [](const auto& p, int64_t i) { p.pack(i); });
-  over_tasks(plans, streams, [](const auto& p) { return p.tasks(); }, [](const auto& p, int64_t i) { p.run(i); });
+  plans.size() == 1 ? plans[0].try_ways(multiply) : multiply();
   plans.clear();
 }
 
