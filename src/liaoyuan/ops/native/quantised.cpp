@@ -16,7 +16,6 @@ namespace liaoyuan {
 namespace {
 
 constexpr int64_t FEW = 4;  // rows, as far as the registers reach
-constexpr bool IN_RANGES = REGISTERS > 1;  // few rows: a thread's outputs follow each other in memory, task after task
 constexpr int64_t ROWS_PER_TASK = 256, OUTPUTS_PER_TASK = 64;
 
 template <Bits B>
@@ -57,7 +56,8 @@ class Plan {
       for (; first < end; first += PANEL) many_rows(first, task / tasks * ROWS_PER_TASK);
       E::end();
     };
-    few && IN_RANGES ? parallel_ranges(tasks * row_tasks, work) : parallel(tasks * row_tasks, work);
+    // Of few rows: a thread's outputs follow each other in memory, task after task.
+    few ? parallel_ranges(tasks * row_tasks, work) : parallel(tasks * row_tasks, work);
   }
 
  private:
@@ -105,18 +105,20 @@ class Plan {
   void few_rows(int64_t first) const {
     constexpr int TURNS = block_bytes(B) / TURNED, HELD = PLANES / TURNS;
     ByteRows outputs = ByteRows::of(w.data, first, s.columns, row_bytes);
-    Ahead ahead{w.data + next(first, LANES) * row_bytes, TURNED * LANES / 64};
+    // Bytes take long enough to widen for what comes to be asked for line by line; nibbles do not.
+    Ahead ahead{w.data + next(first, LANES) * row_bytes, is_four(B) ? TURNED * LANES / 64 : 1};
     Scales scales = scales_of(first, LANES);
     Vec sums[COUNT][CHAINS] = {};
     for (int64_t b = 0; b < blocks; ++b)
 #pragma GCC unroll 2
       for (int t = 0; t < TURNS; ++t) {
-        ahead.ask();
+        if (is_four(B)) ahead.ask();
         Vec columns[LANES], parts[HELD][COUNT] = {};
         outputs.turn(b * block_bytes(B) + t * TURNED, columns);
         auto at = [&](int p) { return b * PLANES + t * HELD + p; };
         auto zero = [&](int p) { return scales.zero(at(p) / of_scale * LANES); };
         over_words<B, Word>(columns, zero, [&](int p, int step, const Vec& word) {
+          if (!is_four(B) && step % (4 / E::VALUES) == 0) ahead.ask();
 #pragma GCC unroll 4
           for (int r = 0; r < COUNT; ++r) {
             Vec& sum = SCALED ? parts[p][r] : sums[r][SCALED ? 0 : t * HELD + p];
