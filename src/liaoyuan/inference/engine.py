@@ -89,11 +89,12 @@ class Engine:
             self._speculation = Speculation(drafter, config.max_sequences, config.speculate_tokens)
         self._scheduler.speculation = self._speculation
         self.adapters = Adapters(self._memory.adapter_stacks())
-        on_device = Device(self._device.type).captures_graphs if config.graphs is None else config.graphs
+        can_capture = self._device.type == "cpu" or Device(self._device.type).captures_graphs
+        graphs = can_capture if config.graphs is None else config.graphs
         observe = drafter.observe if isinstance(drafter, FurtherDrafter) else None
         # A graph makes no calls that other processes could follow, keeps no stream to observe, and computes with what
         # adapters in training were.
-        graphs = on_device and memory is None and observe is None and not adapters_of(model)
+        graphs &= memory is None and observe is None and not adapters_of(model)
         running = (self._scheduler, self._drawing, self.adapters)
         self._step = ModelStep(model, self._new_cache(), *running, graphs, config.decode_steps, observe)
         self._ended: list[tuple[Sequence, str]] = []  # without a token of this step, and not told yet

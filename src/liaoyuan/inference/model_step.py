@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from operator import is_
 
 import numpy as np
 import torch
@@ -17,10 +18,12 @@ from liaoyuan.inference.sampling import as_one, log_probs, top_logprobs
 from liaoyuan.inference.scheduler import Scheduler
 from liaoyuan.inference.sequence import Sequence
 from liaoyuan.models import Decoder
+from liaoyuan.models.rotary import TABLE
 from liaoyuan.ops import sample_tokens
 
-ROUND_SECONDS = 0.01  # of decode steps between two looks at who comes and goes: who comes waits no longer
+ROUND_SECONDS = 0.02  # of decode steps between two looks at who comes and goes: who comes waits no longer
 TOLD_LOGITS = 2**26  # elements of logits that are kept for those who are told more than tokens: 128 MiB in bf16
+RECORDED_ROWS = 64  # of a step on a CPU: of more, making calls takes no part worth having of what they compute
 
 
 class ModelStep:
@@ -46,7 +49,10 @@ class ModelStep:
         self._observe, self._stream = observe, torch.empty(0)
         self._device = model.embed_tokens.weight.device
         self._telling, self._are_telling = np.zeros(len(scheduler.limit), dtype=bool), False
-        self._graphs = DecodeGraphs(self._compute, self._device, decode_steps) if graphs else None
+        self._graphs: DecodeGraphs | None = None
+        if graphs:
+            self._graphs = DecodeGraphs(lambda inputs: self._compute(inputs, True), self._device, decode_steps)
+        self._recorded: tuple[object, ...] = ()
         self._most_steps, self._seconds = decode_steps, ROUND_SECONDS  # of the last step in which all decoded
         self.steps = self.computed_tokens = self.generated_tokens = 0
 
@@ -61,9 +67,8 @@ class ModelStep:
         if not self._drawing.is_free:
             return 1
         most = min(self._most_steps, int(ROUND_SECONDS / self._seconds))
-        if self._drawing.are_told:  # a graph has the logits of its last step alone
-            rows = len(self._scheduler.running) * self._model.config.vocab_size
-            most = 1 if self._graphs is not None else min(most, TOLD_LOGITS // rows)
+        if self._drawing.are_told:
+            most = min(most, TOLD_LOGITS // (len(self._scheduler.running) * self._model.config.vocab_size))
         return most
 
     @torch.inference_mode()
@@ -139,8 +144,9 @@ class ModelStep:
             self.cache.copy(*self._tensor(plan.copies))
         slots = plan.slots.tolist() if self._adapters else []
         owners = [self._scheduler.in_slot(slot).adapter.number for slot in slots]
-        if self._graphs is not None and not any(owners) and (captured := self._graphs.run(plan, table)) is not None:
-            return captured  # a graph has the rows of each adapter in it, so steps with adapters are not captured
+        graphs = None if any(owners) else self._graphs_of(plan)  # which would have the rows of each adapter in them
+        if graphs is not None and (captured := graphs.run(plan, table, self._drawing.are_told)) is not None:
+            return captured
         with self._adapters.chosen(owners, plan.counts) if any(owners) else nullcontext():
             if plan.steps > 1:
                 return self._several(plan, table)
@@ -148,6 +154,22 @@ class ModelStep:
             inputs = tuple(self._tensor(x) for x in (*arrays, plan.query_starts, plan.lengths, plan.rows))
             are_all = len(plan.rows) == len(plan.tokens) and not len(plan.scored_slots)  # then they are in order, too
             return self._compute(inputs, are_all), None
+
+    def _graphs_of(self, plan: Plan) -> DecodeGraphs | None:
+        """Return what may have captured a plan's steps. On a CPU a step is recorded with the very weights that it was
+        given, by operators that take a whole layer, so those must be where they were, and angles be looked up.
+        """
+        if self._graphs is None or self._device.type != "cpu":
+            return self._graphs
+        if len(plan.slots) > RECORDED_ROWS or plan.positions[-1] >= TABLE or int(plan.positions.max()) >= TABLE:
+            return None
+        parts = self._model.plain_parts()
+        if parts is None:
+            return None
+        if len(parts) != len(self._recorded) or not all(map(is_, parts, self._recorded)):
+            self._graphs.forget()
+            self._recorded = parts
+        return self._graphs
 
     def _several(self, plan: Plan, table: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the same of a plan of several steps; of the logits the last step's alone if nobody is told of them."""

@@ -22,7 +22,7 @@ class EngineConfig(Config):
         next; "" does not guess. speculate_tokens: guesses in a step.
     decode_steps: the most steps between two looks at who comes and goes while all decode, in `ROUND_SECONDS`; tokens
         are told together then, and a sequence that ends before the last of them computes on in vain.
-    graphs: capture decode steps in device graphs; None: where the device can.
+    graphs: capture decode steps in device graphs (on a CPU: record their calls); None: where the device can.
     seed: of requests that bring none.
     exact: whether every way to compute a token is known to give the same bits. True: prove it before anything is
         computed, or refuse; False: it is known that they do not; None: nobody asked.

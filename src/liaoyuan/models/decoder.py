@@ -195,6 +195,17 @@ class Decoder(nn.Module):
         assert x is not None
         return residual, x
 
+    def plain_parts(self) -> tuple[object, ...] | None:
+        """Return what the operators of whole layers take, of all layers, and all other weights; None if some layer is
+        none. While these are the same objects, a step on a CPU is made of the same calls.
+        """
+        plain = [layer.plain.of(layer) if isinstance(layer, Layer) else None for layer in self.layers]
+        if any(one is None for one in plain):
+            return None
+        others = [getattr(self, name) for name in ("embed_tokens", "norm", "lm_head") if name in self._modules]
+        weights = [value for one in others for value in (*one._parameters.values(), *one._buffers.values())]
+        return (*plain, *others, *weights)
+
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosine and sine, fp32 [N, D / 2], of the rotated dimensions at these positions."""
         latent = self.config.latent

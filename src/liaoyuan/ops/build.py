@@ -31,13 +31,13 @@ from liaoyuan.rundir import TEMPORARY, Progress, Report, silent, write_atomic
 
 NATIVE = Path(__file__).parent / "native"
 KERNEL_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math")
-BINDING_FLAGS = ("-O1", "-fopenmp")
+BINDING_FLAGS = ("-O1", "-fopenmp", "-DNDEBUG")  # as torch itself is: some of its objects are larger else
 COMMON_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-w")
 # These are compiled as one file: torch's headers, which the others do without, cost ten times what they add to them.
 WITH_TORCH = (
     *("binding.cpp", "autograd.cpp", "binding_attention.cpp", "binding_experts.cpp", "autograd_experts.cpp"),
     *("binding_inference.cpp", "binding_optimiser.cpp", "binding_loss.cpp", "autograd_loss.cpp"),
-    *("binding_rows.cpp", "autograd_rows.cpp", "binding_layer.cpp"),
+    *("binding_rows.cpp", "autograd_rows.cpp", "binding_layer.cpp", "recording.cpp"),
 )
 IN_THE_TEXT = ("-isystem", "-include", "-D")  # flags whose effect is seen in the preprocessed text
 PATIENCE = 600.0  # seconds for which a failure that may pass is not tried again

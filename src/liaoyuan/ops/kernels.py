@@ -23,6 +23,11 @@ def _native(name: str, device: str) -> Callable[[bool], None]:
     return functools.partial(torch.ops.liaoyuan_native.use, name)
 
 
+def has_native() -> bool:
+    """Whether the C++ library can be loaded here."""
+    return _load_library() is None
+
+
 @functools.cache
 def _load_library() -> str | None:
     """Load the native library; return why it cannot be, or None."""

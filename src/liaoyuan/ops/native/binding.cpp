@@ -204,6 +204,7 @@ void use(std::string name, bool on) {
 
 TORCH_LIBRARY(liaoyuan_native, library) { 
   library.def("use(str name, bool on) -> ()", &use);
+  define_recording(library);
 }
 
 }  // namespace liaoyuan

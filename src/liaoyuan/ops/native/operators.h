@@ -31,6 +31,9 @@ bool register_attention(torch::Library& library, const std::string& name);
 // Register a kernel of the decoder layer (binding_layer.cpp); false: there is none of this name.
 bool register_layer(torch::Library& library, const std::string& name);
 
+// Define what records calls of operators and makes them again (recording.cpp).
+void define_recording(torch::Library& library);
+
 // Register the differentiable side of the operator `name`; does nothing for operators without one.
 void register_autograd(torch::Library& library, const std::string& name);
 void register_experts_autograd(torch::Library& library, const std::string& name);
