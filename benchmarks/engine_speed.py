@@ -5,7 +5,8 @@ for anybody) and are new in every round, decoding is greedy, nobody stops early.
 multiplies fast. Modes of transformers: `generate` (dynamic cache, SDPA), the static cache with a compiled step (a
 minute or two to compile, which is not counted), and with `--continuous` its continuous batching (`generate_batch`).
 With `--peers FOLDER` also llama.cpp and vLLM, each in a process of its own; `engine_peers.py` prepares the folder.
-With `--quantise int8` our own engine once more with weights of 8 bits, to stand beside llama.cpp's q8_0.
+With `--quantise int8` our own engine once more with weights of 8 bits, to stand beside llama.cpp's q8_0; with
+`--beside decode_steps=1 graphs=false` once more with these values of `EngineConfig`, to see what they bring.
 
 Beside each rate is its share of the limit that memory sets: a step reads all weights, in the dtype, and every
 sequence's keys and values once, at the rate of reading that was measured between the rounds (weights of few bits may
@@ -101,6 +102,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, help="folder with virtual environments `llama` and `vllm`")
     parser.add_argument("--peer", nargs="+", default=["llama-bf16", "llama-q8_0", "vllm"], help="which of them")
     parser.add_argument("--quantise", nargs="*", default=[], choices=GROUPS, help="ours also with weights of few bits")
+    parser.add_argument("--beside", nargs="*", default=[], metavar="NAME=VALUE", help="of our engine's configuration")
     parser.add_argument("--startup", action="store_true", help="also time the start of each process")
     parser.add_argument("--ops", nargs="*", default=[], metavar="NAME=KERNEL", help="as [ops] of a run file, for ours")
     parser.add_argument("--json", help="where to write the figures")
@@ -126,6 +128,9 @@ def config_of(name: str, dtype: str) -> ModelConfig:
 
 def all_sides(model: Decoder, folder: Path, options: argparse.Namespace) -> dict[str, Side]:
     sides = {"liaoyuan": ours(load_model(folder))}  # read from the folder, as every side does
+    if options.beside:
+        values = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in options.beside)}
+        sides[f"liaoyuan {' '.join(options.beside)}"] = ours(load_model(folder), **values)
     for kind in options.quantise:
         sides[f"liaoyuan {kind}"] = ours(load_model(folder, quantisation=quantisation_named(kind)))
     if options.peers:
@@ -149,8 +154,8 @@ def load(folder: Path, dtype: str, attention: str):  # type: ignore[no-untyped-d
     ).eval()
 
 
-def ours(model: Decoder) -> Side:
-    engine = Engine(model, EngineConfig(max_sequences=64))
+def ours(model: Decoder, **values: object) -> Side:
+    engine = Engine(model, EngineConfig.model_validate({"max_sequences": 64} | values))
 
     def run(prompts: list[list[int]], new: int) -> int:
         sampling = SamplingParams(max_tokens=new, temperature=0.0)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from liaoyuan.inference import Engine, EngineConfig, Request, SamplingParams, model_step
-from liaoyuan.inference.request import Completion
+from liaoyuan.inference.request import Completion, Event
 from liaoyuan.models import Decoder
 from tests.inference.stand_in_graphs import stand_in
 
@@ -84,23 +84,29 @@ def test_a_cache_that_is_too_small_for_all_is_used_up_and_given_back(
     assert small.pool.free == blocks
 
 
-def test_events_of_a_round_hold_its_tokens_up_to_the_end(tiny_model: Decoder) -> None:
+def test_events_of_a_round_tell_its_tokens_one_by_one_up_to_the_end(tiny_model: Decoder) -> None:
+    requests = asked(*PLAIN, *TOLD)
     engine = Engine(tiny_model, EngineConfig(decode_steps=4))
-    whole = engine.generate(asked(*PLAIN))
-    for request in asked(*PLAIN):
+    whole = engine.generate(requests)
+    for request in requests:
         engine.add(request)
-    told: dict[object, list[int]] = {request.id: [] for request in asked(*PLAIN)}
-    reasons: dict[object, str | None] = {}
+    told: dict[object, list[Event]] = {request.id: [] for request in requests}
     most = 0
     while engine.has_work:
-        for event in engine.step():
-            assert event.id not in reasons, "nothing is told after the end"
-            told[event.id] += event.tokens
-            most = max(most, len(event.tokens))
-            if event.finish_reason:
-                reasons[event.id] = event.finish_reason
+        events = engine.step()
+        for event in events:
+            told[event.id].append(event)
+        most = max(most, sum(event.id == 1 for event in events))
     assert most == 4
-    assert [(told[one.id], reasons[one.id]) for one in whole] == [(one.tokens, one.finish_reason) for one in whole]
+    for one in whole:
+        own = told[one.id]
+        assert [event.tokens for event in own] == [[token] for token in one.tokens]
+        assert [event.logprobs for event in own] == [[value] for value in one.logprobs]
+        assert [event.finish_reason for event in own] == [None] * (len(own) - 1) + [one.finish_reason]
+        assert [top for event in own for top in event.top_logprobs] == one.top_logprobs
+        assert [mask.tolist() for event in own for mask in event.masks] == [mask.tolist() for mask in one.masks]
+        assert all(len(event.top_logprobs) == bool(one.top_logprobs) for event in own)
+        assert [event.prompt for event in own] == [one.prompt] + [None] * (len(own) - 1)
 
 
 def test_who_comes_waits_no_longer_than_a_round(tiny_model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

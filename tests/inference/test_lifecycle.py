@@ -16,7 +16,7 @@ TWENTY = SamplingParams(max_tokens=20, temperature=0.0)
 
 
 def begun(model: Decoder, steps: int = 5) -> tuple[Engine, list[Event]]:
-    engine = Engine(model, EngineConfig(max_sequences=2))
+    engine = Engine(model, EngineConfig(max_sequences=2, decode_steps=1))
     for index in range(3):
         engine.add(Request(index, (1, 2, 3 + index), TWENTY))
     return engine, [event for _ in range(steps) for event in engine.step()]

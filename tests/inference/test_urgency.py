@@ -16,7 +16,7 @@ def finish_order(engine: Engine) -> list[object]:
 
 
 def test_the_urgent_go_first(tiny_model: Decoder) -> None:
-    engine = Engine(tiny_model, EngineConfig(max_sequences=1))
+    engine = Engine(tiny_model, EngineConfig(max_sequences=1, decode_steps=1))
     for name, priority in (("late", 5), ("first", -1), ("second", 0)):
         engine.add(Request(name, (1, 2, 3), TEN, priority=priority))
     assert finish_order(engine) == ["first", "second", "late"]
@@ -24,7 +24,7 @@ def test_the_urgent_go_first(tiny_model: Decoder) -> None:
 
 def test_the_urgent_take_the_place_of_others_which_lose_nothing(tiny_model: Decoder) -> None:
     expected = Engine(tiny_model).generate([Request("patient", (4, 5), TEN)])[0].tokens
-    engine = Engine(tiny_model, EngineConfig(max_sequences=1))
+    engine = Engine(tiny_model, EngineConfig(max_sequences=1, decode_steps=1))
     engine.add(Request("patient", (4, 5), TEN, priority=1))
     told = [token for _ in range(4) for event in engine.step() for token in event.tokens]
     engine.add(Request("urgent", (1, 2, 3), TEN))
@@ -38,7 +38,7 @@ def test_the_urgent_take_the_place_of_others_which_lose_nothing(tiny_model: Deco
 
 
 def test_keys_get_equal_shares(tiny_model: Decoder) -> None:
-    engine = Engine(tiny_model, EngineConfig(max_sequences=2))
+    engine = Engine(tiny_model, EngineConfig(max_sequences=2, decode_steps=1))
     for index in range(12):
         engine.add(Request(f"many{index}", (1, 2, index), TEN, key="many"))
     for index in range(3):
@@ -49,7 +49,7 @@ def test_keys_get_equal_shares(tiny_model: Decoder) -> None:
 
 
 def test_a_key_saves_nothing_up_while_it_is_idle(tiny_model: Decoder) -> None:
-    engine = Engine(tiny_model, EngineConfig(max_sequences=1))
+    engine = Engine(tiny_model, EngineConfig(max_sequences=1, decode_steps=1))
     for index in range(8):
         engine.add(Request(f"busy{index}", (1, 2, index), TEN, key="busy"))
     for _ in range(45):  # four and a half of the busy one's
@@ -61,7 +61,7 @@ def test_a_key_saves_nothing_up_while_it_is_idle(tiny_model: Decoder) -> None:
 
 
 def test_time_runs_out_where_it_is(tiny_model: Decoder) -> None:
-    engine = Engine(tiny_model, EngineConfig(max_sequences=1))
+    engine = Engine(tiny_model, EngineConfig(max_sequences=1, decode_steps=1))
     endless = SamplingParams(max_tokens=200, temperature=0.0)
     engine.add(Request("runs", (1, 2), endless, timeout=1e-9))
     engine.add(Request("waits", (1, 2), endless, timeout=1e-9))

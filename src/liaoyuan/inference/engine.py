@@ -57,6 +57,8 @@ class Engine:
                 f"max_batch_tokens ({config.max_batch_tokens}) must be at least max_sequences "
                 f"({config.max_sequences}): every running sequence needs a token a step."
             )
+        if config.decode_steps < 1:
+            raise LiaoyuanError(f"decode_steps must be at least 1 (it is {config.decode_steps}).")
         if config.exact:
             from liaoyuan.inference.exactness.proof import require_exact  # which itself runs engines
 
@@ -215,7 +217,7 @@ class Engine:
         self.adapters.unload(name, self._adapters_in_use())
 
     def step(self) -> list[Event]:
-        """Compute one batch; return an event for every request that got a token or ended."""
+        """Compute one batch, or a few where all decode; return events of every request that got a token or ended."""
         scheduler = self._scheduler
         plan = self._plan()
         events = self._tell_ended()
@@ -226,7 +228,10 @@ class Engine:
         draws = self._step.advance(plan)
         events += self._step.reading(plan)
         for first, end in groups_of(plan.samplers, draws.kept):
-            events.append(self._step.event(plan, draws, first, end))
+            together = (
+                1 if plan.steps > 1 else end - first
+            )  # guessed ones are one event, those of several steps are not
+            events += [self._step.event(plan, draws, at, at + together, end) for at in range(first, end, together)]
         scheduler.finish(plan.samplers[draws.ended])
         self._after_step()
         return events

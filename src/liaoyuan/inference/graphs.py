@@ -29,6 +29,7 @@ Step = Callable[[], tuple[Tensor, ...]]  # gives logits, and what `sample_tokens
 Like = tuple[tuple[int, ...], type]  # shape and type of an array
 WARM_UP = 2  # runs before a capture: kernels are compiled and buffers made
 ALIGNED = 16  # bytes
+MOST_SIZES = 4  # that are kept where rows are not filled up
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,14 @@ class Follow(Protocol):
 
 @dataclass(frozen=True)
 class Way:
-    """How a device captures. is_padded: whether rows are filled up. most_sizes: whose captures are kept; None: all."""
+    """How a device captures.
+
+    is_padded: whether rows are filled up, so that there are few sizes. If not, a size is captured when it comes for the
+    second time in a row, and those that came last are kept.
+    """
 
     capture: Callable[[Step, Buffers], Follow]
     is_padded: bool
-    most_sizes: int | None
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class DecodeGraphs:
         self._compute, self._device, self._most_steps = compute, device, most_steps
         self._way = way or (ON_CPU if device.type == "cpu" else ON_DEVICE)
         self._captured: OrderedDict[tuple[int, int], _Captured] = OrderedDict()
+        self._before = (0, 0)  # the last size that came
 
     def run(self, plan: Plan, table: np.ndarray, all_logits: bool = False) -> tuple[Tensor, Tensor] | None:
         """Return the logits of a plan in which every sequence computes one token a step, and what is drawn from them
@@ -93,6 +98,9 @@ class DecodeGraphs:
         if not len(plan.tokens) == len(plan.samplers) // steps == len(plan.rows) == count:
             return None
         size = _power_of_two(count) if self._way.is_padded else count, _power_of_two(plan.block_tables.shape[1])
+        before, self._before = self._before, size
+        if size not in self._captured and size != before and not self._way.is_padded:
+            return None
         found = self._captured.get(size) or self._new(size, plan, table)
         self._captured.move_to_end(size)
         _fill(found.host, plan, table, self._way.is_padded)
@@ -110,7 +118,7 @@ class DecodeGraphs:
         """Capture steps like a plan's. Inputs lie one behind the other, so that one copy brings them all; what differs
         from step to step is last, all of a step together.
         """
-        if len(self._captured) == self._way.most_sizes:
+        if len(self._captured) == MOST_SIZES and not self._way.is_padded:
             self._captured.popitem(last=False)
         (rows, blocks), most, device = size, self._most_steps, self._device
         once: list[Like] = [((1,), np.int64), ((rows,), np.int64), ((rows, blocks), np.int32), ((rows,), np.int64)]
@@ -201,8 +209,8 @@ def record_on_cpu(step: Step, buffers: Buffers) -> Follow:
     return follow
 
 
-ON_DEVICE = Way(capture_on_device, is_padded=True, most_sizes=None)
-ON_CPU = Way(record_on_cpu, is_padded=False, most_sizes=4)
+ON_DEVICE = Way(capture_on_device, is_padded=True)
+ON_CPU = Way(record_on_cpu, is_padded=False)
 
 
 def _length(arrays: list[Like]) -> int:

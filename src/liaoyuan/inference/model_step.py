@@ -23,7 +23,7 @@ from liaoyuan.ops import sample_tokens
 
 ROUND_SECONDS = 0.02  # of decode steps between two looks at who comes and goes: who comes waits no longer
 TOLD_LOGITS = 2**26  # elements of logits that are kept for those who are told more than tokens: 128 MiB in bf16
-RECORDED_ROWS = 64  # of a step on a CPU: of more, making calls takes no part worth having of what they compute
+RECORDED_LOGITS = 2**24  # elements of the logits of a step that is recorded on a CPU, which keeps what it made
 
 
 class ModelStep:
@@ -90,21 +90,21 @@ class ModelStep:
             self._observe(plan, self._stream)
         return draws
 
-    def event(self, plan: Plan, draws: Draws, first: int, end: int) -> Event:
-        """Return what rows first .. end - 1 of a plan gave their sequence."""
+    def event(self, plan: Plan, draws: Draws, first: int, end: int, last: int) -> Event:
+        """Return what rows first .. end - 1 of a plan gave their sequence, whose rows go on to last - 1."""
         sequence, reason = self._scheduler.in_slot(plan.samplers[first]), reason_of(draws, end - 1)
         told = end - bool(reason == "error")
-        count = end - first
+        own = slice(first - last, end - last or None)
         is_first = plan.places[first] == len(sequence.request.prompt)
         return Event(
             sequence.request.id,
             draws.tokens[first:told].tolist(),
             draws.logprobs[first:told].tolist(),
             reason,
-            sequence.top_logprobs[-count:] if sequence.top_logprobs else [],
+            sequence.top_logprobs[own],
             sequence.versions[-1][1],
             sequence.prompt_logprobs() if is_first else None,
-            sequence.masks[-count:] if sequence.masks else [],
+            sequence.masks[own],
             sequence.cached,
             sequence.error,
             sequence.waited,
@@ -161,7 +161,8 @@ class ModelStep:
         """
         if self._graphs is None or self._device.type != "cpu":
             return self._graphs
-        if len(plan.slots) > RECORDED_ROWS or plan.positions[-1] >= TABLE or int(plan.positions.max()) >= TABLE:
+        logits = len(plan.slots) * self._model.config.vocab_size
+        if logits > RECORDED_LOGITS or plan.positions[-1] >= TABLE or int(plan.positions.max()) >= TABLE:
             return None
         parts = self._model.plain_parts()
         if parts is None:

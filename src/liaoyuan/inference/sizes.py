@@ -21,7 +21,7 @@ class EngineConfig(Config):
     speculate: "ngram" guesses next tokens from those before, "mtp" with the model's own layer for the token after the
         next; "" does not guess. speculate_tokens: guesses in a step.
     decode_steps: the most steps between two looks at who comes and goes while all decode, in `ROUND_SECONDS`; tokens
-        are told together then, and a sequence that ends before the last of them computes on in vain.
+        are told late then, and a sequence that ends before the last of them computes on in vain.
     graphs: capture decode steps in device graphs (on a CPU: record their calls); None: where the device can.
     seed: of requests that bring none.
     exact: whether every way to compute a token is known to give the same bits. True: prove it before anything is
