@@ -162,7 +162,7 @@ class ModelStep:
         if self._graphs is None or self._device.type != "cpu":
             return self._graphs
         logits = len(plan.slots) * self._model.config.vocab_size
-        if logits > RECORDED_LOGITS or plan.positions[-1] >= TABLE or int(plan.positions.max()) >= TABLE:
+        if logits > RECORDED_LOGITS or int(plan.positions.max()) >= TABLE:
             return None
         parts = self._model.plain_parts()
         if parts is None:
