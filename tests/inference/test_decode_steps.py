@@ -131,6 +131,17 @@ def test_what_comes_with_a_whole_prompt_in_the_cache_is_looked_at(tiny_model: De
     assert tokens == alone.tokens
 
 
+def test_who_has_gone_hinders_nobody(tiny_model: Decoder) -> None:
+    """One with penalties ends; the slot that it had stays empty, and the other one's steps follow each other again."""
+    engine = Engine(tiny_model, EngineConfig(decode_steps=4))
+    long = Request("long", (1, 2), SamplingParams(max_tokens=60, seed=1))
+    alone = Engine(tiny_model, EngineConfig(decode_steps=1)).generate([long])[0]
+    asked_both = [long, Request("short", (1, 3), SamplingParams(max_tokens=5, frequency_penalty=0.5, top_logprobs=1))]
+    found, plans = looks(engine, asked_both)
+    assert words(found[0]) == words(alone)
+    assert plans < 25
+
+
 @pytest.mark.parametrize("sequences", [1, 3, 8])
 def test_captured_steps_follow_each_other(tiny_model: Decoder, sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
     captured = stand_in(monkeypatch)

@@ -100,9 +100,14 @@ class Drawing:
             table[:, UNIFORM] = uniform(self._seed[slots], places)
         return table
 
-    @property
-    def is_free(self) -> bool:
-        """Whether what a row draws is decided by its settings alone, not by the tokens that were drawn before."""
+    def are_free(self, slots: np.ndarray) -> bool:
+        """Return whether what all who run, in these slots, draw is decided by their settings alone, not by the tokens
+        that were drawn before; who has gone is forgotten.
+        """
+        if self._are_special:
+            self._are_special = bool((self._penalties | self._bias | self._forbids)[slots].any())
+        if self._are_told:
+            self._are_told = bool(((self._top > 0) | self._processed | self._masks)[slots].any())
         return not self._are_special
 
     @property

@@ -228,9 +228,7 @@ class Engine:
         draws = self._step.advance(plan)
         events += self._step.reading(plan)
         for first, end in groups_of(plan.samplers, draws.kept):
-            together = (
-                1 if plan.steps > 1 else end - first
-            )  # guessed ones are one event, those of several steps are not
+            together = 1 if plan.steps > 1 else end - first  # tokens that were guessed right are one event
             events += [self._step.event(plan, draws, at, at + together, end) for at in range(first, end, together)]
         scheduler.finish(plan.samplers[draws.ended])
         self._after_step()

@@ -64,7 +64,7 @@ class ModelStep:
 
     def most_steps(self) -> int:
         """Return how many decode steps of those who run may follow each other before anybody looks."""
-        if not self._drawing.is_free:
+        if not self._drawing.are_free(self._scheduler.running):
             return 1
         most = min(self._most_steps, int(ROUND_SECONDS / self._seconds))
         if self._drawing.are_told:

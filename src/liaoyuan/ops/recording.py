@@ -41,7 +41,7 @@ class Recording:
                 self._can = False
         if self._can:
             self._number = number
-            weakref.finalize(self, native.forget, number)
+            weakref.finalize(self, native.forget, number).atexit = False
         return results
 
     def follow(self, steps: Tensor, now: Tensor, tokens: Tensor, drawn: Tensor) -> list[Tensor]:
