@@ -54,9 +54,8 @@ class Load:
 
     @property
     def config(self) -> EngineConfig:
-        return EngineConfig(
-            max_sequences=self.sequences, max_batch_tokens=self.batch_tokens, cache_tokens=self.cache_tokens
-        )
+        sizes = {"max_batch_tokens": self.batch_tokens, "cache_tokens": self.cache_tokens}
+        return EngineConfig(max_sequences=self.sequences, **sizes, decode_steps=1)  # a plan looks after each step
 
 
 LOADS = (

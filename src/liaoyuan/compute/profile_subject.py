@@ -119,7 +119,9 @@ def _inference(model: Decoder, mode: Mode, device: Device, size: Size, facts: Ma
         raise LiaoyuanError(
             f"The model has {longest} positions, but {tokens} tokens and {ahead} more are asked for: lower --tokens."
         )
-    config = EngineConfig(max_sequences=sequences, max_batch_tokens=max(tokens, sequences, 2048))
+    most = max(tokens, sequences, 2048)
+    # One step at a time, made of calls that can be watched.
+    config = EngineConfig(max_sequences=sequences, max_batch_tokens=most, decode_steps=1, graphs=False)
     engine, numbers = Engine(model.eval(), config), itertools.count()
     generator = torch.Generator().manual_seed(0)
     sampling = SamplingParams(max_tokens=ahead, temperature=1.0, seed=0)

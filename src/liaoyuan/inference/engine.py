@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from liaoyuan.device import Device
 from liaoyuan.errors import LiaoyuanError
 from liaoyuan.inference.adapters import Adapters
 from liaoyuan.inference.blocks import BlockPool
@@ -21,6 +20,7 @@ from liaoyuan.inference.cache import KeyValueCache
 from liaoyuan.inference.draft_model import DraftModel
 from liaoyuan.inference.drawing import Drawing
 from liaoyuan.inference.further_draft import FurtherDrafter
+from liaoyuan.inference.graphs import can_capture
 from liaoyuan.inference.model_step import ModelStep, groups_of, reason_of
 from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.request import Completion, Event, Request, RequestId
@@ -57,8 +57,6 @@ class Engine:
                 f"max_batch_tokens ({config.max_batch_tokens}) must be at least max_sequences "
                 f"({config.max_sequences}): every running sequence needs a token a step."
             )
-        if config.decode_steps < 1:
-            raise LiaoyuanError(f"decode_steps must be at least 1 (it is {config.decode_steps}).")
         if config.exact:
             from liaoyuan.inference.exactness.proof import require_exact  # which itself runs engines
 
@@ -91,11 +89,9 @@ class Engine:
             self._speculation = Speculation(drafter, config.max_sequences, config.speculate_tokens)
         self._scheduler.speculation = self._speculation
         self.adapters = Adapters(self._memory.adapter_stacks())
-        can_capture = self._device.type == "cpu" or Device(self._device.type).captures_graphs
-        graphs = can_capture if config.graphs is None else config.graphs
+        graphs = can_capture(self._device) if config.graphs is None else config.graphs
         observe = drafter.observe if isinstance(drafter, FurtherDrafter) else None
-        # A graph makes no calls that other processes could follow, keeps no stream to observe, and computes with what
-        # adapters in training were.
+        # They make no calls that others could follow, keep no stream, and compute with what adapters in training were.
         graphs &= memory is None and observe is None and not adapters_of(model)
         running = (self._scheduler, self._drawing, self.adapters)
         self._step = ModelStep(model, self._new_cache(), *running, graphs, config.decode_steps, observe)

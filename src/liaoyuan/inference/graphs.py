@@ -146,6 +146,11 @@ class DecodeGraphs:
         return made
 
 
+def can_capture(device: torch.device) -> bool:
+    """Whether decode steps are captured on a device, if nobody says otherwise."""
+    return device.type == "cpu" or Device(device.type).captures_graphs
+
+
 def capture_on_device(step: Step, buffers: Buffers) -> Follow:
     """Capture a step in a graph of the current accelerator (CUDA, Ascend)."""
     most = len(buffers.steps)

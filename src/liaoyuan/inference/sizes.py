@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from liaoyuan.config import Config
 from liaoyuan.device import Device
 from liaoyuan.inference.cache import cached_layers
@@ -36,7 +38,7 @@ class EngineConfig(Config):
     prefix_cache: bool = True
     speculate: Literal["", "ngram", "mtp"] = ""
     speculate_tokens: int = 8
-    decode_steps: int = 4
+    decode_steps: int = Field(4, ge=1)
     graphs: bool | None = None
     seed: int = 0
     exact: bool | None = None

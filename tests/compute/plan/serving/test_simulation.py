@@ -34,7 +34,7 @@ Kind = tuple[list[int], list[int], int]
     ],
 )
 def test_it_takes_the_engines_steps(asks: list[Ask], sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = EngineConfig(block_size=8, **sizes)
+    config = EngineConfig(block_size=8, decode_steps=1, **sizes)
     planned, real = list[Kind](), list[Kind]()
     advance = ModelStep.advance
 

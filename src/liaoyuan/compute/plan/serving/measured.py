@@ -52,7 +52,8 @@ def measure(
     clock: seconds; CPU-seconds where others share the machine. batches: sequences that decode at once.
     """
     kinds = _kinds(model, batches) * rounds
-    engine = Engine(model, EngineConfig(max_sequences=max(batches), max_batch_tokens=2048, cache_tokens=ROOM))
+    sizes = {"max_sequences": max(batches), "max_batch_tokens": 2048, "cache_tokens": ROOM}
+    engine = Engine(model, EngineConfig(**sizes, decode_steps=1))
     timed = list[Timed]()
     for number, (batch, tokens) in enumerate(kinds, 1):
         timed.append(_decode(engine, batch, tokens, clock) if batch else _prefill(engine, tokens, clock))
