@@ -46,6 +46,7 @@ bench: $(INSTALLED_DEV) ## measure against peers, side by side (minutes to hours
 
 soak: $(INSTALLED_DEV) ## a server under everything at once (10,000 requests), then the quickstart with three seeds, killed and resumed
 	$(BIN)/python benchmarks/engine_soak.py
+	$(BIN)/python benchmarks/engine_soak.py --no-guesses
 	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 clean: ## remove .venv and caches; runs/ stays

@@ -58,10 +58,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=48, help="that ask at the same time")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--no-guesses", action="store_true", help="several decode steps in a row instead"
+    )
     parser.add_argument("--json", help="where to write the figures")
     options = parser.parse_args()
     began = time.monotonic()
-    soak = run(options.requests, options.clients, options.seed, report=print)
+    sizes = SIZES.model_copy(update={"speculate": ""}) if options.no_guesses else SIZES
+    soak = run(options.requests, options.clients, options.seed, sizes, report=print)
     seconds = time.monotonic() - began
     for name, count in sorted(soak.counts.items()):
         print(f"{count:8d}  {name}")
@@ -74,15 +78,15 @@ def main() -> None:
     sys.exit(bool(soak.wrong))
 
 
-def run(requests: int, clients: int, seed: int, report: Any = lambda _: None) -> Soak:
+def run(requests: int, clients: int, seed: int, sizes: EngineConfig, report: Any = lambda _: None) -> Soak:
     """Soak a server of its own; deterministic but for the clock."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         folders = make_models(Path(folder))
         shelf = {name: Path(folder) / name for name in ADAPTERS}
-        for seed, place in enumerate(shelf.values()):
-            write_adapter(place, folders[0], seed=seed)
-        with open_server(folders[0], port=0, engine=SIZES, control=True, adapter_folder=Path(folder)) as server:
+        for number, place in enumerate(shelf.values()):
+            write_adapter(place, folders[0], seed=number)
+        with open_server(folders[0], port=0, engine=sizes, control=True, adapter_folder=Path(folder)) as server:
             soak = asyncio.run(drive(server.url, folders, requests, clients, random.Random(seed), report))
         report(f"{len(soak.done)} answers were completed; each is asked again, alone")
         compare(soak, folders, shelf)
@@ -273,8 +277,12 @@ async def check_idle(client: httpx.AsyncClient, soak: Soak) -> None:
 
 
 def compare(soak: Soak, folders: list[Path], shelf: dict[str, Path]) -> None:
-    """Ask for every completed answer again, alone: the same tokens and the very bits of the log-probabilities."""
-    engines = [Engine(load_model(folder), EngineConfig(max_sequences=1, prefix_cache=False)) for folder in folders]
+    """Ask for every completed answer again, alone: the same tokens and the very bits of the log-probabilities.
+
+    Alone is one step at a time, each called from Python.
+    """
+    sizes = EngineConfig(max_sequences=1, prefix_cache=False, decode_steps=1, graphs=False)
+    engines = [Engine(load_model(folder), sizes) for folder in folders]
     for engine in engines:
         for name, place in shelf.items():
             engine.load_adapter(name, place)

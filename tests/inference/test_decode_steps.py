@@ -63,6 +63,11 @@ def test_answers_are_those_of_single_steps(tiny_model: Decoder, requests: list[R
         assert "stop" in {one.finish_reason for one in found}
 
 
+def test_a_round_has_a_step_at_least() -> None:
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        EngineConfig(decode_steps=0)
+
+
 def test_there_are_fewer_looks(tiny_model: Decoder) -> None:
     requests = [Request(index, (1, 2, 3), SamplingParams(max_tokens=41, seed=index)) for index in range(3)]
     counts = [looks(Engine(tiny_model, EngineConfig(decode_steps=n)), requests)[1] for n in (1, 4)]

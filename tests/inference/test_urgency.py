@@ -16,7 +16,7 @@ def finish_order(engine: Engine) -> list[object]:
 
 
 def test_the_urgent_go_first(tiny_model: Decoder) -> None:
-    engine = Engine(tiny_model, EngineConfig(max_sequences=1, decode_steps=1))
+    engine = Engine(tiny_model, EngineConfig(max_sequences=1))
     for name, priority in (("late", 5), ("first", -1), ("second", 0)):
         engine.add(Request(name, (1, 2, 3), TEN, priority=priority))
     assert finish_order(engine) == ["first", "second", "late"]
@@ -61,7 +61,7 @@ def test_a_key_saves_nothing_up_while_it_is_idle(tiny_model: Decoder) -> None:
 
 
 def test_time_runs_out_where_it_is(tiny_model: Decoder) -> None:
-    engine = Engine(tiny_model, EngineConfig(max_sequences=1, decode_steps=1))
+    engine = Engine(tiny_model, EngineConfig(max_sequences=1))
     endless = SamplingParams(max_tokens=200, temperature=0.0)
     engine.add(Request("runs", (1, 2), endless, timeout=1e-9))
     engine.add(Request("waits", (1, 2), endless, timeout=1e-9))

@@ -21,7 +21,7 @@ from liaoyuan.inference.draft_model import DraftModel
 from liaoyuan.inference.drawing import Drawing
 from liaoyuan.inference.further_draft import FurtherDrafter
 from liaoyuan.inference.graphs import can_capture
-from liaoyuan.inference.model_step import ModelStep, groups_of, reason_of
+from liaoyuan.inference.model_step import MOST_LOGITS, ModelStep, groups_of, reason_of
 from liaoyuan.inference.plan import Plan
 from liaoyuan.inference.request import Completion, Event, Request, RequestId
 from liaoyuan.inference.scheduler import Scheduler
@@ -35,7 +35,6 @@ from liaoyuan.models.lora import adapters_of
 from liaoyuan.rundir import Progress, Report, silent
 
 State = Literal["ready", "draining", "paused", "asleep", "broken"]
-SCORED_LOGITS = 2**26  # elements of the logits of prompts that one step computes: 128 MiB in bf16
 
 
 class Engine:
@@ -79,7 +78,7 @@ class Engine:
             config.max_batch_tokens,
             self.pool,
             config.block_size,
-            max(16, SCORED_LOGITS // vocabulary),
+            max(16, MOST_LOGITS // vocabulary),
             config.prefix_cache,
             self._begin,
         )

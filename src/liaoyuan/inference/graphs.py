@@ -81,10 +81,10 @@ class _Captured:
 class DecodeGraphs:
     """Captured steps of one model and cache, by size."""
 
-    def __init__(self, compute: Compute, device: torch.device, most_steps: int, way: Way | None = None) -> None:
+    def __init__(self, compute: Compute, device: torch.device, most_steps: int) -> None:
         """most_steps: of a plan."""
         self._compute, self._device, self._most_steps = compute, device, most_steps
-        self._way = way or (ON_CPU if device.type == "cpu" else ON_DEVICE)
+        self._way = ON_CPU if device.type == "cpu" else ON_DEVICE
         self._captured: OrderedDict[tuple[int, int], _Captured] = OrderedDict()
         self._before = (0, 0)  # the last size that came
 

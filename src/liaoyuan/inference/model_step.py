@@ -22,7 +22,8 @@ from liaoyuan.models.rotary import TABLE
 from liaoyuan.ops import sample_tokens
 
 ROUND_SECONDS = 0.02  # of decode steps between two looks at who comes and goes: who comes waits no longer
-TOLD_LOGITS = 2**26  # elements of logits that are kept for those who are told more than tokens: 128 MiB in bf16
+# Elements of logits that are kept together, of prompts that are scored or for those who are told more than tokens.
+MOST_LOGITS = 2**26  # 128 MiB in bf16
 RECORDED_LOGITS = 2**24  # elements of the logits of a step that is recorded on a CPU, which keeps what it made
 
 
@@ -68,7 +69,7 @@ class ModelStep:
             return 1
         most = min(self._most_steps, int(ROUND_SECONDS / self._seconds))
         if self._drawing.are_told:
-            most = min(most, TOLD_LOGITS // (len(self._scheduler.running) * self._model.config.vocab_size))
+            most = min(most, MOST_LOGITS // (len(self._scheduler.running) * self._model.config.vocab_size))
         return most
 
     @torch.inference_mode()
