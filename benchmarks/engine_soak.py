@@ -58,9 +58,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=48, help="that ask at the same time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--no-guesses", action="store_true", help="several decode steps in a row instead"
-    )
+    parser.add_argument("--no-guesses", action="store_true", help="several decode steps in a row instead")
     parser.add_argument("--json", help="where to write the figures")
     options = parser.parse_args()
     began = time.monotonic()
