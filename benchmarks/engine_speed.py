@@ -9,8 +9,9 @@ With `--quantise int8` our own engine once more with weights of 8 bits, to stand
 `--beside decode_steps=1 graphs=false` once more with these values of `EngineConfig`, to see what they bring.
 
 Beside each rate is its share of the limit that memory sets: a step reads all weights, in the dtype, and every
-sequence's keys and values once, at the rate of reading that was measured between the rounds (weights of few bits may
-pass it). `--shared 512`: prompts that begin alike.
+sequence's keys and values once, at the faster of the rates of reading that were measured just before and just after
+that round of that side, since a host that others share changes its rate by half within minutes (weights of few bits
+may pass it). The median of the rounds is shown. `--shared 512`: prompts that begin alike.
 `--startup`: seconds from the start of each process to its first token, and the memory that it holds then.
 
     python benchmarks/engine_speed.py --models m30 m120 --concurrency 1 8 32 --rounds 3 --json engine_speed.json
@@ -29,6 +30,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from liaoyuan.cli.process import tune_process
 
@@ -265,11 +267,23 @@ def start_of_ours(folder: Path, threads: int) -> str:
     return f"{seconds:.1f} s to the first answer ({importing:.1f} s of it importing torch), {resident:.0f} MB"
 
 
+class Round(NamedTuple):
+    """What a side did in one turn, in tokens per second."""
+
+    rate: float
+    steps: float  # without the prompts
+    limit: float  # if memory were all that counted, as fast as it was just before or just after
+
+
 def reading_rate(data: torch.Tensor) -> float:
-    """Return the bytes per second at which all threads read memory."""
-    start = time.perf_counter()
-    ops.square_sum(data)
-    return data.nbytes / (time.perf_counter() - start)
+    """Return the bytes per second at which all threads read memory, the most of three times."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        ops.square_sum(data)
+        return data.nbytes / (time.perf_counter() - start)
+
+    return max(once() for _ in range(3))
 
 
 def bytes_of_step(config: ModelConfig, concurrency: int, options: argparse.Namespace, shared: int) -> float:
@@ -285,13 +299,13 @@ def measure(
     generator = torch.Generator().manual_seed(concurrency + 1000 * shared)
     own = 32 if shared else options.prompt
     data = torch.ones(2**27, dtype=torch.bfloat16)
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    steps: dict[str, list[float]] = {name: [] for name in sides}
-    reading = 0.0
+    work = bytes_of_step(config, concurrency, options, shared)
+    rounds: dict[str, list[Round]] = {name: [] for name in sides}
     for turn in range(options.rounds + 1):
         prompts, others = torch.randint(1, config.vocab_size, (2, concurrency, shared + own), generator=generator)
         prompts[:, :shared] = prompts[0, :shared].clone()
         others[:, :shared] = others[0, :shared].clone()
+        reading = reading_rate(data)
         for name, run in list(sides.items()):
             start = time.perf_counter()
             try:
@@ -301,27 +315,27 @@ def measure(
                 first = time.perf_counter() - start - seconds
             except Exception as error:  # a mode that does not work here is said so, and left out
                 print(f"{name}: left out ({type(error).__name__}: {str(error)[:200]})", file=sys.stderr)
-                del sides[name], rates[name], steps[name]
+                del sides[name], rounds[name]
                 continue
             if made != concurrency * options.output:
                 print(f"{name}: made {made} tokens instead of {concurrency * options.output}", file=sys.stderr)
+            before, reading = reading, reading_rate(data)
             if turn:  # the first turn warms up
-                rates[name].append(made / seconds)
-                steps[name].append((made - concurrency) / max(seconds - first, 1e-9))
-        reading = max(reading, *(reading_rate(data) for _ in range(3)))
-    limit = concurrency * reading / bytes_of_step(config, concurrency, options, shared)
+                steps = (made - concurrency) / max(seconds - first, 1e-9)
+                rounds[name].append(Round(made / seconds, steps, concurrency * max(before, reading) / work))
     return [
         {
             "side": name,
             "concurrency": concurrency,
             "shared": shared,
-            "tokens_per_second": statistics.median(values),
-            "without_prompts": statistics.median(steps[name]),
-            "rounds": values,
-            "limit": limit,
-            "reading": reading,
+            "tokens_per_second": statistics.median(of.rate for of in values),
+            "without_prompts": statistics.median(of.steps for of in values),
+            "share": statistics.median(of.rate / of.limit for of in values),
+            "share_without_prompts": statistics.median(of.steps / of.limit for of in values),
+            "reading": [of.limit * work / concurrency for of in values],
+            "rounds": [of.rate for of in values],
         }
-        for name, values in rates.items()
+        for name, values in rounds.items()
     ]
 
 
@@ -333,11 +347,11 @@ def show(rows: list[dict]) -> None:
         print(
             f"{row['model']:>5} ({row['parameters'] / 1e6:6.1f}M)  {row['concurrency']:>3} at once{shared}  "
             f"{row['side']:<36} {row['tokens_per_second']:8.0f} tokens/s, "
-            f"{row['tokens_per_second'] / row['limit']:4.0%} of the limit, "
-            f"{row['without_prompts'] / row['limit']:4.0%} without the prompts{ratio}",
+            f"{row['share']:4.0%} of the limit, {row['share_without_prompts']:4.0%} without the prompts{ratio}",
             flush=True,
         )
-    print(f"      memory was read at {rows[0]['reading'] / 1e9:.0f} GB/s", flush=True)
+    readings = [rate / 1e9 for row in rows for rate in row["reading"]]
+    print(f"      memory was read at {min(readings):.0f} to {max(readings):.0f} GB/s", flush=True)
 
 
 def is_ours(row: dict) -> bool:

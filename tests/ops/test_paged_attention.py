@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from liaoyuan.ops import attention, paged_attention, write_cache
+from liaoyuan.ops import attention, linear, paged_attention, write_cache
 from tests.ops.cases import attention_by_hand, boundaries_of, difference, random
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
@@ -74,7 +74,7 @@ def test_a_prompt_in_chunks_of_any_size_has_the_bits_of_the_whole(window, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("query_heads", "key_heads", "dim"), [(3, 3, 32), (10, 2, 64), (7, 1, 96), (8, 4, 16)])
+@pytest.mark.parametrize(("query_heads", "key_heads", "dim"), [(3, 3, 32), (10, 2, 64), (7, 1, 96), (8, 4, 16), (12, 4, 64)])
 def test_a_token_is_decoded_with_the_bits_of_its_prompt_beside_any_others(query_heads, key_heads, dim, dtype):
     """Key heads go through the cache together, more or fewer with the number of sequences and threads."""
     lengths, threads = (1, 17, 560, 64), torch.get_num_threads()
@@ -95,6 +95,22 @@ def test_a_token_is_decoded_with_the_bits_of_its_prompt_beside_any_others(query_
                 assert all(torch.equal(a, b) for a, b in zip(found, whole[first:last], strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [40, 1100])
+def test_keys_that_weights_drove_out_of_the_caches_give_the_same_bits(length, dtype):
+    """They are read in either of two ways, by chance at first (`ops/native/far.h`)."""
+    pages = Pages((length, 17), 4, 64, dtype)
+    pages.fill()
+    query = random(2, 12, 64, dtype=dtype, seed=8)
+    places = (pages.tables, boundaries_of([1, 1]), torch.tensor([length, 17], dtype=torch.int32))
+    near = paged_attention(query, pages.key, pages.value, *places, 0.125)
+    row, others = random(1, 192, dtype=dtype), torch.ones(2**16, 192, dtype=dtype)  # of 24 MiB or more
+    for _ in range(6):
+        for _ in range(8):
+            linear(row, others)
+        assert torch.equal(paged_attention(query, pages.key, pages.value, *places, 0.125), near)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

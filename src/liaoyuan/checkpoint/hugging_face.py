@@ -24,6 +24,7 @@ from liaoyuan.checkpoint.compressed import (
 )
 from liaoyuan.checkpoint.counting import Count
 from liaoyuan.checkpoint.filling import READABLE, Block, Filler
+from liaoyuan.checkpoint.huge_pages import Together
 from liaoyuan.checkpoint.shards import ShardWriter, Slot, plan_shards
 from liaoyuan.checkpoint.weight_files import StoredTensor, WeightFiles
 from liaoyuan.errors import LiaoyuanError
@@ -74,7 +75,7 @@ def load_model(
     few_bits = quantisation_for(folder, quantisation)
     if few_bits is not None:
         return _load_quantised(model, folder, few_bits, quantisation is None, device, report)
-    model.to_empty(device=device)
+    model._apply(Together(device).empty)  # as `to_empty`
     for buffer in model.buffers():
         buffer.zero_()
     load_weights(model, folder, report)

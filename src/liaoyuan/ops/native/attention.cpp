@@ -1,6 +1,7 @@
 // Attention forward over packed documents, and over pages of a cache (attend.h, decode.h).
 #include "attend.h"
 #include "decode.h"
+#include "far.h"
 
 #ifdef __AMX_BF16__
 #include <sys/syscall.h>
@@ -57,6 +58,13 @@ void packed(const T* query, const T* key, const T* value, const int32_t* boundar
   });
 }
 
+// Elements of all keys and values that are seen.
+int64_t seen_elements(const int32_t* lengths, const PagedShape& s) {
+  int64_t keys = 0;
+  for (int64_t m = 0; m < s.sequences; ++m) keys += std::min<int64_t>(lengths[m], s.window);
+  return keys * s.key_heads * (s.dim + s.value_dim);
+}
+
 template <class E, class T>
 void paged(const T* query, const T* key_cache, const T* value_cache, const int32_t* block_tables,
            const int32_t* query_starts, const int32_t* lengths, const float* sinks, T* out, const PagedShape& s) {
@@ -67,28 +75,37 @@ void paged(const T* query, const T* key_cache, const T* value_cache, const int32
   int64_t cuts = std::max<int64_t>(1, cuts_of(longest));
   bool can = can_decode<E>(s.dim, s.value_dim, s.block_size);
   // Heads that decode together; fewer where threads would have nothing to do.
-  int64_t together = threads() == 1 ? s.key_heads : s.sequences * s.key_heads / (2 * threads());
+  int64_t together = threads() == 1 ? s.key_heads : s.sequences * s.key_heads / threads();
   together = std::clamp<int64_t>(together, 1, s.key_heads);
-  parallel(s.sequences * cuts * s.key_heads, [&](int64_t task) {
-    int64_t head = task % s.key_heads, cut = task / s.key_heads % cuts, sequence = task / s.key_heads / cuts;
-    int64_t start = query_starts[sequence], queries = query_starts[sequence + 1] - start;
-    int64_t parts = cuts_of(queries);
-    if (cut >= parts || lengths[sequence] < queries) return;
-    Rows<T, T> rows = rows_of(query, out, sinks, s, start, head);
-    rows.ranges.position = lengths[sequence] - queries;
-    rows.first = queries * cut / parts;
-    rows.last = queries * (cut + 1) / parts;
-    Cached<T> cached{key_cache + head * s.dim, value_cache + head * s.value_dim, block_tables + sequence * s.max_blocks,
-                     s.block_size, s.key_heads * s.dim, s.key_heads * s.value_dim, s.dim, s.value_dim};
-    if (queries == 1 && can) {
-      if (head % together == 0)
-        decode<E>(rows.query, rows.out, rows.sinks, std::min(together, s.key_heads - head), groups, cached,
-                  rows.ranges.of(0), s.scale);
-    } else {
-      attend<E>(rows, [&](int64_t j) { return cached.key(j); }, [&](int64_t j) { return cached.value(j); }, s.dim,
-                s.value_dim, s.scale);
-    }
-  });
+  auto compute = [&](bool read_first) {
+    parallel(s.sequences * cuts * s.key_heads, [&](int64_t task) {
+      int64_t head = task % s.key_heads, cut = task / s.key_heads % cuts, sequence = task / s.key_heads / cuts;
+      int64_t start = query_starts[sequence], queries = query_starts[sequence + 1] - start;
+      int64_t parts = cuts_of(queries);
+      if (cut >= parts || lengths[sequence] < queries) return;
+      Rows<T, T> rows = rows_of(query, out, sinks, s, start, head);
+      rows.ranges.position = lengths[sequence] - queries;
+      rows.first = queries * cut / parts;
+      rows.last = queries * (cut + 1) / parts;
+      Cached<T> cached{key_cache + head * s.dim, value_cache + head * s.value_dim,
+                       block_tables + sequence * s.max_blocks, s.block_size, s.key_heads * s.dim,
+                       s.key_heads * s.value_dim, s.dim, s.value_dim};
+      if (queries == 1 && can) {
+        if (head % together == 0)
+          decode<E>(rows.query, rows.out, rows.sinks, std::min(together, s.key_heads - head), groups, cached,
+                    rows.ranges.of(0), s.scale, read_first);
+      } else {
+        attend<E>(rows, [&](int64_t j) { return cached.key(j); }, [&](int64_t j) { return cached.value(j); }, s.dim,
+                  s.value_dim, s.scale);
+      }
+    });
+  };
+  int64_t bytes = can && longest == 1 ? seen_elements(lengths, s) * int64_t(sizeof(T)) : 0;
+  thread_local Trial trial;
+  bool read_first = bytes && is_far(key_cache, bytes);
+  if (!read_first) return compute(false);
+  read_first = trial.choose();
+  trial.time(read_first, bytes, [&] { compute(read_first); });
 }
 
 }  // namespace

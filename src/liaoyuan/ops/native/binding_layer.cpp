@@ -51,11 +51,11 @@ void check_rows(const Tensor& residual, const OptionalTensor& x, const Tensor& c
   TORCH_CHECK(residual.dim() == 2, "the stream must have two dimensions, not ", residual.dim());
   if (x) same_shape(residual, *x);
   TORCH_CHECK(dim > 0 && dim <= 512 && dim % 2 == 0, "a head of ", dim, " rotated dimensions is not supported");
-  for (const Tensor& angle : {cosine, sine})
-    TORCH_CHECK(angle.scalar_type() == at::kFloat && angle.dim() == 2 && angle.size(0) == residual.size(0) &&
-                    angle.size(1) == dim / 2,
-                "the angles must be float32 [", residual.size(0), ", ", dim / 2, "], not ", angle.scalar_type(), " ",
-                angle.sizes());
+  for (const Tensor* angle : {&cosine, &sine})
+    TORCH_CHECK(angle->scalar_type() == at::kFloat && angle->dim() == 2 && angle->size(0) == residual.size(0) &&
+                    angle->size(1) == dim / 2,
+                "the angles must be float32 [", residual.size(0), ", ", dim / 2, "], not ", angle->scalar_type(), " ",
+                angle->sizes());
   TORCH_CHECK(slots.dim() == 1 && slots.size(0) == residual.size(0), slots.sizes(), " slots do not fit the rows");
 }
 
@@ -72,11 +72,9 @@ struct Layer {
                  double eps) {
     FewBits few{std::move(bits)...};
     few.check();
-    for (const Tensor& one : {key_cache, value_cache, input_norm, post_norm}) same_type(residual_, one);
-    if (!few.any())
-      for (const Tensor& one : {qkv, output, gate_up, down}) same_type(residual_, one);
-    for (const OptionalTensor& one : {qkv_bias, query_norm, key_norm, output_bias, gate_up_bias, down_bias})
-      if (one) same_type(residual_, *one);
+    same_types(residual_, key_cache, value_cache, input_norm, post_norm);
+    if (!few.any()) same_types(residual_, qkv, output, gate_up, down);
+    same_types(residual_, qkv_bias, query_norm, key_norm, output_bias, gate_up_bias, down_bias);
     check_caches(key_cache, value_cache);
     int64_t heads = key_cache.size(2), dim = key_cache.size(3), keys = heads * dim;
     check_rows(residual_, x_, cosine_, sine_, slots_, dim);

@@ -31,11 +31,11 @@ bool can_decode(int64_t dim, int64_t value_dim, int64_t block_size) {
   return block_size % 16 == 0 && dim % (IN_PAIRS<E> ? 32 : 16) == 0 && value_dim % 16 == 0;
 }
 
-constexpr int KEYS = 32;  // that go through all heads, before the next ones do
+constexpr int KEYS = 64;  // that go through all heads, before the next ones do
 
 // How many times 16 keys R rows score at once: a product waits for the one before it, so that several sums take turns.
 template <int R>
-constexpr int AT_ONCE = sizeof(Vec) > sizeof(Register) ? 1 : R == 4 ? 2 : 4;
+constexpr int AT_ONCE = sizeof(Vec) > sizeof(Register) ? 1 : R >= 3 ? 2 : 4;
 
 // scores [R][KEY_CHUNK], of which 16 * N, from as many keys with lanes for keys (`columns`, 16 keys after the others);
 // query [R][dim], also in fp32.
@@ -168,13 +168,14 @@ void transpose_keys(const T* keys, int64_t stride, int64_t dim, float* columns, 
   }
 }
 
-// Call body(R, row) for `rows` rows, four, two or one of them at a time.
+// Call body(R, row) for `rows` rows, four of them at a time, and then the rest.
 template <class Body>
 void over_few_rows(int64_t rows, const Body& body) {
   int64_t row = 0;
   for (; row + 4 <= rows; row += 4) body(std::integral_constant<int, 4>{}, row);
-  if (row + 2 <= rows) body(std::integral_constant<int, 2>{}, row), row += 2;
-  if (row < rows) body(std::integral_constant<int, 1>{}, row);
+  if (row + 3 == rows) return body(std::integral_constant<int, 3>{}, row);
+  if (row + 2 == rows) return body(std::integral_constant<int, 2>{}, row);
+  if (row + 1 == rows) return body(std::integral_constant<int, 1>{}, row);
 }
 
 // The query's heads, in rows: `groups` for each of `heads` key heads.
@@ -185,6 +186,7 @@ struct Decode {
   const float scale;
   const T* query;
   const int64_t heads, groups, rows, dim, value_dim;
+  const bool read_first;
   float *wide_query, *out, *scores, *columns, *zeros, *top, *sums;
   Vec* best;
   const T* value[KEY_CHUNK + KEYS] = {};
@@ -197,9 +199,10 @@ struct Decode {
     }
   };
 
-  Decode(const Cached<T>& cached, Range seen, float scale, const T* query, int64_t heads, int64_t groups)
+  Decode(const Cached<T>& cached, Range seen, float scale, const T* query, int64_t heads, int64_t groups,
+         bool read_first)
       : cached(cached), seen(seen), scale(scale * LOG2_E), query(query), heads(heads), groups(groups),
-        rows(heads * groups), dim(cached.dim), value_dim(cached.value_dim) {
+        rows(heads * groups), dim(cached.dim), value_dim(cached.value_dim), read_first(read_first) {
     int64_t size = rows * (16 + dim + value_dim + KEY_CHUNK + 2) + KEYS * dim + heads * value_dim;
     best = static_cast<Vec*>(scratch(0, size_t(size) * sizeof(float)));
     wide_query = reinterpret_cast<float*>(best + rows), out = wide_query + rows * dim, scores = out + rows * value_dim;
@@ -217,9 +220,32 @@ struct Decode {
       int64_t begin = std::max(seen.first, chunk) / BLOCK * BLOCK - chunk;
       int64_t count = std::min(seen.last - chunk, KEY_CHUNK);
       for (int64_t row = 0; row < rows; ++row) best[row] = splat(top[row]);
+      if (read_first) {
+        bring(chunk + begin, chunk + count, heads * dim, cached.key_stride, [&](int64_t j) { return cached.key(j); });
+        bring(chunk + begin, chunk + count, heads * value_dim, cached.value_stride,
+              [&](int64_t j) { return cached.value(j); });
+      }
       for (int64_t j = begin; j < count; j += KEYS) score_keys(chunk, j, std::min<int64_t>(count - j, KEYS), count);
       over_few_rows(rows, [&](auto few, int64_t row) { weigh<few>(row, begin, count); });
       for (int64_t j = begin; j < count; j += KEYS) add_values(j, std::min<int64_t>(count - j, KEYS));
+    }
+  }
+
+  // Bring keys or values (`at` gives one's place) near by reading them, if not too many for a thread's own cache.
+  template <class At>
+  void bring(int64_t begin, int64_t end, int64_t width, int64_t stride, const At& at) const {
+    constexpr int64_t LINE = 64 / sizeof(T), OWN_CACHE = 1 << 18;
+    if ((end - begin) * width * int64_t(sizeof(T)) > OWN_CACHE) return;
+    constexpr int64_t ROWS = 8;
+    const T* next = at(begin);
+    for (int64_t j = begin; j < end; j += ROWS) {
+      const T* rows = next;
+      next = at(std::min(j + ROWS, end - 1) / ROWS * ROWS);
+      for (int64_t i = 0; i < ROWS * stride; i += stride)
+        for (int64_t d = i; d < i + width; d += LINE) {
+          __builtin_prefetch(next + d, 0, 2);
+          static_cast<void>(*reinterpret_cast<const volatile char*>(rows + d));
+        }
     }
   }
 
@@ -342,11 +368,12 @@ struct Decode {
   }
 };
 
-// query [heads * groups, dim], out [heads * groups, value_dim], sinks [heads * groups] or null.
+// query [heads * groups, dim], out [heads * groups, value_dim], sinks [heads * groups] or null. read_first: keys and
+// values are brought near before they are used.
 template <class E, class T>
 void decode(const T* query, T* out, const float* sinks, int64_t heads, int64_t groups, const Cached<T>& cached,
-            Range seen, float scale) {
-  Decode<E, T> rows(cached, seen, scale, query, heads, groups);
+            Range seen, float scale, bool read_first) {
+  Decode<E, T> rows(cached, seen, scale, query, heads, groups, read_first);
   rows.run();
   rows.write(sinks, out);
 }

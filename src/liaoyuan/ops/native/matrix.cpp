@@ -22,6 +22,7 @@ constexpr int64_t ONE_PANEL = 1 << 14;  // words of a cut: 64 KiB
 constexpr int64_t TASK_ITEMS = 128;     // at least
 // Few rows: vectors of lanes that a task takes. A weight then goes by once, at the speed of memory.
 constexpr int64_t STREAM_VECTORS = 6;
+constexpr int64_t SOON = 192;  // bytes of each row of such a weight that come into the first cache meanwhile
 
 void put(float* to, Vec value) { store(to, value); }
 void put(BFloat16* to, Vec value) {
@@ -149,10 +150,11 @@ class Plan {
   int64_t weight_bytes() const { return lanes.count * lanes.stride * int64_t(sizeof(T)); }
 
   // Few rows times a weight that lies along the depth: squares of its words are turned in registers, and used there.
-  // What this thread needs next comes while it works, if it is asked for in the order of memory. That is best where a
-  // cache gives it. From memory it is so on some machines; others give their full rate to nothing but a thread that only
-  // reads, in that order: there a weight is read first and used then, some vectors together, whose sums need not wait
-  // for each other.
+  // What this thread needs next comes while it works, if it is asked for in the order of memory, a line after each
+  // column: a core has few places for lines that are on their way, and what finds none is not fetched. That is best
+  // where a cache gives it. From memory it is so on some machines; others give their full rate to nothing but a thread
+  // that only reads, in that order: there a weight is read first and used then, some vectors together, whose sums need
+  // not wait for each other.
   void run_stream(int64_t task) const {
     auto* copy = static_cast<Word*>(near ? scratch(0, size_t(E::STRIP * stride) * 4) : nullptr);
     Items<Word> x = items.count == 0 ? Items<Word>{} : near ? copied(0, 0, steps, copy) : shared(0, 0);
@@ -184,22 +186,22 @@ class Plan {
     bool whole = lane + VECTORS * LANES <= lanes.count;
     int64_t step = 0;
     for (; whole && (step + SPAN) * E::VALUES <= lanes.depth; step += SPAN) {
-      if (ahead)
-        for (int i = 0; i < WIDTH; ++i) __builtin_prefetch(reinterpret_cast<const char*>(ahead) + 64 * i, 0, 2);
-      if (ahead) ahead += LANES * SPAN * E::VALUES;
 #pragma GCC unroll 6
       for (int n = 0; n < PARTS; ++n) {
         Register columns[WIDTH];
-        transpose_words(lanes.matrix + (lane + n * WIDTH) * lanes.stride + step * E::VALUES,
-                        lanes.stride * int64_t(sizeof(T)), columns);
+        const T* square = lanes.matrix + (lane + n * WIDTH) * lanes.stride + step * E::VALUES;
+        transpose_words(square, lanes.stride * int64_t(sizeof(T)), columns);
 #pragma GCC unroll 16
         for (int i = 0; i < WIDTH; ++i) {
+          if (n == 0 && ahead) __builtin_prefetch(reinterpret_cast<const char*>(ahead) + 64 * i, 0, 2);
+          if (REGISTERS == 1) __builtin_prefetch(reinterpret_cast<const char*>(square + i * lanes.stride) + SOON);
           Register parted[E::SPLIT];
           E::split(columns[i], parted);
 #pragma GCC unroll 2
           for (int k = 0; k < E::SPLIT; ++k) add_column(parted[k], x, step + i * E::SPLIT + k, sums[n]);
         }
       }
+      if (ahead) ahead += LANES * SPAN * E::VALUES;
     }
     for (; step < steps; step += LANES)
       for (int n = 0; n < VECTORS; ++n) {

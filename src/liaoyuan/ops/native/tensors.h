@@ -32,6 +32,12 @@ inline void same_type(const Tensor& a, const Tensor& b) {
   TORCH_CHECK(a.scalar_type() == b.scalar_type() && b.device().is_cpu(), "dtypes or devices differ: ",
               a.scalar_type(), " and ", b.scalar_type());
 }
+inline void same_type(const Tensor& a, const OptionalTensor& b) {
+  if (b) same_type(a, *b);
+}
+// Without a copy of any: to count one costs as much as all else that is done with it here.
+template <class... Others>
+void same_types(const Tensor& a, const Others&... others) { (same_type(a, others), ...); }
 inline void same_shape(const Tensor& a, const Tensor& b) {
   same_type(a, b);
   TORCH_CHECK(a.sizes() == b.sizes(), "shapes differ: ", a.sizes(), " and ", b.sizes());
