@@ -1,5 +1,7 @@
 """Small weights lie side by side, in memory that is large enough for huge pages."""
 
+from itertools import pairwise
+
 import torch
 
 from liaoyuan.checkpoint import load_model, save_model
@@ -14,8 +16,9 @@ def test_small_tensors_share_memory_from_line_to_line_and_large_ones_do_not():
     assert (odd.shape, odd.dtype, next_one.dtype) == ((3, 7), torch.bfloat16, torch.float32)
     assert next_one.data_ptr() - odd.data_ptr() == LINE
     assert large.untyped_storage().nbytes() == SMALL
-    odd.fill_(1), next_one.fill_(2), large.fill_(3)
-    assert (odd == 1).all() and (next_one == 2).all()
+    for value, tensor in enumerate((odd, next_one, large)):
+        tensor.fill_(value)
+    assert not odd.any() and (next_one == 1).all()
 
 
 def test_what_does_not_fit_any_more_begins_anew():
@@ -24,7 +27,7 @@ def test_what_does_not_fit_any_more_begins_anew():
     storages = {tensor.untyped_storage().data_ptr() for tensor in found}
     assert len(storages) == 2
     places = sorted(tensor.data_ptr() for tensor in found)
-    assert all(b - a >= SMALL - LINE for a, b in zip(places, places[1:], strict=False))
+    assert all(b - a >= SMALL - LINE for a, b in pairwise(places))
 
 
 def test_another_devices_memory_is_its_own():

@@ -74,7 +74,9 @@ def test_a_prompt_in_chunks_of_any_size_has_the_bits_of_the_whole(window, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("query_heads", "key_heads", "dim"), [(3, 3, 32), (10, 2, 64), (7, 1, 96), (8, 4, 16), (12, 4, 64)])
+@pytest.mark.parametrize(
+    ("query_heads", "key_heads", "dim"), [(3, 3, 32), (10, 2, 64), (7, 1, 96), (8, 4, 16), (12, 4, 64)]
+)
 def test_a_token_is_decoded_with_the_bits_of_its_prompt_beside_any_others(query_heads, key_heads, dim, dtype):
     """Key heads go through the cache together, more or fewer with the number of sequences and threads."""
     lengths, threads = (1, 17, 560, 64), torch.get_num_threads()
