@@ -20,8 +20,9 @@ from liaoyuan.inference import QUICK, Completion, Engine, EngineConfig, Request,
 from liaoyuan.inference.exactness import paths as exact_paths
 from liaoyuan.inference.exactness.proof import find_proof
 from liaoyuan.inference.scoring import prompt_logprobs
-from liaoyuan.models import Decoder, ModelConfig, packed_context
+from liaoyuan.models import Decoder, ModelConfig, Quantisation, packed_context
 from liaoyuan.models.config import Experts, Latent
+from liaoyuan.models.quantised import quantise_model
 from liaoyuan.ops.operator import OPERATORS
 from liaoyuan.rundir import silent
 from tests.conftest import randomised
@@ -195,6 +196,14 @@ def test_doctor_shows_the_proof_and_its_status_says_the_verdict(tmp_path, monkey
     found = json.loads(told.stdout)
     assert told.exit_code == 1 and found["exact"] is False
     assert found["operator"] == "swiglu of layers.0.mlp"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_doctor_proves_a_folder_of_few_bits(dtype: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(quantise_model(model_of("dense", dtype), Quantisation("int8")), tmp_path / "few", None)
+    monkeypatch.setattr("liaoyuan.inference.exactness.proof.prove.__defaults__", (QUICK, silent, None))
+    told = CliRunner().invoke(app, ["doctor", "--exact", str(tmp_path / "few")])
+    assert told.exit_code == 0 and "Exact: all" in told.stdout
 
 
 @pytest.mark.parametrize("feature", ["dense", "experts"])
