@@ -272,7 +272,7 @@ class Round(NamedTuple):
 
     rate: float
     steps: float  # without the prompts
-    limit: float  # if memory were all that counted, as fast as it was just before or just after
+    reading: float  # bytes per second, the faster of just before and just after
 
 
 def reading_rate(data: torch.Tensor) -> float:
@@ -299,7 +299,7 @@ def measure(
     generator = torch.Generator().manual_seed(concurrency + 1000 * shared)
     own = 32 if shared else options.prompt
     data = torch.ones(2**27, dtype=torch.bfloat16)
-    work = bytes_of_step(config, concurrency, options, shared)
+    token = bytes_of_step(config, concurrency, options, shared) / concurrency  # bytes
     rounds: dict[str, list[Round]] = {name: [] for name in sides}
     for turn in range(options.rounds + 1):
         prompts, others = torch.randint(1, config.vocab_size, (2, concurrency, shared + own), generator=generator)
@@ -322,7 +322,7 @@ def measure(
             before, reading = reading, reading_rate(data)
             if turn:  # the first turn warms up
                 steps = (made - concurrency) / max(seconds - first, 1e-9)
-                rounds[name].append(Round(made / seconds, steps, concurrency * max(before, reading) / work))
+                rounds[name].append(Round(made / seconds, steps, max(before, reading)))
     return [
         {
             "side": name,
@@ -330,9 +330,9 @@ def measure(
             "shared": shared,
             "tokens_per_second": statistics.median(of.rate for of in values),
             "without_prompts": statistics.median(of.steps for of in values),
-            "share": statistics.median(of.rate / of.limit for of in values),
-            "share_without_prompts": statistics.median(of.steps / of.limit for of in values),
-            "reading": [of.limit * work / concurrency for of in values],
+            "share": statistics.median(of.rate * token / of.reading for of in values),
+            "share_without_prompts": statistics.median(of.steps * token / of.reading for of in values),
+            "reading": [of.reading for of in values],
             "rounds": [of.rate for of in values],
         }
         for name, values in rounds.items()

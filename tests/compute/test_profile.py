@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from liaoyuan import config as configuration
-from liaoyuan.checkpoint import save_model
+from liaoyuan.checkpoint import load_model, save_model
 from liaoyuan.compute import profile as room
 from liaoyuan.compute.compare import Way, compare
 from liaoyuan.compute.profile import Profile, Subject, grouped, profile
@@ -17,7 +17,7 @@ from liaoyuan.compute.profile_subject import Size, open_subject
 from liaoyuan.compute.subject import random_stream, some_batches
 from liaoyuan.device import Device
 from liaoyuan.errors import LiaoyuanError
-from liaoyuan.models import config_from_dict
+from liaoyuan.models import Quantisation, config_from_dict
 from liaoyuan.ops import configure, seek_exactness
 from liaoyuan.ops.cost import Cost, cost_of, group_of
 from liaoyuan.ops.operator import OPERATORS
@@ -189,6 +189,20 @@ def test_exact_training_without_kernels_is_profiled(folder):
 def test_what_does_not_fit_is_a_sentence(folder, mode, size, told):
     with pytest.raises(LiaoyuanError, match=told):
         open_subject(folder, mode, CPU, None, size, [])
+
+
+def test_few_bits_are_profiled_where_nothing_is_learned(folder, tmp_path):
+    save_model(load_model(folder, quantisation=Quantisation("int8")), tmp_path / "few")
+    found = take(tmp_path / "few", "decode")
+    assert any(row.operator.startswith("quantised_") for row in found.operators)
+    with pytest.raises(LiaoyuanError, match="few bits, which have no gradients"):
+        take(tmp_path / "few", "train")
+
+
+def test_a_torn_config_is_a_sentence(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(LiaoyuanError, match="not valid JSON"):
+        open_subject(tmp_path, "decode", CPU, None, Size(), [])
 
 
 def test_the_page_shows_the_step_and_the_roof(folder):

@@ -31,17 +31,11 @@ def show_proof(folder: Path, dtype: str | None, device: str, json: bool, tp: int
 
 
 def _proof(folder: Path, dtype: str | None, device: str, report: "Report") -> "Proof":
-    from liaoyuan.checkpoint import load_model, quantisation_for
-    from liaoyuan.compute.subject import check_dtype, open_model
+    from liaoyuan.compute.subject import open_model
     from liaoyuan.device import select_device
     from liaoyuan.inference import prove
-    from liaoyuan.models.config import DTYPES
 
-    place = select_device(device).torch
-    if (folder / "config.json").exists() and quantisation_for(folder, None) is not None:
-        model = load_model(folder, DTYPES[check_dtype(dtype)] if dtype else None, place)
-    else:  # also a run folder, or a state of one
-        model, _ = open_model(folder, place, dtype)
+    model, _ = open_model(folder, select_device(device).torch, dtype, gradients=False)
     return prove(model.eval(), report=report)
 
 

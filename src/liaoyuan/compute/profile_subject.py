@@ -52,7 +52,7 @@ def open_subject(path: Path, mode: Mode, device: Device, dtype: str | None, size
         shape = replace(shape, dtype=check_dtype(dtype)) if dtype else shape
         model = initialise(Decoder(shape), config.train.seed).to(device.torch)
     else:
-        model, _ = open_model(path, device.torch, dtype)
+        model, _ = open_model(path, device.torch, dtype, gradients=mode == "train")
     facts = {
         "subject": str(path),
         "mode": mode,

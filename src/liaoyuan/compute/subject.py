@@ -6,21 +6,30 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from liaoyuan.checkpoint import load_model, quantisation_for
 from liaoyuan.checkpoint.sources import open_source, read_all
 from liaoyuan.data import Batch, TokenBatches, Tokenizer, TokenStream
 from liaoyuan.errors import LiaoyuanError, nearest
-from liaoyuan.models import Decoder
+from liaoyuan.models import Decoder, read_config
 from liaoyuan.models.config import DTYPES
 
 DOCUMENTS = 3  # in each row of random tokens, so that attention has boundaries to mind
 
 
-def open_model(path: Path, device: torch.device, dtype: str | None = None) -> tuple[Decoder, Path | None]:
+def open_model(
+    path: Path, device: torch.device, dtype: str | None = None, gradients: bool = True
+) -> tuple[Decoder, Path | None]:
     """Return the model in a model folder, run folder (its newest state) or state, and its tokenizer's folder.
 
+    gradients: of its weights will be asked for. Otherwise a folder that keeps them in few bits is opened too.
+
     Raises:
-        LiaoyuanError: there is none, it is damaged, or there is no such dtype.
+        LiaoyuanError: there is none, it is damaged, has no gradients, or there is no such dtype.
     """
+    if (path / "config.json").is_file() and read_config(path) and quantisation_for(path, None) is not None:
+        if gradients:
+            raise LiaoyuanError(f"{path} keeps its weights in few bits, which have no gradients: name the model that it was made of.")
+        return load_model(path, DTYPES[check_dtype(dtype)] if dtype else None, device).train(), path
     with open_source(path) as source:
         config = replace(source.config, dtype=check_dtype(dtype)) if dtype else source.config
         with torch.device("meta"):
