@@ -28,7 +28,9 @@ def open_model(
     """
     if (path / "config.json").is_file() and read_config(path) and quantisation_for(path, None) is not None:
         if gradients:
-            raise LiaoyuanError(f"{path} keeps its weights in few bits, which have no gradients: name the model that it was made of.")
+            raise LiaoyuanError(
+                f"{path} keeps its weights in few bits, which have no gradients: name the model that it was made of."
+            )
         return load_model(path, DTYPES[check_dtype(dtype)] if dtype else None, device).train(), path
     with open_source(path) as source:
         config = replace(source.config, dtype=check_dtype(dtype)) if dtype else source.config
