@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from liaoyuan.data import Message, Record, Tokenizer, train_tokenizer
-from liaoyuan.data.encoding import Encoder, Rendered, _one, byte_widths
+from liaoyuan.data.encoding import Encoder, Rendered, _one, byte_widths, keeps_bytes
 from liaoyuan.data.opaque import GUARD
 from liaoyuan.data.records import plain_chat, plain_message
 
@@ -60,7 +60,7 @@ def test_the_quick_way_is_taken(tokenizer: Tokenizer, monkeypatch: pytest.Monkey
 
 def test_texts_that_the_tokenizer_changes_are_encoded_in_the_ordinary_way(tokenizer: Tokenizer) -> None:
     composing = changed(tokenizer, normalizer={"type": "NFC"})
-    assert byte_widths(composing) is not None
+    assert keeps_bytes(composing)
     loose = unicodedata.normalize("NFD", "é ü")
     rendered = [Rendered(["the cat", "<think>é"], [0.0, 1.0]), Rendered([f"<think>{loose}", "<|end|>é"], [0.0, 1.0])]
     found = Encoder(composing)(rendered)
@@ -84,7 +84,7 @@ def test_a_text_of_which_something_is_left_out_is_encoded_in_the_ordinary_way(to
     removing = Tokenizer(json.dumps(definition), tokenizer._settings)
     rendered = [Rendered(["<think>a", "<|end|>a c"], [0.0, 1.0]), Rendered(["x", "<think>x"], [0.0, 1.0])]
     found = Encoder(removing)(rendered)
-    assert byte_widths(removing) is not None and len(removing.encode("a c")) < len(tokenizer.encode("a c"))
+    assert keeps_bytes(removing) and len(removing.encode("a c")) < len(tokenizer.encode("a c"))
     assert (found.ids.tolist(), found.ends.tolist()) == by_the_library(removing, rendered)
 
 
@@ -122,7 +122,7 @@ def test_lengths_are_not_trusted_of_a_tokenizer_that_adds_to_a_text_or_changes_i
         other = Tokenizer(json.dumps(definition), tokenizer._settings)
     else:
         other = changed(tokenizer, **values)
-    assert byte_widths(tokenizer) is not None and byte_widths(other) is None
+    assert keeps_bytes(tokenizer) and not keeps_bytes(other)
 
 
 def test_lengths_are_not_trusted_where_a_byte_has_no_token_or_words_are_looked_up(tokenizer: Tokenizer) -> None:
@@ -131,7 +131,7 @@ def test_lengths_are_not_trusted_where_a_byte_has_no_token_or_words_are_looked_u
     words = definition | {"model": {"type": "WordLevel", "vocab": {**vocabulary, "<unk>": 999}, "unk_token": "<unk>"}}
     del vocabulary[chr(256)]  # the byte 0
     for values in (definition, words):
-        assert byte_widths(Tokenizer(json.dumps(values), tokenizer._settings)) is None
+        assert not keeps_bytes(Tokenizer(json.dumps(values), tokenizer._settings))
 
 
 def test_widths_are_the_bytes_of_each_token(tokenizer: Tokenizer) -> None:
@@ -139,7 +139,7 @@ def test_widths_are_the_bytes_of_each_token(tokenizer: Tokenizer) -> None:
     more = {**definition["added_tokens"][0], "id": tokenizer.vocab_size, "content": "〈完〉"}
     other = Tokenizer(json.dumps(definition | {"added_tokens": [*definition["added_tokens"], more]}), {})
     widths = byte_widths(other)
-    assert widths is not None and widths[-1] == 9
+    assert widths[-1] == 9
     assert widths.tolist() == [len(other.token_bytes(index)) for index in range(other.vocab_size)]
     assert widths.dtype == np.int64
 

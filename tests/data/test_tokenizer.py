@@ -34,8 +34,13 @@ def test_text_comes_back_from_its_ids_and_no_id_is_special(tokenizer: Tokenizer,
     assert tokenizer.encode_batch([text, "x"])[0] == ids
 
 
+def has_no_token(text: str) -> bool:
+    """Of those, transformers makes tokens, and we what is written: see the test before this one."""
+    return not any(token in text for token in SPECIAL_TOKENS)
+
+
 @settings(max_examples=50, deadline=None)
-@given(text=st.one_of(st.text(), st.sampled_from(SENTENCES)))
+@given(text=st.one_of(st.text(), st.sampled_from(SENTENCES)).filter(has_no_token))
 def test_transformers_gives_the_same_ids(tokenizer: Tokenizer, oracle: AutoTokenizer, text: str) -> None:
     assert tokenizer.encode(text) == oracle(text, add_special_tokens=False).input_ids
 

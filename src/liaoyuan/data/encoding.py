@@ -66,7 +66,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._widths = byte_widths(tokenizer)
+        self._is_quick = keeps_bytes(tokenizer)
         self._composes = bool(tokenizer.pipeline["normalizer"])  # what is not in Unicode's form NFC
 
     def __call__(self, rendered: Sequence[Rendered]) -> Encoded:
@@ -80,25 +80,25 @@ class Encoder:
     def start(self, rendered: Sequence[Rendered]) -> list[tokenizers.Encoding]:
         """Return the library's encodings of all that has no stand-ins; Python's lock is free meanwhile."""
         texts = ["".join(one.texts) for one in rendered if not one.hidden]
-        if self._widths is None:
-            return self.tokenizer.encode_rendered_batch(texts)
-        return self.tokenizer.encode_rendered_quickly(texts)
+        if self._is_quick:
+            return self.tokenizer.encode_rendered_quickly(texts)
+        return self.tokenizer.encode_rendered_batch(texts)
 
     def finish(self, rendered: Sequence[Rendered], encodings: Sequence[tokenizers.Encoding]) -> Encoded:
         """Return the conversations that `start` has encoded; raises as the whole call does."""
-        given, is_quick = iter(encodings), self._widths is not None
+        given = iter(encodings)
         found = [None if one.hidden else next(given) for one in rendered]
-        rows = [encoding.ids if encoding and is_quick else [] for encoding in found]
+        rows = [encoding.ids if encoding and self._is_quick else [] for encoding in found]
         ids, sizes = _joined(rows)
         pieces = np.array([len(one.texts) for one in rendered], dtype=np.int64)
         ends: np.ndarray = np.zeros(pieces.sum(), np.int64)
         unsure: Sequence[int] = range(len(rows))
-        if self._widths is not None:
-            ends, unsure = self._ends(rendered, self._widths[ids], sizes, pieces)
+        if self._is_quick:
+            ends, unsure = self._ends(rendered, byte_widths(self.tokenizer)[ids], sizes, pieces)
         if len(unsure):
             begins = np.cumsum(pieces) - pieces
             for row in unsure:
-                encoding = None if is_quick else found[row]
+                encoding = None if self._is_quick else found[row]
                 rows[row], ends[begins[row] : begins[row] + pieces[row]] = _one(self.tokenizer, rendered[row], encoding)
             ids, sizes = _joined(rows)
         return Encoded(ids, sizes, ends, pieces)
@@ -126,12 +126,11 @@ class Encoder:
         return found - first_token[:-1][owner], np.flatnonzero(~is_sure).tolist()
 
 
-@lru_cache(maxsize=2)
-def byte_widths(tokenizer: Tokenizer) -> np.ndarray | None:
-    """Return how many bytes of text each token stands for, int64 [V]; None unless the tokenizer adds nothing to a text.
+def keeps_bytes(tokenizer: Tokenizer) -> bool:
+    """Return whether the tokens of a text spell it byte by byte: the tokenizer adds nothing to it.
 
     A byte-level BPE spells each byte as one character. Whatever it might leave out of a text, or read as a token that
-    is longer than it, shows in the sum.
+    is longer than it, shows in the sum of their widths.
     """
     normalizer, model = tokenizer.pipeline["normalizer"] or {}, tokenizer.pipeline["model"]
     steps = list(_steps(tokenizer.pipeline["pre_tokenizer"] or {}))
@@ -139,10 +138,15 @@ def byte_widths(tokenizer: Tokenizer) -> np.ndarray | None:
     adds = any(step.get("add_prefix_space") for step in steps)
     spelt = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model.get("byte_fallback")
     if normalizer.get("type", "NFC") != "NFC" or "ByteLevel" not in kinds or not kinds <= KEEPING or adds or spelt:
-        return None
+        return False
+    # What has no token is left out, or another is put in its place.
+    return model.get("type") == "BPE" and all(map(tokenizer.has_token, pre_tokenizers.ByteLevel.alphabet()))
+
+
+@lru_cache(maxsize=2)
+def byte_widths(tokenizer: Tokenizer) -> np.ndarray:
+    """Return how many bytes of text each token stands for, int64 [V], of a tokenizer that `keeps_bytes`."""
     vocabulary = tokenizer.vocabulary()
-    if model.get("type") != "BPE" or not vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet()):
-        return None  # what has no token is left out, or another is put in its place
     widths = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     widths[list(vocabulary.values())] = [len(token) for token in vocabulary]
     for token, index in tokenizer.added.items():

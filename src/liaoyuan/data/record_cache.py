@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import json
 import shutil
+import sys
 import time
 import zlib
 from array import array
@@ -41,8 +42,9 @@ LEARNED_BY: dict[Kind, str] = {"chat": "sft", "text": "sft", "preference": "dpo"
 PATIENCE = 24 * 3600.0  # seconds for which a process waits for another one that tokenises the same file
 KILOBYTE = 1000
 KEPT_SECONDS = 30 * 24 * 3600.0  # for which an entry is kept that nobody uses
-ENCODED_FIRST = 100_000  # characters of the first group, each of the next twice as large up to `ENCODED_AT_ONCE`
+ENCODED_FIRST = 50_000  # characters of the first group, each of the next twice as large up to `ENCODED_AT_ONCE`
 AHEAD = 2  # groups that wait for the library while the next is rendered
+HANDED_OVER = 0.0005  # seconds after which the library's thread gets Python's lock, which it needs between groups
 DATED = ("strftime_now", "date_string", "datetime")  # a template that writes the day: another one tomorrow
 ROWS = {"kinds": np.int8, "lines": np.int64, "labels": np.int8, "numbers": np.int64}  # known of each beside its tokens
 CODES = {np.int8: "b", np.int64: "q"}  # of Python's arrays
@@ -210,7 +212,7 @@ def _ahead(batches: Iterable[list[Waiting]], tokenizer: Tokenizer) -> Iterator[t
         batch, rendered, future = waiting.popleft()
         return batch, encoder.finish(rendered, future.result())
 
-    with ThreadPoolExecutor(1) as library:
+    with _soon_handed_over(), ThreadPoolExecutor(1) as library:
         for batch in batches:
             rendered = [one for _, one in batch]
             waiting.append((batch, rendered, library.submit(encoder.start, rendered)))
@@ -218,6 +220,17 @@ def _ahead(batches: Iterable[list[Waiting]], tokenizer: Tokenizer) -> Iterator[t
                 yield first()
         while waiting:
             yield first()
+
+
+@contextlib.contextmanager
+def _soon_handed_over() -> Iterator[None]:
+    """Let a thread that asks for Python's lock wait less: the library's idles meanwhile, and with it all cores."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(HANDED_OVER)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def _weights(batch: Sequence[Waiting]) -> list[float]:

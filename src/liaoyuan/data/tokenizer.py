@@ -213,6 +213,10 @@ class Tokenizer:
         """Return what `encode_rendered_batch` does, without places."""
         return self._library.encode_batch_fast(list(texts), add_special_tokens=False)
 
+    def has_token(self, token: str) -> bool:
+        """Return whether there is a token that `tokenizer.json` writes so."""
+        return self._library.token_to_id(token) is not None
+
     def vocabulary(self) -> dict[str, int]:
         """Return the ids of all tokens by how `tokenizer.json` writes them."""
         return self._library.get_vocab(with_added_tokens=True)
