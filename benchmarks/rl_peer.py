@@ -47,7 +47,7 @@ def run(task: dict[str, Any]) -> None:
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         nonlocal tokens
         tokens += sum(map(len, completion_ids))
-        return [float(ids[0] % 2) for ids in completion_ids]
+        return [float(place % 2) for place in range(len(completion_ids))]
 
     class OnDemand(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:

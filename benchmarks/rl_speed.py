@@ -1,12 +1,16 @@
 """Reinforcement learning beside TRL's GRPO: rollouts and one update, tokens generated a second.
 
-The same weights, prompts, number of answers, longest answer, temperature and reward (whether the first token is odd,
-so that nearly every group teaches); one update from all answers of a step. Each side is a process that takes a step
-when it is asked to; they take turns, and medians are shown. TRL generates in its own process with the weights that it
-trains, as ours does; its two ways of doing so are both measured (`--ways`).
+The same weights, prompts, number of answers, longest answer, temperature and reward (1 for every second answer, so that
+every group teaches); one update from all answers of a step. Each side is a process that takes a step when it is asked
+to; they take turns, and medians are shown. TRL generates in its own process with the weights that it trains, as ours
+does; its two ways of doing so are both measured (`--ways`).
+
+Models of random weights (`--models`) never end an answer, so all are of one length. With `--model DIR`, one that was
+fine-tuned on additions, answers end where they do in a run.
 
     python benchmarks/rl_peer.py prepare FOLDER
     python benchmarks/rl_speed.py --peers FOLDER --models m1 m10 --json rl_speed.json
+    python benchmarks/rl_speed.py --peers FOLDER --model runs/quickstart/seed-0/sft/best
 """
 
 import argparse
@@ -48,7 +52,7 @@ def main() -> None:
         ours(json.loads(options.ours.read_text()))
         return
     print(f"{cpu_name()}, {options.threads} threads, {options.dtype}, {options.problems} problems x {options.group}")
-    rows = [row for name in options.models for row in measure(name, options)]
+    rows = [row for model in options.model or options.models for row in measure(str(model), options)]
     if options.json:
         Path(options.json).write_text(json.dumps({"rows": rows, "cpu": cpu_name()}, indent=2) + "\n")
 
@@ -57,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="folder that rl_peer.py prepare made; none: ours alone")
     parser.add_argument("--models", nargs="+", default=["m1"], choices=SIZES)
+    parser.add_argument("--model", nargs="+", type=Path, metavar="DIR", help="trained models, in place of --models")
     parser.add_argument("--ways", nargs="+", default=["generate"], choices=("generate", "continuous"))
     parser.add_argument("--problems", type=int, default=32)
     parser.add_argument("--group", type=int, default=8)
@@ -73,12 +78,14 @@ def parse() -> argparse.Namespace:
 def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Let the sides take turns; return a row for each."""
     with tempfile.TemporaryDirectory() as work:
-        folder = Path(work)
-        make_model(name, folder / "model")
-        sides = {"ours": start([sys.executable, __file__, "--ours"], write_task(folder, "ours", options))}
+        folder, model = Path(work), Path(name).resolve()
+        if name in SIZES:
+            model = folder / "model"
+            make_model(name, model)
+        sides = {"ours": start([sys.executable, __file__, "--ours"], write_task(folder, model, "ours", options))}
         for way in options.ways if options.peers else ():
             python = [str(options.peers / "trl" / "bin" / "python"), str(Path(__file__).with_name("rl_peer.py")), "run"]
-            sides[f"TRL, {way}"] = start(python, write_task(folder, way, options))
+            sides[f"TRL, {way}"] = start(python, write_task(folder, model, way, options))
         steps: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for place in range(options.rounds + 1):
             for side, process in sides.items():
@@ -87,7 +94,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                     steps[side].append(found)
         for process in sides.values():
             process.kill()
-    return [show(name, side, found) for side, found in steps.items()]
+    return [show(name if name in SIZES else Path(name).parent.name, side, found) for side, found in steps.items()]
 
 
 def make_model(name: str, folder: Path) -> None:
@@ -100,13 +107,13 @@ def make_model(name: str, folder: Path) -> None:
     save_model(initialise(Decoder(config), 0), folder, folder.parent / "tokenizer")
 
 
-def write_task(folder: Path, way: str, options: argparse.Namespace) -> Path:
-    tokenizer, task = Tokenizer.load(folder / "model"), find_task("addition")
+def write_task(folder: Path, model: Path, way: str, options: argparse.Namespace) -> Path:
+    tokenizer, task = Tokenizer.load(model), find_task("addition")
     problems = [task.problem(0, place, LEVELS[place % 3]) for place in range(4 * options.problems)]
     prompts = [tokenizer.decode(tokenizer.render([{"role": "user", "content": p.question}]), False) for p in problems]
     path = folder / f"{way}.json"
     path.write_text(json.dumps({
-        "model": str(folder / "model"), "folder": str(folder), "prompts": prompts, "group": options.group,
+        "model": str(model), "folder": str(folder), "prompts": prompts, "group": options.group,
         "problems": options.problems, "max_tokens": options.tokens, "threads": options.threads,
         "dtype": options.dtype, "rows": options.rows, "way": way, "steps": options.rounds + 1,
     }))  # fmt: skip
@@ -139,7 +146,7 @@ def show(name: str, side: str, steps: list[dict[str, float]]) -> dict[str, Any]:
 def ours(task: dict[str, Any]) -> None:
     """Take steps when asked to, as `rl_peer.run` does."""
     torch.set_num_threads(task["threads"])
-    rollout.read_rollout = first_token
+    rollout.read_rollout = unread
     folder, began = Path(task["folder"]) / "run", (0.0, 0.0)
     config = ReinforceConfig(
         levels=LEVELS, steps=task["steps"], problems=task["problems"], group=task["group"],
@@ -150,14 +157,16 @@ def ours(task: dict[str, Any]) -> None:
     def report(_: Progress) -> None:
         nonlocal began
         seconds, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
-        tokens = read_metrics(folder / "metrics.jsonl")[-1]["length"] * task["problems"] * task["group"]
+        values = read_metrics(folder / "metrics.jsonl")[-1]
+        assert not values["no_signal"], "every group is to teach"
+        tokens = values["length"] * task["problems"] * task["group"]
         print(json.dumps({"tokens": tokens, "seconds": seconds, "cpu_seconds": cpu}), flush=True)
         began = wait(sys.stdin)
 
     model = load_model(Path(task["model"]), getattr(torch, task["dtype"]))
     began = wait(sys.stdin)
     tokenizer = Tokenizer.load(Path(task["model"]))
-    reinforce(model, tokenizer, find_task("addition"), config, folder, report, reward=FirstToken())
+    reinforce(model, tokenizer, find_task("addition"), config, folder, report, reward=EverySecond())
 
 
 def wait(lines: IO[str]) -> tuple[float, float]:
@@ -165,17 +174,21 @@ def wait(lines: IO[str]) -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-class FirstToken:
-    """1 where the first token is odd, as `rl_peer.py` has it."""
+class EverySecond:
+    """1 for every second answer, as `rl_peer.py` has it."""
 
-    name = "first token"
+    name = "every second"
+
+    def __init__(self) -> None:
+        self._count = 0
 
     def __call__(self, rollout: Rollout) -> Score:
-        return Score(float(rollout.text == "odd"), rollout.text)
+        self._count += 1
+        return Score(float(self._count % 2), "")
 
 
-def first_token(_: Tokenizer, problem: Problem, answer: Completion, thinking: bool = True) -> Rollout:
-    return Rollout(problem, "", "odd" if answer.tokens[0] % 2 else "even", "", len(answer.tokens))
+def unread(_: Tokenizer, problem: Problem, answer: Completion, thinking: bool = True) -> Rollout:
+    return Rollout(problem, "", "", "", len(answer.tokens))
 
 
 if __name__ == "__main__":
