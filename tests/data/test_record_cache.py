@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import multiprocessing.synchronize
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -135,11 +136,15 @@ def test_two_processes_may_start_at_once(path: Path, tokenizer_folder: Path, tmp
 
 
 def test_a_stopped_process_leaves_nothing_that_looks_whole(path: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    usual, intervals = sys.getswitchinterval(), list[float]()
+
     def stop(progress: Progress) -> None:
+        intervals.append(sys.getswitchinterval())
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         tokenise_file(path, tokenizer, report=stop, cache=tmp_path / "cache")
+    assert intervals[0] < usual == sys.getswitchinterval()  # Python's lock is handed over sooner meanwhile
     assert same(tokenise_file(path, tokenizer, cache=tmp_path / "cache").records, tokenise(tokenizer, RECORDS))
 
 

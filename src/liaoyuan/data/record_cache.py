@@ -160,7 +160,7 @@ def _only(found: TokenisedFile, kinds: Collection[Kind]) -> TokenisedFile:
 def _make(path: Path, tokenizer: Tokenizer, skip_bad: bool, place: Path, report: Report) -> Tally:
     """Tokenise the file into the folder `place`; with bad rows that may not be skipped, count them and make nothing."""
     examples = Examples(path)
-    with atomic_folder(place) as folder, without_collector():
+    with atomic_folder(place) as folder, without_collector(), _soon_handed_over():
         growing, rows = Growing(token_dtype(tokenizer)), {name: array(CODES[dtype]) for name, dtype in ROWS.items()}
         with (folder / "tokens.bin").open("wb") as file:
             for batch, encoded in _encoded(examples, tokenizer, skip_bad, report):
@@ -186,7 +186,7 @@ def tokenise_in_memory(tokenizer: Tokenizer, records: Iterable[Record]) -> Recor
     """
     renderer, growing = Renderer(tokenizer), Growing(token_dtype(tokenizer))
     rendered = (((0, 0, 0, 0), renderer(part)) for record in records for part in conversations(record))
-    with without_collector():  # millions of ids come and go, none of them in a cycle
+    with without_collector(), _soon_handed_over():  # millions of ids come and go, none of them in a cycle
         kept = [growing.extend(encoded, _weights(batch)) for batch, encoded in _ahead(_grouped(rendered), tokenizer)]
     return growing.whole(np.concatenate(kept) if kept else np.zeros(0, growing.dtype))
 
@@ -212,7 +212,7 @@ def _ahead(batches: Iterable[list[Waiting]], tokenizer: Tokenizer) -> Iterator[t
         batch, rendered, future = waiting.popleft()
         return batch, encoder.finish(rendered, future.result())
 
-    with _soon_handed_over(), ThreadPoolExecutor(1) as library:
+    with ThreadPoolExecutor(1) as library:
         for batch in batches:
             rendered = [one for _, one in batch]
             waiting.append((batch, rendered, library.submit(encoder.start, rendered)))
