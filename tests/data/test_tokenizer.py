@@ -35,7 +35,7 @@ def test_text_comes_back_from_its_ids_and_no_id_is_special(tokenizer: Tokenizer,
 
 
 def has_no_token(text: str) -> bool:
-    """Of those, transformers makes tokens, and we what is written: see the test before this one."""
+    """Return whether no special token is written in a text: of those transformers makes ids, and we characters."""
     return not any(token in text for token in SPECIAL_TOKENS)
 
 
