@@ -94,7 +94,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                     steps[side].append(found)
         for process in sides.values():
             process.kill()
-    return [show(name if name in SIZES else Path(name).parent.name, side, found) for side, found in steps.items()]
+    return [show(name, side, found) for side, found in steps.items()]
 
 
 def make_model(name: str, folder: Path) -> None:
